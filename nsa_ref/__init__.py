@@ -1,0 +1,71 @@
+"""The definition of Native Sparse Attention: NumPy only, float64, slow and obvious."""
+
+from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.compress import (
+    compress_windows,
+    num_compress_blocks,
+    pool,
+    pool_vjp,
+    pool_weight_shapes,
+)
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
+from nsa_ref.selection import (
+    AMBIGUOUS,
+    INVALID,
+    VALID,
+    SelectionVerdict,
+    compress_probabilities,
+    forced_blocks,
+    importance,
+    select,
+    selection_candidates,
+    selection_probability,
+    shared_strides,
+    top_blocks,
+    valid_selection,
+)
+from nsa_ref.semantics import (
+    FLA,
+    LUCIDRAINS,
+    LUCIDRAINS_FLEX,
+    PAPER,
+    PRESETS,
+    XUNHAO,
+    PerBranch,
+    Semantics,
+)
+
+__all__ = [
+    "AMBIGUOUS",
+    "FLA",
+    "INVALID",
+    "LUCIDRAINS",
+    "LUCIDRAINS_FLEX",
+    "PAPER",
+    "PRESETS",
+    "VALID",
+    "XUNHAO",
+    "Attention",
+    "PerBranch",
+    "SelectionVerdict",
+    "Semantics",
+    "attend",
+    "attend_vjp",
+    "compress_mask",
+    "compress_probabilities",
+    "compress_windows",
+    "fine_mask",
+    "forced_blocks",
+    "importance",
+    "num_compress_blocks",
+    "pool",
+    "pool_vjp",
+    "pool_weight_shapes",
+    "select",
+    "selection_candidates",
+    "selection_probability",
+    "shared_strides",
+    "sliding_mask",
+    "top_blocks",
+    "valid_selection",
+]

@@ -1,0 +1,223 @@
+"""Attention through a mask of multiplicities, and its gradients: clauses A1 to A5.
+
+One row at a time, over its visible keys alone: a key that is invisible never enters the
+arithmetic, so that even NaN or inf in it has no influence (A5).
+
+Complex inputs pass through, and the row maximum is taken of the real parts. Thus a derivative can
+be read off an imaginary step, Im f(x + i h) / h, which has no cancellation error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
+
+
+class Attention(NamedTuple):
+    """What attention returns.
+
+    out : (batch, q_heads, q_len, value_dim)
+    lse : (batch, q_heads, q_len), natural logarithm
+    """
+
+    out: np.ndarray
+    lse: np.ndarray
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    *,
+    scale: float | None = None,
+    empty_row: str = "zero",
+    empty_lse: float = -math.inf,
+) -> Attention:
+    """Softmax attention over the visible keys, each as often as its multiplicity says.
+
+    ::
+
+        s_j = scale q.k_j                          query head h reads kv head h // G
+        P_j = mult_j exp(s_j) / sum_j mult_j exp(s_j)
+        out = sum_j P_j v_j                        lse = log sum_j mult_j exp(s_j)
+
+    A row that sees no key (A2): out is 0 (`empty_row="zero"`), NaN ("nan"), or the mean of v
+    over all columns, visible or not ("uniform": what a softmax of equal, finite mask values
+    gives); over no columns at all that mean is 0. Its lse is `empty_lse`.
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim)      k : (batch, kv_heads, columns, head_dim)
+    v : (batch, kv_heads, columns, value_dim)
+    mask : integer or bool, broadcastable to (batch, q_heads, q_len, columns)
+    scale : default head_dim ** -0.5
+    returns : Attention(out, lse), float64 (complex128 where an input is complex)
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, q_heads no multiple of kv_heads, a negative
+        multiplicity, an unknown empty_row or empty_lse
+    TypeError : a mask that is neither integer nor bool, arrays that hold no numbers
+
+    Source
+    ------
+    A1, A2, A5; arXiv 2502.11089, eq. 1 and 2
+    """
+    q, k, v, mask, scale = _checked(q, k, v, mask, scale)
+    check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
+    check_one_of("empty_lse", empty_lse, (-math.inf, 0.0, math.inf))
+    batch, q_heads, q_len, columns = mask.shape
+    group = q_heads // k.shape[1]
+
+    out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
+    lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
+    for b, h, t in np.ndindex(batch, q_heads, q_len):
+        visible = np.flatnonzero(mask[b, h, t])
+        if visible.size == 0:
+            # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
+            lse[b, h, t] = empty_lse
+            if empty_row == "nan":
+                out[b, h, t] = math.nan
+            elif empty_row == "uniform" and columns > 0:
+                out[b, h, t] = v[b, h // group].sum(axis=0) / columns
+            continue
+        s = scale * (k[b, h // group, visible] @ q[b, h, t])
+        m = s.real.max()  # exp(s - m) cannot overflow; m cancels in P
+        weight = mask[b, h, t, visible] * np.exp(s - m)
+        total = weight.sum()
+        out[b, h, t] = (weight / total) @ v[b, h // group, visible]
+        lse[b, h, t] = m + np.log(total)
+    return Attention(out, lse)
+
+
+def attend_vjp(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    d_out: np.ndarray,
+    d_lse: np.ndarray | None = None,
+    *,
+    scale: float | None = None,
+    empty_row: str = "zero",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of <d_out, out> + <d_lse, lse> with respect to q, k and v.
+
+    ::
+
+        dP_j = dO.v_j        D = dO.O        dS_j = P_j (dP_j - D + dlse)
+        dq   = scale sum_j dS_j k_j
+        dk_j = scale sum over the group's heads and the queries of dS_j q
+        dv_j =       sum over the group's heads and the queries of P_j dO
+
+    The multiplicities are in P: d lse / d s_j = P_j, and d P_j / d s_i = P_j ([i = j] - P_i).
+    A row that sees no key has gradients of exactly 0, whatever d_out and d_lse hold there (A2);
+    for `empty_row="uniform"`, where out is the mean of v, dv gets d_out / columns in every column.
+
+    Shapes
+    ------
+    q, k, v, mask, scale, empty_row : as in `attend`
+    d_out : (batch, q_heads, q_len, value_dim)
+    d_lse : (batch, q_heads, q_len), or None for 0
+    returns : (dq, dk, dv), of the shapes of q, k and v
+
+    Raises
+    ------
+    ValueError, TypeError : as `attend`; d_out or d_lse of a wrong shape
+
+    Source
+    ------
+    A2, A3, A5; derived by hand from A1
+    """
+    q, k, v, mask, scale = _checked(q, k, v, mask, scale)
+    check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
+    batch, q_heads, q_len, columns = mask.shape
+    group = q_heads // k.shape[1]
+    d_out = as_float64("d_out", d_out)
+    check_shape("d_out", d_out.shape, (batch, q_heads, q_len, v.shape[3]))
+    if d_lse is None:
+        d_lse = np.zeros((batch, q_heads, q_len))
+    d_lse = as_float64("d_lse", d_lse)
+    check_shape("d_lse", d_lse.shape, (batch, q_heads, q_len))
+
+    dtype = np.result_type(q, k, v, d_out, d_lse)
+    dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
+    for b, h, t in np.ndindex(batch, q_heads, q_len):
+        visible = np.flatnonzero(mask[b, h, t])
+        g = h // group
+        if visible.size == 0:
+            if empty_row == "uniform" and columns > 0:
+                dv[b, g] += d_out[b, h, t] / columns
+            continue
+        keys, values = k[b, g, visible], v[b, g, visible]
+        s = scale * (keys @ q[b, h, t])
+        weight = mask[b, h, t, visible] * np.exp(s - s.real.max())
+        P = weight / weight.sum()
+        dO = d_out[b, h, t]
+        dP = values @ dO
+        D = dO @ (P @ values)
+        dS = P * (dP - D + d_lse[b, h, t])
+        dq[b, h, t] = scale * (dS @ keys)
+        dk[b, g, visible] += scale * np.outer(dS, q[b, h, t])
+        dv[b, g, visible] += np.outer(P, dO)
+    return dq, dk, dv
+
+
+def as_float64(name: str, x: object) -> np.ndarray:
+    """The numbers of x as float64, or complex128 where they are complex.
+
+    Raises TypeError, with the argument's name, for what holds no numbers.
+    """
+    array = np.asarray(x)
+    if array.dtype.kind == "c":
+        return array.astype(np.complex128)
+    try:
+        if array.dtype.kind in "OSUMm":
+            raise TypeError
+        return array.astype(np.float64)  # bfloat16 and its like, of kind "V", convert as well
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; it must hold real or complex numbers."
+        ) from None
+
+
+def _checked(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """The arguments that `attend` and `attend_vjp` share: float64, mask broadcast, scale set."""
+    q, k, v, mask = as_float64("q", q), as_float64("k", k), as_float64("v", v), np.asarray(mask)
+    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    check_at_least("head_dim (axis 3 of q)", head_dim, 1)
+    check_shape("k", k.shape, (batch, "kv_heads", "columns", head_dim))
+    _, kv_heads, columns, _ = k.shape
+    check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
+    check_at_least("kv_heads (axis 1 of k)", kv_heads, 1)
+    check_multiple(
+        "q_heads (axis 1 of q)",
+        q_heads,
+        "kv_heads (axis 1 of k)",
+        kv_heads,
+        why="query head h reads kv head h // (q_heads // kv_heads)",
+    )
+    if mask.dtype.kind not in "iub":
+        raise TypeError(
+            f"mask has dtype {mask.dtype}; it must be integer or bool: how often each key counts."
+        )
+    try:
+        mask = np.broadcast_to(mask, (batch, q_heads, q_len, columns))
+    except ValueError:
+        raise ValueError(
+            f"mask has shape {mask.shape}; it must broadcast to (batch={batch}, "
+            f"q_heads={q_heads}, q_len={q_len}, columns={columns})."
+        ) from None
+    if mask.size and mask.min() < 0:
+        raise ValueError(
+            f"mask holds the multiplicity {mask.min()}; multiplicities must be at least 0."
+        )
+    return q, k, v, mask, head_dim**-0.5 if scale is None else scale

@@ -1,0 +1,56 @@
+"""The checks at the entry of every public function: name, value, rule, reason, remedy.
+
+They are passed the argument's name, so that a message speaks the caller's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless value is an int (NumPy integers included, bool excluded)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}.")
+
+
+def check_at_least(name: str, value: int, least: int, *, why: str = "") -> None:
+    """Raise ValueError unless the integer `value` is at least `least`."""
+    check_integer(name, value)
+    if value < least:
+        reason = f": {why}" if why else ""
+        raise ValueError(f"{name}={value} must be at least {least}{reason}.")
+
+
+def check_multiple(name: str, value: int, of_name: str, of: int, *, why: str) -> None:
+    """Raise ValueError unless value is a positive multiple of `of`, and name two that are."""
+    check_integer(name, value)
+    if value < 1 or value % of:
+        near = max(value // of, 1) * of
+        raise ValueError(
+            f"{name}={value} must be a positive multiple of {of_name}={of}: {why}. "
+            f"Try {near} or {near + of}."
+        )
+
+
+def check_one_of(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise ValueError unless value is one of `allowed`, and list them all."""
+    if value not in allowed:
+        listed = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name}={value!r} must be one of {listed}.")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False, not {type(value).__name__}.")
+
+
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+    """Raise ValueError unless `shape` is `expected`; a string in `expected` names a free axis."""
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(shape, expected)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} has shape {tuple(shape)}; it must be ({wanted}).")

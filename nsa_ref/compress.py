@@ -1,0 +1,286 @@
+"""Compressed blocks: their windows of tokens (C1), the maps over a window and their gradients (C4).
+
+Paper's letters: l = compress_block_size, d = compress_block_sliding_stride, phi = compress_map.
+Complex inputs pass through; ReLU decides on the real part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from nsa_ref.attention import as_float64
+from nsa_ref.checks import check_at_least, check_bool, check_one_of, check_shape
+
+COMPRESS_MAPS = ("mean", "linear", "mlp")
+
+
+def num_compress_blocks(
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_alignment: str,
+) -> int:
+    """How many compressed blocks kv_len tokens have.
+
+    ::
+
+        "start"   floor((kv_len - l) / d) + 1, and none if kv_len < l
+        "end"     floor(kv_len / d)
+
+    Raises
+    ------
+    ValueError : kv_len < 0, a block size or stride below 1, an unknown alignment
+    TypeError : a size that is no integer
+
+    Source
+    ------
+    C1; arXiv 2502.11089, eq. 7 ("start")
+    """
+    check_at_least("kv_len", kv_len, 0)
+    check_at_least("compress_block_size", compress_block_size, 1)
+    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
+    check_one_of("compress_alignment", compress_alignment, ("start", "end"))
+    d = compress_block_sliding_stride
+    if compress_alignment == "end":
+        return kv_len // d
+    return (kv_len - compress_block_size) // d + 1 if kv_len >= compress_block_size else 0
+
+
+def compress_windows(
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_alignment: str,
+) -> list[tuple[int, int]]:
+    """The tokens [start, stop) of every compressed block, in order.
+
+    ::
+
+        "start"   block i covers [i d, i d + l)
+        "end"     block i covers [(i + 1) d - l, (i + 1) d): start may be negative, and what
+                  stands left of token 0 is zeros
+
+    Raises
+    ------
+    ValueError, TypeError : as `num_compress_blocks`
+
+    Source
+    ------
+    C1; arXiv 2502.11089, eq. 7 ("start")
+    """
+    blocks = num_compress_blocks(
+        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
+    )
+    d = compress_block_sliding_stride
+    windows = []
+    for i in range(blocks):
+        start = i * d if compress_alignment == "start" else (i + 1) * d - compress_block_size
+        windows.append((start, start + compress_block_size))
+    return windows
+
+
+def pool_weight_shapes(
+    compress_map: str, compress_positions: bool, kv_heads: int, compress_block_size: int, dim: int
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a compression map.
+
+    ::
+
+        positions    (kv_heads, l, dim)      only with compress_positions
+        linear       weight (dim, l dim), bias (dim,)
+        mlp          weight_in (hidden, l dim), bias_in (hidden,), weight_out (dim, hidden),
+                     bias_out (dim,), with hidden = l dim (upstream's expand factor of 1)
+        mean         none
+
+    Raises
+    ------
+    ValueError : an unknown compress_map, kv_heads, a block size or dim below 1
+    TypeError : a size that is no integer, compress_positions that is no bool
+
+    Source
+    ------
+    C4; arXiv 2502.11089, eq. 7 (phi is "a learnable MLP with intra-block position encoding")
+    """
+    check_one_of("compress_map", compress_map, COMPRESS_MAPS)
+    check_bool("compress_positions", compress_positions)
+    check_at_least("kv_heads", kv_heads, 1)
+    check_at_least("compress_block_size", compress_block_size, 1)
+    check_at_least("dim", dim, 1)
+    flat = compress_block_size * dim
+    hidden = flat
+    shapes: dict[str, tuple[int, ...]] = {}
+    if compress_positions:
+        shapes["positions"] = (kv_heads, compress_block_size, dim)
+    if compress_map == "linear":
+        shapes["weight"] = (dim, flat)
+        shapes["bias"] = (dim,)
+    if compress_map == "mlp":
+        shapes["weight_in"] = (hidden, flat)
+        shapes["bias_in"] = (hidden,)
+        shapes["weight_out"] = (dim, hidden)
+        shapes["bias_out"] = (dim,)
+    return shapes
+
+
+def pool(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    *,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_map: str,
+    compress_alignment: str,
+) -> np.ndarray:
+    """Compressed keys, or values, from tokens: one vector for each window.
+
+    ::
+
+        X    = the l tokens of the window, zeros left of token 0, plus positions if there are any
+        mean     y = sum_r X_r / l         by l also where the window sticks out: zeros count
+        linear   y = weight flat(X) + bias
+        mlp      y = weight_out relu(weight_in flat(X) + bias_in) + bias_out
+
+    flat is token-major: (token, dim) -> l dim. The heads share all weights but the positions.
+    Keys and values are pooled by two calls, each with weights of its own.
+
+    Shapes
+    ------
+    x : (batch, kv_heads, kv_len, dim)
+    weights : the names and shapes of `pool_weight_shapes`; positions are added if present
+    returns : (batch, kv_heads, blocks, dim) float64, or complex128
+
+    Raises
+    ------
+    ValueError : wrong shapes, missing or unknown weights, sizes or choices out of range
+    TypeError : arrays that hold no numbers, sizes that are no integers
+
+    Source
+    ------
+    C1, C4; arXiv 2502.11089, eq. 7
+    """
+    x, weights = _checked(x, weights, compress_block_size, compress_map)
+    batch, kv_heads, kv_len, dim = x.shape
+    windows = compress_windows(
+        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
+    )
+    dtype = np.result_type(x, *weights.values())
+    out = np.zeros((batch, kv_heads, len(windows), dim), dtype=dtype)
+    for b, h in np.ndindex(batch, kv_heads):
+        for i, (start, stop) in enumerate(windows):
+            X = _window(x[b, h], start, stop, weights, h)
+            if compress_map == "mean":
+                out[b, h, i] = X.sum(axis=0) / compress_block_size
+            elif compress_map == "linear":
+                out[b, h, i] = weights["weight"] @ X.ravel() + weights["bias"]
+            else:
+                inner = weights["weight_in"] @ X.ravel() + weights["bias_in"]
+                active = np.where(inner.real > 0, inner, 0)
+                out[b, h, i] = weights["weight_out"] @ active + weights["bias_out"]
+    return out
+
+
+def pool_vjp(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    d_out: np.ndarray,
+    *,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_map: str,
+    compress_alignment: str,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Gradients of <d_out, pool(x, weights)> with respect to the tokens and every weight.
+
+    ::
+
+        mean     dX_r = dy / l
+        linear   dflat = weight^T dy           dweight = dy flat^T           dbias = dy
+        mlp      dinner = [inner > 0] weight_out^T dy     (the gradient of ReLU at 0 is 0)
+                 dweight_out = dy relu(inner)^T           dbias_out = dy
+                 dweight_in = dinner flat^T               dbias_in = dinner
+                 dflat = weight_in^T dinner
+        dpositions = dX summed over batch and windows; dx = dX summed over the windows that hold
+        the token; what falls left of token 0 is dropped
+
+    Shapes
+    ------
+    x, weights and the keywords : as in `pool`
+    d_out : (batch, kv_heads, blocks, dim)
+    returns : (dx, dweights), of the shapes of x and of each of the weights
+
+    Raises
+    ------
+    ValueError, TypeError : as `pool`; d_out of a wrong shape
+
+    Source
+    ------
+    C4; derived by hand from `pool`
+    """
+    x, weights = _checked(x, weights, compress_block_size, compress_map)
+    batch, kv_heads, kv_len, dim = x.shape
+    windows = compress_windows(
+        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
+    )
+    d_out = as_float64("d_out", d_out)
+    check_shape("d_out", d_out.shape, (batch, kv_heads, len(windows), dim))
+    dtype = np.result_type(x, d_out, *weights.values())
+    dx = np.zeros(x.shape, dtype=dtype)
+    dweights = {name: np.zeros(weight.shape, dtype=dtype) for name, weight in weights.items()}
+    for b, h in np.ndindex(batch, kv_heads):
+        for i, (start, stop) in enumerate(windows):
+            X = _window(x[b, h], start, stop, weights, h)
+            dy = d_out[b, h, i]
+            if compress_map == "mean":
+                dX = np.repeat(dy[None] / compress_block_size, compress_block_size, axis=0)
+            elif compress_map == "linear":
+                dX = (weights["weight"].T @ dy).reshape(X.shape)
+                dweights["weight"] += np.outer(dy, X.ravel())
+                dweights["bias"] += dy
+            else:
+                inner = weights["weight_in"] @ X.ravel() + weights["bias_in"]
+                active = np.where(inner.real > 0, inner, 0)
+                dinner = np.where(inner.real > 0, weights["weight_out"].T @ dy, 0)
+                dX = (weights["weight_in"].T @ dinner).reshape(X.shape)
+                dweights["weight_out"] += np.outer(dy, active)
+                dweights["bias_out"] += dy
+                dweights["weight_in"] += np.outer(dinner, X.ravel())
+                dweights["bias_in"] += dinner
+            if "positions" in weights:
+                dweights["positions"][h] += dX
+            for j in range(max(start, 0), stop):
+                dx[b, h, j] += dX[j - start]
+    return dx, dweights
+
+
+def _window(
+    tokens: np.ndarray, start: int, stop: int, weights: Mapping[str, np.ndarray], head: int
+) -> np.ndarray:
+    """X: tokens start .. stop - 1 of (kv_len, dim), zeros left of token 0, plus positions."""
+    X = np.zeros((stop - start, tokens.shape[1]), dtype=tokens.dtype)
+    for j in range(max(start, 0), stop):
+        X[j - start] = tokens[j]
+    return X + weights["positions"][head] if "positions" in weights else X
+
+
+def _checked(
+    x: np.ndarray, weights: Mapping[str, np.ndarray], compress_block_size: int, compress_map: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """x and the weights as float64, of the right names and shapes."""
+    x = as_float64("x", x)
+    check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
+    _, kv_heads, _, dim = x.shape
+    shapes = pool_weight_shapes(
+        compress_map, "positions" in weights, kv_heads, compress_block_size, dim
+    )
+    if set(weights) != set(shapes):
+        raise ValueError(
+            f"weights has the names {sorted(weights)}; compress_map={compress_map!r} takes "
+            f"{sorted(set(shapes) - {'positions'})}, and 'positions' if there are any."
+        )
+    checked = {}
+    for name, shape in shapes.items():
+        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
+        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
+    return x, checked

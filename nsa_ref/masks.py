@@ -1,0 +1,215 @@
+"""Which keys a query reads in each branch: clauses W (sliding), C (compress), F (fine).
+
+A mask is an int64 array of multiplicities: 0 is invisible, 1 visible, 2 counted twice.
+
+Paper's letters: w = sliding_window_size, l = compress_block_size,
+d = compress_block_sliding_stride, l' = selection_block_size, n = the last axis of block_indices.
+Row t is the query at the absolute position p = t + kv_len - q_len: with a KV cache, row 0 is not
+position 0. With kv_len < q_len the first rows have p < 0: they stand before every token and see
+memory at most, causal or not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nsa_ref.checks import check_at_least, check_multiple
+from nsa_ref.semantics import PAPER, Semantics
+
+
+def sliding_mask(
+    q_len: int, kv_len: int, sliding_window_size: int, semantics: Semantics = PAPER
+) -> np.ndarray:
+    """Keys that each query reads in the sliding branch: its own and the w before it.
+
+    ::
+
+        causal      (W1, W3)   mask[t, j] = 1  iff  0 <= p - j <= w    that is w + 1 keys
+        non-causal  (W2)       mask[t, j] = 1  iff  |p - j| <= w
+        not window_closed      < w instead of <= w: w keys, and none for w = 0
+
+    Shapes
+    ------
+    returns : (q_len, kv_len) int64
+
+    Raises
+    ------
+    ValueError : a size below 0
+    TypeError : a size that is no integer, semantics that is no Semantics
+
+    Source
+    ------
+    W1, W2, W3; arXiv 2502.11089, section 3.3.3 (no equation number), k_{t-w:t}
+    """
+    check_at_least("q_len", q_len, 0)
+    check_at_least("kv_len", kv_len, 0)
+    check_at_least("sliding_window_size", sliding_window_size, 0)
+    check_semantics(semantics)
+    reach = sliding_window_size if semantics.window_closed else sliding_window_size - 1
+    mask = np.zeros((q_len, kv_len), dtype=np.int64)
+    for t in range(q_len):
+        p = t + kv_len - q_len
+        if p < 0:
+            continue
+        for j in range(kv_len):
+            if semantics.causal:
+                mask[t, j] = 0 <= p - j <= reach
+            else:
+                mask[t, j] = abs(p - j) <= reach
+    return mask
+
+
+def compress_mask(
+    q_len: int,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    num_mem_kv: int = 0,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """Memory columns and compressed blocks that each query reads in the compress branch.
+
+    ::
+
+        column c < num_mem_kv          memory, always visible (C3)
+        column c = num_mem_kv + i      block i of C1, visible iff its last token <= p (C2),
+                                       or < p (compress_strict); non-causal: always (C3)
+        last token of block i          i d + l - 1 ("start") or (i + 1) d - 1 ("end")
+
+    Shapes
+    ------
+    returns : (q_len, num_mem_kv + number of blocks) int64
+
+    Raises
+    ------
+    ValueError : q_len, kv_len or num_mem_kv below 0, a block size or stride below 1
+    TypeError : a size that is no integer, semantics that is no Semantics
+
+    Source
+    ------
+    C1, C2, C3; arXiv 2502.11089, eq. 7
+    """
+    check_at_least("q_len", q_len, 0)
+    check_at_least("kv_len", kv_len, 0)
+    check_at_least("compress_block_size", compress_block_size, 1)
+    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
+    check_at_least("num_mem_kv", num_mem_kv, 0)
+    check_semantics(semantics)
+    # Block 0 ends at token l - 1 or d - 1, every next one d later; a block whose last token
+    # does not exist is no block.
+    start = semantics.compress_alignment == "start"
+    first = (compress_block_size if start else compress_block_sliding_stride) - 1
+    last_tokens = range(first, kv_len, compress_block_sliding_stride)
+    mask = np.zeros((q_len, num_mem_kv + len(last_tokens)), dtype=np.int64)
+    mask[:, :num_mem_kv] = 1
+    for t in range(q_len):
+        p = t + kv_len - q_len
+        if p < 0:
+            continue
+        for i, last in enumerate(last_tokens):
+            if not semantics.causal:
+                mask[t, num_mem_kv + i] = 1
+            elif semantics.compress_strict:
+                mask[t, num_mem_kv + i] = last < p
+            else:
+                mask[t, num_mem_kv + i] = last <= p
+    return mask
+
+
+def fine_mask(
+    q_len: int,
+    kv_len: int,
+    selection_block_size: int,
+    block_indices: np.ndarray,
+    q_heads: int,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """Keys that each query reads in the fine branch: the tokens of its selected blocks.
+
+    ::
+
+        causal      (F1)   mult_j = [j // l' is selected] * [j <= p]
+        non-causal  (F4)   mult_j = [j // l' is selected]
+        block named twice  counted once ("set") or twice ("multiset") (F3)
+        own_block_extra    causal: block p // l' is added to the selected ones (I4); in a
+                           multiset an own block that was also selected then counts twice
+
+    The last block may be short and holds its real tokens only (F2). Indices that are negative
+    or at least the number of blocks, ceil(kv_len / l'), are ignored, in any slot (I6).
+
+    Shapes
+    ------
+    block_indices : (batch, heads, q_len, n) integers; query head h reads heads axis
+        h // (q_heads // heads): heads = kv_heads, or q_heads where selection is not shared
+    returns : (batch, q_heads, q_len, kv_len) int64
+
+    Raises
+    ------
+    ValueError : a length below 0, a block size below 1, a wrong shape, q_heads no multiple of
+        heads
+    TypeError : block_indices that are no integers, semantics that is no Semantics
+
+    Source
+    ------
+    F1, F2, F3, F4, I6; arXiv 2502.11089, section 3.3.2
+    """
+    check_at_least("q_len", q_len, 0)
+    check_at_least("kv_len", kv_len, 0)
+    check_at_least("selection_block_size", selection_block_size, 1)
+    check_semantics(semantics)
+    block_indices = np.asarray(block_indices)
+    check_block_indices(block_indices, q_len)
+    batch, heads, _, _ = block_indices.shape
+    check_at_least("heads (axis 1 of block_indices)", heads, 1)
+    check_multiple(
+        "q_heads",
+        q_heads,
+        "heads (axis 1 of block_indices)",
+        heads,
+        why="query heads share a choice of blocks in equal groups",
+    )
+    group = q_heads // heads
+    num_blocks = -(-kv_len // selection_block_size)
+
+    mask = np.zeros((batch, q_heads, q_len, kv_len), dtype=np.int64)
+    for b, g, t in np.ndindex(batch, heads, q_len):
+        p = t + kv_len - q_len
+        if p < 0:
+            continue
+        selected = [int(i) for i in block_indices[b, g, t] if 0 <= i < num_blocks]
+        if semantics.causal and semantics.own_block_extra:
+            selected.append(p // selection_block_size)
+        if semantics.duplicates == "set":
+            selected = sorted(set(selected))
+        row = np.zeros(kv_len, dtype=np.int64)
+        for block in selected:
+            start = block * selection_block_size
+            for j in range(start, min(start + selection_block_size, kv_len)):
+                if j <= p or not semantics.causal:
+                    row[j] += 1
+        for h in range(g * group, (g + 1) * group):
+            mask[b, h, t] = row
+    return mask
+
+
+def check_semantics(semantics: object) -> None:
+    """Raise TypeError unless semantics is a Semantics."""
+    if not isinstance(semantics, Semantics):
+        raise TypeError(
+            f"semantics={semantics!r} must be a Semantics, such as nsa_ref.PAPER, "
+            f"not {type(semantics).__name__}."
+        )
+
+
+def check_block_indices(block_indices: np.ndarray, q_len: int) -> None:
+    """Raise unless block_indices are integers of the shape (batch, heads, q_len, n)."""
+    if block_indices.dtype.kind not in "iu":
+        raise TypeError(
+            f"block_indices has dtype {block_indices.dtype}; it must hold integers: block "
+            "numbers, and -1 in unused slots."
+        )
+    if block_indices.ndim != 4 or block_indices.shape[2] != q_len:
+        raise ValueError(
+            f"block_indices has shape {block_indices.shape}; it must be "
+            f"(batch, heads, q_len={q_len}, n): n independent block numbers per query."
+        )

@@ -1,0 +1,809 @@
+"""Which blocks the fine branch reads: candidates, importance, top-n, and its judge (I1 to I6).
+
+Paper's letters: l = compress_block_size, d = compress_block_sliding_stride,
+l' = selection_block_size, n = num_selected_blocks. Selection block b holds the tokens
+[b l', (b + 1) l'); there are ceil(kv_len / l') of them, and the last may be short. The own block
+of the query at p is p // l'. A stride is d tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from nsa_ref.attention import as_float64
+from nsa_ref.checks import check_at_least, check_multiple, check_shape
+from nsa_ref.compress import compress_windows, num_compress_blocks
+from nsa_ref.masks import check_block_indices, check_semantics, compress_mask
+from nsa_ref.semantics import PAPER, Semantics
+
+VALID = "valid"
+AMBIGUOUS = "ambiguous"
+INVALID = "invalid"
+
+# Upstream masks logits with a tenth of the lowest finite number, and puts this logit before the
+# means, so that a softmax over nothing visible goes to the pad (I3).
+INVISIBLE_LOGIT = -np.finfo(np.float64).max / 10
+PAD_LOGIT = -1e3
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def selection_candidates(
+    q_len: int,
+    kv_len: int,
+    selection_block_size: int,
+    semantics: Semantics = PAPER,
+    *,
+    compress_block_size: int | None = None,
+    compress_block_sliding_stride: int | None = None,
+) -> np.ndarray:
+    """Blocks that each query may choose from.
+
+    ::
+
+        causal            block b is a candidate iff b l' <= p (I4)
+        non-causal        every block
+        own_block_extra   causal: not the own block (I4)
+        logit_mean        not a trailing block that lacks one of its l'/d compressed blocks; and,
+                          if l' != d, not the own block, causal or not (I3)
+
+    Shapes
+    ------
+    compress_block_size, compress_block_sliding_stride : needed for importance "logit_mean" only
+        (the block size with alignment "start" only)
+    returns : (q_len, ceil(kv_len / l')) bool
+
+    Raises
+    ------
+    ValueError : sizes out of range; d that does not divide l'; a size that is needed and missing
+    TypeError : a size that is no integer, semantics that is no Semantics
+
+    Source
+    ------
+    I3, I4; arXiv 2502.11089, eq. 11
+    """
+    check_at_least("q_len", q_len, 0)
+    check_at_least("kv_len", kv_len, 0)
+    check_at_least("selection_block_size", selection_block_size, 1)
+    check_semantics(semantics)
+    num_blocks = -(-kv_len // selection_block_size)
+    own_excluded = semantics.causal and semantics.own_block_extra
+    complete = num_blocks
+    if semantics.importance == "logit_mean":
+        size, d = _sizes_of_logit_mean(
+            compress_block_size, compress_block_sliding_stride, semantics
+        )
+        _check_stride_divides(selection_block_size, d)
+        strides = selection_block_size // d
+        complete = num_compress_blocks(kv_len, size, d, semantics.compress_alignment) // strides
+        own_excluded = own_excluded or strides != 1
+
+    candidates = np.zeros((q_len, num_blocks), dtype=bool)
+    for t in range(q_len):
+        p = t + kv_len - q_len
+        for block in range(min(num_blocks, complete)):
+            begun = block * selection_block_size <= p or not semantics.causal
+            own = block == p // selection_block_size
+            candidates[t, block] = begun and not (own and own_excluded)
+    return candidates
+
+
+def forced_blocks(
+    q_len: int,
+    kv_len: int,
+    selection_block_size: int,
+    num_initial_blocks: int,
+    num_local_blocks: int,
+    semantics: Semantics = PAPER,
+    *,
+    compress_block_size: int | None = None,
+    compress_block_sliding_stride: int | None = None,
+) -> np.ndarray:
+    """Candidates that compete with `forced_score` in place of their own score.
+
+    ::
+
+        initial   blocks 0 .. num_initial_blocks - 1
+        local     the own block, and the num_local_blocks - 1 before it
+        own_block_extra   none are forced, whatever the two numbers (I4)
+
+    Shapes
+    ------
+    compress_block_size, compress_block_sliding_stride : as in `selection_candidates`
+    returns : (q_len, ceil(kv_len / l')) bool
+
+    Raises
+    ------
+    ValueError, TypeError : as `selection_candidates`; a number of blocks below 0
+
+    Source
+    ------
+    I4; arXiv 2502.11089, section 4.1 ("fixed activating the 1 initial block and 2 local blocks")
+    """
+    check_at_least("num_initial_blocks", num_initial_blocks, 0)
+    check_at_least("num_local_blocks", num_local_blocks, 0)
+    candidates = selection_candidates(
+        q_len,
+        kv_len,
+        selection_block_size,
+        semantics,
+        compress_block_size=compress_block_size,
+        compress_block_sliding_stride=compress_block_sliding_stride,
+    )
+    forced = np.zeros(candidates.shape, dtype=bool)
+    if semantics.own_block_extra:
+        return forced
+    for t, block in np.argwhere(candidates):
+        p = t + kv_len - q_len
+        own = p // selection_block_size
+        initial = block < num_initial_blocks
+        local = own - num_local_blocks < block <= own
+        forced[t, block] = initial or local
+    return forced
+
+
+# --- importance -----------------------------------------------------------------------------------
+
+
+def shared_strides(
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    selection_block_size: int,
+    compress_alignment: str,
+) -> np.ndarray:
+    """How many strides of d tokens each compressed window shares with each selection block.
+
+    ::
+
+        count[i, b] = |window i  intersected with  [b l', (b + 1) l')| / d
+
+    Eq. 9 prints p_slc[j] = sum_{m < l'/d} sum_{n < l/d} p_cmp[l'/d j - m - n]; with j and p_cmp
+    counted from 1 it sums by overlap in strides. From 0 the same sum is over l'/d j + m - n for
+    windows that start at i d, and over l'/d j + m + n for windows that end at (i + 1) d.
+
+    Shapes
+    ------
+    returns : (compressed blocks, ceil(kv_len / l')) int64
+
+    Raises
+    ------
+    ValueError : d that does not divide l or l', sizes out of range, an unknown alignment
+    TypeError : a size that is no integer
+
+    Source
+    ------
+    I2; arXiv 2502.11089, eq. 9
+    """
+    d = compress_block_sliding_stride
+    check_at_least("selection_block_size", selection_block_size, 1)
+    windows = compress_windows(kv_len, compress_block_size, d, compress_alignment)
+    check_multiple(
+        "compress_block_size",
+        compress_block_size,
+        "compress_block_sliding_stride",
+        d,
+        why="eq. 9 counts the overlap of windows and blocks in whole strides",
+    )
+    _check_stride_divides(selection_block_size, d)
+    num_blocks = -(-kv_len // selection_block_size)
+    count = np.zeros((len(windows), num_blocks), dtype=np.int64)
+    for i, (start, stop) in enumerate(windows):
+        for block in range(num_blocks):
+            block_start = block * selection_block_size
+            block_stop = block_start + selection_block_size
+            tokens = min(stop, block_stop) - max(start, block_start)
+            count[i, block] = max(tokens, 0) // d  # all four ends are multiples of d
+    return count
+
+
+def compress_probabilities(
+    q: np.ndarray,
+    k_cmp: np.ndarray,
+    mem_k: np.ndarray,
+    *,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+) -> np.ndarray:
+    """p_cmp: the softmax of the compress branch over its visible columns, without the memory.
+
+    ::
+
+        p_cmp = softmax(scale q.k)  over memory and visible compressed blocks; 0 where invisible
+
+    Memory takes part in the softmax and is no candidate, so a row sums to less than 1 with it,
+    and to 0 where no compressed block is visible.
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim)      k_cmp : (batch, kv_heads, blocks, head_dim)
+    mem_k : (batch, kv_heads, num_mem_kv, head_dim)
+    scale : default head_dim ** -0.5
+    returns : (batch, q_heads, q_len, blocks) float64, or complex128
+
+    Raises
+    ------
+    ValueError : shapes that do not fit (blocks is what kv_len gives by C1), sizes out of range
+    TypeError : arrays that hold no numbers, sizes that are no integers
+
+    Source
+    ------
+    I1; arXiv 2502.11089, eq. 8
+    """
+    q, k_cmp, mem_k, scale, mask = _checked(
+        q, k_cmp, mem_k, kv_len, compress_block_size, compress_block_sliding_stride,
+        semantics, scale,
+    )  # fmt: skip
+    batch, q_heads, q_len, _ = q.shape
+    group = q_heads // k_cmp.shape[1]
+    num_mem_kv, blocks = mem_k.shape[2], k_cmp.shape[2]
+    columns = np.concatenate([mem_k, k_cmp], axis=2)
+
+    p_cmp = np.zeros((batch, q_heads, q_len, blocks), dtype=np.result_type(q, columns))
+    for b, h, t in np.ndindex(batch, q_heads, q_len):
+        visible = np.flatnonzero(mask[t])
+        if visible.size == 0:
+            continue
+        s = scale * (columns[b, h // group, visible] @ q[b, h, t])
+        weight = np.exp(s - s.real.max())
+        probability = weight / weight.sum()
+        p_cmp[b, h, t, visible[num_mem_kv:] - num_mem_kv] = probability[num_mem_kv:]
+    return p_cmp
+
+
+def importance(
+    q: np.ndarray,
+    k_cmp: np.ndarray,
+    mem_k: np.ndarray,
+    *,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    selection_block_size: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+) -> np.ndarray:
+    """The score of every selection block, for every query.
+
+    ::
+
+        "overlap"      score[b] = sum over the group's heads, sum_i p_cmp[i] count[i, b]
+                       with p_cmp of `compress_probabilities`, count of `shared_strides`
+        "logit_mean"   score[b] = the mean of scale q.k_cmp[i] over the group's heads and the
+                       l'/d compressed blocks i = b l'/d .. (b + 1) l'/d - 1; an invisible one
+                       counts as -(largest float64) / 10, and a block that is no candidate
+                       scores -inf
+
+    Without share_selection every query head is a group of its own. The means of "logit_mean"
+    are what is ranked; `selection_probability` turns them into what `score_floor` is compared with.
+
+    Shapes
+    ------
+    q, k_cmp, mem_k, scale : as in `compress_probabilities`
+    returns : (batch, heads, q_len, ceil(kv_len / l')) float64; heads = kv_heads, or q_heads
+        without share_selection
+
+    Raises
+    ------
+    ValueError, TypeError : as `compress_probabilities`; d that does not divide l' or, for
+        "overlap", l
+
+    Source
+    ------
+    I1, I2, I3; arXiv 2502.11089, eq. 8, 9 and 10
+    """
+    q, k_cmp, mem_k, scale, mask = _checked(
+        q, k_cmp, mem_k, kv_len, compress_block_size, compress_block_sliding_stride,
+        semantics, scale,
+    )  # fmt: skip
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, num_mem_kv = k_cmp.shape[1], mem_k.shape[2]
+    heads = kv_heads if semantics.share_selection else q_heads
+    group = q_heads // heads
+    sizes = {
+        "compress_block_size": compress_block_size,
+        "compress_block_sliding_stride": compress_block_sliding_stride,
+    }
+    candidates = selection_candidates(q_len, kv_len, selection_block_size, semantics, **sizes)
+    num_blocks = candidates.shape[1]
+    score = np.zeros((batch, heads, q_len, num_blocks), dtype=np.result_type(q, k_cmp, mem_k))
+
+    if semantics.importance == "overlap":
+        count = shared_strides(
+            kv_len,
+            compress_block_size,
+            compress_block_sliding_stride,
+            selection_block_size,
+            semantics.compress_alignment,
+        )
+        p_cmp = compress_probabilities(
+            q, k_cmp, mem_k, kv_len=kv_len, semantics=semantics, scale=scale, **sizes
+        )
+        for b, h, t in np.ndindex(batch, q_heads, q_len):
+            for block in range(num_blocks):
+                score[b, h // group, t, block] += (p_cmp[b, h, t] * count[:, block]).sum()  # eq. 10
+        return score
+
+    strides = selection_block_size // compress_block_sliding_stride
+    visible = mask[:, num_mem_kv:]
+    for b, g, t in np.ndindex(batch, heads, q_len):
+        for block in range(num_blocks):
+            if not candidates[t, block]:
+                score[b, g, t, block] = -math.inf
+                continue
+            total, invisible = 0.0, 0
+            for h in range(g * group, (g + 1) * group):
+                for i in range(block * strides, (block + 1) * strides):
+                    if visible[t, i]:
+                        total += scale * (k_cmp[b, h // (q_heads // kv_heads), i] @ q[b, h, t])
+                    else:
+                        invisible += 1
+            # The invisible ones are added as a share: their plain sum would overflow.
+            terms = group * strides
+            score[b, g, t, block] = total / terms + invisible / terms * INVISIBLE_LOGIT
+    return score
+
+
+def selection_probability(means: np.ndarray) -> np.ndarray:
+    """The softmax over blocks of the scores of "logit_mean", with a pad logit of -1e3.
+
+    ::
+
+        probability[b] = exp(mean[b]) / (exp(-1e3) + sum_b exp(mean[b]));   0 where mean is -inf
+
+    Shapes
+    ------
+    means : (..., blocks), as `importance` returns them for "logit_mean"
+    returns : the same shape, float64
+
+    Raises
+    ------
+    TypeError : means that hold no numbers
+
+    Source
+    ------
+    I3; upstream's importance scores just before its top-k
+    """
+    means = as_float64("means", means)
+    probability = np.zeros(means.shape, dtype=means.dtype)
+    for row in np.ndindex(means.shape[:-1]):
+        m = max(means[row].real.max(initial=-math.inf), PAD_LOGIT)
+        weight = np.exp(means[row] - m)
+        probability[row] = weight / (np.exp(PAD_LOGIT - m) + weight.sum())
+    return probability
+
+
+# --- top-n ----------------------------------------------------------------------------------------
+
+
+def select(
+    q: np.ndarray,
+    k_cmp: np.ndarray,
+    mem_k: np.ndarray,
+    *,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    selection_block_size: int,
+    num_selected_blocks: int,
+    num_initial_blocks: int,
+    num_local_blocks: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+) -> np.ndarray:
+    """The blocks that each query reads in the fine branch, best first.
+
+    `importance` scores the blocks, and `top_blocks` takes n of the candidates.
+
+    Shapes
+    ------
+    q, k_cmp, mem_k, scale : as in `compress_probabilities`
+    returns : (batch, heads, q_len, n) int64, -1 in unused slots, which stand last; heads =
+        kv_heads, or q_heads without share_selection
+
+    Raises
+    ------
+    ValueError, TypeError : as `importance`; a number of blocks below 0
+
+    Source
+    ------
+    I1 to I6; arXiv 2502.11089, eq. 8 to 11
+    """
+    sizes = {
+        "compress_block_size": compress_block_size,
+        "compress_block_sliding_stride": compress_block_sliding_stride,
+    }
+    scores = importance(
+        q,
+        k_cmp,
+        mem_k,
+        kv_len=kv_len,
+        selection_block_size=selection_block_size,
+        semantics=semantics,
+        scale=scale,
+        **sizes,
+    )
+    q_len = scores.shape[2]
+    return top_blocks(
+        scores,
+        candidates=selection_candidates(q_len, kv_len, selection_block_size, semantics, **sizes),
+        forced=forced_blocks(
+            q_len,
+            kv_len,
+            selection_block_size,
+            num_initial_blocks,
+            num_local_blocks,
+            semantics,
+            **sizes,
+        ),
+        num_selected_blocks=num_selected_blocks,
+        semantics=semantics,
+    )
+
+
+def top_blocks(
+    scores: np.ndarray,
+    *,
+    candidates: np.ndarray,
+    forced: np.ndarray,
+    num_selected_blocks: int,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """The n candidates of the highest score, best first; of equal ones the lower index.
+
+    ::
+
+        forced blocks score `forced_score`; if more are forced than n, the lowest are kept (I4)
+        fewer candidates than n: all of them, and -1 in the slots that are left (I6)
+        score_floor: a chosen block of lower or equal score becomes -1 (I4); for "logit_mean" the
+        score that the floor is compared with is `selection_probability`
+
+    Shapes
+    ------
+    scores : (batch, heads, q_len, blocks), as `importance` returns them
+    candidates, forced : (q_len, blocks) bool
+    returns : (batch, heads, q_len, n) int64
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, num_selected_blocks < 0, a candidate whose score is NaN
+    TypeError : arrays that hold no numbers
+
+    Source
+    ------
+    I4, I5, I6; arXiv 2502.11089, eq. 11
+    """
+    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
+    check_at_least("num_selected_blocks", num_selected_blocks, 0)
+    ranked = _with_forced_score(scores, forced, semantics)
+    floored = _floored_quantity(scores, forced, semantics)
+    chosen = np.full((*scores.shape[:3], num_selected_blocks), -1, dtype=np.int64)
+    for b, g, t in np.ndindex(scores.shape[:3]):
+        best = sorted(
+            (int(block) for block in np.flatnonzero(candidates[t])),
+            key=lambda block: (-ranked[b, g, t, block], block),
+        )
+        slot = 0
+        for block in best[:num_selected_blocks]:
+            floor = semantics.score_floor
+            if floor is None or floored[b, g, t, block] > floor:
+                chosen[b, g, t, slot] = block
+                slot += 1
+    return chosen
+
+
+# --- the judge of somebody else's choice ----------------------------------------------------------
+
+
+class SelectionVerdict(NamedTuple):
+    """What `valid_selection` finds.
+
+    verdict : (batch, heads, q_len) of the strings VALID, AMBIGUOUS, INVALID
+    reasons : (batch, heads, q_len) -> (clause, sentence), for every row that is not VALID
+    """
+
+    verdict: np.ndarray
+    reasons: dict[tuple[int, int, int], tuple[str, str]]
+
+    def first_invalid(self) -> str | None:
+        """The first INVALID row in words, or None: "I4 at batch 0, head 1, row 5: ..."."""
+        for (b, g, t), (clause, sentence) in self.reasons.items():
+            if self.verdict[b, g, t] == INVALID:
+                return f"{clause} at batch {b}, head {g}, row {t}: {sentence}"
+        return None
+
+
+def valid_selection(
+    block_indices: np.ndarray,
+    scores: np.ndarray,
+    score_bounds: np.ndarray,
+    *,
+    candidates: np.ndarray,
+    forced: np.ndarray,
+    num_selected_blocks: int,
+    semantics: Semantics = PAPER,
+) -> SelectionVerdict:
+    """Is this choice of blocks a valid top-n, given how exactly the scores can be known?
+
+    Indices below 0 or not below the number of blocks are dropped, in any slot (I6). The rest of
+    a row is VALID iff
+
+    ::
+
+        distinct candidates, at most n of them, all forced ones among them (I4; where more than n
+            are forced at an infinite score, the lowest n)
+        min(n, candidates) of them (I6), unless score_floor took some: then every candidate that
+            was left out is at the floor or below, and every one that was taken is above (I4)
+        no candidate that was left out scores higher than one that was taken (I4); equal scores
+            may be resolved either way (I5)
+
+    A comparison that comes out wrong, but by no more than the bounds of its two scores, makes the
+    row AMBIGUOUS (I5); by more, INVALID.
+
+    Shapes
+    ------
+    block_indices : (batch, heads, q_len, slots) integers
+    scores, score_bounds : (batch, heads, q_len, blocks): `importance`, and the largest error
+        of each score; for "logit_mean" both are about the means before the softmax
+    candidates, forced : (q_len, blocks) bool
+    returns : SelectionVerdict(verdict, reasons)
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, num_selected_blocks < 0, a candidate whose score or bound
+        is NaN, a negative bound
+    TypeError : block_indices that are no integers, arrays that hold no numbers
+
+    Source
+    ------
+    I4, I5, I6
+    """
+    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
+    check_at_least("num_selected_blocks", num_selected_blocks, 0)
+    bounds = as_float64("score_bounds", score_bounds)
+    check_shape("score_bounds", bounds.shape, scores.shape)
+    usable = np.broadcast_to(candidates, scores.shape)
+    if not (bounds[usable] >= 0).all():
+        wrong = bounds[usable][~(bounds[usable] >= 0)][0]
+        raise ValueError(f"score_bounds holds {wrong} at a candidate; it must be at least 0.")
+    bounds = np.where(usable, bounds, 0)
+    block_indices = np.asarray(block_indices)
+    batch, heads, q_len, _ = scores.shape
+    check_block_indices(block_indices, q_len)
+    check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
+
+    ranked = _with_forced_score(scores, forced, semantics)
+    low, high = _floored_range(scores, bounds, forced, semantics)
+    floored = _floored_quantity(scores, forced, semantics)
+    rank_bounds = np.where(forced, _bound_of_forced(bounds, semantics), bounds)
+
+    verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
+    reasons: dict[tuple[int, int, int], tuple[str, str]] = {}
+    for b, g, t in np.ndindex(batch, heads, q_len):
+        found = _judge_row(
+            [int(block) for block in block_indices[b, g, t]],
+            ranked[b, g, t],
+            rank_bounds[b, g, t],
+            candidates[t],
+            forced[t],
+            (low[b, g, t], floored[b, g, t], high[b, g, t]),
+            num_selected_blocks,
+            semantics,
+        )
+        if found is not None:
+            verdict[b, g, t], clause, sentence = found
+            reasons[b, g, t] = (clause, sentence)
+    return SelectionVerdict(verdict, reasons)
+
+
+def _judge_row(
+    named: list[int],
+    ranked: np.ndarray,
+    bounds: np.ndarray,
+    candidate: np.ndarray,
+    forced: np.ndarray,
+    floored: tuple[np.ndarray, np.ndarray, np.ndarray],
+    n: int,
+    semantics: Semantics,
+) -> tuple[str, str, str] | None:
+    """(verdict, clause, sentence) for one row, or None if it is valid."""
+    num_blocks = len(ranked)
+    taken = [block for block in named if 0 <= block < num_blocks]
+    left = [block for block in range(num_blocks) if candidate[block] and block not in taken]
+    doubt: tuple[str, str, str] | None = None
+
+    for block in taken:
+        if taken.count(block) > 1:
+            return INVALID, "I4", f"block {block} is named {taken.count(block)} times."
+        if not candidate[block]:
+            listed = ", ".join(str(c) for c in np.flatnonzero(candidate)) or "none"
+            return INVALID, "I4", f"block {block} is no candidate; candidates are {listed}."
+    if len(taken) > n:
+        return INVALID, "I4", f"{len(taken)} blocks are named, num_selected_blocks={n}."
+    if math.isinf(semantics.forced_score):
+        for block in np.flatnonzero(forced)[:n]:
+            if block not in taken:
+                return INVALID, "I4", f"block {block} is forced and was left out."
+
+    low, middle, high = floored
+    floor = semantics.score_floor
+    if len(taken) < min(n, len(taken) + len(left)):
+        for block in left:
+            if floor is None or low[block] > floor:
+                rule = "" if floor is None else f", and its score is above score_floor={floor}"
+                return INVALID, "I6", f"block {block} was left out with a slot to spare{rule}."
+            if middle[block] > floor:
+                doubt = AMBIGUOUS, "I5", f"block {block}: score_floor={floor} is within its bound."
+    for block in taken:
+        if floor is not None and high[block] <= floor:
+            why = f"block {block} was taken, and its score is not above score_floor={floor}."
+            return INVALID, "I4", why
+        if floor is not None and middle[block] <= floor:
+            doubt = AMBIGUOUS, "I5", f"block {block}: score_floor={floor} is within its bound."
+
+    for worse in taken:
+        for better in left:
+            if not ranked[better] > ranked[worse]:
+                continue
+            gap, bound = ranked[better] - ranked[worse], bounds[better] + bounds[worse]
+            what = (
+                f"block {better} (score {ranked[better]:.17g}) was left out and block {worse} "
+                f"(score {ranked[worse]:.17g}) taken: the gap {gap:.3g}"
+            )
+            if gap > bound:
+                return INVALID, "I4", f"{what} is larger than the bound {bound:.3g} of the two."
+            doubt = AMBIGUOUS, "I5", f"{what} is within the bound {bound:.3g} of the two."
+    return doubt
+
+
+def _with_forced_score(scores: np.ndarray, forced: np.ndarray, semantics: Semantics) -> np.ndarray:
+    """The scores that are ranked: `forced_score` in place of the own score of forced blocks.
+
+    "logit_mean" ranks means, so there a finite forced_score becomes the mean at which a block's
+    probability would be forced_score: log(forced_score) + log of the softmax's denominator.
+    """
+    ranked = scores.copy()
+    for b, g, t in np.ndindex(scores.shape[:3]):
+        value = semantics.forced_score
+        if semantics.importance == "logit_mean" and math.isfinite(value) and forced[t].any():
+            logits = np.append(scores[b, g, t], PAD_LOGIT)
+            m = logits.max()
+            value = math.log(value) + m + math.log(np.exp(logits - m).sum())
+        ranked[b, g, t, forced[t]] = value
+    return ranked
+
+
+def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
+    """The error of a forced block's rank: none, but where `_with_forced_score` took a log-sum-exp.
+
+    A log-sum-exp moves by no more than the largest move of its terms. Shape (..., 1).
+    """
+    if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
+        return np.zeros((*bounds.shape[:3], 1))
+    largest: np.ndarray = bounds.max(axis=3, keepdims=True, initial=0)
+    return largest
+
+
+def _floored_quantity(scores: np.ndarray, forced: np.ndarray, semantics: Semantics) -> np.ndarray:
+    """What `score_floor` is compared with: the score, or for "logit_mean" its probability."""
+    own = scores if semantics.importance == "overlap" else selection_probability(scores)
+    quantity: np.ndarray = np.where(forced, semantics.forced_score, own)
+    return quantity
+
+
+def _floored_range(
+    scores: np.ndarray, bounds: np.ndarray, forced: np.ndarray, semantics: Semantics
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest value that `_floored_quantity` has within the scores' bounds."""
+    low, high = scores - bounds, scores + bounds
+    if semantics.importance == "logit_mean" and semantics.score_floor is not None:
+        # A probability grows with its own mean and falls with every other one.
+        least, most = np.zeros(scores.shape), np.zeros(scores.shape)
+        for block in range(scores.shape[3]):
+            own = np.arange(scores.shape[3]) == block
+            least[..., block] = selection_probability(np.where(own, low, high))[..., block]
+            most[..., block] = selection_probability(np.where(own, high, low))[..., block]
+        low, high = least, most
+    value = semantics.forced_score
+    return np.where(forced, value, low), np.where(forced, value, high)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_stride_divides(selection_block_size: int, stride: int) -> None:
+    check_at_least("compress_block_sliding_stride", stride, 1)
+    check_multiple(
+        "selection_block_size",
+        selection_block_size,
+        "compress_block_sliding_stride",
+        stride,
+        why="eq. 9 counts the overlap of windows and blocks in whole strides",
+    )
+
+
+def _sizes_of_logit_mean(
+    compress_block_size: int | None, stride: int | None, semantics: Semantics
+) -> tuple[int, int]:
+    """l and d, which "logit_mean" needs to know which compressed blocks exist."""
+    if stride is None:
+        raise ValueError(
+            "compress_block_sliding_stride=None must be given: importance='logit_mean' takes no "
+            "block as a candidate that lacks one of its compressed blocks."
+        )
+    if compress_block_size is None:
+        if semantics.compress_alignment == "start":
+            raise ValueError(
+                "compress_block_size=None must be given: with importance='logit_mean' and "
+                "compress_alignment='start' it says how many compressed blocks there are."
+            )
+        return stride, stride  # "end" windows are counted by their strides alone
+    return compress_block_size, stride
+
+
+def _checked(
+    q: np.ndarray,
+    k_cmp: np.ndarray,
+    mem_k: np.ndarray,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    semantics: Semantics,
+    scale: float | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
+    """The arrays as float64 and of fitting shapes, the scale, and the compress mask."""
+    check_semantics(semantics)
+    q, k_cmp, mem_k = as_float64("q", q), as_float64("k_cmp", k_cmp), as_float64("mem_k", mem_k)
+    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    check_at_least("head_dim (axis 3 of q)", head_dim, 1)
+    blocks = num_compress_blocks(
+        kv_len,
+        compress_block_size,
+        compress_block_sliding_stride,
+        semantics.compress_alignment,
+    )
+    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", blocks, head_dim))
+    kv_heads = k_cmp.shape[1]
+    check_shape("mem_k", mem_k.shape, (batch, kv_heads, "num_mem_kv", head_dim))
+    check_at_least("kv_heads (axis 1 of k_cmp)", kv_heads, 1)
+    check_multiple(
+        "q_heads (axis 1 of q)",
+        q_heads,
+        "kv_heads (axis 1 of k_cmp)",
+        kv_heads,
+        why="query head h reads kv head h // (q_heads // kv_heads)",
+    )
+    mask = compress_mask(
+        q_len,
+        kv_len,
+        compress_block_size,
+        compress_block_sliding_stride,
+        mem_k.shape[2],
+        semantics,
+    )
+    return q, k_cmp, mem_k, head_dim**-0.5 if scale is None else scale, mask
+
+
+def _checked_scores(
+    scores: np.ndarray, candidates: np.ndarray, forced: np.ndarray, semantics: Semantics
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scores as float64, candidates and forced as bool, of fitting shapes."""
+    check_semantics(semantics)
+    scores = as_float64("scores", scores).real
+    check_shape("scores", scores.shape, ("batch", "heads", "q_len", "blocks"))
+    candidates, forced = np.asarray(candidates), np.asarray(forced)
+    for name, array in (("candidates", candidates), ("forced", forced)):
+        if array.dtype != bool:
+            raise TypeError(f"{name} has dtype {array.dtype}; it must be bool.")
+        check_shape(name, array.shape, scores.shape[2:])
+    if np.isnan(scores[np.broadcast_to(candidates, scores.shape)]).any():
+        raise ValueError("scores holds NaN at a candidate; scores must be numbers to be ranked.")
+    return scores, candidates, forced & candidates

@@ -1,0 +1,319 @@
+"""The oracle's compressed blocks (C1, C4): literal windows, strided views, complex step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+
+from nsa_ref import compress_windows, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
+
+STEP = 1e-30  # of the complex step
+ALIGNMENTS = st.sampled_from(["start", "end"])
+
+
+class Pooling(NamedTuple):
+    """Tokens, weights, the gradient that arrives, and the keywords of `pool`."""
+
+    x: np.ndarray
+    weights: dict[str, np.ndarray]
+    d_out: np.ndarray
+    keywords: dict
+
+
+@st.composite
+def poolings(draw: st.DrawFn, *, exact: bool) -> Pooling:
+    """Every map, with and without positions; the simplest is the mean of no tokens.
+
+    `exact` draws small integers, and d_out a multiple of l: all sums are then exact in float64.
+    """
+    batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
+    kv_len, dim = draw(st.integers(0, 9)), draw(st.integers(1, 3))
+    keywords = {
+        "compress_block_size": draw(st.integers(1, 5)),
+        "compress_block_sliding_stride": draw(st.integers(1, 4)),
+        "compress_map": draw(st.sampled_from(["mean", "linear", "mlp"])),
+        "compress_alignment": draw(ALIGNMENTS),
+    }
+    size, stride, compress_map, alignment = keywords.values()
+    shapes = pool_weight_shapes(compress_map, draw(st.booleans()), kv_heads, size, dim)
+    blocks = num_compress_blocks(kv_len, size, stride, alignment)
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def array(*shape: int) -> np.ndarray:
+        if exact:
+            return generator.integers(-3, 4, shape).astype(np.float64)
+        return generator.standard_normal(shape)
+
+    return Pooling(
+        x=array(batch, kv_heads, kv_len, dim),
+        weights={name: array(*shape) for name, shape in shapes.items()},
+        d_out=array(batch, kv_heads, blocks, dim) * size,
+        keywords=keywords,
+    )
+
+
+# --- C1 -------------------------------------------------------------------------------------------
+
+
+def test_c1_windows_that_start_at_their_stride():
+    assert compress_windows(7, 4, 2, "start") == [(0, 4), (2, 6)]
+    assert compress_windows(8, 4, 2, "start") == [(0, 4), (2, 6), (4, 8)]
+    assert compress_windows(3, 4, 2, "start") == []
+    assert compress_windows(7, 2, 3, "start") == [(0, 2), (3, 5)]
+
+
+def test_c1_windows_that_end_at_their_stride_stick_out_to_the_left():
+    assert compress_windows(7, 4, 2, "end") == [(-2, 2), (0, 4), (2, 6)]
+    assert compress_windows(1, 4, 2, "end") == []
+    assert compress_windows(7, 2, 3, "end") == [(1, 3), (4, 6)]
+
+
+@given(
+    kv_len=st.integers(0, 40),
+    size=st.integers(1, 9),
+    stride=st.integers(1, 9),
+    alignment=ALIGNMENTS,
+)
+@settings(deadline=None, max_examples=100)
+def test_c1_the_windows_are_the_strided_view_and_as_many_as_counted(
+    kv_len, size, stride, alignment
+):
+    """Token j holds j + 1, so that the padding's 0 is no token."""
+    windows = compress_windows(kv_len, size, stride, alignment)
+    assert len(windows) == num_compress_blocks(kv_len, size, stride, alignment)
+    tokens = np.arange(1.0, kv_len + 1).reshape(1, 1, kv_len, 1)
+    viewed = dense_windows(tokens, size, stride, alignment)[0, 0, :, :, 0]
+    listed = [[max(j + 1, 0) for j in range(start, stop)] for start, stop in windows]
+    np.testing.assert_array_equal(viewed, np.array(listed).reshape(len(windows), size))
+
+
+# --- C4 -------------------------------------------------------------------------------------------
+
+
+def test_c4_the_mean_of_an_end_window_counts_the_zeros_left_of_token_0():
+    x = np.array([1.0, 2, 3, 4, 5]).reshape(1, 1, 5, 1)
+    sizes = {"compress_block_size": 4, "compress_block_sliding_stride": 2}
+    end = pool(x, {}, **sizes, compress_map="mean", compress_alignment="end")
+    assert end.ravel().tolist() == [(0 + 0 + 1 + 2) / 4, (1 + 2 + 3 + 4) / 4]
+    start = pool(x, {}, **sizes, compress_map="mean", compress_alignment="start")
+    assert start.ravel().tolist() == [(1 + 2 + 3 + 4) / 4]
+
+
+def test_c4_positions_are_added_after_the_zeros():
+    positions = {"positions": np.array([10.0, 20.0]).reshape(1, 2, 1)}
+    sizes = {"compress_block_size": 2, "compress_block_sliding_stride": 1}
+    out = pool(
+        np.ones((1, 1, 1, 1)), positions, **sizes, compress_map="mean", compress_alignment="end"
+    )
+    assert out.ravel().tolist() == [(0 + 10 + 1 + 20) / 2]
+
+
+def test_c4_a_linear_map_reads_the_window_token_by_token():
+    """weight of shape (dim, l dim) on the flat (token, dim): tokens (1, 2) and (3, 4)."""
+    x = np.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
+    weights = {"weight": np.array([[1.0, 10, 100, 1000], [0, 0, 0, 1]]), "bias": np.array([0.5, 0])}
+    out = pool(
+        x,
+        weights,
+        compress_block_size=2,
+        compress_block_sliding_stride=2,
+        compress_map="linear",
+        compress_alignment="start",
+    )
+    assert out.tolist() == [[[[4321.5, 4.0]]]]
+
+
+def test_c4_an_mlp_has_its_relu_between_its_two_layers():
+    x = np.array([2.0, -3.0]).reshape(1, 1, 2, 1)
+    weights = {
+        "weight_in": np.eye(2),
+        "bias_in": np.zeros(2),
+        "weight_out": np.array([[10.0, 100.0]]),
+        "bias_out": np.array([-50.0]),
+    }
+    keywords = {
+        "compress_block_size": 2,
+        "compress_block_sliding_stride": 2,
+        "compress_map": "mlp",
+        "compress_alignment": "start",
+    }
+    assert pool(x, weights, **keywords).item() == -30.0  # 10 * 2 + 100 * 0 - 50
+    dx, dweights = pool_vjp(x, weights, np.ones((1, 1, 1, 1)), **keywords)
+    assert dx.ravel().tolist() == [10.0, 0.0]
+    assert dweights["weight_out"].tolist() == [[2.0, 0.0]]
+
+
+@given(case=poolings(exact=True))
+@settings(deadline=None, max_examples=100)
+def test_c4_pool_is_the_einsum_over_strided_windows_to_the_last_bit(case):
+    """Small integers: every sum is exact, and the mean has the one rounding of its division."""
+    expected = dense_pool(case.x, case.weights, *case.keywords.values())
+    np.testing.assert_array_equal(pool(case.x, case.weights, **case.keywords), expected)
+
+
+@given(case=poolings(exact=True))
+@settings(deadline=None, max_examples=100)
+def test_c4_pool_vjp_is_the_transposed_einsum_to_the_last_bit(case):
+    """d_out is a multiple of l, so that the mean's gradients are integers as well."""
+    dx, dweights = pool_vjp(case.x, case.weights, case.d_out, **case.keywords)
+    expected = dense_pool_vjp(case.x, case.weights, case.d_out, *case.keywords.values())
+    np.testing.assert_array_equal(dx, expected[0])
+    assert set(dweights) == set(expected[1])
+    for name, gradient in dweights.items():
+        np.testing.assert_array_equal(gradient, expected[1][name])
+
+
+@given(case=poolings(exact=False))
+@settings(deadline=None, max_examples=60)
+def test_c4_every_gradient_is_the_complex_step_to_1e_12(case):
+    """Every token and every weight of every map; 1e-12 relative to the largest sum of |terms|.
+
+    That sum is the gradient of the same map with every number replaced by its magnitude, which
+    keeps every ReLU open.
+    """
+    dx, dweights = pool_vjp(case.x, case.weights, case.d_out, **case.keywords)
+    sizes = pool_vjp(
+        abs(case.x),
+        {name: abs(weight) for name, weight in case.weights.items()},
+        abs(case.d_out),
+        **case.keywords,
+    )
+    assert list(dweights) == list(case.weights)
+    for name, gradient in [("x", dx), *dweights.items()]:
+        original = case.x if name == "x" else case.weights[name]
+        assert gradient.shape == original.shape
+        largest = (sizes[0] if name == "x" else sizes[1][name]).max(initial=0)
+        for index in np.ndindex(original.shape):
+            moved = original.astype(complex)
+            moved[index] += STEP * 1j
+            x = moved if name == "x" else case.x
+            weights = case.weights if name == "x" else {**case.weights, name: moved}
+            derivative = (pool(x, weights, **case.keywords) * case.d_out).sum().imag / STEP
+            error = abs(gradient[index] - derivative)
+            assert error <= 1e-12 * largest, f"{name}{index}: {error}, terms up to {largest}"
+
+
+@pytest.mark.parametrize(
+    "corner",
+    [
+        lambda case: case.keywords["compress_map"] == "mlp" and "positions" in case.weights,
+        lambda case: case.keywords["compress_alignment"] == "end" and case.keywords[
+            "compress_block_size"] > case.keywords["compress_block_sliding_stride"],
+        lambda case: case.d_out.shape[2] == 0 < case.x.shape[2],
+        lambda case: case.keywords["compress_block_sliding_stride"] > case.keywords[
+            "compress_block_size"] and case.d_out.size,
+        lambda case: case.x.shape[1] == 2 and "positions" in case.weights,
+    ],
+    ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads"],
+)  # fmt: skip
+def test_poolings_reach_the_corner(corner):
+    find(
+        poolings(exact=False),
+        lambda case: bool(corner(case)),
+        settings=settings(database=None, max_examples=2000),
+    )
+
+
+def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
+    assert pool_weight_shapes("mean", False, 2, 4, 3) == {}
+    assert pool_weight_shapes("mean", True, 2, 4, 3) == {"positions": (2, 4, 3)}
+    assert pool_weight_shapes("linear", False, 2, 4, 3) == {"weight": (3, 12), "bias": (3,)}
+    assert pool_weight_shapes("mlp", True, 2, 4, 3) == {
+        "positions": (2, 4, 3),
+        "weight_in": (12, 12),
+        "bias_in": (12,),
+        "weight_out": (3, 12),
+        "bias_out": (3,),
+    }
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+X = np.ones((1, 2, 4, 3))
+LINEAR = {"weight": np.ones((3, 6)), "bias": np.ones(3)}
+
+
+def pooled(x=X, weights=None, compress_map="linear", alignment="start", size=2, stride=2):
+    return pool(
+        x,
+        LINEAR if weights is None else weights,
+        compress_block_size=size,
+        compress_block_sliding_stride=stride,
+        compress_map=compress_map,
+        compress_alignment=alignment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: num_compress_blocks(-1, 1, 1, "start"),
+            ValueError,
+            r"kv_len=-1 must be at least 0",
+        ),
+        (lambda: pooled(size=0), ValueError, r"compress_block_size=0 must be at least 1"),
+        (
+            lambda: pooled(stride=0),
+            ValueError,
+            r"compress_block_sliding_stride=0 must be at least 1",
+        ),
+        (
+            lambda: pooled(alignment="middle"),
+            ValueError,
+            r"compress_alignment='middle' must be one of 'start', 'end'",
+        ),
+        (
+            lambda: pooled(compress_map="max"),
+            ValueError,
+            r"compress_map='max' must be one of 'mean', 'linear', 'mlp'",
+        ),
+        (
+            lambda: pool_weight_shapes("mean", 1, 1, 1, 1),
+            TypeError,
+            r"compress_positions=1 must be True or False, not int",
+        ),
+        (
+            lambda: pooled(x=X[0]),
+            ValueError,
+            r"x has shape \(2, 4, 3\); it must be \(batch, kv_heads, kv_len, dim\)",
+        ),
+        (
+            lambda: pooled(weights={"weight": LINEAR["weight"]}),
+            ValueError,
+            r"weights has the names \['weight'\]; compress_map='linear' takes "
+            r"\['bias', 'weight'\], and 'positions' if there are any",
+        ),
+        (
+            lambda: pooled(weights={**LINEAR, "bias": np.ones(4)}),
+            ValueError,
+            r"weights\['bias'\] has shape \(4,\); it must be \(3\)",
+        ),
+        (
+            lambda: pooled(weights={**LINEAR, "positions": np.ones((1, 2, 3))}),
+            ValueError,
+            r"weights\['positions'\] has shape \(1, 2, 3\); it must be \(2, 2, 3\)",
+        ),
+        (
+            lambda: pool_vjp(
+                X,
+                LINEAR,
+                np.ones((1, 2, 3, 3)),
+                compress_block_size=2,
+                compress_block_sliding_stride=2,
+                compress_map="linear",
+                compress_alignment="start",
+            ),
+            ValueError,
+            r"d_out has shape \(1, 2, 3, 3\); it must be \(1, 2, 2, 3\)",
+        ),
+    ],
+)
+def test_compression_refuses_what_does_not_fit_and_says_what_would(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

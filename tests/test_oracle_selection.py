@@ -1,0 +1,895 @@
+"""The oracle's selection (clauses I): importance, top-n, and the judge of other choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+from dense_definitions import (
+    U,
+    dense_attention,
+    dense_candidates,
+    dense_compress_mask,
+    dense_overlap_scores,
+)
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+
+from nsa_ref import (
+    AMBIGUOUS,
+    FLA,
+    INVALID,
+    LUCIDRAINS,
+    LUCIDRAINS_FLEX,
+    PAPER,
+    PRESETS,
+    VALID,
+    Semantics,
+    compress_probabilities,
+    forced_blocks,
+    importance,
+    num_compress_blocks,
+    select,
+    selection_candidates,
+    selection_probability,
+    shared_strides,
+    top_blocks,
+    valid_selection,
+)
+
+NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
+END = dataclasses.replace(PAPER, compress_alignment="end")
+FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
+
+
+def rows(mask: np.ndarray) -> list[str]:
+    return ["".join(str(int(bit)) for bit in row) for row in mask]
+
+
+class Selecting(NamedTuple):
+    """The arrays and sizes of `select`."""
+
+    q: np.ndarray
+    k_cmp: np.ndarray
+    mem_k: np.ndarray
+    sizes: dict[str, int]
+    chosen: dict[str, int]
+    semantics: Semantics
+
+
+SEMANTICS = [
+    *PRESETS.values(),
+    NON_CAUSAL,
+    END,
+    FLOOR,
+    dataclasses.replace(PAPER, share_selection=False),
+    dataclasses.replace(LUCIDRAINS, causal=False),
+    dataclasses.replace(LUCIDRAINS, share_selection=False, own_block_extra=False),
+    dataclasses.replace(LUCIDRAINS, compress_alignment="start", own_block_extra=False),
+    dataclasses.replace(LUCIDRAINS, own_block_extra=False, forced_score=0.5),
+]
+
+
+@st.composite
+def selectings(draw: st.DrawFn) -> Selecting:
+    """Every switch of the selection; small integers as often as normal numbers, for ties."""
+    semantics = draw(st.sampled_from(SEMANTICS))
+    stride = draw(st.integers(1, 3))
+    sizes = {
+        "kv_len": draw(st.integers(0, 14)),
+        "compress_block_size": stride * draw(st.integers(1, 3)),
+        "compress_block_sliding_stride": stride,
+        "selection_block_size": stride * draw(st.integers(1, 3)),
+    }
+    blocks = num_compress_blocks(*list(sizes.values())[:3], semantics.compress_alignment)
+    batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
+    q_len, head_dim = draw(st.integers(0, 8)), draw(st.integers(1, 3))
+    group, num_mem_kv = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    whole = draw(st.booleans())
+
+    def array(*shape: int) -> np.ndarray:
+        if whole:
+            return generator.integers(-1, 2, shape).astype(np.float64)
+        return 2 * generator.standard_normal(shape)
+
+    return Selecting(
+        array(batch, kv_heads * group, q_len, head_dim),
+        array(batch, kv_heads, blocks, head_dim),
+        array(batch, kv_heads, num_mem_kv, head_dim),
+        sizes,
+        {
+            "num_selected_blocks": draw(st.integers(0, 5)),
+            "num_initial_blocks": draw(st.integers(0, 2)),
+            "num_local_blocks": draw(st.integers(0, 3)),
+        },
+        semantics,
+    )
+
+
+def candidates_of(case: Selecting) -> np.ndarray:
+    kv_len, size, stride, selection = case.sizes.values()
+    return selection_candidates(
+        case.q.shape[2],
+        kv_len,
+        selection,
+        case.semantics,
+        compress_block_size=size,
+        compress_block_sliding_stride=stride,
+    )
+
+
+def forced_of(case: Selecting) -> np.ndarray:
+    kv_len, size, stride, selection = case.sizes.values()
+    return forced_blocks(
+        case.q.shape[2],
+        kv_len,
+        selection,
+        case.chosen["num_initial_blocks"],
+        case.chosen["num_local_blocks"],
+        case.semantics,
+        compress_block_size=size,
+        compress_block_sliding_stride=stride,
+    )
+
+
+# --- candidates and forced blocks -----------------------------------------------------------------
+
+
+def test_i4_candidates_begin_at_or_before_the_query():
+    assert rows(selection_candidates(5, 5, 2)) == ["100", "100", "110", "110", "111"]
+    assert rows(selection_candidates(1, 5, 2)) == ["111"]
+    assert rows(selection_candidates(3, 1, 2)) == ["0", "0", "1"]
+    assert rows(selection_candidates(2, 5, 2, NON_CAUSAL)) == ["111", "111"]
+
+
+def test_i4_the_own_block_is_no_candidate_where_it_is_visible_on_top():
+    extra = dataclasses.replace(PAPER, own_block_extra=True)
+    assert rows(selection_candidates(5, 5, 2, extra)) == ["000", "000", "100", "100", "110"]
+    extra = dataclasses.replace(extra, causal=False)
+    assert rows(selection_candidates(2, 5, 2, extra)) == ["111", "111"]
+
+
+def test_i3_logit_mean_takes_no_incomplete_block_and_no_own_block_unless_strides_are_blocks():
+    upstream = dataclasses.replace(LUCIDRAINS, causal=False)
+    # 5 tokens, l' = 2: the third block lacks a token; with d = 1 the own block is out as well
+    one = selection_candidates(5, 5, 2, upstream, compress_block_sliding_stride=1)
+    assert rows(one) == ["010", "010", "100", "100", "110"]
+    two = selection_candidates(5, 5, 2, upstream, compress_block_sliding_stride=2)
+    assert rows(two) == ["110"] * 5
+    # windows that start at their stride and are 4 long: block 1 lacks its last compressed block
+    start = dataclasses.replace(upstream, compress_alignment="start")
+    sizes = {"compress_block_size": 4, "compress_block_sliding_stride": 1}
+    assert rows(selection_candidates(1, 6, 2, start, **sizes)) == ["100"]
+
+
+def test_i4_initial_and_local_blocks_are_forced_where_they_are_candidates():
+    assert rows(forced_blocks(8, 8, 2, 1, 2)) == [
+        "1000", "1000", "1100", "1100", "1110", "1110", "1011", "1011",
+    ]  # fmt: skip
+    assert rows(forced_blocks(2, 8, 2, 0, 1)) == ["0001", "0001"]
+    assert rows(forced_blocks(2, 8, 2, 9, 0)) == ["1111", "1111"]
+    assert rows(forced_blocks(1, 8, 2, 0, 0)) == ["0000"]
+    assert rows(forced_blocks(3, 2, 1, 1, 1)) == ["00", "10", "11"]
+
+
+def test_i4_nothing_is_forced_where_the_own_block_is_visible_on_top():
+    assert not forced_blocks(4, 8, 2, 1, 2, dataclasses.replace(PAPER, own_block_extra=True)).any()
+
+
+@given(
+    q_len=st.integers(0, 10),
+    kv_len=st.integers(0, 12),
+    blocks_per=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    length=st.integers(1, 6),
+    causal=st.booleans(),
+    own_extra=st.booleans(),
+    kind=st.sampled_from(["overlap", "logit_mean"]),
+    alignment=st.sampled_from(["start", "end"]),
+)
+@settings(deadline=None, max_examples=100)
+def test_candidates_are_those_of_the_second_definition(
+    q_len, kv_len, blocks_per, stride, length, causal, own_extra, kind, alignment
+):
+    semantics = Semantics(
+        causal=causal, own_block_extra=own_extra, importance=kind, compress_alignment=alignment
+    )
+    actual = selection_candidates(
+        q_len,
+        kv_len,
+        blocks_per * stride,
+        semantics,
+        compress_block_size=length,
+        compress_block_sliding_stride=stride,
+    )
+    compressed = dense_compress_mask(
+        0, kv_len, length, stride, 0, causal=causal, alignment=alignment, strict=False
+    )
+    expected = dense_candidates(
+        q_len,
+        kv_len,
+        blocks_per * stride,
+        causal=causal,
+        own_extra=own_extra,
+        logit_mean=kind == "logit_mean",
+        blocks_per=blocks_per,
+        blocks=compressed.shape[1],
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
+# --- importance -----------------------------------------------------------------------------------
+
+
+def test_i1_memory_takes_part_in_the_softmax_and_is_no_candidate():
+    """Equal logits: row p of 3 compressed blocks and 1 memory column gives each 1 / (p + 2)."""
+    q, k_cmp, mem_k = np.zeros((1, 1, 3, 1)), np.zeros((1, 1, 3, 1)), np.zeros((1, 1, 1, 1))
+    sizes = {"kv_len": 3, "compress_block_size": 1, "compress_block_sliding_stride": 1}
+    p_cmp = compress_probabilities(q, k_cmp, mem_k, **sizes)
+    third = 1 / 3
+    assert p_cmp[0, 0].tolist() == [[0.5, 0, 0], [third, third, 0], [0.25, 0.25, 0.25]]
+    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **sizes)
+    assert p_cmp[0, 0].tolist() == [[1, 0, 0], [0.5, 0.5, 0], [third, third, third]]
+    strict = dataclasses.replace(PAPER, compress_strict=True)
+    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **sizes, semantics=strict)
+    assert p_cmp[0, 0, 0].tolist() == [0, 0, 0]  # no block is visible
+
+
+def test_i2_windows_that_start_at_their_stride_count_the_strides_they_share():
+    """l = 4, d = 2, l' = 4: 12 tokens are 5 windows and 3 blocks; window 1 straddles 0 and 1."""
+    count = shared_strides(12, 4, 2, 4, "start")
+    assert count.tolist() == [[2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
+
+
+def test_i2_windows_that_end_at_their_stride_count_the_strides_they_share():
+    """Window 0 covers tokens -2 .. 1: one stride of padding and one of block 0."""
+    count = shared_strides(12, 4, 2, 4, "end")
+    assert count.tolist() == [[1, 0, 0], [2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
+
+
+def test_i2_equal_sizes_make_the_importance_the_probability_itself():
+    """l = d = l': eq. 9 is the identity, as the paper says above it."""
+    for alignment in ("start", "end"):
+        np.testing.assert_array_equal(shared_strides(9, 3, 3, 3, alignment), np.eye(3))
+
+
+def test_i2_a_score_is_the_overlap_weighted_sum_of_probabilities():
+    """Equal logits at p = 11: the five windows above have 1/5 each; strides per block 3, 4, 3."""
+    q, k_cmp, none = np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 5, 1)), np.zeros((1, 1, 0, 1))
+    score = importance(
+        q,
+        k_cmp,
+        none,
+        kv_len=12,
+        compress_block_size=4,
+        compress_block_sliding_stride=2,
+        selection_block_size=4,
+    )
+    assert [round(5 * x, 9) for x in score[0, 0, 0]] == [3, 4, 3]
+
+
+def test_i3_scores_are_summed_over_the_group_or_kept_per_query_head():
+    """Two query heads, one kv head: one-hot probabilities on blocks 0 and 1."""
+    q = np.array([1000.0, -1000.0]).reshape(1, 2, 1, 1)
+    k_cmp = np.array([1.0, -1.0]).reshape(1, 1, 2, 1)
+    sizes = {
+        "kv_len": 2,
+        "compress_block_size": 1,
+        "compress_block_sliding_stride": 1,
+        "selection_block_size": 1,
+    }
+    none = np.zeros((1, 1, 0, 1))
+    assert importance(q, k_cmp, none, **sizes).tolist() == [[[[1, 1]]]]
+    alone = dataclasses.replace(PAPER, share_selection=False)
+    assert importance(q, k_cmp, none, **sizes, semantics=alone).tolist() == [[[[1, 0]], [[0, 1]]]]
+
+
+def test_i3_logit_mean_is_the_mean_over_group_and_strides_and_minus_inf_off_the_candidates():
+    """Logits 1, 2, 3, ... of two heads, the second ten times the first; l' = 2 d."""
+    q = np.array([1.0, 10.0]).reshape(1, 2, 1, 1)
+    k_cmp = np.arange(1.0, 7.0).reshape(1, 1, 6, 1)
+    sizes = {
+        "kv_len": 6,
+        "compress_block_size": 1,
+        "compress_block_sliding_stride": 1,
+        "selection_block_size": 2,
+    }
+    means = importance(q, k_cmp, k_cmp[:, :, :1], **sizes, semantics=LUCIDRAINS, scale=1.0)
+    assert means.tolist() == [[[[(1 + 2 + 10 + 20) / 4, (3 + 4 + 30 + 40) / 4, -math.inf]]]]
+
+
+def test_i3_an_invisible_logit_counts_as_a_tenth_of_the_lowest_number_and_never_overflows():
+    """The own block at p = 2 with l' = 2: of its two strides only the first is visible."""
+    semantics = dataclasses.replace(LUCIDRAINS, own_block_extra=False, compress_strict=False)
+    sizes = {
+        "kv_len": 4,
+        "compress_block_size": 2,
+        "compress_block_sliding_stride": 2,
+        "selection_block_size": 2,
+    }
+    q, k_cmp = np.ones((1, 12, 2, 1)), np.ones((1, 1, 2, 1))
+    means = importance(q, k_cmp, k_cmp[:, :, :0], **sizes, semantics=semantics)
+    lowest = -np.finfo(np.float64).max / 10
+    assert means.tolist() == [[[[1.0, lowest], [1.0, 1.0]]]]  # p = 2: block 1 is not over
+    assert selection_probability(means)[0, 0, 0].tolist() == [1.0, 0.0]
+
+
+def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
+    lowest = -np.finfo(np.float64).max / 10
+    means = np.array([[lowest, -math.inf], [-1000.0, -math.inf], [0.0, 0.0], [-1e3, -1e3]])
+    expected = [[0, 0], [0.5, 0], [0.5, 0.5], [1 / 3, 1 / 3]]
+    assert selection_probability(means).tolist() == expected
+    assert selection_probability(np.zeros((2, 0))).shape == (2, 0)
+
+
+@given(case=selectings())
+@settings(deadline=None, max_examples=100)
+def test_i1_i2_overlap_importance_is_equation_9_of_the_dense_probabilities(case):
+    """The dense p_cmp is read out of `dense_attention` by one-hot values; equations 9 and 10 are
+    the printed index sums. The bound: that of each p_cmp, weighted as eq. 9 weights it, and one
+    rounding for each of at most (2 blocks + group) additions on either side."""
+    semantics = dataclasses.replace(case.semantics, importance="overlap")
+    q, k_cmp, mem_k = case.q, case.k_cmp, case.mem_k
+    kv_len, length, stride, size = case.sizes.values()
+    mask = dense_compress_mask(
+        q.shape[2],
+        kv_len,
+        length,
+        stride,
+        mem_k.shape[2],
+        causal=semantics.causal,
+        alignment=semantics.compress_alignment,
+        strict=semantics.compress_strict,
+    )
+    columns = np.concatenate([mem_k, k_cmp], axis=2)
+    one_hot = np.broadcast_to(np.eye(columns.shape[2]), (*columns.shape[:3], columns.shape[2]))
+    p_cmp = dense_attention(q, columns, one_hot, mask, scale=q.shape[3] ** -0.5)["out"]
+    kv_heads, memory = k_cmp.shape[1], mem_k.shape[2]
+    group = q.shape[1] // kv_heads if semantics.share_selection else 1
+    geometry = (kv_len, length, stride, size, semantics.compress_alignment, group)
+    expected = dense_overlap_scores(p_cmp.value[..., memory:], *geometry)
+    bound = dense_overlap_scores(p_cmp.bound[..., memory:], *geometry)
+    additions = 2 * (2 * k_cmp.shape[2] + length * size + group)
+    actual = importance(q, k_cmp, mem_k, **case.sizes, semantics=semantics)
+    assert actual.shape == expected.shape
+    assert (abs(actual - expected) <= bound + additions * U * expected).all()
+    sizes = dict(list(case.sizes.items())[:3])
+    actual = compress_probabilities(q, k_cmp, mem_k, **sizes, semantics=semantics)
+    assert (abs(actual - p_cmp.value[..., memory:]) <= p_cmp.bound[..., memory:]).all()
+
+
+@given(case=selectings())
+@settings(deadline=None, max_examples=100)
+def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
+    """Upstream's order: mask the logits, mean over the group, mean over the strides of a block.
+
+    The bound: a logit has head_dim + 2 roundings, the means at most one for each term and two
+    more; both sides, and invisible logits are terms like others.
+    """
+    semantics = dataclasses.replace(case.semantics, importance="logit_mean")
+    case = case._replace(semantics=semantics)
+    q, k_cmp, mem_k = case.q, case.k_cmp, case.mem_k
+    kv_len, length, stride, size = case.sizes.values()
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads = k_cmp.shape[1]
+    group = q_heads // kv_heads if semantics.share_selection else 1
+    k = np.repeat(k_cmp, q_heads // kv_heads, axis=1)
+    seen = dense_compress_mask(
+        q_len,
+        kv_len,
+        length,
+        stride,
+        0,
+        causal=semantics.causal,
+        alignment=semantics.compress_alignment,
+        strict=semantics.compress_strict,
+    )
+    per = size // stride
+    whole = k.shape[2] // per
+
+    def means(logits: np.ndarray) -> np.ndarray:
+        shape = (batch, q_heads // group, group, q_len, whole, per)
+        parts = logits[..., : whole * per].reshape(shape)
+        return (parts / (group * per)).sum(axis=(2, 5))
+
+    lowest = np.finfo(np.float64).max / 10
+    logits = np.einsum("bhtc,bhic->bhti", q, k) * head_dim**-0.5
+    sizes = np.einsum("bhtc,bhic->bhti", abs(q), abs(k)) * head_dim**-0.5
+    expected = means(np.where(seen, logits, -lowest))
+    bound = 2 * U * (head_dim + group * per + 6) * means(np.where(seen, sizes, lowest))
+    actual = importance(q, k_cmp, mem_k, **case.sizes, semantics=semantics)
+    allowed = candidates_of(case)
+    assert (actual[..., ~allowed] == -math.inf).all()
+    assert not allowed[:, whole:].any()
+    error = abs(actual[..., :whole] - expected)
+    assert (error <= bound)[..., allowed[:, :whole]].all()
+
+
+def test_i1_fifty_digits_agree_on_a_tiny_row():
+    q, k_cmp = np.array([1.25]).reshape(1, 1, 1, 1), np.array([1.0, -2.0]).reshape(1, 1, 2, 1)
+    mem_k = np.array([0.5]).reshape(1, 1, 1, 1)
+    sizes = {"kv_len": 2, "compress_block_size": 1, "compress_block_sliding_stride": 1}
+    actual = compress_probabilities(q, k_cmp, mem_k, **sizes)[0, 0, 0]
+    with mpmath.workdps(50):
+        weights = [mpmath.exp(mpmath.mpf(x)) for x in (0.625, 1.25, -2.5)]  # exact logits
+        for probability, weight in zip(actual, weights[1:]):
+            exact = weight / mpmath.fsum(weights)
+            # exp, a sum of three, a division: at most 8 roundings
+            assert abs(mpmath.mpf(probability) - exact) <= 8 * U * exact
+
+
+# --- top-n ----------------------------------------------------------------------------------------
+
+
+def top(scores: list[float], n: int, *, candidates=None, forced=(), semantics=PAPER) -> list[int]:
+    """top_blocks for one row; `candidates` and `forced` are lists of blocks."""
+    everything = range(len(scores))
+    return top_blocks(
+        np.array(scores)[None, None, None],
+        candidates=np.isin(everything, everything if candidates is None else candidates)[None],
+        forced=np.isin(everything, forced)[None],
+        num_selected_blocks=n,
+        semantics=semantics,
+    )[0, 0, 0].tolist()
+
+
+def test_i4_the_n_highest_scores_are_taken_best_first():
+    assert top([0.1, 0.4, 0.2, 0.3], 2) == [1, 3]
+    assert top([0.1, 0.4, 0.2, 0.3], 2, candidates=[0, 2]) == [2, 0]
+    assert top([0.1, 0.4], 0) == []
+
+
+def test_i4_forced_blocks_are_counted_in_n_and_the_lowest_are_kept():
+    assert top([0.1, 0.4, 0.2, 0.3], 2, forced=[0]) == [0, 1]
+    assert top([0.1, 0.4, 0.2, 0.3], 2, forced=[0, 2, 3]) == [0, 2]
+    assert top([0.1, 0.4, 0.2], 2, candidates=[1, 2], forced=[0]) == [1, 2]
+
+
+def test_i4_a_finite_forced_score_competes():
+    assert top([0.1, 1.5, 0.2, 0.3], 2, forced=[0], semantics=FLA) == [1, 0]
+    assert top([0.1, 1.5, 1.2, 0.3], 2, forced=[0], semantics=FLA) == [1, 2]
+    assert top([0.1, 1.0, 0.2, 0.3], 1, forced=[2], semantics=FLA) == [1]
+    # among means it is the mean of that probability: half of it all
+    half = dataclasses.replace(LUCIDRAINS_FLEX, own_block_extra=False, forced_score=0.5)
+    means = [math.log(0.3), math.log(0.6), math.log(0.1)]
+    assert top(means, 2, forced=[2], semantics=half) == [1, 2]
+
+
+def test_i4_a_score_at_or_below_the_floor_becomes_minus_one():
+    assert top([0.25, 0.5, 0.2], 3, semantics=FLOOR) == [1, -1, -1]
+    assert top([0.25, 0.5, 0.2], 3, semantics=FLOOR, forced=[2]) == [2, 1, -1]
+    # for logit_mean the probability is compared: exp(-30) is 9e-14, exp(-20) is 2e-9
+    assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS) == [0, 2, -1]
+    assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS_FLEX) == [0, 2, 1]
+
+
+def test_i5_a_tie_takes_the_lower_index():
+    assert top([0.2, 0.3, 0.3, 0.3], 2) == [1, 2]
+    assert top([0.0, 0.0, 0.0], 2) == [0, 1]
+
+
+def test_i6_fewer_candidates_than_n_are_all_taken_and_minus_one_fills_the_rest():
+    assert top([0.1, 0.2, 0.3], 5) == [2, 1, 0, -1, -1]
+    assert top([0.1, 0.2, 0.3], 2, candidates=[]) == [-1, -1]
+    assert top([], 2) == [-1, -1]
+
+
+def test_i4_the_paper_selects_the_first_and_the_two_local_blocks_before_any_other():
+    generator = np.random.default_rng(5)
+    q, k = generator.standard_normal((1, 2, 12, 4)), generator.standard_normal((1, 1, 12, 4))
+    chosen = select(
+        q,
+        k,
+        k[:, :, :0],
+        kv_len=12,
+        compress_block_size=1,
+        compress_block_sliding_stride=1,
+        selection_block_size=2,
+        num_selected_blocks=4,
+        num_initial_blocks=1,
+        num_local_blocks=2,
+    )
+    assert chosen.shape == (1, 1, 12, 4)
+    assert chosen[0, 0, 0].tolist() == [0, -1, -1, -1]
+    for t in range(12):
+        assert {0, t // 2, max(t // 2 - 1, 0)} <= set(chosen[0, 0, t].tolist())
+
+
+@given(case=selectings())
+@settings(deadline=None, max_examples=100)
+def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
+    """The second definition sorts all blocks of all rows at once: forced first, no candidate last.
+
+    A finite forced score among means has a table of its own, above.
+    """
+    semantics = case.semantics
+    chosen = select(*case[:3], **case.sizes, **case.chosen, semantics=semantics)
+    scores = importance(*case[:3], **case.sizes, semantics=semantics)
+    candidates, forced = candidates_of(case), forced_of(case)
+    n = case.chosen["num_selected_blocks"]
+    assert chosen.shape == (*scores.shape[:3], n)
+    assert chosen.dtype == np.int64
+    probability = scores
+    if semantics.importance == "logit_mean":
+        probability = selection_probability(scores)
+        if math.isfinite(semantics.forced_score) and forced.any():
+            return
+    ranked = np.where(candidates, np.where(forced, semantics.forced_score, scores), -math.inf)
+    floor = -1 if semantics.score_floor is None else semantics.score_floor
+    taken = candidates & (np.where(forced, semantics.forced_score, probability) > floor)
+    order = np.argsort(-ranked, axis=-1, kind="stable")[..., :n]
+    expected = np.full(chosen.shape, -1)
+    expected[..., : order.shape[-1]] = np.where(
+        np.take_along_axis(taken, order, axis=-1), order, -1
+    )
+    np.testing.assert_array_equal(chosen, expected)
+
+
+@pytest.mark.parametrize(
+    "corner",
+    [
+        lambda case, scores: (np.diff(np.sort(scores, axis=-1)) == 0).any(),
+        lambda case, scores: case.sizes["kv_len"] % case.sizes["selection_block_size"],
+        lambda case, scores: scores.shape[-1] < case.chosen["num_selected_blocks"],
+        lambda case, scores: forced_of(case).sum(axis=1).max() > case.chosen["num_selected_blocks"],
+        lambda case, scores: case.sizes["kv_len"] < case.q.shape[2],
+        lambda case, scores: case.mem_k.shape[2] and case.semantics is PAPER,
+        lambda case, scores: (
+            case.semantics.score_floor == 0.25 and ((scores > 0) & (scores < 0.25)).any()
+        ),
+    ],
+    ids=["tie", "partial block", "n > blocks", "forced > n", "kv_len < q_len", "memory", "floor"],
+)
+def test_selectings_reach_the_corner(corner):
+    def reached(case: Selecting) -> bool:
+        scores = importance(*case[:3], **case.sizes, semantics=case.semantics)
+        return scores.size > 0 and bool(corner(case, scores))
+
+    find(selectings(), reached, settings=settings(database=None, max_examples=2000))
+
+
+# --- valid_selection ------------------------------------------------------------------------------
+
+
+def judge(
+    named: list[int],
+    scores: list[float],
+    n: int,
+    *,
+    bound: float | list[float] = 0.0,
+    candidates: Any = None,
+    forced: Any = (),
+    semantics: Semantics = PAPER,
+) -> tuple[str, str | None, str]:
+    """(verdict, clause, sentence) of valid_selection for one row."""
+    everything = range(len(scores))
+    verdict, reasons = valid_selection(
+        np.array(named, dtype=np.int64)[None, None, None],
+        np.array(scores)[None, None, None],
+        np.broadcast_to(bound, (1, 1, 1, len(scores))),
+        candidates=np.isin(everything, everything if candidates is None else candidates)[None],
+        forced=np.isin(everything, forced)[None],
+        num_selected_blocks=n,
+        semantics=semantics,
+    )
+    clause, sentence = reasons.get((0, 0, 0), (None, ""))
+    return str(verdict[0, 0, 0]), clause, sentence
+
+
+def test_i4_the_top_n_is_valid_in_any_order_with_minus_one_in_any_slot():
+    for named in ([1, 3], [3, 1], [-1, 1, -1, 3], [3, 99, 1, -5]):
+        assert judge(named, [0.1, 0.4, 0.2, 0.3], 2) == (VALID, None, "")
+
+
+def test_i4_a_block_that_is_beaten_is_invalid_and_the_reason_names_both():
+    verdict, clause, sentence = judge([1, 2], [0.1, 0.4, 0.2, 0.3], 2)
+    assert (verdict, clause) == (INVALID, "I4")
+    assert "block 3 (score 0.2999" in sentence and "block 2 (score 0.2000" in sentence
+    assert "larger than the bound 0 of the two" in sentence
+
+
+def test_i4_what_is_no_candidate_may_not_be_taken():
+    verdict = judge([0, 3], [0.1, 0.4, 0.2, 0.3], 2, candidates=[0, 1, 2])
+    assert verdict == (INVALID, "I4", "block 3 is no candidate; candidates are 0, 1, 2.")
+
+
+def test_i4_a_block_may_be_named_only_once():
+    verdict = judge([1, 1], [0.1, 0.4, 0.2], 2)
+    assert verdict == (INVALID, "I4", "block 1 is named 2 times.")
+
+
+def test_i4_no_more_than_n_blocks_may_be_taken():
+    verdict = judge([0, 1, 2], [0.1, 0.4, 0.2], 2)
+    assert verdict == (INVALID, "I4", "3 blocks are named, num_selected_blocks=2.")
+
+
+def test_i4_forced_blocks_must_be_among_the_chosen_the_lowest_if_they_are_too_many():
+    scores = [0.1, 0.4, 0.2, 0.3]
+    assert judge([0, 1], scores, 2, forced=[0])[0] == VALID
+    assert judge([1, 3], scores, 2, forced=[0]) == (
+        INVALID, "I4", "block 0 is forced and was left out.",
+    )  # fmt: skip
+    assert judge([0, 2], scores, 2, forced=[0, 2, 3])[0] == VALID
+    assert judge([2, 3], scores, 2, forced=[0, 2, 3])[:2] == (INVALID, "I4")
+    # at a finite score they only compete, and tie
+    assert judge([2, 3], scores, 2, forced=[0, 2, 3], semantics=FLA)[0] == VALID
+    assert judge([1, 0], scores, 2, forced=[0, 3], semantics=FLA)[:2] == (INVALID, "I4")
+
+
+def test_i5_equal_scores_may_be_resolved_either_way():
+    for named in ([0, 1], [0, 2], [2, 0]):
+        assert judge(named, [0.4, 0.3, 0.3], 2)[0] == VALID
+
+
+def test_i5_a_gap_within_the_bounds_is_ambiguous_and_one_beyond_is_not():
+    scores = [0.5, 0.375, 0.25]
+    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0625])[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0624])[:2] == (INVALID, "I4")
+    assert judge([0, 1], scores, 2, bound=1.0)[0] == VALID
+
+
+def test_i6_all_candidates_must_be_taken_where_they_are_fewer_than_n():
+    assert judge([2, 0], [0.1, 0.4, 0.2], 3, candidates=[0, 2])[0] == VALID
+    verdict = judge([2, -1], [0.1, 0.4, 0.2], 3, candidates=[0, 2])
+    assert verdict == (INVALID, "I6", "block 0 was left out with a slot to spare.")
+    assert judge([-1], [0.1], 1, candidates=[])[0] == VALID
+    assert judge([], [0.1], 0)[0] == VALID
+
+
+def test_i4_the_floor_takes_what_is_at_or_below_it_and_nothing_else():
+    scores = [0.5, 0.25, 0.375]
+    assert judge([0, 2, -1], scores, 3, semantics=FLOOR)[0] == VALID
+    assert judge([0, 2, 1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I4")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I6")
+    assert judge([0, 2, 1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.124)[:2] == (INVALID, "I6")
+
+
+def test_i4_the_floor_of_logit_mean_is_about_probabilities():
+    """log 1e-10 is -23.03: a mean of -23 is a probability just above it."""
+    judged = [
+        judge([0, block], [0.0, -23.0, -24.0, -math.inf], 3, candidates=[0, 1, 2], bound=bound,
+              semantics=LUCIDRAINS)[:2]
+        for block, bound in ((1, 0.0), (-1, 0.0), (-1, 0.1), (2, 0.0))
+    ]  # fmt: skip
+    expected = [(VALID, None), (INVALID, "I6"), (AMBIGUOUS, "I5"), (INVALID, "I6")]
+    assert judged == expected
+    row = judge([0, 1, 2], [0.0, -23.0, -24.0], 3, semantics=LUCIDRAINS)
+    assert row == (
+        INVALID, "I4", "block 2 was taken, and its score is not above score_floor=1e-10.",
+    )  # fmt: skip
+
+
+def test_the_first_invalid_row_is_told_with_its_place_and_clause():
+    scores = np.zeros((1, 2, 2, 3))
+    scores[..., 2] = 1
+    indices = np.array([[[2], [-1]], [[0], [2]]])[None]
+    result = valid_selection(
+        indices,
+        scores,
+        np.zeros(scores.shape),
+        candidates=np.array([[True, True, True], [False, False, False]]),
+        forced=np.zeros((2, 3), bool),
+        num_selected_blocks=1,
+    )
+    assert result.verdict.tolist() == [[[VALID, VALID], [INVALID, INVALID]]]
+    assert result.first_invalid() == (
+        "I4 at batch 0, head 1, row 0: block 2 (score 1) was left out and block 0 (score 0) "
+        "taken: the gap 1 is larger than the bound 0 of the two."
+    )
+    assert result._replace(verdict=np.full((1, 2, 2), VALID)).first_invalid() is None
+
+
+def valid_sets(scores, candidates, forced, n, semantics) -> set[frozenset[int]]:
+    """Every choice that I4, I5 and I6 allow when the scores are exact, by trying all subsets."""
+    score = {b: semantics.forced_score if b in forced else scores[b] for b in candidates}
+    m = min(n, len(score))
+    best = sorted(score.values(), reverse=True)[:m]
+    must = sorted(b for b in candidates if b in forced and math.isinf(score[b]))[:n]
+    floor = semantics.score_floor
+    return {
+        frozenset(b for b in subset if floor is None or score[b] > floor)
+        for subset in itertools.combinations(score, m)
+        if sorted((score[b] for b in subset), reverse=True) == best and set(must) <= set(subset)
+    }
+
+
+EIGHTHS = st.integers(0, 6).map(lambda eighths: eighths / 8)
+
+
+@given(
+    row=st.lists(
+        st.tuples(EIGHTHS, EIGHTHS.map(lambda x: x / 4), st.booleans(), st.booleans()), max_size=4
+    ),
+    n=st.integers(0, 4),
+    semantics=st.sampled_from([PAPER, FLA, FLOOR, dataclasses.replace(FLOOR, forced_score=0.5)]),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, semantics):
+    """VALID: allowed under the scores. AMBIGUOUS: allowed under some scores within the bounds, and
+    the most favourable ones lift what was taken and lower what was left. INVALID: neither."""
+    scores, bounds = [block[0] for block in row], [block[1] for block in row]
+    candidates = [b for b, block in enumerate(row) if block[2]]
+    forced = [b for b, block in enumerate(row) if block[2] and block[3]]
+    for size in range(len(row) + 1):
+        for taken in itertools.combinations(range(len(row)), size):
+            moved = [
+                score + (bound if b in taken else -bound)
+                for b, (score, bound) in enumerate(zip(scores, bounds))
+            ]
+            if frozenset(taken) in valid_sets(scores, candidates, forced, n, semantics):
+                expected = VALID
+            elif frozenset(taken) in valid_sets(moved, candidates, forced, n, semantics):
+                expected = AMBIGUOUS
+            else:
+                expected = INVALID
+            verdict, _, sentence = judge(
+                list(taken), scores, n, bound=bounds, candidates=candidates, forced=forced,
+                semantics=semantics,
+            )  # fmt: skip
+            assert verdict == expected, f"{taken}: {sentence}"
+
+
+@given(case=selectings(), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=100)
+def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_never_invalid(
+    case, seed
+):
+    """The bounds are of the size of the scores' gaps, so that the noise does change choices."""
+    scores = importance(*case[:3], **case.sizes, semantics=case.semantics)
+    n = case.chosen["num_selected_blocks"]
+    keywords: dict[str, Any] = {
+        "candidates": candidates_of(case),
+        "forced": forced_of(case),
+        "num_selected_blocks": n,
+        "semantics": case.semantics,
+    }
+    chosen = select(*case[:3], **case.sizes, **case.chosen, semantics=case.semantics)
+    assert (
+        valid_selection(chosen, scores, np.zeros(scores.shape), **keywords).verdict == VALID
+    ).all()
+    generator = np.random.default_rng(seed)
+    bounds = 0.5 * generator.random(scores.shape)
+    shuffled = generator.permuted(chosen, axis=-1)
+    assert (valid_selection(shuffled, scores, bounds, **keywords).verdict == VALID).all()
+    noisy = top_blocks(scores + bounds * generator.uniform(-1, 1, scores.shape), **keywords)
+    result = valid_selection(noisy, scores, bounds, **keywords)
+    assert result.first_invalid() is None
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
+SIZES = {
+    "kv_len": 6,
+    "compress_block_size": 2,
+    "compress_block_sliding_stride": 2,
+    "selection_block_size": 2,
+}
+ROW = {
+    "scores": np.zeros((1, 1, 1, 2)),
+    "candidates": np.ones((1, 2), bool),
+    "forced": np.zeros((1, 2), bool),
+    "num_selected_blocks": 1,
+}
+CHOICE = np.zeros((1, 1, 1, 1), int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: importance(Q, K, NONE, **{**SIZES, "selection_block_size": 3}),
+            ValueError,
+            r"selection_block_size=3 must be a positive multiple of "
+            r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",
+        ),
+        (
+            lambda: importance(
+                Q, K[:, :, :2], NONE, **{**SIZES, "compress_block_size": 3}
+            ),
+            ValueError,
+            r"compress_block_size=3 must be a positive multiple of "
+            r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",
+        ),
+        (
+            lambda: importance(Q, K[:, :, :2], NONE, **SIZES),
+            ValueError,
+            r"k_cmp has shape \(1, 1, 2, 2\); it must be \(1, kv_heads, 3, 2\)",
+        ),
+        (
+            lambda: importance(Q, K, NONE[..., :1], **SIZES),
+            ValueError,
+            r"mem_k has shape \(1, 1, 0, 1\); it must be \(1, 1, num_mem_kv, 2\)",
+        ),
+        (
+            lambda: importance(np.ones((1, 3, 3, 2)), np.ones((1, 2, 3, 2)),
+                               np.ones((1, 2, 0, 2)), **SIZES),
+            ValueError,
+            r"q_heads \(axis 1 of q\)=3 must be a positive multiple of kv_heads",
+        ),
+        (
+            lambda: importance(Q, K, NONE, **SIZES, semantics=None),
+            TypeError,
+            r"semantics=None must be a Semantics",
+        ),
+        (
+            lambda: selection_candidates(2, 2, 0),
+            ValueError,
+            r"selection_block_size=0 must be at least 1",
+        ),
+        (
+            lambda: selection_candidates(2, 2, 1, LUCIDRAINS),
+            ValueError,
+            r"compress_block_sliding_stride=None must be given: importance='logit_mean'",
+        ),
+        (
+            lambda: selection_candidates(
+                2, 2, 1, dataclasses.replace(LUCIDRAINS, compress_alignment="start"),
+                compress_block_sliding_stride=1,
+            ),
+            ValueError,
+            r"compress_block_size=None must be given: with importance='logit_mean'",
+        ),
+        (
+            lambda: forced_blocks(2, 2, 1, -1, 0),
+            ValueError,
+            r"num_initial_blocks=-1 must be at least 0",
+        ),
+        (
+            lambda: forced_blocks(2, 2, 1, 0, 1.5),
+            TypeError,
+            r"num_local_blocks=1.5 must be an integer, not float",
+        ),
+        (
+            lambda: top_blocks(**{**ROW, "num_selected_blocks": -1}),
+            ValueError,
+            r"num_selected_blocks=-1 must be at least 0",
+        ),
+        (
+            lambda: top_blocks(**{**ROW, "scores": np.full((1, 1, 1, 2), math.nan)}),
+            ValueError,
+            r"scores holds NaN at a candidate",
+        ),
+        (
+            lambda: top_blocks(**{**ROW, "forced": np.zeros((2, 2), bool)}),
+            ValueError,
+            r"forced has shape \(2, 2\); it must be \(1, 2\)",
+        ),
+        (
+            lambda: top_blocks(**{**ROW, "candidates": np.ones((1, 2))}),
+            TypeError,
+            r"candidates has dtype float64; it must be bool",
+        ),
+        (
+            lambda: valid_selection(CHOICE, score_bounds=ROW["scores"] - 1, **ROW),
+            ValueError,
+            r"score_bounds holds -1.0 at a candidate; it must be at least 0",
+        ),
+        (
+            lambda: valid_selection(CHOICE, score_bounds=np.zeros((1, 1, 2)), **ROW),
+            ValueError,
+            r"score_bounds has shape \(1, 1, 2\); it must be \(1, 1, 1, 2\)",
+        ),
+        (
+            lambda: valid_selection(CHOICE * 1.0, score_bounds=ROW["scores"], **ROW),
+            TypeError,
+            r"block_indices has dtype float64; it must hold integers",
+        ),
+        (
+            lambda: valid_selection(CHOICE[0], score_bounds=ROW["scores"], **ROW),
+            ValueError,
+            r"block_indices has shape \(1, 1, 1\); it must be \(batch, heads, q_len=1, n\)",
+        ),
+    ],
+)  # fmt: skip
+def test_selection_refuses_what_does_not_fit_and_says_what_would(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
