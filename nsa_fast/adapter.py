@@ -1,0 +1,243 @@
+"""The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
+
+Eager and compiled FlexAttention are different code, so they are two implementations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nsa_fast
+from nsa_fast import block_masks, branches
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Attention, Implementation, TorchImplementation
+from nsa_ref.testing.probes import block_mask_readings
+
+#: Every combination of switches that the kernels read differently.
+SEMANTICS = (
+    PAPER,
+    LUCIDRAINS_FLEX,
+    dataclasses.replace(PAPER, causal=False),
+    dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
+    dataclasses.replace(PAPER, window_closed=False),
+    dataclasses.replace(PAPER, window_closed=False, causal=False),
+    dataclasses.replace(PAPER, share_selection=False),
+    dataclasses.replace(PAPER, forced_score=1.0, score_floor=1e-10),
+)
+
+
+class NsaFast(TorchImplementation):
+    """What both kinds have in common: everything that `nsa_fast` exports."""
+
+    backend: str
+    semantics = SEMANTICS
+
+    # masks: what the branch uses, and upstream's call where it means the same
+
+    def sliding_mask(self, case: Case) -> dict[str, Any]:
+        device = torch.device(self.device)
+        masks: dict[str, Any] = {
+            "sliding_attention": block_masks.sliding_block_mask(
+                case.q_len,
+                case.kv_len,
+                case.sliding_window_size,
+                case.semantics,
+                block_size=branches.token_block_size(device),
+                device=device,
+            )
+        }
+        if case.q_len == case.kv_len and case.semantics.window_closed:
+            masks["create_sliding_mask"] = nsa_fast.create_sliding_mask(
+                case.kv_len, case.sliding_window_size, case.semantics.causal, device=device
+            )
+        return masks
+
+    def compress_mask(self, case: Case) -> dict[str, Any]:
+        device = torch.device(self.device)
+        stride = case.compress_block_sliding_stride
+        masks: dict[str, Any] = {
+            "compress_attention": branches.compress_branch_mask(
+                case.q_len,
+                case.kv_len,
+                case.compress_block_size,
+                stride,
+                case.num_mem_kv,
+                case.semantics,
+                device=device,
+            )
+        }
+        # upstream's call knows neither l nor the number of tokens: it is strict, ends its blocks
+        # at (i + 1) d, and takes p = t
+        upstream = case.semantics.compress_strict and case.semantics.compress_alignment == "end"
+        if case.q_len == case.kv_len and (upstream or not case.semantics.causal):
+            masks["create_compress_mask"] = nsa_fast.create_compress_mask(
+                case.q_len,
+                case.num_compress_blocks,
+                stride,
+                case.num_mem_kv,
+                case.semantics.causal,
+                device=device,
+            )
+        return masks
+
+    def fine_mask(self, case: Case, block_indices: Tensor) -> dict[str, Any]:
+        rows = case.q_heads // block_indices.shape[1]
+        rows_per_token, blocks_per_tile = branches.fine_tile(
+            rows, case.selection_block_size, block_indices.device
+        )
+        grouped = block_masks.fine_block_mask(
+            case.kv_len,
+            block_indices,
+            case.selection_block_size,
+            case.semantics,
+            rows_per_token=rows_per_token,
+            blocks_per_tile=blocks_per_tile,
+        )
+        # the branch's rows stand token by token; the judge's stand head by head
+        masks: dict[str, Any] = {}
+        readings = block_mask_readings(grouped, case.q_len * rows_per_token, case.kv_len)
+        for part, cells in readings.items():
+            batch, heads = cells.shape[:2]
+            cells = cells.reshape(batch, heads, case.q_len, rows_per_token, case.kv_len)
+            cells = cells[:, :, :, :rows].swapaxes(2, 3)
+            masks[f"fine_attention {part}"] = cells.reshape(
+                batch, case.q_heads, case.q_len, case.kv_len
+            )
+        own_block = case.semantics.own_block_extra or not case.semantics.causal
+        if case.q_len == case.kv_len and own_block:
+            create = nsa_fast.create_fine_mask(
+                case.kv_len, case.selection_block_size, case.semantics.causal
+            )
+            masks["create_fine_mask"] = create(block_indices, rows)
+        return masks
+
+    # branches
+
+    def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+        found = nsa_fast.sliding_attention(
+            q,
+            k,
+            v,
+            sliding_window_size=case.sliding_window_size,
+            semantics=case.semantics,
+            backend=self.backend,
+        )
+        return _judged(found)
+
+    def compress(
+        self, case: Case, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, mem_k: Tensor, mem_v: Tensor
+    ) -> Attention:
+        found = nsa_fast.compress_attention(
+            q,
+            k_cmp,
+            v_cmp,
+            mem_k,
+            mem_v,
+            kv_len=case.kv_len,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            semantics=case.semantics,
+            backend=self.backend,
+        )
+        return _judged(found)
+
+    def fine(self, case: Case, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Attention:
+        found = nsa_fast.fine_attention(
+            q,
+            k,
+            v,
+            block_indices,
+            selection_block_size=case.selection_block_size,
+            semantics=case.semantics,
+            backend=self.backend,
+        )
+        return _judged(found)
+
+    # compression and selection
+
+    def pool(self, case: Case, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return nsa_fast.compress_pool(
+            x,
+            weights,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            compress_map=case.compress_map,
+            semantics=case.semantics,
+        )
+
+    def select(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> Tensor:
+        return nsa_fast.select_blocks(
+            q,
+            k_cmp,
+            mem_k,
+            kv_len=case.kv_len,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            selection_block_size=case.selection_block_size,
+            num_selected_blocks=case.num_selected_blocks,
+            num_initial_blocks=case.num_initial_blocks,
+            num_local_blocks=case.num_local_blocks,
+            semantics=case.semantics,
+        )
+
+
+def _judged(found: nsa_fast.Attention) -> Attention:
+    """The judge's own pair; tensors in it become arrays later."""
+    out: Any = found.out
+    lse: Any = found.lse
+    return Attention(out, lse)
+
+
+class NsaFastEager(NsaFast):
+    """FlexAttention's eager operator: every size, gradients, float64."""
+
+    name = "nsa_fast eager"
+    backend = "eager"
+    numerics: Mapping[str, str] = {
+        "float64": "fp64",
+        "float32": "fp32",
+        "bfloat16": "bf16-eager",
+    }
+
+
+class NsaFastCompiled(NsaFast):
+    """FlexAttention as Inductor compiles it: C++ without gradients on a CPU, Triton on CUDA."""
+
+    name = "nsa_fast compiled"
+    backend = "compiled"
+    numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    # every new value is a compilation of several seconds, for each branch and dtype; a batch of one
+    # is a graph of its own as well
+    limits: Mapping[str, Collection[Any]] = {
+        "batch": (0, 2),
+        "q_heads": (8,),
+        "kv_heads": (2,),
+        "head_dim": (16,),
+        "value_dim": (16,),
+        "selection_block_size": (4,),
+    }
+
+    def offers_vjp(self, method: str) -> bool:
+        # pool is plain torch; FlexAttention compiled for a CPU has no backward
+        return (method == "pool" or self.device != "cpu") and super().offers_vjp(method)
+
+
+def implementations(device: str) -> list[Implementation]:
+    """What nsa_fast runs on a device: both kinds on "cpu", the compiled one on "cuda".
+
+    Raises
+    ------
+    ValueError : another device
+    """
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return [NsaFastEager(device), NsaFastCompiled(device)]
+    if kind == "cuda":
+        return [NsaFastCompiled(device)]
+    raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda'.")

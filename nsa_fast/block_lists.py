@@ -1,0 +1,301 @@
+"""Which blocks a kernel walks: FlexAttention's block lists, straight from arithmetic.
+
+A row of the lists belongs to one block of query rows and names blocks of key columns: those that
+the kernel must mask cell by cell (partial) and those that it may read whole (full). A block is full
+only if every row and column in it that exists is visible; the kernels cut what lies past the end.
+Nothing here is ever as large as rows x columns.
+
+All lists are int32, ascending, free of duplicates, and filled up with 0: a number in range, because
+the Triton kernels load the first entry of an empty list too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nsa_fast.mask_mods import WORD_BITS, MaskMod
+
+#: The attention functions lengthen anything shorter to this, because the compiler makes a graph of
+#: its own for a length of 1, and FlexAttention refuses 0.
+LEAST_LENGTH = 2
+
+#: Entries of the smallest membership table: 65536 tokens x 32 blocks.
+LEAST_TABLE = 2**16
+
+
+class BlockLists(NamedTuple):
+    """Partial and full blocks of every row block; both kinds have one shape and one layout.
+
+    num_blocks, full_num_blocks : int32 (batch, heads, row blocks)
+    indices, full_indices : int32 (batch, heads, row blocks, slots)
+
+    One shape, because PyTorch 2.11 finds the full lists by the strides of the partial ones.
+    """
+
+    num_blocks: Tensor
+    indices: Tensor
+    full_num_blocks: Tensor
+    full_indices: Tensor
+
+
+def count_blocks(length: int, block_size: int) -> int:
+    """Blocks that cover `length`, at least one: an empty list has no place to read from."""
+    return max(1, -(-length // block_size))
+
+
+def to_block_mask(
+    lists: BlockLists, mask_mod: MaskMod, *, q_len: int, kv_len: int, block_size: tuple[int, int]
+) -> BlockMask:
+    """The lists, their transpose and the predicate as one BlockMask.
+
+    FlexAttention's own transposition raises IndexError on lists narrower than the number of blocks.
+    """
+    q_lists = transposed(lists, count_blocks(kv_len, block_size[1]))
+    return BlockMask(
+        seq_lengths=(q_len, kv_len),
+        kv_num_blocks=lists.num_blocks,
+        kv_indices=lists.indices,
+        full_kv_num_blocks=lists.full_num_blocks,
+        full_kv_indices=lists.full_indices,
+        q_num_blocks=q_lists.num_blocks,
+        q_indices=q_lists.indices,
+        full_q_num_blocks=q_lists.full_num_blocks,
+        full_q_indices=q_lists.full_indices,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod,
+    )
+
+
+def transposed(lists: BlockLists, columns: int) -> BlockLists:
+    """For every column block the row blocks that name it: what dk and dv walk."""
+    num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns)
+    full_num_blocks, full_indices = _transposed(lists.full_num_blocks, lists.full_indices, columns)
+    slots = max(indices.shape[-1], full_indices.shape[-1])
+    return BlockLists(
+        num_blocks,
+        F.pad(indices, (0, slots - indices.shape[-1])),
+        full_num_blocks,
+        F.pad(full_indices, (0, slots - full_indices.shape[-1])),
+    )
+
+
+def _transposed(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    batch, heads, _, slots = indices.shape
+    used = torch.arange(slots, device=indices.device) < num_blocks[..., None]
+    b, h, row, _ = used.nonzero(as_tuple=True)
+    # entries come row by row; a stable sort by column keeps the rows of a column ascending
+    column = (b * heads + h) * columns + indices[used]
+    column, order = column.sort(stable=True)
+    counts = torch.bincount(column, minlength=batch * heads * columns)
+    place = torch.arange(len(column), device=column.device) - (counts.cumsum(0) - counts)[column]
+    widest = int(counts.max()) if counts.numel() else 0
+    out = indices.new_zeros((batch * heads * columns, max(1, widest)))
+    out[column, place] = row[order].to(out.dtype)
+    return (
+        counts.to(torch.int32).view(batch, heads, columns),
+        out.view(batch, heads, columns, out.shape[1]),
+    )
+
+
+# --- sliding and compress: an interval of columns per row -----------------------------------------
+
+
+def interval_lists(
+    some: tuple[Tensor, Tensor],
+    every: tuple[Tensor, Tensor],
+    *,
+    kv_len: int,
+    kv_block_size: int,
+    slots: int,
+) -> BlockLists:
+    """Lists of a mask whose rows each see one interval of columns, which moves with the row.
+
+    some : [start, stop) of the columns that at least one row of the block sees, int64 (row blocks,)
+    every : [start, stop) of those that all rows of the block see
+    slots : the most blocks that `some` can touch
+    returns : lists of shape (1, 1, row blocks[, slots])
+    """
+    size, blocks = kv_block_size, count_blocks(kv_len, kv_block_size)
+    first = some[0] // size
+    stop = torch.where(some[1] > some[0], -(-some[1] // size), first)
+    full_first = -(-every[0] // size)
+    # the last block may be short: it is whole as soon as its real columns are
+    full_stop = torch.where(every[1] >= kv_len, blocks, every[1] // size)
+    whole = (every[1] > every[0]) & (full_stop > full_first) & (kv_len >= LEAST_LENGTH)
+    full_first = torch.where(whole, full_first, stop)
+    full_stop = torch.where(whole, full_stop, stop)
+    full = full_stop - full_first
+
+    slot = torch.arange(slots, device=first.device)
+    partial_indices = first[:, None] + slot  # up to the full blocks, then on behind them
+    partial_indices = torch.where(
+        partial_indices < full_first[:, None], partial_indices, partial_indices + full[:, None]
+    )
+    partial = stop - first - full
+    full_indices = full_first[:, None] + slot
+    return BlockLists(
+        *_filled(partial[None, None], partial_indices[None, None]),
+        *_filled(full[None, None], full_indices[None, None]),
+    )
+
+
+def _filled(num_blocks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as int32, with 0 in the slots that are not used."""
+    slot = torch.arange(indices.shape[-1], device=indices.device)
+    indices = torch.where(slot < num_blocks[..., None], indices, 0)
+    return num_blocks.to(torch.int32).contiguous(), indices.to(torch.int32).contiguous()
+
+
+# --- fine: a set of selection blocks per token ----------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """The selection blocks that each token sees at least one cell of.
+
+    blocks : int64 (batch, heads, tokens, slots), ascending, distinct; `num_blocks` in unused slots
+    cells : int64, the same shape: how many columns of the block the token sees
+    """
+
+    blocks: Tensor
+    cells: Tensor
+    num_blocks: int
+    block_size: int
+    kv_len: int
+
+
+def chosen_blocks(
+    block_indices: Tensor,
+    *,
+    kv_len: int,
+    block_size: int,
+    offset: int,
+    ahead: int,
+    own_block: bool,
+) -> Chosen:
+    """Block indices as a set: without duplicates, strangers and blocks past the query (F1, F3, I6).
+
+    block_indices : integers (batch, heads, tokens, n), any values
+    offset : p - t; a token with p < 0 stands before everything and sees nothing
+    ahead : 0, or PAST_THE_END where nothing is cut at p
+    own_block : the query's own block is seen as well
+    """
+    blocks = block_indices.to(torch.int64)
+    num_blocks = -(-kv_len // block_size)
+    position = torch.arange(blocks.shape[2], device=blocks.device)[:, None] + offset
+    if own_block:
+        own = position // block_size
+        blocks = torch.cat([blocks, own.expand(*blocks.shape[:3], 1)], dim=-1)
+    position = torch.where(position < 0, -1, position + ahead)
+    known = (blocks >= 0) & (blocks < num_blocks)
+    # compared before it is multiplied: an index may be anything up to 2**63
+    blocks = torch.where(known, blocks, num_blocks)
+    begun = blocks * block_size <= position
+    blocks = torch.where(begun, blocks, num_blocks).sort(dim=-1).values
+    again = F.pad(blocks[..., 1:] == blocks[..., :-1], (1, 0)) if blocks.shape[-1] else blocks > 0
+    blocks = torch.where(again, num_blocks, blocks).sort(dim=-1).values
+    stop = ((blocks + 1) * block_size).clamp(max=kv_len).minimum(position + 1)
+    cells = torch.where(blocks < num_blocks, stop - blocks * block_size, 0)
+    return Chosen(blocks, cells, num_blocks, block_size, kv_len)
+
+
+def word_table(chosen: Chosen) -> tuple[Tensor, tuple[int, int, int]]:
+    """Membership, one bit per token and block: int32 (entries,), and how to read it.
+
+    returns : the table, flat, and (heads, tokens, words); what lies behind its end is 0
+
+    A captured table is compiled in with its size, so it is taken from a few sizes: 256 KiB, and
+    then 16 times as much.
+    """
+    batch, heads, tokens, _ = chosen.blocks.shape
+    words = max(1, -(-chosen.num_blocks // WORD_BITS))
+    bit = torch.bitwise_left_shift(torch.ones_like(chosen.blocks), chosen.blocks % WORD_BITS)
+    bit = torch.where(chosen.blocks < chosen.num_blocks, bit, 0)
+    # bit 31 is the sign of an int32
+    bit = torch.where(bit == 2**31, -(2**31), bit).to(torch.int32)
+    entries = LEAST_TABLE
+    # lengths below 2 are lengthened: their added row and column must find an entry
+    while entries < (batch * heads * tokens + 1) * words + 1:
+        entries *= 16
+    table = bit.new_zeros(entries)
+    index = (chosen.blocks // WORD_BITS).clamp(max=words - 1)
+    row = torch.arange(batch * heads * tokens, device=bit.device).view(batch, heads, tokens, 1)
+    # no block occurs twice: adding is or-ing
+    table.scatter_add_(0, (row * words + index).flatten(), bit.flatten())
+    torch._dynamo.mark_static(table)
+    return table, (heads, tokens, words)
+
+
+def token_lists(chosen: Chosen, blocks_per_tile: int) -> BlockLists:
+    """Lists with one row block per token and `blocks_per_tile` selection blocks to a column block.
+
+    returns : lists of shape (batch, heads, tokens[, slots]), only as wide as needed
+    """
+    size = chosen.block_size * blocks_per_tile
+    tiles = count_blocks(chosen.kv_len, size)
+    if chosen.blocks.shape[2] == 0 or chosen.blocks.shape[3] == 0:
+        return _empty_lists(chosen, rows=max(1, chosen.blocks.shape[2]))
+    tile = torch.where(chosen.blocks < chosen.num_blocks, chosen.blocks // blocks_per_tile, tiles)
+    # blocks ascend, so those of one tile stand side by side: add their cells up
+    new = F.pad(tile[..., 1:] != tile[..., :-1], (1, 0), value=True)
+    rank = new.cumsum(dim=-1) - 1
+    cells = torch.zeros_like(tile).scatter_add_(-1, rank, chosen.cells)
+    tile = torch.full_like(tile, tiles).scatter_(-1, rank, tile)
+
+    columns = ((tile + 1) * size).clamp(max=chosen.kv_len) - tile * size
+    seen = (tile < tiles) & (cells > 0)
+    full = seen & (cells == columns) & (chosen.kv_len >= LEAST_LENGTH)
+    slots = min(tile.shape[-1], tiles)
+    return BlockLists(
+        *_ascending(seen & ~full, tile, tiles, slots), *_ascending(full, tile, tiles, slots)
+    )
+
+
+def tiled_lists(chosen: Chosen, *, q_len: int, q_block_size: int, kv_block_size: int) -> BlockLists:
+    """Lists with blocks of any size, by counting the visible cells of each block.
+
+    A block is partial if some of its cells are visible and full if all are. The count is one number
+    per block, filled from the selected indices.
+    """
+    batch, heads, tokens, _ = chosen.blocks.shape
+    rows, columns = count_blocks(q_len, q_block_size), count_blocks(chosen.kv_len, kv_block_size)
+    counts = chosen.blocks.new_zeros((batch, heads, rows * columns))
+    row = (torch.arange(tokens, device=counts.device) // q_block_size * columns)[:, None]
+    start = torch.where(chosen.cells > 0, chosen.blocks * chosen.block_size, 0)
+    stop = start + chosen.cells
+    for step in range(min(columns, -(-chosen.block_size // kv_block_size) + 1)):
+        column = start // kv_block_size + step
+        cells = stop.minimum((column + 1) * kv_block_size) - start.maximum(column * kv_block_size)
+        place = row + column.clamp(max=columns - 1)
+        counts.scatter_add_(-1, place.expand_as(cells).flatten(2), cells.clamp(min=0).flatten(2))
+    counts = counts.view(batch, heads, rows, columns)
+    height = _extents(q_len, q_block_size, rows, counts.device)
+    width = _extents(chosen.kv_len, kv_block_size, columns, counts.device)
+    full = (counts > 0) & (counts == height[:, None] * width)
+    column = torch.arange(columns, device=counts.device).expand_as(counts)
+    return BlockLists(
+        *_ascending((counts > 0) & ~full, column, columns, columns),
+        *_ascending(full, column, columns, columns),
+    )
+
+
+def _extents(length: int, block_size: int, blocks: int, device: torch.device) -> Tensor:
+    """How much of each block is real."""
+    start = torch.arange(blocks, device=device) * block_size
+    return (start + block_size).clamp(max=length) - start
+
+
+def _ascending(wanted: Tensor, tile: Tensor, tiles: int, slots: int) -> tuple[Tensor, Tensor]:
+    """The wanted tiles at the front of each row, in order."""
+    indices = torch.where(wanted, tile, tiles).sort(dim=-1).values[..., :slots]
+    return _filled(wanted.sum(dim=-1), indices)
+
+
+def _empty_lists(chosen: Chosen, rows: int) -> BlockLists:
+    batch, heads = chosen.blocks.shape[:2]
+    none = torch.zeros((batch, heads, rows), dtype=torch.int32, device=chosen.blocks.device)
+    return BlockLists(none, none[..., None].clone(), none.clone(), none[..., None].clone())

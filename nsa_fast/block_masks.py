@@ -1,0 +1,176 @@
+"""The BlockMask of each branch, for the sizes and the Semantics of one call.
+
+The attention functions look these builders up here, and so does the adapter: what is judged is what
+is used, and a deliberately broken build is planted in one place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nsa_fast import block_lists, mask_mods
+from nsa_fast.block_lists import count_blocks
+from nsa_fast.mask_mods import PAST_THE_END
+from nsa_ref.semantics import Semantics
+
+
+def sliding_block_mask(
+    q_len: int,
+    kv_len: int,
+    sliding_window_size: int,
+    semantics: Semantics,
+    *,
+    block_size: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:
+    """W1, W2: the own key and the w before it (and behind it, if nothing is causal).
+
+    returns : (1, 1, q_len, kv_len)
+    """
+    oldest = sliding_window_size if semantics.window_closed else sliding_window_size - 1
+    newest = 0 if semantics.causal else -oldest
+    offset = kv_len - q_len
+    first, last, real = _positions(q_len, block_size[0], offset, device)
+    # rows with p < 0 see nothing; those that are left see an interval that moves by one a row
+    seeing = real & (last >= 0) & (oldest >= newest)
+    earliest = first.clamp(min=0)
+    nothing = torch.zeros_like(first)
+    some = (
+        torch.where(seeing, (earliest - oldest).clamp(0, kv_len), nothing),
+        torch.where(seeing, (last - newest + 1).clamp(0, kv_len), nothing),
+    )
+    all_see = seeing & (first >= 0)
+    every = (
+        torch.where(all_see, (last - oldest).clamp(0, kv_len), nothing),
+        torch.where(all_see, (first - newest + 1).clamp(0, kv_len), nothing),
+    )
+    columns = count_blocks(kv_len, block_size[1])
+    reach = max(0, oldest - newest) + block_size[0]  # columns that a row block can see
+    lists = block_lists.interval_lists(
+        some,
+        every,
+        kv_len=kv_len,
+        kv_block_size=block_size[1],
+        slots=min(columns, -(-reach // block_size[1]) + 1),
+    )
+    mask_mod = mask_mods.sliding_mask_mod(
+        f"sliding_{sliding_window_size}",
+        offset=offset,
+        newest=newest,
+        oldest=oldest,
+        kv_len=kv_len,
+        device=device,
+    )
+    return block_lists.to_block_mask(
+        lists, mask_mod, q_len=q_len, kv_len=kv_len, block_size=block_size
+    )
+
+
+def compress_block_mask(
+    q_len: int,
+    num_blocks: int,
+    compress_block_sliding_stride: int,
+    num_mem_kv: int,
+    *,
+    offset: int,
+    first_end: int,
+    causal: bool,
+    block_size: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:
+    """C2, C3: memory columns, then every block i with i d + first_end <= p = t + offset.
+
+    Where nothing is causal, every block for every query with p >= 0.
+
+    first_end : the last token of block 0, in tokens; one more where a block is visible a step later
+    returns : (1, 1, q_len, num_mem_kv + num_blocks)
+    """
+    stride, columns = compress_block_sliding_stride, num_mem_kv + num_blocks
+    ahead = 0 if causal else PAST_THE_END
+    first, last, real = _positions(q_len, block_size[0], offset, device)
+
+    def stop(position: Tensor) -> Tensor:
+        """Columns that a query at `position` sees; always the first ones."""
+        ended = ((position + ahead - first_end) // stride + 1).clamp(0, num_blocks)
+        return torch.where(real, num_mem_kv + torch.where(position >= 0, ended, 0), 0)
+
+    start = torch.zeros_like(first)
+    lists = block_lists.interval_lists(
+        (start, stop(last)),
+        (start, stop(first)),
+        kv_len=columns,
+        kv_block_size=block_size[1],
+        slots=count_blocks(columns, block_size[1]),
+    )
+    mask_mod = mask_mods.compress_mask_mod(
+        f"compress_{stride}_mem_{num_mem_kv}",
+        offset=offset,
+        ahead=ahead,
+        stride=stride,
+        first_end=first_end,
+        memory=num_mem_kv,
+        columns=columns,
+        device=device,
+    )
+    return block_lists.to_block_mask(
+        lists, mask_mod, q_len=q_len, kv_len=columns, block_size=block_size
+    )
+
+
+def fine_block_mask(
+    kv_len: int,
+    block_indices: Tensor,
+    selection_block_size: int,
+    semantics: Semantics,
+    *,
+    rows_per_token: int,
+    blocks_per_tile: int,
+) -> BlockMask:
+    """F1 to F4 for queries that stand token by token, each with `rows_per_token` rows.
+
+    The rows of one token are one row block: they share its choice, so that the lists are the
+    selected blocks themselves. Blocks before the query are full, the one that it cuts is partial.
+
+    block_indices : integers (batch, heads, q_len, n), any values
+    returns : (batch, heads, q_len * rows_per_token, kv_len)
+    """
+    q_len = block_indices.shape[2]
+    offset, ahead = kv_len - q_len, 0 if semantics.causal else PAST_THE_END
+    chosen = block_lists.chosen_blocks(
+        block_indices,
+        kv_len=kv_len,
+        block_size=selection_block_size,
+        offset=offset,
+        ahead=ahead,
+        own_block=semantics.causal and semantics.own_block_extra,
+    )
+    table, shape = block_lists.word_table(chosen)
+    mask_mod = mask_mods.fine_mask_mod(
+        f"fine_{selection_block_size}",
+        table=table,
+        shape=shape,
+        offset=offset,
+        ahead=ahead,
+        block_size=selection_block_size,
+        rows_per_token=rows_per_token,
+        heads_per_choice=1,
+        kv_len=kv_len,
+    )
+    return block_lists.to_block_mask(
+        block_lists.token_lists(chosen, blocks_per_tile),
+        mask_mod,
+        q_len=q_len * rows_per_token,
+        kv_len=kv_len,
+        block_size=(rows_per_token, selection_block_size * blocks_per_tile),
+    )
+
+
+def _positions(
+    q_len: int, q_block_size: int, offset: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p of the first and of the last row of every row block, and whether it has rows at all."""
+    first = torch.arange(count_blocks(q_len, q_block_size), device=device) * q_block_size
+    last = (first + q_block_size).clamp(max=q_len) - 1
+    return first + offset, last + offset, last >= first

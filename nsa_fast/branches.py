@@ -1,0 +1,284 @@
+"""The three branches as attention: out and lse, with gradients for q, k and v.
+
+Paper's letters: w = sliding_window_size, l = compress_block_size,
+d = compress_block_sliding_stride, l' = selection_block_size. Query head h reads kv head h // G.
+Row t stands at p = t + kv_len - q_len. A row that sees no key: out 0, lse -inf, gradients 0.
+
+On CUDA the kernels are compiled; on a CPU the default is FlexAttention's eager operator, which has
+gradients and float64 and holds all scores at once, and backend="compiled" is forward only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nsa_fast import block_masks, flex
+from nsa_fast.checks import (
+    MAX_LENGTH,
+    check_alike,
+    check_group,
+    check_indices,
+    check_length,
+    check_semantics,
+    check_size,
+    check_tensor,
+)
+from nsa_fast.flex import Attention
+from nsa_fast.pool import num_compress_blocks
+from nsa_ref.semantics import PAPER, Semantics
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sliding_window_size: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Attention:
+    """Attention to the own key and the w before it (W1, W2).
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim)
+    k : (batch, kv_heads, kv_len, head_dim)     v : (batch, kv_heads, kv_len, value_dim)
+    scale : default head_dim ** -0.5
+    backend : "eager", "compiled", or None: "compiled" on CUDA, else "eager"
+    returns : Attention(out, lse)
+
+    Raises
+    ------
+    ValueError : shapes or sizes that do not fit, a switch or backend that does not run here
+    TypeError : dtypes that do not fit
+    """
+    check_semantics(semantics, "sliding")
+    window = check_length("sliding_window_size", sliding_window_size)
+    check_qkv(q, k, v)
+    backend = flex.resolve_backend(backend, q, k, v)
+
+    def block_mask() -> BlockMask:
+        return block_masks.sliding_block_mask(
+            q.shape[2],
+            k.shape[2],
+            window,
+            semantics,
+            block_size=token_block_size(q.device),
+            device=q.device,
+        )
+
+    return flex.attend(
+        "sliding", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
+    )
+
+
+def compress_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    mem_k: Tensor | None = None,
+    mem_v: Tensor | None = None,
+    *,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Attention:
+    """Attention to memory and to the compressed blocks that have ended (C2, C3).
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim)
+    k_cmp, v_cmp : (batch, kv_heads, blocks, head_dim or value_dim); blocks is what C1 makes of
+        kv_len, the number of tokens
+    mem_k, mem_v : (batch, kv_heads, num_mem_kv, head_dim or value_dim), or None for none
+    scale, backend, returns, Raises : as `sliding_attention`
+    """
+    check_semantics(semantics, "compress")
+    kv_len = check_length("kv_len", kv_len)
+    size = check_size("compress_block_size", compress_block_size, 1, MAX_LENGTH)
+    stride = check_size(
+        "compress_block_sliding_stride", compress_block_sliding_stride, 1, MAX_LENGTH
+    )
+    check_qkv(q, k_cmp, v_cmp, names=("q", "k_cmp", "v_cmp"))
+    blocks = num_compress_blocks(kv_len, size, stride, semantics)
+    batch, kv_heads = k_cmp.shape[:2]
+    check_tensor("k_cmp", k_cmp, (batch, kv_heads, blocks, q.shape[3]))
+    if (mem_k is None) != (mem_v is None):
+        raise TypeError("mem_k and mem_v must be given together, or neither.")
+    k, v, memory = k_cmp, v_cmp, 0
+    if mem_k is not None and mem_v is not None:
+        check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", q.shape[3]))
+        memory = mem_k.shape[2]
+        check_tensor("mem_v", mem_v, (batch, kv_heads, memory, v_cmp.shape[3]))
+        check_alike(q=q, mem_k=mem_k, mem_v=mem_v)
+        k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
+    backend = flex.resolve_backend(backend, q, k, v)
+
+    def block_mask() -> BlockMask:
+        return compress_branch_mask(
+            q.shape[2], kv_len, size, stride, memory, semantics, device=q.device
+        )
+
+    return flex.attend(
+        "compress", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
+    )
+
+
+def compress_branch_mask(
+    q_len: int,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    num_mem_kv: int,
+    semantics: Semantics,
+    *,
+    device: torch.device,
+) -> BlockMask:
+    """The mask of `compress_attention`: C1's blocks, seen when C2 says."""
+    stride = compress_block_sliding_stride
+    start = semantics.compress_alignment == "start"
+    last_token = (compress_block_size if start else stride) - 1  # of block 0
+    return block_masks.compress_block_mask(
+        q_len,
+        num_compress_blocks(kv_len, compress_block_size, stride, semantics),
+        stride,
+        num_mem_kv,
+        offset=kv_len - q_len,
+        first_end=last_token + 1 if semantics.compress_strict else last_token,
+        causal=semantics.causal,
+        block_size=token_block_size(device),
+        device=device,
+    )
+
+
+def fine_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    selection_block_size: int,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Attention:
+    """Attention to the tokens of the selected blocks, up to the query's own (F1 to F4).
+
+    The heads of a group stand together, token by token, so that one token's rows are one row block
+    and its block list is its selection; nothing of the size q_len x kv_len is built.
+
+    Shapes
+    ------
+    q, k, v : as `sliding_attention`
+    block_indices : integers (batch, kv_heads, q_len, n), or (batch, q_heads, q_len, n) without
+        share_selection; -1 in unused slots, strangers are ignored, duplicates count once
+    scale, backend, returns, Raises : as `sliding_attention`
+    """
+    check_semantics(semantics, "fine")
+    block_size = check_size("selection_block_size", selection_block_size, 1, MAX_LENGTH)
+    check_qkv(q, k, v)
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    heads = kv_heads if semantics.share_selection else q_heads
+    check_indices("block_indices", block_indices, (batch, heads, q_len, "n"))
+    if block_indices.device != q.device:
+        raise ValueError(
+            f"block_indices is on {block_indices.device} and q on {q.device}; "
+            "they must be on one device."
+        )
+    backend = flex.resolve_backend(backend, q, k, v)
+    rows = q_heads // heads  # of one token that share a choice
+    rows_per_token, blocks_per_tile = fine_tile(rows, block_size, q.device)
+
+    def block_mask() -> BlockMask:
+        return block_masks.fine_block_mask(
+            kv_len,
+            block_indices,
+            block_size,
+            semantics,
+            rows_per_token=rows_per_token,
+            blocks_per_tile=blocks_per_tile,
+        )
+
+    found = flex.attend(
+        "fine",
+        _token_major(q, heads, rows_per_token),
+        k,
+        v,
+        block_mask,
+        backend=backend,
+        scale=default_scale(scale, q),
+    )
+    lse = None if found.lse is None else found.lse[..., None]
+    return Attention(
+        _head_major(found.out, q_heads, rows_per_token),
+        None if lse is None else _head_major(lse, q_heads, rows_per_token)[..., 0],
+    )
+
+
+def token_block_size(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a block in the sliding and compress branches.
+
+    128 is what FlexAttention's Triton tiles divide. A CPU has no such need, and small blocks leave
+    more of a window out.
+    """
+    return (128, 128) if device.type == "cuda" else (16, 16)
+
+
+def fine_tile(rows: int, selection_block_size: int, device: torch.device) -> tuple[int, int]:
+    """Rows per token and selection blocks per column block, for `rows` heads that share a choice.
+
+    The Triton kernels multiply tiles of at least 16 x 16, in powers of two: smaller groups get
+    empty rows, and small selection blocks share a column block. On a CPU tiles are of any size,
+    and 1 is enough.
+    """
+    if device.type != "cuda":
+        return rows, 1
+    least = 16
+    power = 1 << (rows - 1).bit_length()
+    blocks = 1
+    while selection_block_size * blocks % least:
+        blocks *= 2
+    return max(least, power), blocks
+
+
+def _token_major(q: Tensor, heads: int, rows_per_token: int) -> Tensor:
+    """(batch, heads * rows, q_len, dim) -> (batch, heads, q_len * rows_per_token, dim)."""
+    batch, q_heads, q_len, dim = q.shape
+    q = q.reshape(batch, heads, q_heads // heads, q_len, dim).transpose(2, 3)
+    q = flex.padded(q, 3, rows_per_token)
+    return q.reshape(batch, heads, q_len * rows_per_token, dim)
+
+
+def _head_major(x: Tensor, q_heads: int, rows_per_token: int) -> Tensor:
+    """The way back, without the rows that were added."""
+    batch, heads, rows, dim = x.shape
+    q_len = rows // rows_per_token
+    x = x.reshape(batch, heads, q_len, rows_per_token, dim)[:, :, :, : q_heads // heads]
+    return x.transpose(2, 3).reshape(batch, q_heads, q_len, dim)
+
+
+def default_scale(scale: float | None, q: Tensor) -> float:
+    """A1: head_dim ** -0.5 unless another is given."""
+    return float(q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
+) -> int:
+    """Fitting shapes, dtypes and devices; the group size G."""
+    q_name, k_name, v_name = names
+    check_tensor(q_name, q, ("batch", "q_heads", "q_len", "head_dim"))
+    check_tensor(k_name, k, (q.shape[0], "kv_heads", "kv_len", q.shape[3]))
+    check_tensor(v_name, v, (*k.shape[:3], "value_dim"))
+    for name, tensor in ((q_name, q), (k_name, k), (v_name, v)):
+        check_size(f"the last axis of {name}", tensor.shape[3], 1)
+        check_length(f"the length of {name}", tensor.shape[2])
+    check_alike(**{q_name: q, k_name: k, v_name: v})
+    return check_group(q.shape[1], k.shape[1])

@@ -1,0 +1,119 @@
+"""Checks at the entry of the public functions: name, value, rule, reason, remedy.
+
+Written apart from `nsa_ref.checks`: of `nsa_ref`, this package imports the semantics alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_ref.semantics import Semantics
+
+#: p and j are compared as int32 inside the kernels, and p may stand one length past the end.
+MAX_LENGTH = 2**30
+
+
+def check_size(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int, or TypeError for another kind, ValueError outside [least, most]."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}.")
+    size = int(value.__index__())
+    if size < least:
+        raise ValueError(f"{name}={size} must be at least {least}.")
+    if most is not None and size >= most:
+        raise ValueError(f"{name}={size} must be below {most}.")
+    return size
+
+
+def check_length(name: str, value: Any) -> int:
+    """A number of tokens that the kernels' int32 positions can hold."""
+    return check_size(name, value, 0, MAX_LENGTH)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value`, or TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False, not {type(value).__name__}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}={value!r} must be one of {listed}.")
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
+    """A tensor of this shape; a string names a free axis."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}.")
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({wanted}).")
+    return value
+
+
+def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
+    """A tensor of integers (bool is none) of this shape."""
+    tensor = check_tensor(name, value, shape)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; it must hold integers: block numbers, "
+            "and -1 in unused slots. Try torch.int64."
+        )
+    return tensor
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """One dtype, one device."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype} and {first} {reference.dtype}; "
+                "they must be the same."
+            )
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first} on {reference.device}; "
+                "they must be on one device."
+            )
+
+
+def check_group(q_heads: int, kv_heads: int) -> int:
+    """G: how many query heads share a kv head."""
+    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
+        raise ValueError(
+            f"q has {q_heads} heads (axis 1) and k has {kv_heads}; the heads of q must be a "
+            "positive multiple of the heads of k: query head h reads kv head h // G."
+        )
+    return q_heads // kv_heads
+
+
+def check_semantics(semantics: Any, branch: str) -> Semantics:
+    """TypeError for another kind; ValueError for a switch that FlexAttention cannot follow."""
+    if not isinstance(semantics, Semantics):
+        raise TypeError(
+            f"semantics={semantics!r} must be a nsa_ref.Semantics, such as nsa_ref.PAPER, "
+            f"not {type(semantics).__name__}."
+        )
+    runs: list[tuple[str, Any, Any]] = [
+        (f"empty_row.{branch}", getattr(semantics.empty_row, branch), "zero"),
+        (f"empty_lse.{branch}", getattr(semantics.empty_lse, branch), float("-inf")),
+    ]
+    if branch == "fine":
+        runs.append(("duplicates", semantics.duplicates, "set"))
+    for switch, value, only in runs:
+        if value != only:
+            raise ValueError(
+                f"semantics.{switch}={value!r} is not what nsa_fast computes; it runs {only!r}. "
+                "nsa_ref follows every value of this switch."
+            )
+    return semantics

@@ -1,0 +1,286 @@
+"""One call of FlexAttention, eager or compiled, with what each of them cannot do made an error.
+
+============  ===========================  =========================================
+backend       device                       gives
+============  ===========================  =========================================
+"eager"       any                          out, lse, gradients; holds all scores at once, and reads
+                                           the predicate alone, never the block lists
+"compiled"    CUDA                         out, lse, gradients; float32, bfloat16, float16
+"compiled"    CPU                          out alone, no gradients; float32, bfloat16, float16
+============  ===========================  =========================================
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
+from torch.autograd.function import once_differentiable
+from torch.fx.experimental import _config as shape_config
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from nsa_fast.block_lists import LEAST_LENGTH, count_blocks
+from nsa_fast.checks import check_choice
+
+BACKENDS = ("eager", "compiled")
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: `tl.dot` multiplies at least 16 x 16: shorter heads get zeros behind them on a GPU.
+LEAST_CUDA_DIM = 16
+
+
+class Attention(NamedTuple):
+    """out : (batch, q_heads, q_len, value_dim), in the dtype of the inputs
+
+    lse : (batch, q_heads, q_len), natural logarithm, float32 (float64 for float64 inputs); None
+        where the backend has none
+    """
+
+    out: Tensor
+    lse: Tensor | None
+
+
+def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The backend to use, or an error that says what runs."""
+    if backend is None:
+        backend = "compiled" if q.device.type == "cuda" else "eager"
+    check_choice("backend", backend, BACKENDS)
+    if not q.is_floating_point():
+        raise TypeError(f"q has dtype {q.dtype}; it must be a floating point type.")
+    if backend == "eager":
+        return backend
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"backend='compiled' runs on cpu and cuda, not on {q.device.type}. Try backend='eager'."
+        )
+    if q.dtype not in COMPILED_DTYPES:
+        listed = ", ".join(str(dtype) for dtype in COMPILED_DTYPES)
+        raise TypeError(
+            f"q has dtype {q.dtype}; backend='compiled' runs {listed}. "
+            "backend='eager' runs torch.float64 too."
+        )
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if needs_grad and q.device.type == "cpu":
+        raise ValueError(
+            "backend='compiled' gives no gradients on a CPU, and an input has requires_grad=True. "
+            "Use backend='eager', or call it under torch.no_grad()."
+        )
+    return backend
+
+
+def attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Callable[[], BlockMask],
+    *,
+    backend: str,
+    scale: float,
+) -> Attention:
+    """FlexAttention of q (batch, q_heads, q_len, head_dim) through a block mask.
+
+    name : the branch; compiled graphs carry it
+    block_mask : builds the mask, for the lengths of q and k; not called if there is no query
+    """
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        return _of_no_query(q, k, v)
+    q_len, value_dim = q.shape[2], v.shape[3]
+    mask = block_mask()
+    mask, q, k, v = _fitted(mask, q, k, v, backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        q, k, v = _Once.apply(q, k, v)
+    if backend == "eager":
+        out, lse = _eager(q, k, v, mask, scale)
+    else:
+        out, lse = _compiled(name, q, k, v, mask, scale)
+    out = out[:, :, :q_len, :value_dim]
+    return Attention(out, None if lse is None else lse[:, :, :q_len])
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
+) -> tuple[Tensor, Tensor]:
+    # the public function refuses inputs with requires_grad on a CPU; the operator below it has a
+    # backward for any device, and its lse is a logarithm to base 2
+    out, lse, _ = flex_attention_op(q, k, v, _same_score, block_mask.as_tuple(), scale, {}, (), ())
+    return out, lse * math.log(2)
+
+
+def _same_score(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return score
+
+
+def _compiled(
+    name: str, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    key = "_".join(
+        str(part)
+        for part in (
+            name,
+            str(q.dtype).removeprefix("torch."),
+            *(q.shape[1], k.shape[1], q.shape[3], v.shape[3]),
+            *block_mask.BLOCK_SIZE,
+        )
+    )
+    options = kernel_options(block_mask.BLOCK_SIZE, q.device)
+    # two sizes that happen to be equal are two sizes: else each coincidence is one more graph
+    with shape_config.patch(use_duck_shape=False):
+        if q.device.type == "cpu":
+            # one grad mode only: dynamo guards on it, and would compile everything twice
+            with torch.no_grad():
+                q, k, v = q.detach(), k.detach(), v.detach()  # refused even here, if they want it
+                return _graph(f"{key}_out", _out_alone)(q, k, v, block_mask, scale, options), None
+        out, aux = _graph(f"{key}_lse", _out_and_lse)(q, k, v, block_mask, scale, options)
+        return out, aux.lse
+
+
+def _out_alone(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, options: Any
+) -> Any:
+    return flex_attention(
+        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=options
+    )
+
+
+def _out_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, options: Any
+) -> Any:
+    return flex_attention(
+        q,
+        k,
+        v,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=True,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+
+
+@functools.cache
+def _graph(name: str, function: types.FunctionType) -> Callable[..., Any]:
+    """`function` compiled under a name, and a recompile limit, of its own.
+
+    dynamo counts recompilations by code object. Past its limit it would run eager FlexAttention,
+    which ignores block lists; `fullgraph=True` makes that an error. Sizes that FlexAttention holds
+    fixed (heads, dims, block sizes) are in the name, so the count is of what should never grow.
+    """
+    code = function.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, function.__globals__, name)
+    return torch.compile(copy, dynamic=True, fullgraph=True)
+
+
+def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[str, Any] | None:
+    """Tiles of the Triton kernels that divide the blocks of the mask; None where any tile does."""
+    if device.type != "cuda" or (block_size[0] % 128 == 0 and block_size[1] % 128 == 0):
+        return None
+    rows, columns = (min(64, size & -size) for size in block_size)  # largest power of two in it
+    return {
+        "fwd_BLOCK_M": rows,
+        "fwd_BLOCK_N": columns,
+        "bwd_BLOCK_M1": min(rows, columns),  # BLOCK_M1 must divide BLOCK_N1
+        "bwd_BLOCK_N1": columns,
+        "bwd_BLOCK_M2": rows,
+        "bwd_BLOCK_N2": min(rows, columns),  # BLOCK_N2 must divide BLOCK_M2
+        # else the kernels trust lengths that 128 divides, where a block of 80 reaches past the end
+        "IS_DIVISIBLE": False,
+    }
+
+
+class _Once(torch.autograd.Function):
+    """The identity, with a backward that raises if it is differentiated again.
+
+    FlexAttention's own second derivative is wrong without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def _of_no_query(q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    """Results without elements, in the graph of q, k and v; FlexAttention raises IndexError."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return Attention(scores @ v, scores.sum(-1).to(dtype))
+
+
+def _fitted(
+    mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, backend: str
+) -> tuple[BlockMask, Tensor, Tensor, Tensor]:
+    """Inputs and lists as the kernels take them: no length below 2, strides that they can walk.
+
+    What is added is invisible (zero keys that the predicate excludes) or cut off the result.
+    """
+    q, k, v = (padded(t, 2, LEAST_LENGTH) for t in (q, k, v))
+    if q.device.type == "cuda" and backend == "compiled":
+        q, k, v = (_walkable(padded(t, 3, LEAST_CUDA_DIM)) for t in (q, k, v))
+    else:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one layout, one graph
+    if backend == "eager":
+        return _with(mask, seq_lengths=(q.shape[2], k.shape[2])), q, k, v
+
+    # the C++ kernels want as many slots as there are blocks
+    blocks = count_blocks(k.shape[2], mask.BLOCK_SIZE[1]) if q.device.type == "cpu" else 0
+    lists: dict[str, Tensor | None] = {}
+    for side, slots in (("kv", blocks), ("q", 0)):
+        for kind in (side, f"full_{side}"):
+            if side == "q" and q.device.type == "cpu":  # there is no backward to walk them
+                lists |= {f"{kind}_num_blocks": None, f"{kind}_indices": None}
+                continue
+            numbers, indices = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+            lists[f"{kind}_num_blocks"] = padded(numbers, 2, LEAST_LENGTH)
+            lists[f"{kind}_indices"] = padded(
+                padded(indices, 2, LEAST_LENGTH), 3, max(LEAST_LENGTH, slots)
+            )
+    return _with(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
+
+
+def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
+    """The tensor with zeros behind it until the axis is `least` long; itself if it is."""
+    missing = least - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, missing))
+
+
+def _walkable(tensor: Tensor) -> Tensor:
+    """Any order of the outer axes will do for Triton, but rows without gaps and no overlap."""
+    walkable = tensor.stride(-1) == 1 and 0 not in tensor.stride()
+    return tensor if walkable else tensor.contiguous()
+
+
+def _with(mask: BlockMask, **changes: Any) -> BlockMask:
+    """The mask with some of its parts replaced."""
+    parts = {
+        name: getattr(mask, name)
+        for name in (
+            "seq_lengths",
+            "kv_num_blocks",
+            "kv_indices",
+            "full_kv_num_blocks",
+            "full_kv_indices",
+            "q_num_blocks",
+            "q_indices",
+            "full_q_num_blocks",
+            "full_q_indices",
+            "BLOCK_SIZE",
+            "mask_mod",
+        )
+    }
+    return BlockMask(**(parts | changes))

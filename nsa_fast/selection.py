@@ -1,0 +1,245 @@
+"""Which blocks the fine branch reads: importance (I1 to I3) and the top n (I4 to I6).
+
+Paper's letters: l = compress_block_size, d = compress_block_sliding_stride,
+l' = selection_block_size, n = num_selected_blocks. FlexAttention cannot hand its probabilities out,
+so q and k_cmp are multiplied a second time here, in chunks of queries, without gradients (A4).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_fast.branches import default_scale
+from nsa_fast.checks import (
+    check_alike,
+    check_group,
+    check_length,
+    check_size,
+    check_tensor,
+)
+from nsa_fast.pool import num_compress_blocks
+from nsa_ref.semantics import PAPER, Semantics
+
+#: Scores of one chunk of queries: 2**24 float32 are 64 MiB.
+CHUNK_ELEMENTS = 2**24
+
+#: The logit that upstream puts before the blocks, so that a row without any goes there (I3).
+PAD_LOGIT = -1e3
+
+
+class _Sizes(NamedTuple):
+    kv_len: int
+    size: int
+    stride: int
+    block: int
+    blocks: int
+    initial: int
+    local: int
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    mem_k: Tensor | None = None,
+    *,
+    kv_len: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    selection_block_size: int,
+    num_selected_blocks: int,
+    num_initial_blocks: int = 1,
+    num_local_blocks: int = 2,
+    semantics: Semantics = PAPER,
+    scale: float | None = None,
+) -> Tensor:
+    """The n selection blocks of the highest importance, for every query (I1 to I6).
+
+    ::
+
+        overlap      score[b] = sum over the group's heads and windows i of
+                     p_cmp[i] * (strides that window i and block b share)          eq. 9 and 10
+        logit_mean   score[b] = mean over the group's heads and block b's windows of scale q.k_cmp
+        choice       the n highest of the blocks that begin at or before p; initial and local
+                     blocks at forced_score; equal scores go to the lower index
+
+    Computed in float32, or float64 for float64 inputs.
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim)
+    k_cmp : (batch, kv_heads, blocks, head_dim), the blocks that C1 makes of kv_len tokens
+    mem_k : (batch, kv_heads, num_mem_kv, head_dim), or None for none; part of the softmax
+    returns : int64 (batch, heads, q_len, n), best first, then -1 in unused slots; heads =
+        kv_heads, or q_heads without share_selection
+
+    Raises
+    ------
+    ValueError : shapes or sizes that do not fit; a stride that does not divide
+        selection_block_size or, for "overlap", compress_block_size
+    TypeError : sizes that are no integers, dtypes that differ
+    """
+    if not isinstance(semantics, Semantics):
+        raise TypeError(f"semantics={semantics!r} must be a nsa_ref.Semantics.")
+    sizes = _Sizes(
+        kv_len=check_length("kv_len", kv_len),
+        size=check_size("compress_block_size", compress_block_size, 1),
+        stride=check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1),
+        block=check_size("selection_block_size", selection_block_size, 1),
+        blocks=-(-kv_len // selection_block_size),
+        initial=check_size("num_initial_blocks", num_initial_blocks, 0),
+        local=check_size("num_local_blocks", num_local_blocks, 0),
+    )
+    n = check_size("num_selected_blocks", num_selected_blocks, 0)
+    _check_stride_divides("selection_block_size", sizes.block, sizes.stride)
+    if semantics.importance == "overlap":
+        _check_stride_divides("compress_block_size", sizes.size, sizes.stride)
+    check_tensor("q", q, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    windows = num_compress_blocks(kv_len, sizes.size, sizes.stride, semantics)
+    check_tensor("k_cmp", k_cmp, (batch, "kv_heads", windows, head_dim))
+    kv_heads = k_cmp.shape[1]
+    group = check_group(q_heads, kv_heads)
+    if mem_k is None:
+        mem_k = k_cmp[:, :, :0]
+    check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
+    check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
+
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    columns = torch.cat([mem_k, k_cmp], dim=2).to(dtype)[:, :, None].transpose(-1, -2)
+    heads = kv_heads if semantics.share_selection else q_heads
+    chosen = torch.full((batch, heads, q_len, n), -1, dtype=torch.int64, device=q.device)
+    if chosen.numel() == 0 or sizes.blocks == 0:
+        return chosen
+    rows = max(1, CHUNK_ELEMENTS // (batch * q_heads * max(columns.shape[-1], sizes.blocks)))
+    for start in range(0, q_len, rows):
+        stop = min(start + rows, q_len)
+        position = torch.arange(start, stop, device=q.device) + (kv_len - q_len)
+        part = q[:, :, start:stop].to(dtype)
+        part = part.reshape(batch, kv_heads, group, stop - start, head_dim)
+        logits = (part @ columns) * default_scale(scale, q)
+        # (batch, heads, heads that share, rows, memory and windows)
+        logits = logits.reshape(batch, heads, q_heads // heads, *logits.shape[3:])
+        best = _best(logits, position, mem_k.shape[2], sizes, semantics, n)
+        chosen[:, :, start:stop, : best.shape[-1]] = best
+    return chosen
+
+
+def _best(
+    logits: Tensor, position: Tensor, memory: int, sizes: _Sizes, semantics: Semantics, n: int
+) -> Tensor:
+    """I4 to I6 for some rows: (batch, heads, rows, at most n), -1 in unused slots."""
+    candidates, forced = _candidates(position, logits.shape[-1] - memory, sizes, semantics)
+    visible = _visible(position, logits.shape[-1] - memory, sizes, semantics)
+    if semantics.importance == "overlap":
+        scores = _overlap_scores(logits, visible, memory, sizes, semantics)
+        quantity, forced_rank = scores, torch.tensor(semantics.forced_score, dtype=scores.dtype)
+    else:
+        scores = _logit_means(logits[..., memory:], visible, candidates, sizes)
+        padded = F.pad(scores, (1, 0), value=PAD_LOGIT)
+        quantity = padded.softmax(dim=-1)[..., 1:]
+        # where a block's probability would be forced_score
+        forced_rank = math.log(semantics.forced_score) + padded.logsumexp(dim=-1, keepdim=True)
+    forced_rank = forced_rank.to(scores.device)
+    ranked = torch.where(forced, forced_rank, scores)
+    quantity = torch.where(forced, semantics.forced_score, quantity)
+
+    # a stable sort takes the lower of two equal blocks, as topk does not promise; candidates stand
+    # before all others, whatever their scores
+    ranked = torch.where(candidates, ranked, -torch.inf)
+    by_score = ranked.sort(dim=-1, descending=True, stable=True).indices
+    is_candidate = candidates.expand_as(ranked).gather(-1, by_score)
+    first = is_candidate.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    best = by_score.gather(-1, first)[..., :n]
+    valid = candidates.expand_as(ranked).gather(-1, best)
+    if semantics.score_floor is not None:
+        valid = valid & (quantity.gather(-1, best) > semantics.score_floor)
+    return torch.where(valid, best, -1)
+
+
+def _candidates(
+    position: Tensor, windows: int, sizes: _Sizes, semantics: Semantics
+) -> tuple[Tensor, Tensor]:
+    """Which blocks may be chosen, and which of them are forced: bool (rows, blocks)."""
+    block = torch.arange(sizes.blocks, device=position.device)
+    own = (position // sizes.block)[:, None]
+    candidates = torch.ones((len(position), sizes.blocks), dtype=torch.bool, device=block.device)
+    if semantics.causal:
+        candidates = block * sizes.block <= position[:, None]
+    own_excluded = semantics.causal and semantics.own_block_extra
+    if semantics.importance == "logit_mean":
+        strides = sizes.block // sizes.stride
+        candidates = candidates & (block < windows // strides)  # complete ones only
+        own_excluded = own_excluded or strides != 1
+    if own_excluded:
+        candidates = candidates & (block != own)
+    if semantics.own_block_extra:
+        return candidates, torch.zeros_like(candidates)
+    local = (block > own - sizes.local) & (block <= own)
+    return candidates, candidates & ((block < sizes.initial) | local)
+
+
+def _visible(position: Tensor, windows: int, sizes: _Sizes, semantics: Semantics) -> Tensor:
+    """C2: bool (rows, windows)."""
+    if not semantics.causal:
+        return (position >= 0)[:, None].expand(-1, windows)
+    start = semantics.compress_alignment == "start"
+    last = torch.arange(windows, device=position.device) * sizes.stride
+    last = last + (sizes.size if start else sizes.stride) - 1
+    return last < position[:, None] if semantics.compress_strict else last <= position[:, None]
+
+
+def _overlap_scores(
+    logits: Tensor, visible: Tensor, memory: int, sizes: _Sizes, semantics: Semantics
+) -> Tensor:
+    """Eq. 8 to 10: (batch, heads, rows, blocks)."""
+    windows = logits.shape[-1] - memory
+    logits = logits.masked_fill(~F.pad(visible, (memory, 0), value=True), -torch.inf)
+    if logits.shape[-1] == 0:
+        probabilities = logits
+    else:
+        largest = logits.amax(dim=-1, keepdim=True)
+        weight = (logits - largest.masked_fill(largest == -torch.inf, 0)).exp()
+        total = weight.sum(dim=-1, keepdim=True)
+        # a row that sees nothing: 0, where softmax gives NaN
+        probabilities = weight / total.masked_fill(total == 0, 1)
+    p_cmp = probabilities[..., memory:].sum(dim=2)
+
+    # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n for windows that start at i d, and over
+    # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
+    per_block, per_window = sizes.block // sizes.stride, sizes.size // sizes.stride
+    before = per_window - 1 if semantics.compress_alignment == "start" else 0
+    total_strides = sizes.blocks * per_block
+    after = total_strides + per_window - 1 - before - windows
+    over_windows = F.pad(p_cmp, (before, after)).unfold(-1, per_window, 1).sum(dim=-1)
+    return over_windows.unflatten(-1, (sizes.blocks, per_block)).sum(dim=-1)
+
+
+def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Sizes) -> Tensor:
+    """I3: (batch, heads, rows, blocks), -inf where a block is no candidate."""
+    strides = sizes.block // sizes.stride
+    complete = min(logits.shape[-1] // strides, sizes.blocks)
+    logits = logits[..., : complete * strides].masked_fill(~visible[:, : complete * strides], 0)
+    terms = logits.shape[2] * strides
+    total = logits.sum(dim=2).unflatten(-1, (complete, strides)).sum(dim=-1)
+    shown = visible[:, : complete * strides].unflatten(-1, (complete, strides)).sum(dim=-1)
+    hidden = 1 - shown.to(total.dtype) / strides
+    # the share of invisible ones times their logit: the plain sum would overflow
+    means = total / terms + hidden * (torch.finfo(total.dtype).min / 10)
+    means = F.pad(means, (0, sizes.blocks - complete), value=-torch.inf)
+    return means.masked_fill(~candidates, -torch.inf)
+
+
+def _check_stride_divides(name: str, size: int, stride: int) -> None:
+    if size % stride:
+        near = max(size // stride, 1) * stride
+        raise ValueError(
+            f"{name}={size} must be a multiple of compress_block_sliding_stride={stride}: eq. 9 "
+            f"counts the overlap of windows and blocks in whole strides. Try {near} or "
+            f"{near + stride}."
+        )

@@ -1,0 +1,1205 @@
+"""How far a right kernel may be from the float64 oracle: one bound per element, no tolerance.
+
+An implementation *declares* its numerics, a row of `NUMERICS`, and that is all it may choose.
+Its inputs are rounded to its dtype and then taken as exact; what is left is the rounding of the
+kernel's own arithmetic, and that is bounded here term by term, from the float64 quantities
+(probabilities, logits, outputs, gradients) of the same inputs.
+
+The error model
+---------------
+``u`` is a unit roundoff: one rounding changes x by at most ``u |x|``, or by ``eta`` if the
+result underflows.
+
+- *Accumulation.* A sum of n products, in any order and blocking, is off by at most
+  ``acc(n) sum |terms|`` with ``acc(n) = (n + 2) u_accumulate``. Tensor cores accumulate in
+  float32 but may truncate, hence 2^-23 there and 2^-24 where arithmetic is IEEE.
+- *Operands.* tf32 rounds both factors of a matrix product to 11 bits (``u_operand``).
+- *Storage.* 16-bit kernels hold inputs in 16 bits and sums in float32, and round the
+  probabilities before P V (``u_p``), dS before dS K (``u_ds``), delta (``u_delta``) and every
+  result (``u_store``). "-head" rows also store each query head's dk and dv before the group
+  sum; "-eager" rows round after every operation (``u_scores``, ``u_dp``) and keep the rounded
+  P for the backward pass (``keeps_p``). The row total adds P before it is rounded: a kernel that
+  adds the rounded P has lost half the digits of lse, and is not right here.
+- *Elementwise* float32: scale and log2 e cost at most ``C_SCALE`` roundings of a logit, exp
+  ``C_EXP`` units in its result (ex2.approx), division ``C_DIV``.
+
+Two forms of bound. **Deterministic**: every rounding at its worst at once; never excused.
+**Statistical**: independent roundings add in quadrature, at LAMBDA = 6 standard bounds, which by
+Hoeffding fails for at most 2 exp(-LAMBDA^2 / 2) = 3e-8 of all elements. It holds for generic
+data only, because equal values round alike. Terms that are shared (a rounded scale, a truncating
+accumulator) stay linear in it.
+A third, **shared**, bounds only what many rows may have in common, for the slope test.
+
+Accept iff ``|error| <= min(deterministic, statistical)`` on generic data, and ``<=
+deterministic`` on structured data. Rounding noise has no direction, so `slope_test` finds
+systematic errors that are smaller than one rounding.
+
+Source: NUMERICS 2. Comments on a line name the error it stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
+
+Array = NDArray[np.float64]
+
+C_EXP = 4  # ex2.approx and expf: units of u_elementwise in the result
+C_SCALE = 4  # scale, log2 e, their product and their own rounding: units of u_elementwise |s|
+C_DIV = 4  # the division by the row total, or a reciprocal and a product
+LAMBDA = 6.0  # standard bounds in the statistical form
+KEYS_PER_BLOCK = 16  # the smallest key block of a flash kernel: one rescaling per block
+LARGEST_EXPONENT = 200.0  # exp() beyond this is "anything": caps below it always win
+FORMS = ("deterministic", "statistical", "shared")
+MAPS = ("mean", "linear", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """What one class of kernels rounds, and how coarsely. All u_* are relative, eta_* absolute.
+
+    dtype : the dtype that inputs and results are stored in (NumPy's or ml_dtypes' name)
+    largest : its largest finite number; a result beyond it may overflow, and its bound is inf
+    u_accumulate : one addition inside a matrix product or a row sum
+    accumulate_truncates : its rounding may have a direction, so it never averages out
+    u_operand : each factor of a matrix product as the hardware reads it (tf32)
+    u_p : probabilities, before they meet v or dO
+    u_store : every stored result
+    u_ds : dS, before it meets k or q
+    u_delta : delta = dO . O (minus d_lse), if it is stored in the dtype
+    eta : absolute error of storing a number that underflows the dtype
+    eta_accumulate : the same for a product inside the accumulator
+    u_elementwise : one scalar operation
+    u_lse : absolute error of log and of adding the maximum back
+    u_scores, u_dp : logits and dP, where every operation is rounded
+    per_head_rounding : dk and dv of each query head are stored before the group sum
+    keeps_p : the backward pass multiplies with the rounded P of the forward pass
+    """
+
+    dtype: str
+    largest: float
+    u_accumulate: float
+    accumulate_truncates: bool = False
+    u_operand: float = 0.0
+    u_p: float = 0.0
+    u_store: float = 0.0
+    u_ds: float = 0.0
+    u_delta: float = 0.0
+    eta: float = 2.0**-126
+    eta_accumulate: float = 2.0**-126
+    u_elementwise: float = 2.0**-24
+    u_lse: float = 2.0**-22
+    u_scores: float = 0.0
+    u_dp: float = 0.0
+    per_head_rounding: bool = False
+    keeps_p: bool = False
+
+    def accumulate(self, terms: ArrayLike, form: str = "deterministic") -> Array:
+        """acc(n): the relative error of a sum of n products, against the sum of their sizes.
+
+        Roundings to nearest average out, so n + 2 of them weigh like sqrt(n + 2) in the
+        statistical form; truncations all point the same way and do not.
+        """
+        n = np.asarray(terms, dtype=np.float64) + 2.0
+        if form == "statistical" and not self.accumulate_truncates:
+            n = np.sqrt(n)
+        return n * self.u_accumulate
+
+    def shared(self) -> Numerics:
+        """Only what many rows may have in common, so that it does not average out over them.
+
+        The rounded constants and the bias of exp and log, accumulators that truncate, and
+        operands: a rounded v_j is read by every row that sees key j.
+        """
+        return dataclasses.replace(
+            self,
+            u_accumulate=self.u_accumulate if self.accumulate_truncates else 0.0,
+            u_p=0.0,
+            u_store=0.0,
+            u_ds=0.0,
+            u_delta=0.0,
+            u_scores=0.0,
+            u_dp=0.0,
+            per_head_rounding=False,
+            keeps_p=False,
+        )
+
+    @property
+    def u_operands(self) -> float:
+        """Relative error of a product of two rounded operands: 2 u_in + u_in^2."""
+        return 2.0 * self.u_operand + self.u_operand**2
+
+
+def _sixteen_bit(dtype: str, u: float, eta: float, largest: float) -> Numerics:
+    return Numerics(
+        dtype=dtype,
+        largest=largest,
+        u_accumulate=2.0**-23,
+        accumulate_truncates=True,
+        u_p=u,
+        u_store=u,
+        u_ds=u,
+        u_delta=u,
+        eta=eta,
+    )
+
+
+def _by_head(row: Numerics) -> Numerics:
+    return dataclasses.replace(row, per_head_rounding=True)
+
+
+def _eager(row: Numerics) -> Numerics:
+    twice = (1.0 + row.u_store) ** 2 - 1.0  # two roundings on top of each other
+    return dataclasses.replace(
+        row,
+        per_head_rounding=True,
+        keeps_p=True,
+        u_scores=twice,  # q.k is stored, and scale * q.k is stored
+        u_dp=row.u_store,
+        u_ds=twice,  # softmax' output is stored, and scale times it is stored
+    )
+
+
+_LARGEST_FP32 = float(np.finfo(np.float32).max)
+_LARGEST_BF16 = (2.0 - 2.0**-7) * 2.0**127
+_FP32 = Numerics(dtype="float32", largest=_LARGEST_FP32, u_accumulate=2.0**-24)
+_BF16 = _sixteen_bit("bfloat16", 2.0**-8, 2.0**-126, _LARGEST_BF16)
+_FP16 = _sixteen_bit("float16", 2.0**-11, 2.0**-25, 65504.0)
+
+NUMERICS: dict[str, Numerics] = {
+    "fp64": Numerics(
+        dtype="float64",
+        largest=float(np.finfo(np.float64).max),
+        u_accumulate=2.0**-53,
+        eta=2.0**-1022,
+        eta_accumulate=2.0**-1022,
+        u_elementwise=2.0**-53,
+        u_lse=2.0**-51,
+    ),
+    "fp32": _FP32,
+    "tf32": dataclasses.replace(
+        _FP32, u_accumulate=2.0**-23, accumulate_truncates=True, u_operand=2.0**-11
+    ),
+    "bf16": _BF16,
+    "fp16": _FP16,
+    "bf16-head": _by_head(_BF16),
+    "bf16-eager": _eager(_BF16),
+    "fp16-eager": _eager(_FP16),
+}
+
+
+class AttentionBounds(NamedTuple):
+    """Largest |error| of a right kernel, per element, in the tensors' own shapes and units."""
+
+    out: Array
+    lse: Array
+    dq: Array | None
+    dk: Array | None
+    dv: Array | None
+
+
+def attention_bounds(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike,
+    d_out: ArrayLike | None = None,
+    d_lse: ArrayLike | None = None,
+    *,
+    numerics: str,
+    form: str,
+    scale: float | None = None,
+) -> AttentionBounds:
+    """Bounds on the error of attention through a mask, forward and (with d_out) backward.
+
+    The float64 oracle's own error is included. Rows without a visible key and keys without a
+    row have bound 0 (A2, A5 say what they hold, exactly). A bound is inf where a right kernel's
+    dtype may overflow, and nowhere else.
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim), already rounded to the kernel's dtype
+    k, v : (batch, kv_heads, columns, head_dim or value_dim); query head h reads h // G
+    mask : integer multiplicities, broadcastable to (batch, q_heads, q_len, columns)
+    d_out : like out, (batch, q_heads, q_len, value_dim); d_lse : like lse, default 0
+    numerics : a key of NUMERICS
+    form : "deterministic", "statistical" (for generic data only) or "shared" (for `slope_test`)
+    returns : AttentionBounds; dq, dk, dv are None without d_out
+
+    Raises
+    ------
+    ValueError : an unknown row or form, shapes that do not fit, d_lse without d_out
+
+    Source
+    ------
+    NUMERICS 2; the quantities are those of A1 and A3
+    """
+    check_one_of("numerics", numerics, NUMERICS)
+    check_one_of("form", form, FORMS)
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    check_shape("k", k.shape, (batch, "kv_heads", "columns", head_dim))
+    kv_heads, columns = k.shape[1:3]
+    check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
+    value_dim = v.shape[3]
+    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
+    group = q_heads // kv_heads
+    mask = np.broadcast_to(np.asarray(mask, np.float64), (batch, q_heads, q_len, columns))
+    if scale is None:
+        scale = head_dim**-0.5
+    if d_out is None:
+        if d_lse is not None:
+            raise ValueError("d_lse was given without d_out: pass zeros for d_out.")
+        d_out_ = None
+    else:
+        d_out_ = np.asarray(d_out, dtype=np.float64)
+        check_shape("d_out", d_out_.shape, (batch, q_heads, q_len, value_dim))
+    d_lse_ = np.zeros(q.shape[:3]) if d_lse is None else np.asarray(d_lse, dtype=np.float64)
+    check_shape("d_lse", d_lse_.shape, (batch, q_heads, q_len))
+
+    out, lse = np.zeros((batch, q_heads, q_len, value_dim)), np.zeros((batch, q_heads, q_len))
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for b in range(batch):
+        for g in range(kv_heads):
+            heads = slice(g * group, (g + 1) * group)
+            exact = _Exact.of(
+                q[b, heads],
+                k[b, g],
+                v[b, g],
+                mask[b, heads],
+                None if d_out_ is None else d_out_[b, heads],
+                d_lse_[b, heads],
+                float(scale),
+            )
+            of_kernel = _group_bounds(exact, NUMERICS[numerics], form)
+            # the reference is float64 arithmetic too, and may err by its own bound
+            of_oracle = (
+                of_kernel if numerics == "fp64" else _group_bounds(exact, NUMERICS["fp64"], form)
+            )
+            both = [x + y for x, y in zip(of_kernel, of_oracle)]
+            out[b, heads] = both[0].reshape(group, q_len, value_dim)
+            lse[b, heads] = both[1].reshape(group, q_len)
+            if d_out_ is not None:
+                dq[b, heads] = both[2].reshape(group, q_len, head_dim)
+                dk[b, g], dv[b, g] = both[3], both[4]
+    if d_out_ is None:
+        return AttentionBounds(out, lse, None, None, None)
+    return AttentionBounds(out, lse, dq, dk, dv)
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """The float64 quantities of one group of query heads, its rows stacked: rows = G * q_len.
+
+    Per pair (rows, columns): multiplicity, s, a (= sum_c |q_c| |k_c|), log_p, p (both with the
+    multiplicity), dp, r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta, d_lse.
+    """
+
+    group: int
+    scale: float
+    q: Array
+    k: Array
+    v: Array
+    multiplicity: Array
+    s: Array
+    a: Array
+    m: Array
+    lse: Array
+    n: Array
+    n_col: Array
+    log_p: Array
+    p: Array
+    out: Array
+    d_out: Array | None
+    d_lse: Array
+    dp: Array
+    delta: Array
+    r: Array
+    ds: Array
+    dq: Array
+    dk: Array
+    dv: Array
+
+    @classmethod
+    def of(
+        cls,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array,
+        d_out: Array | None,
+        d_lse: Array,
+        scale: float,
+    ) -> _Exact:
+        group, q_len, head_dim = q.shape
+        columns, value_dim = v.shape
+        q, mask = q.reshape(group * q_len, head_dim), mask.reshape(group * q_len, columns)
+        visible = np.asarray(mask > 0)
+        # keys that nobody sees have no influence, not even as 0 * inf (A5)
+        seen = np.any(visible, axis=0)[:, None]
+        k, v = np.where(seen, k, 0.0), np.where(seen, v, 0.0)
+        empty = ~visible.any(axis=1, keepdims=True)
+
+        s = np.where(visible, scale * (q @ k.T), 0.0)
+        a = np.where(visible, np.abs(q) @ np.abs(k).T, 0.0)
+        m = np.max(s, axis=1, keepdims=True, initial=-np.inf, where=visible)
+        m = np.where(empty, 0.0, m)
+        weight = np.where(visible, mask * np.exp(np.minimum(s - m, 0.0)), 0.0)
+        total = weight.sum(axis=1, keepdims=True) + empty
+        lse = np.where(empty, 0.0, m + np.log(total))
+        p = weight / total
+        log_mask = np.log(np.where(visible, mask, 1.0))
+        log_p = np.where(visible, s + log_mask - lse, -np.inf)
+        out = p @ v
+
+        d_lse = d_lse.reshape(group * q_len, 1) * ~empty
+        pairs, nothing = np.zeros_like(p), np.zeros_like
+        dp, delta, r, ds = pairs, np.zeros_like(m), pairs, pairs
+        dq, dk, dv = nothing(q), nothing(k), nothing(v)
+        if d_out is not None:
+            d_out = d_out.reshape(group * q_len, value_dim)
+            dp = np.where(visible, d_out @ v.T, 0.0)
+            delta = np.sum(d_out * out, axis=1, keepdims=True)
+            r = np.where(visible, dp - delta + d_lse, 0.0)
+            ds = p * r
+            dq, dk, dv = scale * ds @ k, scale * ds.T @ q, p.T @ d_out
+        return cls(
+            group=group,
+            scale=abs(scale),
+            q=q,
+            k=k,
+            v=v,
+            multiplicity=np.where(visible, mask, 0.0),
+            s=s,
+            a=a,
+            m=m,
+            lse=lse,
+            n=np.where(visible, mask, 0.0).sum(axis=1, keepdims=True),
+            n_col=np.where(visible, mask, 0.0).sum(axis=0)[:, None],
+            log_p=log_p,
+            p=p,
+            out=out,
+            d_out=d_out,
+            d_lse=d_lse,
+            dp=dp,
+            delta=delta,
+            r=r,
+            ds=ds,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
+
+    def by_head(self, left: Array, right: Array) -> Array:
+        """left^T right of each query head on its own: (G, columns, dim)."""
+        rows, columns = left.shape
+        left = left.reshape(self.group, rows // self.group, columns)
+        right = right.reshape(self.group, rows // self.group, right.shape[1])
+        return left.transpose(0, 2, 1) @ right
+
+    def deviations(self) -> Iterator[tuple[slice, Array]]:
+        """|v_j - out_i| as (rows, columns, value_dim), a few rows at a time (memory)."""
+        rows, columns = self.p.shape
+        step = max(1, 2**20 // max(1, columns * self.v.shape[1]))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            yield part, np.abs(self.v[None] - self.out[part, None, :])
+
+
+class _Forward(NamedTuple):
+    """Bounds of the forward pass, and what the backward pass needs of them."""
+
+    out: Array
+    lse: Array  # (rows, 1)
+    d: Array  # |error of a logit|, (rows, columns)
+
+
+def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
+    """Bounds of one group: out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
+    if form == "shared":
+        row = row.shared()
+    if form == "statistical":
+        forward = _statistical_forward(x, row)
+    else:
+        forward = _deterministic_forward(x, row)
+    empty = np.asarray(x.n == 0)
+    out = np.where(empty, 0.0, _overflow(x.out, forward.out, row))
+    if row.u_scores:  # eager kernels store q.k itself: in float16 it may be beyond 65504
+        out = np.where(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest, np.inf, out)
+    lse = np.where(empty, 0.0, forward.lse)
+    if x.d_out is None:
+        return out, lse
+    if form == "statistical":
+        dq, dk, dv, ds = _statistical_backward(x, row, forward)
+    else:
+        dq, dk, dv, ds = _deterministic_backward(x, row, forward)
+    # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
+    stored = np.bool_(row.u_store > 0)
+    over = stored & (np.abs(x.ds) + ds > row.largest)
+    dq = np.where(over.any(axis=1, keepdims=True), np.inf, _overflow(x.dq, dq, row))
+    dk = np.where(np.any(over, axis=0)[:, None], np.inf, _overflow(x.dk, dk, row))
+    dv = _overflow(x.dv, dv, row)
+    unseen = np.asarray(x.n_col == 0)
+    return (
+        out,
+        lse,
+        np.where(empty, 0.0, dq),
+        np.where(unseen, 0.0, dk),
+        np.where(unseen, 0.0, dv),
+    )
+
+
+def _overflow(reference: Array, bound: Array, row: Numerics) -> Array:
+    """inf where a right result may lie beyond the dtype's largest number, else the bound."""
+    return np.where(np.abs(reference) + bound > row.largest, np.inf, bound)
+
+
+def _weight_error(x: _Exact, d: Array, c: float) -> Array:
+    """P E = P (expm1(d) + c exp(d)): error of P exp(s - m) when s is off by at most d.
+
+    In logarithms where d is large, because P may be 0 and exp(d) inf: 0 * inf is NaN, but the
+    weight exp(log P + d) that a kernel may really see is a plain number.
+    """
+    lifted = np.exp(np.minimum(x.log_p + d, LARGEST_EXPONENT))
+    near = x.p * np.expm1(np.minimum(d, 1.0))
+    return np.where(d < 1.0, near, lifted - x.p) + c * lifted
+
+
+def _blocks(x: _Exact) -> int:
+    """Rescalings of an online softmax: one per key block."""
+    return x.p.shape[1] // KEYS_PER_BLOCK
+
+
+def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.shape[1]
+    c_exp = C_EXP * u_e
+    d = (
+        x.scale * (row.accumulate(head_dim) + row.u_operands) * x.a  # the dot product q.k
+        + x.scale * head_dim * row.eta_accumulate  # products that underflow
+        + row.u_scores * np.abs(x.s)  # logits stored in 16 bits
+        + C_SCALE * u_e * np.abs(x.s)  # scale and log2 e: constants and products
+        # s - m, and its product with log2 e where that is not folded into the scale (the
+        # constant's own error is a common factor of s, above, and a shift that cancels)
+        + 2.0 * u_e * np.abs(x.s - x.m)
+    ) * (x.multiplicity > 0)
+    pe = _weight_error(x, d, c_exp)
+    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
+    # the row total relative to the true one; it holds 1 in any case, from the largest logit
+    z = np.maximum(
+        1.0 - np.sum(x.p * (-np.expm1(-d) + c_exp), axis=1, keepdims=True),
+        np.exp(-d_max) * (1.0 - c_exp),
+    )
+    acc = row.accumulate(x.n + _blocks(x))  # acc(n'): one more rounding per rescaling
+    u_v = row.u_p + row.u_operands  # P and v as P V reads them
+
+    first, furthest = np.zeros_like(x.out), np.zeros_like(x.out)
+    visible = (x.multiplicity > 0)[:, :, None]
+    for part, deviation in x.deviations():
+        first[part] = (pe[part, None, :] @ deviation)[:, 0]
+        furthest[part] = np.max(np.where(visible[part], deviation, 0.0), axis=1, initial=0.0)
+    # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
+    core = (first + (u_v + acc) * ((x.p + pe) @ np.abs(x.v))) / z
+    # whatever the weights, o^ is a mean of visible v: no further off than the furthest
+    cap = furthest + (u_v + acc) * np.maximum(x.p @ np.abs(x.v), np.abs(x.out) + furthest)
+    error = np.minimum(core, cap)
+    error += (acc + C_DIV * u_e) * np.abs(x.out)  # the row total and the division by it
+    error += row.eta * (x.multiplicity @ np.abs(x.v))  # P that underflows, and
+    error += x.n * row.eta_accumulate  # P v that does
+    out = error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta  # storing
+
+    log_terms = row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
+    from_weights = (
+        np.maximum(np.log1p(np.sum(pe, axis=1, keepdims=True)), -np.log(z))
+        + acc  # adding the weights up
+        + c_exp * (_blocks(x) + 1)  # one exp per rescaling
+    )
+    # a sum of exponentials moves by no more than the logit that moves most
+    from_logits = np.max(d, axis=1, keepdims=True, initial=0.0) + acc
+    from_logits += (C_EXP * (_blocks(x) + 2) + 1) * u_e
+    lse = np.minimum(from_weights, from_logits) + log_terms  # log, log2 e, adding m back
+    return _Forward(out, lse, d)
+
+
+def _largest_p(x: _Exact, row: Numerics, lse_noise: Array) -> Array:
+    """What a recomputed P = exp(s - lse) can reach: 1, but for s and lse rounded twice.
+
+    lse is at least every logit of the same kernel; the backward pass may add the same dot
+    product up in another order. Operand and score rounding are the same both times.
+    """
+    u_e, head_dim = row.u_elementwise, x.q.shape[1]
+    twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * np.abs(x.s)
+    return np.exp(np.minimum(2.0 * twice + lse_noise, LARGEST_EXPONENT))
+
+
+def _lse_noise(x: _Exact, row: Numerics) -> Array:
+    """How far a stored lse may lie from the log of the sum over the kernel's own logits."""
+    u_e = row.u_elementwise
+    return (
+        row.accumulate(x.n + _blocks(x))
+        + C_EXP * (_blocks(x) + 3) * u_e
+        + row.u_lse
+        + (C_SCALE + 2.0) * u_e * (np.abs(x.m) + np.abs(x.lse))
+    )
+
+
+def _deterministic_backward(
+    x: _Exact, row: Numerics, forward: _Forward
+) -> tuple[Array, Array, Array, Array]:
+    assert x.d_out is not None
+    u_e, value_dim = row.u_elementwise, x.v.shape[1]
+    d_out, visible = np.abs(x.d_out), x.multiplicity > 0
+    # P again, from the rounded logits and the rounded lse
+    off = (forward.d + forward.lse + 2.0 * u_e * np.abs(x.s - x.lse)) * visible
+    pe = _weight_error(x, off, C_EXP * u_e)
+    largest = np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))  # |P^ - P| <= max(P, P^)
+    pe = np.minimum(pe, largest) * visible
+    pe_dv = pe + (row.u_p + row.u_operands) * (x.p + pe)  # P, stored for P^T dO
+    if row.keeps_p:
+        # dS is made from the P that was stored; where that underflows it is off by eta, and
+        # dS by eta |dP - D|, which heavy tails make large
+        pe = pe + row.u_p * (x.p + pe) + row.eta * visible
+    pb = x.p + pe
+
+    ddp = (
+        (row.accumulate(value_dim) + row.u_operands) * (d_out @ np.abs(x.v).T)  # dO . v
+        + value_dim * row.eta_accumulate
+        + row.u_dp * np.abs(x.dp)  # stored, where every operation is
+    ) * visible
+    # delta as dO . O, from the stored O
+    through_out = np.sum(d_out * forward.out, axis=1, keepdims=True)
+    d_delta = through_out + row.accumulate(value_dim) * np.sum(
+        d_out * (np.abs(x.out) + forward.out), axis=1, keepdims=True
+    )
+    # delta as sum P dP (autograd's softmax): (P^ - P) (dP - D) + D (sum P^ - 1) + P (dP^ - dP)
+    by_p = np.sum(
+        pe * (np.abs(x.dp - x.delta) * visible + np.abs(x.delta))
+        + pb * ddp
+        + row.accumulate(x.n) * pb * (np.abs(x.dp) + ddp),
+        axis=1,
+        keepdims=True,
+    )
+    d_delta = np.maximum(d_delta, by_p)
+    d_delta += row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse) + d_delta)  # stored
+    d_delta += 4.0 * u_e * np.abs(x.d_lse)  # ln 2, and d_lse joins delta or dP
+    d_delta += value_dim * row.eta_accumulate + row.eta * (row.u_delta > 0)
+
+    r = np.abs(x.r)
+    error = pe * (r + d_delta) + pb * (ddp + 3.0 * u_e * r)  # P (dP - D + d_lse), three roundings
+    u_ds = row.u_ds + row.u_operands
+    ds = error + u_ds * (np.abs(x.ds) + error) + _eta_ds(x, row) * visible  # dS, stored
+    through_delta = x.p * d_delta
+    ds_all = ds + through_delta * (1.0 + u_ds)
+
+    # dq: the delta error is one number per row, so it meets the *signed* sum of P k
+    abs_k, abs_q = np.abs(x.k), np.abs(x.q)
+    dq = ds @ abs_k + d_delta * (np.abs(x.p @ x.k) + u_ds * (x.p @ abs_k))
+    dq += row.accumulate(x.n) * ((np.abs(x.ds) + ds + through_delta) @ abs_k)
+    dq += x.n * row.eta_accumulate
+    dq = _store(x.scale * dq, x.dq, row)
+    # dk, dv: summed over the queries and the heads of the group
+    acc = row.accumulate(x.n_col)
+    dk = ds_all.T @ abs_q + acc * ((np.abs(x.ds) + ds_all).T @ abs_q)
+    dk += x.n_col * row.eta_accumulate
+    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q), row)
+    dv = pe_dv.T @ d_out + acc * ((x.p + pe_dv).T @ d_out)
+    dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate  # P underflows
+    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out), row)
+    return dq, dk, dv, ds_all
+
+
+def _eta_ds(x: _Exact, row: Numerics) -> float:
+    """Underflow of dS: stored before the scale, after it, or (eager) both."""
+    return row.eta * (1.0 + (1.0 / x.scale if x.scale else 0.0))
+
+
+def _store(error: Array, reference: Array, row: Numerics) -> Array:
+    """Storing one result: its own rounding, and that of the last scalar factor before it."""
+    u_e = row.u_elementwise
+    return (1.0 + row.u_store) * error + (row.u_store + 2.0 * u_e) * np.abs(reference) + row.eta
+
+
+def _store_group(error: Array, reference: Array, heads: Array, row: Numerics) -> Array:
+    """Storing a sum over the group's heads, once, or each head and each partial sum.
+
+    heads : the exact part of each head, (G, columns, dim)
+    """
+    group = heads.shape[0]
+    if not row.per_head_rounding:
+        return _store(error, reference, row) + (group - 1) * row.eta
+    # G roundings lie on the first head, fewer on the others: (1 + u)^G - 1 on all of them
+    u_group = math.expm1(group * math.log1p(row.u_store))
+    size = np.abs(heads).sum(axis=0)
+    error = error + 2.0 * row.u_elementwise * size
+    return (1.0 + u_group) * error + u_group * size + 2 * group * row.eta
+
+
+def _statistical_forward(x: _Exact, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.shape[1]
+    c_exp = C_EXP * u_e
+    # independent errors of one logit; the constants scale and log2 e are a common factor of
+    # all logits and stay apart (`common`), only the rounding of the two products is in here
+    d = np.sqrt(
+        (x.scale * row.accumulate(head_dim, "statistical") * x.a) ** 2
+        + (row.u_scores * x.s) ** 2
+        + 2.0 * (u_e * x.s) ** 2
+        + 2.0 * (u_e * (x.s - x.m)) ** 2
+    )
+    d += x.scale * row.u_operands * x.a  # a rounded row of q is shared by all keys: linear
+    d *= x.multiplicity > 0
+    pe = _weight_error(x, d, c_exp)
+    common = C_SCALE * u_e
+    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
+    lowest = np.exp(-d_max) * (1.0 - c_exp)
+    spread = LAMBDA * np.sqrt(np.sum(pe**2, axis=1, keepdims=True))
+    z = np.maximum(1.0 - spread, lowest)
+    acc = row.accumulate(x.n + _blocks(x), "statistical")
+    u_v = row.u_p + row.u_operands
+
+    first, furthest = np.zeros_like(x.out), np.zeros_like(x.out)
+    visible = (x.multiplicity > 0)[:, :, None]
+    for part, deviation in x.deviations():
+        first[part] = ((pe[part] ** 2)[:, None, :] @ deviation**2)[:, 0]
+        furthest[part] = np.max(np.where(visible[part], deviation, 0.0), axis=1, initial=0.0)
+    size = x.p @ np.abs(x.v)
+    core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v**2) + (acc * size) ** 2) / z
+    ps = x.p * x.s
+    mean_s = ps.sum(axis=1, keepdims=True)
+    core += common * np.abs(ps @ x.v - mean_s * x.out)  # the common factor, signed
+    cap = furthest + (u_v + acc) * np.maximum(size, np.abs(x.out) + furthest)
+    error = np.minimum(core, cap)
+    error += LAMBDA * (acc + C_DIV * u_e) * np.abs(x.out)
+    error += row.eta * (x.multiplicity @ np.abs(x.v)) + x.n * row.eta_accumulate
+    out = error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta
+
+    lse = np.maximum(np.log1p(spread), -np.log(z))
+    lse += LAMBDA * (acc + c_exp * (_blocks(x) + 1))
+    lse += row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
+    lse += common * np.abs(mean_s)
+    return _Forward(out, lse, d)
+
+
+def _statistical_backward(
+    x: _Exact, row: Numerics, forward: _Forward
+) -> tuple[Array, Array, Array, Array]:
+    assert x.d_out is not None
+    u_e, value_dim = row.u_elementwise, x.v.shape[1]
+    d_out, visible = np.abs(x.d_out), x.multiplicity > 0
+    u_v, u_ds = row.u_p + row.u_operands, row.u_ds + row.u_operands
+    # independent part of the error of P; the row's lse error is shared by its keys (s_lse)
+    off = np.sqrt(forward.d**2 + 2.0 * (u_e * (x.s - x.lse)) ** 2) * visible
+    pe = _weight_error(x, off, C_EXP * u_e)
+    pe = np.minimum(pe, np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))) * visible
+    pe_dv = np.sqrt(pe**2 + (u_v * x.p) ** 2)
+    if row.keeps_p:
+        pe = np.sqrt(pe**2 + (row.u_p * x.p) ** 2) + row.eta * visible
+    s_lse = forward.lse / LAMBDA
+    common = C_SCALE * u_e
+
+    ddp = np.sqrt(
+        (row.accumulate(value_dim, "statistical") * (d_out @ np.abs(x.v).T)) ** 2
+        + row.u_operands**2 * (d_out**2 @ (x.v**2).T)
+        + (row.u_dp * x.dp) ** 2
+    )
+    ddp = (ddp + value_dim * row.eta_accumulate) * visible
+    acc = row.accumulate(x.n + _blocks(x), "statistical")
+    size = np.sum(d_out * np.abs(x.out), axis=1, keepdims=True)
+
+    def over_keys(terms: Array) -> Array:
+        return np.sum(terms, axis=1, keepdims=True)
+
+    r_out = x.r - x.d_lse * visible  # dP - D: what O's errors reach delta through
+    by_out = (  # delta as dO . O
+        row.u_store**2 * over_keys((x.d_out * x.out) ** 2)  # O as stored
+        + over_keys((pe * r_out) ** 2)  # logits and exp
+        + (acc * over_keys(d_out * (x.p @ np.abs(x.v)))) ** 2  # P V
+        + (row.accumulate(value_dim, "statistical") * size) ** 2  # dO . O
+        + (C_DIV * u_e * size) ** 2  # the row total
+    )
+    by_p = (  # delta as sum P dP: here P need not add up to 1, and lse's error meets delta
+        over_keys((pe * x.dp) ** 2)
+        + (s_lse * x.delta) ** 2
+        + over_keys((x.p * ddp) ** 2)
+        + (acc * over_keys(x.p * np.abs(x.dp))) ** 2
+    )
+    s_delta = np.sqrt(
+        np.maximum(by_out, by_p)
+        + u_v**2 * over_keys((x.p * x.dp) ** 2)  # P as P V or P dP reads it
+        + (row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse))) ** 2  # delta as stored
+        + (4.0 * u_e * x.d_lse) ** 2  # ln 2, and d_lse joins delta or dP
+    )
+    s_delta += value_dim * row.eta_accumulate + row.eta * (row.u_delta > 0)
+    s_ds = np.sqrt(
+        (pe * x.r) ** 2 + (x.p * ddp) ** 2 + (u_ds * x.ds) ** 2 + 3.0 * (u_e * x.ds) ** 2
+    )
+    eta_ds, dss = _eta_ds(x, row), x.ds * x.s
+    # the common factor c of all logits: P moves by c s (and by the lse), delta by c sum dS s
+    delta_common = np.abs(over_keys(x.p * r_out * x.s))
+
+    abs_k, abs_q = np.abs(x.k), np.abs(x.q)
+    dq = LAMBDA * np.sqrt(
+        s_ds**2 @ x.k**2
+        + (s_delta * (x.p @ x.k)) ** 2  # one number per row: the signed sum of P k
+        + (s_lse * (x.ds @ x.k)) ** 2
+        + (row.accumulate(x.n, "statistical") * (np.abs(x.ds) @ abs_k)) ** 2
+    )
+    dq += common * (2.0 * np.abs(dss @ x.k) + delta_common * np.abs(x.p @ x.k))
+    dq += eta_ds * (x.multiplicity @ abs_k) + x.n * row.eta_accumulate
+    dq = _store(x.scale * dq, x.dq, row)
+
+    acc = row.accumulate(x.n_col, "statistical")
+    shared = (x.p * s_delta) ** 2 + (x.ds * s_lse) ** 2
+    dk = LAMBDA * np.sqrt((s_ds**2 + shared).T @ x.q**2 + (acc * (np.abs(x.ds).T @ abs_q)) ** 2)
+    dk += common * ((2.0 * np.abs(dss) + x.p * delta_common).T @ abs_q)
+    dk += eta_ds * (x.multiplicity.T @ abs_q) + x.n_col * row.eta_accumulate
+    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q), row)
+
+    dv = LAMBDA * np.sqrt(
+        (pe_dv**2 + (x.p * s_lse) ** 2).T @ d_out**2 + (acc * (x.p.T @ d_out)) ** 2
+    )
+    dv += 2.0 * common * ((x.p * np.abs(x.s)).T @ d_out)
+    dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate
+    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out), row)
+    return dq, dk, dv, LAMBDA * np.sqrt(s_ds**2 + shared)
+
+
+class Slope(NamedTuple):
+    """Relative size of the error along the reference, and what rounding noise explains."""
+
+    value: float
+    limit: float
+
+
+def slope_test(
+    error: ArrayLike, reference: ArrayLike, statistical_bound: ArrayLike, shared_bound: ArrayLike
+) -> Slope:
+    """Find a systematic error (a gate off by 0.3 %) that is smaller than one rounding.
+
+    ::
+
+        value = |<error, reference>| / <reference, reference>
+        limit = (sqrt(sum over rows of (sum_c |reference_c| B_c)^2)
+                 + sum |reference| shared) / <reference, reference>
+
+    Rounding errors have no common direction: rows (all axes but the last) add in quadrature,
+    the elements of a row, which share P and delta, linearly. What rows share (constants, tf32
+    operands, truncation) is bounded apart and adds up linearly: without it, 100 rows that read
+    one key in tf32 are a false alarm. A result that is off by the factor 1 + x has value x.
+    Right iff ``value <= limit``; without a reference to lean on (all zero, or an infinite
+    bound) the limit is inf and the test says nothing.
+
+    Shapes
+    ------
+    error, reference, statistical_bound, shared_bound : one tensor of the attention, all of the
+        same shape; lse as (..., q_len, 1), rows that see nothing left out or set to 0. The
+        bounds are `attention_bounds` of those two forms
+
+    Source
+    ------
+    NUMERICS 2, "Slope test"
+    """
+    error, reference, bound, shared = (
+        np.asarray(x, dtype=np.float64) for x in (error, reference, statistical_bound, shared_bound)
+    )
+    check_shape("error", error.shape, reference.shape)
+    check_shape("statistical_bound", bound.shape, reference.shape)
+    check_shape("shared_bound", shared.shape, reference.shape)
+    size = np.max(np.abs(reference), initial=0.0)
+    if size == 0.0 or not np.all(np.isfinite(bound + shared)):
+        return Slope(0.0, math.inf)
+    unit = reference / size  # so that squares neither overflow nor vanish
+    square = float(np.sum(unit * unit)) * size
+    rows = np.sum(np.abs(unit) * bound, axis=-1)
+    noise = math.sqrt(float(np.sum(rows * rows)))
+    common = float(np.sum(np.abs(unit) * shared))
+    return Slope(abs(float(np.sum(error * unit))) / square, (noise + common) / square)
+
+
+class PoolBounds(NamedTuple):
+    """Bounds of a compression map: its blocks, the gradient of its tokens and of its weights."""
+
+    out: Array
+    dx: Array | None
+    dweights: dict[str, Array] | None
+
+
+def pool_bounds(
+    x: ArrayLike,
+    weights: Mapping[str, ArrayLike],
+    d_out: ArrayLike | None = None,
+    *,
+    numerics: str,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_map: str,
+    compress_alignment: str,
+) -> PoolBounds:
+    """Deterministic bounds of a compression map (C1, C4), layer by layer.
+
+    A layer Y -> Y W^T + b whose input is off by dY is off by ``|dY| |W|^T`` and by its own
+    ``acc(n) |Y| |W|^T``; every intermediate result may be stored in the dtype. A ReLU passes errors
+    on as they are; in the backward pass, a hidden unit that lies within its error of 0 may count
+    as on or off.
+
+    Shapes
+    ------
+    x : (batch, kv_heads, kv_len, dim), already rounded to the kernel's dtype
+    weights : "positions" (kv_heads, l, dim), optional; for "linear" "weight" (dim, l * dim) and
+        "bias" (dim,); for "mlp" "weight_in" (hidden, l * dim), "bias_in", "weight_out"
+        (dim, hidden), "bias_out"; windows are flattened token by token
+    d_out : (batch, kv_heads, blocks, dim)
+    returns : PoolBounds; dx and dweights (the keys of weights) are None without d_out
+
+    Raises
+    ------
+    ValueError : an unknown row, map or alignment, sizes below 1, shapes that do not fit
+
+    Source
+    ------
+    NUMERICS 2, "Gates and combine"; C1, C4
+    """
+    check_one_of("numerics", numerics, NUMERICS)
+    check_one_of("compress_map", compress_map, MAPS)
+    check_one_of("compress_alignment", compress_alignment, ("start", "end"))
+    check_at_least("compress_block_size", compress_block_size, 1)
+    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
+    x = np.asarray(x, dtype=np.float64)
+    check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
+    w = {key: np.asarray(value, dtype=np.float64) for key, value in weights.items()}
+    length, stride = compress_block_size, compress_block_sliding_stride
+    kv_len = x.shape[2]
+    if compress_alignment == "start":
+        blocks = (kv_len - length) // stride + 1 if kv_len >= length else 0
+        first = np.arange(blocks) * stride
+    else:
+        blocks = kv_len // stride
+        first = (np.arange(blocks) + 1) * stride - length
+    tokens = first[:, None] + np.arange(length)[None, :]  # (blocks, l); < 0 is padding
+    g = None
+    if d_out is not None:
+        g = np.asarray(d_out, dtype=np.float64)
+        check_shape("d_out", g.shape, (*x.shape[:2], blocks, x.shape[3]))
+    of_kernel = _pool_bounds(x, w, g, tokens, compress_map, NUMERICS[numerics])
+    of_oracle = _pool_bounds(x, w, g, tokens, compress_map, NUMERICS["fp64"])
+    out = of_kernel.out + of_oracle.out
+    if of_kernel.dx is None or of_oracle.dx is None:
+        return PoolBounds(out, None, None)
+    assert of_kernel.dweights is not None and of_oracle.dweights is not None
+    dweights = {key: of_kernel.dweights[key] + of_oracle.dweights[key] for key in w}
+    return PoolBounds(out, of_kernel.dx + of_oracle.dx, dweights)
+
+
+class _Layer(NamedTuple):
+    value: Array
+    error: Array
+
+
+def _stored(value: Array, error: Array, row: Numerics, times: int = 1) -> _Layer:
+    """An intermediate or final result, stored `times` times on its way."""
+    u = math.expm1(times * math.log1p(row.u_store))
+    return _Layer(value, error + u * (np.abs(value) + error) + times * row.eta)
+
+
+def _product(y: _Layer, matrix: Array, row: Numerics) -> _Layer:
+    """y @ matrix, rounded and stored; matrix is exact."""
+    n, size = matrix.shape[0], np.abs(y.value) + y.error
+    error = y.error @ np.abs(matrix)  # what came in
+    error += (row.accumulate(n) + row.u_operands) * (size @ np.abs(matrix))  # the sum itself
+    error += n * row.eta_accumulate
+    return _stored(y.value @ matrix, error, row)
+
+
+def _affine(y: _Layer, weight: Array, bias: Array | None, row: Numerics) -> _Layer:
+    """y W^T + b; the product may be stored before the bias is added."""
+    product = _product(y, weight.T, row)
+    if bias is None:
+        return product
+    value = product.value + bias
+    error = product.error + row.u_accumulate * (np.abs(value) + product.error)
+    return _stored(value, error, row)
+
+
+def _weight_gradient(g: _Layer, y: _Layer, row: Numerics) -> Array:
+    """Bound of sum over rows of g^T y, the gradient of a weight matrix; rows are flattened."""
+    g = _Layer(*(part.reshape(-1, part.shape[-1]) for part in g))
+    y = _Layer(*(part.reshape(-1, part.shape[-1]) for part in y))
+    n = g.value.shape[0]
+    g_size, y_size = np.abs(g.value) + g.error, np.abs(y.value) + y.error
+    error = g.error.T @ y_size + np.abs(g.value).T @ y.error
+    error += (row.accumulate(n) + row.u_operands) * (g_size.T @ y_size)
+    error += n * row.eta_accumulate
+    return _final(_stored(g.value.T @ y.value, error, row), row)
+
+
+def _sum_gradient(g: _Layer, axes: tuple[int, ...], row: Numerics) -> Array:
+    """Bound of a plain sum of g over `axes`: biases and positions."""
+    n = math.prod(g.value.shape[axis] for axis in axes)
+    size = (np.abs(g.value) + g.error).sum(axis=axes)
+    error = g.error.sum(axis=axes) + row.accumulate(n) * size
+    return _final(_stored(g.value.sum(axis=axes), error, row), row)
+
+
+def _final(result: _Layer, row: Numerics) -> Array:
+    return _overflow(result.value, result.error, row)
+
+
+def _pool_bounds(
+    x: Array,
+    w: dict[str, Array],
+    d_out: Array | None,
+    tokens: NDArray[np.int64],
+    compress_map: str,
+    row: Numerics,
+) -> PoolBounds:
+    batch, kv_heads, kv_len, dim = x.shape
+    blocks, length = tokens.shape
+    inside = (tokens >= 0)[:, :, None]
+    if blocks:
+        window = np.where(inside, x[:, :, np.maximum(tokens, 0)], 0.0)
+    else:
+        window = np.zeros((batch, kv_heads, 0, length, dim))
+    y = _Layer(window, np.zeros_like(window))
+    if "positions" in w:
+        value = window + w["positions"][None, :, None]
+        y = _stored(value, row.u_accumulate * np.abs(value), row)
+    flat = _Layer(*(part.reshape(batch, kv_heads, blocks, length * dim) for part in y))
+
+    hidden: _Layer | None = None
+    if compress_map == "mean":
+        size = (np.abs(y.value) + y.error).sum(axis=3)
+        error = y.error.sum(axis=3) + row.accumulate(length) * size  # the sum
+        summed = _stored(y.value.sum(axis=3), error, row)
+        error = summed.error + 2.0 * row.u_elementwise * np.abs(summed.value)  # 1 / l, times
+        out = _stored(summed.value / length, error / length, row)
+    elif compress_map == "linear":
+        out = _affine(flat, w["weight"], w.get("bias"), row)
+    else:
+        before = _affine(flat, w["weight_in"], w.get("bias_in"), row)
+        # |relu(a) - relu(b)| <= |a - b|
+        hidden = _Layer(np.maximum(before.value, 0.0), before.error)
+        out = _affine(hidden, w["weight_out"], w.get("bias_out"), row)
+    if d_out is None:
+        return PoolBounds(_final(out, row), None, None)
+
+    dweights: dict[str, Array] = {}
+    g = _Layer(d_out, np.zeros_like(d_out))
+    if compress_map == "mean":
+        share = np.broadcast_to(d_out[:, :, :, None] / length, window.shape)
+        dy = _stored(share, 2.0 * row.u_elementwise * np.abs(share), row)
+    else:
+        if compress_map == "mlp":
+            assert hidden is not None
+            dweights["weight_out"] = _weight_gradient(g, hidden, row)
+            if "bias_out" in w:
+                dweights["bias_out"] = _sum_gradient(g, (0, 1, 2), row)
+            dh = _product(g, w["weight_out"], row)
+            on = before.value > 0
+            may_flip = np.abs(before.value) <= before.error
+            # a unit that may be on or off: its whole gradient is in doubt
+            error = np.where(may_flip, np.abs(dh.value) + dh.error, np.where(on, dh.error, 0.0))
+            g = _Layer(np.where(on, dh.value, 0.0), error)
+        name = "weight" if compress_map == "linear" else "weight_in"
+        bias = "bias" if compress_map == "linear" else "bias_in"
+        dweights[name] = _weight_gradient(g, flat, row)
+        if bias in w:
+            dweights[bias] = _sum_gradient(g, (0, 1, 2), row)
+        dy = _Layer(*(part.reshape(window.shape) for part in _product(g, w[name], row)))
+    if "positions" in w:
+        dweights["positions"] = _sum_gradient(dy, (0, 2), row)
+
+    dx, error, size = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    windows = np.zeros(kv_len)
+    for block, token in np.argwhere(tokens >= 0):
+        j = tokens[block, token]
+        dx[:, :, j] += dy.value[:, :, block, token]
+        error[:, :, j] += dy.error[:, :, block, token]
+        size[:, :, j] += np.abs(dy.value[:, :, block, token])
+        windows[j] += 1
+    # a token is read by several windows, and the sum over them may run in the stored dtype:
+    # one rounding per addition
+    u_sum = np.expm1(windows * math.log1p(row.u_store + row.u_accumulate))[None, None, :, None]
+    error = error + u_sum * (size + error) + (windows * row.eta)[None, None, :, None]
+    dx_bound = np.where(windows[None, None, :, None] > 0, _overflow(dx, error, row), 0.0)
+    return PoolBounds(_final(out, row), dx_bound, {key: dweights[key] for key in w})
+
+
+def score_bounds(
+    q: ArrayLike,
+    k_cmp: ArrayLike,
+    mem_k: ArrayLike,
+    *,
+    visible: ArrayLike,
+    counts: ArrayLike,
+    numerics: str,
+    scale: float | None = None,
+    share_selection: bool = True,
+    k_cmp_error: ArrayLike | None = None,
+) -> Array:
+    """Bounds of the scores of the selection blocks by overlap (I1-I3, eq. 9 and 10).
+
+    ::
+
+        B(b) = sum_i count_ib (P_i E'_i + u_p P_i + eta) + acc(terms) sum_i count_ib P_i
+
+    summed over the query heads of the group. A row of the selection is ambiguous iff some gap
+    across its cutoff is at most B(b) + B(b').
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim); k_cmp : (batch, kv_heads, blocks, head_dim)
+    mem_k : (batch, kv_heads, num_mem_kv, head_dim)
+    visible : (q_len, num_mem_kv + blocks), memory columns first
+    counts : (blocks, selection_blocks), strides that window i and selection block b share
+    k_cmp_error : like k_cmp, what is already wrong with it; enters as scale |q| . |error|
+    returns : (batch, kv_heads, q_len, selection_blocks); with share_selection=False one score
+        per query head, (batch, q_heads, ...)
+
+    Source
+    ------
+    NUMERICS 2, "Selection"
+    """
+    check_one_of("numerics", numerics, NUMERICS)
+    q, k_cmp, mem_k = (np.asarray(x, dtype=np.float64) for x in (q, k_cmp, mem_k))
+    counts = np.asarray(counts, dtype=np.float64)
+    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", "blocks", head_dim))
+    kv_heads, blocks = k_cmp.shape[1:3]
+    check_shape("mem_k", mem_k.shape, (batch, kv_heads, "num_mem_kv", head_dim))
+    memory = mem_k.shape[2]
+    visible = np.asarray(visible)
+    check_shape("visible", visible.shape, (q_len, memory + blocks))
+    check_shape("counts", counts.shape, (blocks, "selection_blocks"))
+    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
+    group = q_heads // kv_heads
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
+    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
+
+    k = np.concatenate([mem_k, k_cmp], axis=2)
+    wrong = np.concatenate([np.zeros_like(mem_k), wrong], axis=2)
+    result = np.zeros((batch, kv_heads if share_selection else q_heads, q_len, counts.shape[1]))
+    rows = np.broadcast_to(visible, (group, *visible.shape)).astype(np.float64)
+    no_v = np.zeros((memory + blocks, 0))
+    terms = (counts > 0).sum(axis=0) * (group if share_selection else 1)
+    for b in range(batch):
+        for g in range(kv_heads):
+            heads = slice(g * group, (g + 1) * group)
+            d_lse = np.zeros((group, q_len))
+            x = _Exact.of(q[b, heads], k[b, g], no_v, rows, None, d_lse, scale)
+            extra = abs(scale) * (np.abs(x.q) @ wrong[b, g].T) * (x.multiplicity > 0)
+            bound = _score_bound(x, NUMERICS[numerics], extra, counts, terms, memory)
+            bound += _score_bound(x, NUMERICS["fp64"], 0.0 * extra, counts, terms, memory)
+            bound = bound.reshape(group, q_len, counts.shape[1])
+            if share_selection:
+                result[b, g] = bound.sum(axis=0)
+            else:
+                result[b, heads] = bound
+    return result
+
+
+def _score_bound(
+    x: _Exact, row: Numerics, extra: Array, counts: Array, terms: Array, memory: int
+) -> Array:
+    """Bound of every query head's part of the scores: (rows, selection_blocks)."""
+    visible = x.multiplicity > 0
+    forward = _deterministic_forward(x, row)
+    # lse moves by no more than the largest extra error of a logit
+    lse = forward.lse + np.max(extra, axis=1, keepdims=True, initial=0.0)
+    off = (forward.d + extra + lse + 2.0 * row.u_elementwise * np.abs(x.s - x.lse)) * visible
+    pe = _weight_error(x, off, C_EXP * row.u_elementwise)
+    pe = np.minimum(pe, np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))) * visible
+    error = pe + row.u_p * (x.p + pe) + row.eta * visible  # P, perhaps stored
+    error, p = error[:, memory:], x.p[:, memory:]
+    size = (p + error) @ counts
+    bound = error @ counts + (row.accumulate(terms) + row.u_operands) * size
+    if row.u_scores:
+        # every operation rounded: overlap sums and the sum over the group are stored
+        stores = math.expm1((x.group + 1) * math.log1p(row.u_store))
+        bound += stores * (size + bound) + 2.0 * row.eta
+    return np.where(x.n > 0, bound, 0.0)
+
+
+def logit_mean_bounds(
+    q: ArrayLike,
+    k_cmp: ArrayLike,
+    *,
+    visible: ArrayLike,
+    strides_per_block: int,
+    numerics: str,
+    scale: float | None = None,
+    share_selection: bool = True,
+    k_cmp_error: ArrayLike | None = None,
+) -> Array:
+    """Bounds of upstream's scores before their softmax: means of logits (I3, "logit_mean").
+
+    ::
+
+        B(b) = mean(d) + acc(terms) mean |s|
+
+    over the l' / d strides of a selection block and the query heads of the group, where an
+    invisible logit is -max / 10 of the dtype, exactly. Beside such a number a visible logit is
+    lost in rounding: the bound says so.
+
+    Shapes
+    ------
+    q : (batch, q_heads, q_len, head_dim); k_cmp : (batch, kv_heads, blocks, head_dim)
+    visible : (q_len, blocks), no memory columns
+    strides_per_block : l' / d; blocks // strides_per_block complete selection blocks
+    returns : (batch, kv_heads, q_len, selection_blocks), or per query head
+
+    Source
+    ------
+    NUMERICS 2, "Selection"
+    """
+    check_one_of("numerics", numerics, NUMERICS)
+    check_at_least("strides_per_block", strides_per_block, 1)
+    q, k_cmp = np.asarray(q, dtype=np.float64), np.asarray(k_cmp, dtype=np.float64)
+    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    batch, q_heads, q_len, head_dim = q.shape
+    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", "blocks", head_dim))
+    kv_heads, blocks = k_cmp.shape[1:3]
+    visible = np.asarray(visible) > 0
+    check_shape("visible", visible.shape, (q_len, blocks))
+    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
+    group = q_heads // kv_heads
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
+    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
+
+    heads = np.arange(q_heads) // group
+    k, wrong = np.swapaxes(k_cmp[:, heads], 2, 3), np.swapaxes(wrong[:, heads], 2, 3)
+    s, a = scale * (q @ k), abs(scale) * (np.abs(q) @ np.abs(k))
+    extra = np.where(visible, abs(scale) * (np.abs(q) @ wrong), 0.0)
+    selection_blocks = blocks // strides_per_block
+    terms = strides_per_block * (group if share_selection else 1)
+
+    def mean(per_logit: Array) -> Array:
+        kept = per_logit[..., : selection_blocks * strides_per_block]
+        kept = kept.reshape(batch, q_heads, q_len, selection_blocks, strides_per_block)
+        kept = (kept / terms).sum(axis=-1)
+        if not share_selection:
+            return kept
+        return kept.reshape(batch, kv_heads, group, q_len, selection_blocks).sum(axis=2)
+
+    total = mean(extra)
+    for row in (NUMERICS[numerics], NUMERICS["fp64"]):
+        far = NUMERICS[numerics].largest / 10.0
+        size = np.where(visible, np.abs(s), far)
+        d = (row.accumulate(head_dim) + row.u_operands) * a  # the dot product
+        d = d + (C_SCALE * row.u_elementwise + row.u_scores) * np.abs(s)  # scaled, stored
+        d = np.where(visible, d, 0.0)
+        bound = mean(d)
+        if row.u_scores:  # every operation rounded: two means are stored
+            bound = bound + math.expm1(2 * math.log1p(row.u_store)) * mean(size + d)
+        # adding up, and dividing by the number of terms
+        total = total + bound + (row.accumulate(terms) + 2.0 * row.u_elementwise) * mean(size)
+    return total

@@ -1,0 +1,19 @@
+"""What a port imports: the plug, and the suite that judges what is plugged in."""
+
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.conformance import conformance_suite
+from nsa_ref.testing.implementation import (
+    Attention,
+    Implementation,
+    OracleImplementation,
+    TorchImplementation,
+)
+
+__all__ = [
+    "Attention",
+    "Case",
+    "Implementation",
+    "OracleImplementation",
+    "TorchImplementation",
+    "conformance_suite",
+]

@@ -1,0 +1,203 @@
+"""The three branches in one form, so that each property is written once.
+
+Keys and values run over all columns of a branch's mask; for compress, memory stands first. What
+comes back from an implementation is checked for shape here and turned into float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
+from nsa_ref.semantics import Semantics
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation, NotOffered
+
+
+class Broken(AssertionError):
+    """A clause does not hold. `text` is what to print below the clause and the case."""
+
+    def __init__(self, clause: str, text: str, *, worst: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.clause = clause
+        self.text = text
+        self.worst = worst or {}
+
+
+class Raised(Exception):
+    """The implementation under test raised; the judge's own mistakes are never this."""
+
+
+class Inconclusive(Exception):
+    """The check had no power on this case; counted and shown, never a pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """q, k, v of a branch in the case's dtype, and the block indices if it is the fine one."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    block_indices: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of compress, fine, sliding."""
+
+    name: str
+
+    def columns(self, case: Case) -> int:
+        """Keys that the branch's mask speaks of."""
+        if self.name == "compress":
+            return case.num_mem_kv + case.num_compress_blocks
+        return case.kv_len
+
+    def inputs(self, case: Case) -> Inputs:
+        """What the case's recipe fills."""
+        if self.name == "compress":
+            q, k_cmp, v_cmp, mem_k, mem_v = case.compressed()
+            k, v = np.concatenate([mem_k, k_cmp], axis=2), np.concatenate([mem_v, v_cmp], axis=2)
+            return Inputs(q=q, k=k, v=v, block_indices=None)
+        q, k, v = case.qkv()
+        indices = case.block_indices() if self.name == "fine" else None
+        return Inputs(q=q, k=k, v=v, block_indices=indices)
+
+    def mask(
+        self, case: Case, block_indices: np.ndarray | None, semantics: Semantics | None = None
+    ) -> np.ndarray:
+        """The oracle's multiplicities, (batch, q_heads, q_len, columns)."""
+        semantics = semantics or case.semantics
+        shape = (case.batch, case.q_heads, case.q_len)
+        if self.name == "sliding":
+            mask = sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, semantics)
+        elif self.name == "compress":
+            mask = compress_mask(
+                case.q_len,
+                case.kv_len,
+                case.compress_block_size,
+                case.compress_block_sliding_stride,
+                case.num_mem_kv,
+                semantics,
+            )
+        else:
+            assert block_indices is not None
+            mask = fine_mask(
+                case.q_len,
+                case.kv_len,
+                case.selection_block_size,
+                block_indices,
+                case.q_heads,
+                semantics,
+            )
+        return np.broadcast_to(mask, (*shape, mask.shape[-1]))
+
+    def mask_clause(self, case: Case) -> str:
+        """The clause that a wrong mask breaks on this case, if nothing more special is known."""
+        causal = case.semantics.causal
+        return {
+            "sliding": "W1" if causal else "W2",
+            "compress": "C2" if causal else "C3",
+            "fine": "F1" if causal else "F4",
+        }[self.name]
+
+    # the definition
+
+    def attend(self, case: Case, mask: np.ndarray, inputs: Inputs) -> Attention:
+        """The oracle's out and lse, float64."""
+        return attend(
+            *(x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)),
+            mask,
+            scale=case.scale,
+            empty_row=getattr(case.semantics.empty_row, self.name),
+            empty_lse=getattr(case.semantics.empty_lse, self.name),
+        )
+
+    def attend_vjp(
+        self, case: Case, mask: np.ndarray, inputs: Inputs, d_out: np.ndarray, d_lse: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The oracle's dq, dk, dv, float64."""
+        return attend_vjp(
+            *(x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)),
+            mask,
+            d_out.astype(np.float64),
+            d_lse.astype(np.float64),
+            scale=case.scale,
+            empty_row=getattr(case.semantics.empty_row, self.name),
+        )
+
+    # the implementation under test
+
+    def _arguments(self, case: Case, inputs: Inputs) -> tuple[np.ndarray, ...]:
+        if self.name == "compress":
+            m = case.num_mem_kv
+            k, v = inputs.k, inputs.v
+            return inputs.q, k[:, :, m:], v[:, :, m:], k[:, :, :m], v[:, :, :m]
+        if self.name == "fine":
+            assert inputs.block_indices is not None
+            return inputs.q, inputs.k, inputs.v, inputs.block_indices
+        return inputs.q, inputs.k, inputs.v
+
+    def forward(self, implementation: Implementation, case: Case, inputs: Inputs) -> Attention:
+        """The implementation's out and lse, float64; lse None if it has none."""
+        result = call(implementation.run, self.name, case, *self._arguments(case, inputs))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise Raised(f"{self.name} returned {type(result).__name__}, not Attention(out, lse)")
+        out, lse = result
+        rows = (case.batch, case.q_heads, case.q_len)
+        out = as_float64(f"{self.name} out", out, (*rows, case.value_dim))
+        if lse is not None:
+            lse = as_float64(f"{self.name} lse", lse, rows)
+        return Attention(out, lse)
+
+    def backward(
+        self,
+        implementation: Implementation,
+        case: Case,
+        inputs: Inputs,
+        d_out: np.ndarray,
+        d_lse: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The implementation's dq, dk, dv over all columns, float64."""
+        arguments = (*self._arguments(case, inputs), d_out, d_lse)
+        found = call(implementation.run_vjp, self.name, case, *arguments)
+        expected = 5 if self.name == "compress" else 3
+        if not isinstance(found, tuple) or len(found) != expected:
+            raise Raised(f"{self.name}_vjp must return a tuple of {expected} gradients")
+        if self.name == "compress":
+            dq, dk_cmp, dv_cmp, dmem_k, dmem_v = found
+            dk, dv = np.concatenate([dmem_k, dk_cmp], 2), np.concatenate([dmem_v, dv_cmp], 2)
+        else:
+            dq, dk, dv = found
+        return (
+            as_float64("dq", dq, inputs.q.shape),
+            as_float64("dk", dk, inputs.k.shape),
+            as_float64("dv", dv, inputs.v.shape),
+        )
+
+
+SLIDING, COMPRESS, FINE = Branch("sliding"), Branch("compress"), Branch("fine")
+BRANCHES = (COMPRESS, FINE, SLIDING)
+
+
+def call(method: Any, *arguments: Any) -> Any:
+    """Call into the implementation; whatever it raises is its own, and said to be."""
+    try:
+        return method(*arguments)
+    except (NotOffered, Inconclusive):
+        raise
+    except Exception as error:
+        raise Raised(f"{type(error).__name__}: {error}") from error
+
+
+def as_float64(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The value as float64, if it has the shape that the plug says."""
+    array = np.asarray(value)
+    if array.shape != tuple(shape):
+        raise Raised(f"{name} has shape {array.shape}; it must be {tuple(shape)}")
+    return array.astype(np.float64)

@@ -1,0 +1,327 @@
+"""One trial: sizes, semantics, dtype and a recipe for the data. No arrays are stored.
+
+A `Case` prints whole, pastes back as Python, travels as JSON, and always fills the same arrays:
+each array has a generator of its own, seeded from the case's seed and the array's name, so that
+shrinking one size leaves the other arrays alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
+from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
+from nsa_ref.semantics import PAPER, PRESETS, Semantics
+
+DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+#: How q, k and v are filled. Roundings are independent only on the `GENERIC_INPUTS`.
+INPUTS = (
+    "randn",
+    "flat",
+    "integers",
+    "one_hot_v",
+    "equal",
+    "ties",
+    "huge",
+    "heavy",
+    "offsets",
+    "tiny",
+)
+GENERIC_INPUTS = ("randn", "flat", "heavy", "offsets")
+
+#: How the block indices of the fine branch are filled.
+INDICES = ("distinct", "few", "mixed", "same", "all", "none")
+
+#: How the arrays lie in memory (tensors only; NumPy implementations get them contiguous).
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Case:
+    """Sizes by their long names, all in tokens unless the name says blocks, heads or dim.
+
+    Raises
+    ------
+    ValueError, TypeError : a size that no implementation could run, named with what would be right
+    """
+
+    semantics: Semantics = PAPER
+    dtype: str = "float64"
+    batch: int = 1
+    q_heads: int = 1
+    kv_heads: int = 1
+    q_len: int = 1
+    kv_len: int = 1
+    head_dim: int = 1
+    value_dim: int = 1
+    compress_block_size: int = 1
+    compress_block_sliding_stride: int = 1
+    compress_map: str = "mean"
+    compress_positions: bool = False
+    selection_block_size: int = 1
+    num_selected_blocks: int = 1
+    num_initial_blocks: int = 0
+    num_local_blocks: int = 0
+    sliding_window_size: int = 0
+    num_mem_kv: int = 0
+    inputs: str = "randn"
+    indices: str = "distinct"
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.semantics, Semantics):
+            raise TypeError(f"semantics={self.semantics!r} must be a nsa_ref.Semantics.")
+        check_one_of("dtype", self.dtype, DTYPES)
+        for name, least in (
+            ("batch", 0),
+            ("q_heads", 1),
+            ("kv_heads", 1),
+            ("q_len", 0),
+            ("kv_len", 0),
+            ("head_dim", 1),
+            ("value_dim", 1),
+            ("compress_block_size", 1),
+            ("compress_block_sliding_stride", 1),
+            ("selection_block_size", 1),
+            ("num_selected_blocks", 0),
+            ("num_initial_blocks", 0),
+            ("num_local_blocks", 0),
+            ("sliding_window_size", 0),
+            ("num_mem_kv", 0),
+            ("seed", 0),
+        ):
+            check_at_least(name, getattr(self, name), least)
+        check_multiple(
+            "q_heads",
+            self.q_heads,
+            "kv_heads",
+            self.kv_heads,
+            why="every kv head serves a group of equally many query heads",
+        )
+        check_multiple(
+            "selection_block_size",
+            self.selection_block_size,
+            "compress_block_sliding_stride",
+            self.compress_block_sliding_stride,
+            why="eq. 9 counts the overlap of blocks in whole strides",
+        )
+        check_one_of("compress_map", self.compress_map, ("mean", "linear", "mlp"))
+        check_bool("compress_positions", self.compress_positions)
+        check_one_of("inputs", self.inputs, INPUTS)
+        check_one_of("indices", self.indices, INDICES)
+        check_one_of("layout", self.layout, LAYOUTS)
+
+    # sizes that follow from the others
+
+    @property
+    def group_size(self) -> int:
+        """G, the query heads that share a kv head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def selection_heads(self) -> int:
+        """Heads that choose blocks of their own: kv heads, or query heads if nothing is shared."""
+        return self.kv_heads if self.semantics.share_selection else self.q_heads
+
+    @property
+    def num_compress_blocks(self) -> int:
+        """Compressed keys (C1), memory not counted."""
+        return num_compress_blocks(
+            self.kv_len,
+            self.compress_block_size,
+            self.compress_block_sliding_stride,
+            self.semantics.compress_alignment,
+        )
+
+    @property
+    def num_selection_blocks(self) -> int:
+        """Blocks of l' tokens, the last of which may be short (F2)."""
+        return -(-self.kv_len // self.selection_block_size)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies q.k (A1)."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def generic(self) -> bool:
+        """Whether roundings are independent, so that the statistical bounds apply."""
+        return self.inputs in GENERIC_INPUTS and self.layout != "expanded"
+
+    # JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["semantics"] = self.semantics.to_json()
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Case:
+        """The inverse of `to_json`; unknown fields raise ValueError by name."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(fields) - known:
+            raise ValueError(f"case has unknown fields {sorted(unknown)}; known: {sorted(known)}.")
+        values = dict(fields)
+        if "semantics" in values:
+            values["semantics"] = Semantics.from_json(values["semantics"])
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults, on one line that pastes back as Python."""
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            text = str(describe(value)) if isinstance(value, Semantics) else repr(value)
+            shown.append(f"{field.name}={text}")
+        return f"Case({', '.join(shown)})"
+
+    # data
+
+    def generator(self, name: str) -> np.random.Generator:
+        """The array's own source of random numbers."""
+        return np.random.Generator(np.random.Philox([self.seed, zlib.crc32(name.encode())]))
+
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """The array called `name`, in the case's dtype. Names starting with q, k, v follow `inputs`.
+
+        `name` is one of q, k, v, k_cmp, v_cmp, mem_k, mem_v, x, d_out, d_lse, or "weights/...".
+        """
+        rng = self.generator(name)
+        if self.layout == "expanded" and name in ("q", "k", "v") and shape[0] > 1:
+            # one batch entry, seen `batch` times: an expanded tensor has nothing else to show
+            values = np.broadcast_to(self._fill(rng, name, (1, *shape[1:])), shape)
+        else:
+            values = self._fill(rng, name, shape)
+        return values.astype(DTYPES[self.dtype], order="C")
+
+    def _fill(self, rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        role = {"mem_k": "k", "mem_v": "v"}.get(name, name[:1])
+        if role not in ("q", "k", "v"):
+            return rng.standard_normal(shape)
+        match self.inputs, role:
+            case "integers", _:
+                return rng.integers(-2, 3, shape) * (rng.random(shape) < 0.5)
+            case "one_hot_v", "v":
+                return np.eye(shape[-1])[rng.integers(0, shape[-1], shape[:-1])]
+            case "equal", "k":
+                return np.ones(shape)
+            case "ties", "q" | "k":
+                return rng.integers(0, 2, shape).astype(float)
+            case "flat", "q":
+                return 0.2 * rng.standard_normal(shape)
+            case "huge", "q" | "k":
+                return 20.0 * rng.standard_normal(shape)
+            case "heavy", _:
+                return np.clip(rng.standard_t(2, shape), -100, 100)
+            case "offsets", "k":
+                return rng.standard_normal(shape) + 5
+            case "offsets", "v":
+                return rng.standard_normal(shape) + 10
+            case "tiny", _:
+                return 1e-4 * rng.standard_normal(shape)
+            case _:
+                return rng.standard_normal(shape)
+
+    def qkv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k, v of the fine and sliding branches."""
+        return (
+            self.array("q", self.batch, self.q_heads, self.q_len, self.head_dim),
+            self.array("k", self.batch, self.kv_heads, self.kv_len, self.head_dim),
+            self.array("v", self.batch, self.kv_heads, self.kv_len, self.value_dim),
+        )
+
+    def compressed(self) -> tuple[np.ndarray, ...]:
+        """q, k_cmp, v_cmp, mem_k, mem_v of the compress branch."""
+        kv = (self.batch, self.kv_heads)
+        return (
+            self.array("q", self.batch, self.q_heads, self.q_len, self.head_dim),
+            self.array("k_cmp", *kv, self.num_compress_blocks, self.head_dim),
+            self.array("v_cmp", *kv, self.num_compress_blocks, self.value_dim),
+            self.array("mem_k", *kv, self.num_mem_kv, self.head_dim),
+            self.array("mem_v", *kv, self.num_mem_kv, self.value_dim),
+        )
+
+    def upstream_gradients(self) -> tuple[np.ndarray, np.ndarray]:
+        """d_out and d_lse, the gradients that arrive from above."""
+        rows = (self.batch, self.q_heads, self.q_len)
+        return self.array("d_out", *rows, self.value_dim), self.array("d_lse", *rows)
+
+    def pool_weights(self) -> dict[str, np.ndarray]:
+        """Weights of the compression map for keys (C4), scaled to keep outputs near one."""
+        shapes = pool_weight_shapes(
+            self.compress_map,
+            self.compress_positions,
+            self.kv_heads,
+            self.compress_block_size,
+            self.head_dim,
+        )
+        weights = {}
+        for name, shape in shapes.items():
+            values = self.generator(f"weights/{name}").standard_normal(shape)
+            if name.startswith("weight"):
+                values = values / max(1, shape[-1]) ** 0.5
+            weights[name] = values.astype(DTYPES[self.dtype])
+        return weights
+
+    def block_indices(self) -> np.ndarray:
+        """Indices for the fine branch, int64 (batch, selection_heads, q_len, n), by `indices`.
+
+        Everything that I6 and F3 speak of occurs: -1 in any slot, indices past the last block
+        (among them some that a cast to 32 bits would wrap into the array), duplicates.
+        """
+        rng = self.generator("block_indices")
+        shape = (self.batch, self.selection_heads, self.q_len, self.num_selected_blocks)
+        blocks = self.num_selection_blocks
+        if self.indices == "none" or blocks == 0:
+            return np.full(shape, -1, dtype=np.int64)
+        if self.indices == "few":
+            return rng.integers(0, min(5, blocks), shape)
+        if self.indices == "same":
+            return np.broadcast_to(rng.integers(0, blocks, (*shape[:-1], 1)), shape).copy()
+        if self.indices == "mixed":
+            indices = rng.integers(-2, blocks + 2, shape)
+            wraps = rng.random(shape) < 0.1
+            return np.where(wraps, indices + 2**32, indices)
+        # "all" and "distinct": every row an order of its own; slots beyond the blocks hold -1
+        order = np.argsort(rng.random((*shape[:-1], max(blocks, shape[-1]))), axis=-1)
+        indices = np.where(order < blocks, order, -1)
+        if self.indices == "all":
+            indices = np.sort(indices, axis=-1)[..., ::-1]
+        return np.ascontiguousarray(indices[..., : shape[-1]])
+
+
+def describe(semantics: Semantics) -> str:
+    """The preset's name, or the nearest preset and the switches that differ."""
+
+    def differences(preset: Semantics) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(Semantics)]
+        return {n: v for n in names if (v := getattr(semantics, n)) != getattr(preset, n)}
+
+    name = min(PRESETS, key=lambda preset: len(differences(PRESETS[preset])))
+    changed = differences(PRESETS[name])
+    if not changed:
+        return name
+    return f"replace({name}, {', '.join(f'{n}={v!r}' for n, v in changed.items())})"
+
+
+def load_case(text: str) -> Case:
+    """A case from JSON text: the case itself, or a finding that carries one under "case"."""
+    fields = json.loads(text)
+    return Case.from_json(fields.get("case", fields))

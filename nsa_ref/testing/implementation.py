@@ -1,0 +1,405 @@
+"""The plug: what an implementation of Native Sparse Attention looks like to the judge.
+
+Subclass `TorchImplementation` (tensors in and out, gradients from autograd) or `Implementation`
+(NumPy in and out, gradients from the `*_vjp` methods), set the attributes, override what you have.
+What is not overridden is reported as not offered, which is no pass.
+
+Arrays: q (batch, q_heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch,
+kv_heads, kv_len, value_dim), block_indices (batch, kv_heads, q_len, n) int64 with -1 in unused
+slots; compress has k_cmp, v_cmp (batch, kv_heads, blocks, ...) and mem_k, mem_v (batch, kv_heads,
+num_mem_kv, ...). lse is natural, (batch, q_heads, q_len).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.compress import pool, pool_vjp
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
+from nsa_ref.selection import select
+from nsa_ref.semantics import PRESETS, Semantics
+from nsa_ref.testing.case import DTYPES, Case
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Attention", "Implementation", "OracleImplementation", "TorchImplementation"]
+
+
+class NotOffered(Exception):
+    """The implementation does not have this; counted and shown, never a pass."""
+
+
+class Implementation:
+    """NumPy in and out. Override what you have.
+
+    name : shown in reports
+    semantics : the conventions it follows; every case is drawn from one of them
+    numerics : dtype -> row of bounds ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", ...)
+    limits : Case field (or "group_size") -> allowed values; steers the generation of cases
+    nonfinite_invisible : invisible keys may even hold inf and NaN (A5)
+    """
+
+    name: str = "unnamed"
+    semantics: Sequence[Semantics] = (PRESETS["PAPER"],)
+    numerics: Mapping[str, str] = {"float32": "fp32"}
+    limits: Mapping[str, Collection[Any]] = {}
+    nonfinite_invisible: bool = False
+    device: str = "cpu"
+
+    def supports(self, case: Case) -> str | None:
+        """None, or the reason why this one case cannot be run."""
+        return None
+
+    # masks: multiplicities or booleans, broadcastable to (batch, q_heads, q_len, columns); or a
+    # FlexAttention BlockMask (read out in all its parts); or a dict of several of these, by name
+
+    def sliding_mask(self, case: Case) -> Any:
+        raise NotOffered("sliding_mask")
+
+    def compress_mask(self, case: Case) -> Any:
+        """Columns: memory first, then the blocks."""
+        raise NotOffered("compress_mask")
+
+    def fine_mask(self, case: Case, block_indices: Any) -> Any:
+        raise NotOffered("fine_mask")
+
+    # branches
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        raise NotOffered("sliding")
+
+    def compress(
+        self, case: Case, q: Any, k_cmp: Any, v_cmp: Any, mem_k: Any, mem_v: Any
+    ) -> Attention:
+        raise NotOffered("compress")
+
+    def fine(self, case: Case, q: Any, k: Any, v: Any, block_indices: Any) -> Attention:
+        raise NotOffered("fine")
+
+    # gradients, for implementations without autograd
+
+    def sliding_vjp(
+        self, case: Case, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any
+    ) -> tuple[Any, ...]:
+        raise NotOffered("sliding_vjp")
+
+    def compress_vjp(
+        self,
+        case: Case,
+        q: Any,
+        k_cmp: Any,
+        v_cmp: Any,
+        mem_k: Any,
+        mem_v: Any,
+        d_out: Any,
+        d_lse: Any,
+    ) -> tuple[Any, ...]:
+        raise NotOffered("compress_vjp")
+
+    def fine_vjp(
+        self, case: Case, q: Any, k: Any, v: Any, block_indices: Any, d_out: Any, d_lse: Any
+    ) -> tuple[Any, ...]:
+        raise NotOffered("fine_vjp")
+
+    # compression and selection
+
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> Any:
+        raise NotOffered("pool")
+
+    def pool_vjp(
+        self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        raise NotOffered("pool_vjp")
+
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> Any:
+        raise NotOffered("select")
+
+    # how the judge calls them: NumPy in, NumPy out
+
+    def offers(self, method: str) -> bool:
+        """Whether the subclass has overridden `method`."""
+        return getattr(type(self), method) is not getattr(Implementation, method)
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        """Call `method` with NumPy arrays and give NumPy arrays back."""
+        if not self.offers(method):
+            raise NotOffered(method)
+        return getattr(self, method)(case, *arguments)
+
+    def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
+        """Gradients of `method`: arguments as for it, then d_out (and d_lse for a branch)."""
+        return self.run(f"{method}_vjp", case, *arguments)
+
+    def offers_vjp(self, method: str) -> bool:
+        """Whether `run_vjp` can be called."""
+        return self.offers(f"{method}_vjp")
+
+
+class TorchImplementation(Implementation):
+    """Tensors in and out on `self.device`; gradients come from autograd.
+
+    The tensors have the case's dtype and lie in memory as `case.layout` says.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def tensor(self, case: Case, array: np.ndarray, *, grad: bool = False) -> torch.Tensor:
+        """The array on the device, laid out as the case says."""
+        import torch
+
+        if array.dtype == DTYPES["bfloat16"]:
+            # NumPy's bfloat16 is foreign to torch; float32 holds its values exactly
+            tensor = torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(np.array(array))
+        tensor = tensor.to(self.device)
+        if tensor.ndim == 4 and tensor.is_floating_point():
+            match case.layout:
+                case "transposed":  # (batch, len, heads, dim) in memory, as projections leave it
+                    tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+                case "strided":  # every other element of a row, the rest poisoned
+                    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan).to(
+                        tensor
+                    )
+                    wide[..., ::2] = tensor
+                    tensor = wide[..., ::2]
+                case "expanded" if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
+                    tensor = tensor[:1].expand(tensor.shape)
+        return tensor.detach().requires_grad_(grad)
+
+    def array(self, value: Any) -> Any:
+        """Tensors become arrays (bfloat16 as ml_dtypes'), containers of them keep their form."""
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            if value.dtype == torch.bfloat16:
+                return value.float().numpy().astype(DTYPES["bfloat16"])
+            return value.numpy()
+        if isinstance(value, Attention):
+            return Attention(self.array(value.out), self.array(value.lse))
+        if isinstance(value, dict):
+            return {name: self.array(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return tuple(self.array(item) for item in value)
+        return value
+
+    def _tensors(self, case: Case, arguments: Sequence[Any], *, grad: bool) -> list[Any]:
+        tensors: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, dict):
+                names = list(argument)
+                items = self._tensors(case, [argument[name] for name in names], grad=grad)
+                tensors.append(dict(zip(names, items)))
+            else:
+                floating = argument.dtype != np.int64
+                tensors.append(self.tensor(case, argument, grad=grad and floating))
+        return tensors
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        return self.array(super().run(method, case, *self._tensors(case, arguments, grad=False)))
+
+    def offers_vjp(self, method: str) -> bool:
+        return self.offers(method)
+
+    def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
+        import torch
+
+        if not self.offers(method):
+            raise NotOffered(method)
+        gradients = 1 if method == "pool" else 2
+        inputs = self._tensors(case, arguments[:-gradients], grad=True)
+        d_outputs = self._tensors(case, arguments[-gradients:], grad=False)
+        outputs: Any = getattr(self, method)(case, *inputs)
+        if method == "pool":
+            outputs = (outputs,)
+        elif outputs.lse is None:
+            if np.any(arguments[-1].astype(np.float64)):
+                raise NotOffered(f"lse of {method}")
+            outputs, d_outputs = (outputs.out,), d_outputs[:1]
+        leaves: list[torch.Tensor] = []
+        for item in inputs:
+            leaves += item.values() if isinstance(item, dict) else [item]
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(
+            outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
+        )
+        gradients_of = {id(leaf): self.array(grad) for leaf, grad in zip(leaves, found)}
+
+        def gather(item: Any) -> Any:
+            if isinstance(item, dict):
+                return {name: gradients_of[id(leaf)] for name, leaf in item.items()}
+            return gradients_of[id(item)]
+
+        return tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
+
+
+class OracleImplementation(Implementation):
+    """The definition behind the plug: float64 inside, the result rounded once to the case's dtype.
+
+    The mutants are subclasses of it with one decision changed.
+    """
+
+    name = "oracle"
+    semantics = (
+        *PRESETS.values(),
+        *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),
+    )
+    numerics = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, case.semantics)
+
+    def compress_mask(self, case: Case) -> np.ndarray:
+        return compress_mask(
+            case.q_len,
+            case.kv_len,
+            case.compress_block_size,
+            case.compress_block_sliding_stride,
+            case.num_mem_kv,
+            case.semantics,
+        )
+
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        return fine_mask(
+            case.q_len,
+            case.kv_len,
+            case.selection_block_size,
+            block_indices,
+            case.q_heads,
+            case.semantics,
+        )
+
+    def attend(
+        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
+    ) -> Attention:
+        """A1 and A2 in float64."""
+        return attend(
+            *_float64(q, k, v),
+            mask,
+            scale=case.scale,
+            empty_row=getattr(case.semantics.empty_row, branch),
+            empty_lse=getattr(case.semantics.empty_lse, branch),
+        )
+
+    def attend_vjp(
+        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A3 in float64."""
+        q, k, v, d_out, d_lse = _float64(q, k, v, d_out, d_lse)
+        return attend_vjp(
+            q,
+            k,
+            v,
+            mask,
+            d_out,
+            d_lse,
+            scale=case.scale,
+            empty_row=getattr(case.semantics.empty_row, branch),
+        )
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        return _stored(case, self.attend(case, "sliding", self.sliding_mask(case), q, k, v))
+
+    def fine(self, case: Case, q: Any, k: Any, v: Any, block_indices: Any) -> Attention:
+        mask = self.fine_mask(case, block_indices)
+        return _stored(case, self.attend(case, "fine", mask, q, k, v))
+
+    def compress(
+        self, case: Case, q: Any, k_cmp: Any, v_cmp: Any, mem_k: Any, mem_v: Any
+    ) -> Attention:
+        k = np.concatenate([mem_k, k_cmp], axis=2)
+        v = np.concatenate([mem_v, v_cmp], axis=2)
+        return _stored(case, self.attend(case, "compress", self.compress_mask(case), q, k, v))
+
+    def sliding_vjp(
+        self, case: Case, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any
+    ) -> tuple[Any, ...]:
+        mask = self.sliding_mask(case)
+        return _stored(case, self.attend_vjp(case, "sliding", mask, q, k, v, d_out, d_lse))
+
+    def fine_vjp(
+        self, case: Case, q: Any, k: Any, v: Any, block_indices: Any, d_out: Any, d_lse: Any
+    ) -> tuple[Any, ...]:
+        mask = self.fine_mask(case, block_indices)
+        return _stored(case, self.attend_vjp(case, "fine", mask, q, k, v, d_out, d_lse))
+
+    def compress_vjp(
+        self,
+        case: Case,
+        q: Any,
+        k_cmp: Any,
+        v_cmp: Any,
+        mem_k: Any,
+        mem_v: Any,
+        d_out: Any,
+        d_lse: Any,
+    ) -> tuple[Any, ...]:
+        k = np.concatenate([mem_k, k_cmp], axis=2)
+        v = np.concatenate([mem_v, v_cmp], axis=2)
+        mask = self.compress_mask(case)
+        dq, dk, dv = _stored(
+            case, self.attend_vjp(case, "compress", mask, q, k, v, d_out, d_lse)
+        )
+        memory = case.num_mem_kv
+        return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
+
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+        return _stored(case, pool(*_float64(x, weights), **_pool_sizes(case)))
+
+    def pool_vjp(
+        self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return _stored(case, pool_vjp(*_float64(x, weights, d_out), **_pool_sizes(case)))
+
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        return select(
+            *_float64(q, k_cmp, mem_k),
+            kv_len=case.kv_len,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            selection_block_size=case.selection_block_size,
+            num_selected_blocks=case.num_selected_blocks,
+            num_initial_blocks=case.num_initial_blocks,
+            num_local_blocks=case.num_local_blocks,
+            semantics=case.semantics,
+        )
+
+
+def _pool_sizes(case: Case) -> dict[str, Any]:
+    return {
+        "compress_block_size": case.compress_block_size,
+        "compress_block_sliding_stride": case.compress_block_sliding_stride,
+        "compress_map": case.compress_map,
+        "compress_alignment": case.semantics.compress_alignment,
+    }
+
+
+def _float64(*values: Any) -> tuple[Any, ...]:
+    return tuple(
+        {name: array.astype(np.float64) for name, array in value.items()}
+        if isinstance(value, dict)
+        else value.astype(np.float64)
+        for value in values
+    )
+
+
+def _stored(case: Case, value: Any) -> Any:
+    """Rounded to the case's dtype, as a kernel stores its result; lse stays in float64 or 32."""
+    dtype = DTYPES[case.dtype]
+    if isinstance(value, Attention):
+        lse_dtype = np.float64 if case.dtype == "float64" else np.float32
+        return Attention(value.out.astype(dtype), value.lse.astype(lse_dtype))
+    if isinstance(value, dict):
+        return {name: array.astype(dtype) for name, array in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_stored(case, item) for item in value)
+    return value.astype(dtype)

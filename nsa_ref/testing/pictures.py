@@ -1,0 +1,55 @@
+"""Masks as text: expected and actual side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: A picture shows at most this many rows and columns, around the first difference.
+ROWS, COLUMNS = 24, 48
+
+
+def side_by_side(expected: np.ndarray, actual: np.ndarray) -> str:
+    """Two (rows, columns) masks of multiplicities: `#` both, `+` extra, `-` missing, digits.
+
+    A cell that both see, but not equally often, shows how often it was seen ("*" beyond 9, "?"
+    where that could not be read).
+    """
+    wrong = np.argwhere(expected != actual)
+    row, column = wrong[0] if len(wrong) else (0, 0)
+    top = int(max(0, min(row - ROWS // 2, expected.shape[0] - ROWS)))
+    left = int(max(0, min(column - COLUMNS // 2, expected.shape[1] - COLUMNS)))
+    view = (slice(top, top + ROWS), slice(left, left + COLUMNS))
+    expected, actual = expected[view], actual[view]
+    width = max(expected.shape[1], len("expected"))
+    lines = [
+        f"rows {top}..{top + expected.shape[0] - 1}, columns {left}.."
+        f"{left + expected.shape[1] - 1}   (# both, + extra, - missing, 2 seen twice)",
+        f"{'':5}{'expected':<{width}}   actual",
+    ]
+    for t in range(expected.shape[0]):
+        want = "".join(_expected(cell) for cell in expected[t])
+        have = "".join(_actual(w, h) for w, h in zip(expected[t], actual[t]))
+        lines.append(f"{top + t:4} {want:<{width}}   {have}")
+    return "\n".join(lines)
+
+
+def one_mask(mask: np.ndarray) -> str:
+    """One (rows, columns) mask."""
+    width = len(str(max(mask.shape[0] - 1, 0)))
+    return "\n".join(
+        f"{t:{width}} {''.join(_expected(cell) for cell in mask[t])}" for t in range(len(mask))
+    )
+
+
+def _expected(cell: int) -> str:
+    return "." if cell == 0 else "#" if cell == 1 else str(cell) if cell < 10 else "*"
+
+
+def _actual(want: int, have: int) -> str:
+    if want == have:
+        return _expected(want)
+    if have == 0:
+        return "-"
+    if want == 0:
+        return "+"
+    return "?" if have < 0 else str(have) if have < 10 else "*"

@@ -1,0 +1,263 @@
+"""Exact read-outs: what an implementation sees, bit by bit, in any dtype, with no tolerance.
+
+Zero queries and keys weigh all visible keys alike, so one-hot values give each key a column of its
+own: what is not exactly zero was read. The backward is read in the same way, gradient by gradient,
+and a FlexAttention BlockMask in all its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nsa_ref.testing.branches import Branch, Inputs, Raised
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.implementation import Implementation
+
+#: One-hot rows are sent for at most this many heads of a group; more would only repeat them.
+HEADS_PROBED = 4
+
+
+def chunks(length: int, width: int) -> Iterator[slice]:
+    """Slices of at most `width` that cover range(length)."""
+    for start in range(0, length, width):
+        yield slice(start, min(start + width, length))
+
+
+def zeros(case: Case, branch: Branch) -> Inputs:
+    """q = k = v = 0 in the case's dtype, with the case's own block indices."""
+    columns, dtype = branch.columns(case), DTYPES[case.dtype]
+    return Inputs(
+        q=np.zeros((case.batch, case.q_heads, case.q_len, case.head_dim), dtype),
+        k=np.zeros((case.batch, case.kv_heads, columns, case.head_dim), dtype),
+        v=np.zeros((case.batch, case.kv_heads, columns, case.value_dim), dtype),
+        block_indices=case.block_indices() if branch.name == "fine" else None,
+    )
+
+
+def forward_mask(
+    implementation: Implementation, branch: Branch, case: Case, expected: np.ndarray
+) -> np.ndarray:
+    """The multiplicities that the forward really uses, (batch, q_heads, q_len, columns).
+
+    With q = k = 0, `out[t, j]` is mult_j / sum of the row's multiplicities. Rows whose pattern is
+    the expected one are read with the expected sum; in others the smallest weight counts as 1.
+    A row that reads more than the real columns (padding) sums to less than 1 and is marked by -1
+    in the columns it should see. A row that should see nothing, and weighs all columns alike (or
+    gives NaN), sees nothing in particular: what it must hold is A2's question.
+    """
+    inputs = zeros(case, branch)
+    columns = branch.columns(case)
+    weights = np.zeros(expected.shape)
+    for chunk in chunks(columns, case.value_dim):
+        width = chunk.stop - chunk.start
+        v = np.zeros_like(inputs.v)
+        v[:, :, chunk, :width] = np.eye(width, dtype=v.dtype)
+        out = branch.forward(implementation, case, dataclasses.replace(inputs, v=v)).out
+        weights[..., chunk] = out[..., :width]
+
+    total = expected.sum(-1, keepdims=True)
+    alike = (weights == weights[..., :1]).all(-1, keepdims=True) if columns else True
+    nothing = (total == 0) & (alike | np.isnan(weights).all(-1, keepdims=True))
+    weights = np.where(nothing, 0.0, weights)
+
+    seen = weights != 0  # NaN counts as seen
+    same = (seen == (expected != 0)).all(-1, keepdims=True)
+    least = np.where(seen, np.abs(weights), np.inf).min(-1, initial=np.inf, keepdims=True)
+    unit = np.where(same, 1 / np.maximum(total, 1), least)
+    with np.errstate(invalid="ignore"):
+        counts = np.where(seen, np.maximum(np.rint(weights / unit), 1), 0)
+    counts = np.where(np.isnan(counts), -1, counts)
+
+    # one key too many in the denominator takes 1 / (n + 1) of the sum; a rounded weight is off by
+    # at most u (2^-8 in bf16), so rows short enough to tell the two apart are judged
+    unit_roundoff = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(case.dtype, 2.0**-20)
+    short = 4 * unit_roundoff * (total + 1) < 1
+    padding = same & short & (total > 0) & (weights.sum(-1, keepdims=True) < 1 - 0.5 / (total + 1))
+    counts = np.where(padding & (expected != 0), -1, counts)
+    return counts.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Which (query, key) pairs a gradient depends on.
+
+    seen : bool (batch, q_heads, q_len, columns), an element that is not exactly zero
+    visible, decided : what the definition says, and where it says it; elsewhere a right gradient
+        may happen to be zero
+    """
+
+    gradient: str
+    seen: np.ndarray
+    visible: np.ndarray
+    decided: np.ndarray
+
+    def wrong(self) -> np.ndarray:
+        """Pairs read that must not be, or not read that must be."""
+        return self.decided & (self.seen != self.visible)
+
+
+def backward_patterns(
+    implementation: Implementation, branch: Branch, case: Case, mask: np.ndarray
+) -> list[Pattern]:
+    """What dv, dq and dk read, one pattern each.
+
+    dv: q = k = 0 and one-hot rows of d_out make dv[j, c(t)] the weight of key j in row t.
+    dq: q = 0 and one-hot keys make dq[t, c(j)] = scale dS[t, j]; values are small integers, exact
+    in every dtype, and a pair is decided where |dP - D| >= 1: at most 16 in size, D is off by less
+    than 1/2 even if every step is rounded to bf16. dk: k = 0 and one-hot queries, likewise.
+    """
+    rows, columns, group = case.q_len, branch.columns(case), case.group_size
+    dtype = DTYPES[case.dtype]
+    rng = case.generator("backward_patterns")
+    heads = sorted(rng.permutation(group)[:HEADS_PROBED])
+    blank = zeros(case, branch)
+    visible = mask != 0
+    d_lse = np.zeros((case.batch, case.q_heads, rows), dtype)
+
+    def grouped(array: np.ndarray) -> np.ndarray:
+        """(batch, q_heads, ...) seen as (batch, kv_heads, G, ...)."""
+        return array.reshape(case.batch, case.kv_heads, group, *array.shape[2:])
+
+    probed = np.zeros((case.batch, case.kv_heads, group, rows, columns), bool)
+    probed[:, :, heads] = True
+    probed = probed.reshape(visible.shape)
+
+    # where an empty row is no zero, neither are its gradients
+    plain = getattr(case.semantics.empty_row, branch.name) == "zero"
+    probed &= plain | visible.any(-1, keepdims=True)
+
+    seen_dv = np.zeros(visible.shape, bool)
+    for head in heads:
+        for chunk in chunks(rows, case.value_dim):
+            width = chunk.stop - chunk.start
+            d_out = np.zeros((case.batch, case.q_heads, rows, case.value_dim), dtype)
+            grouped(d_out)[:, :, head, chunk, :width] = np.eye(width, dtype=dtype)
+            _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
+            grouped(seen_dv)[:, :, head, chunk] = dv[..., :width].swapaxes(-1, -2) != 0
+
+    # q = 0 or k = 0: all visible keys weigh mult / total, dP is an integer, D their mean
+    v = blank.v.copy()
+    v[..., 0] = rng.integers(-16, 17, v.shape[:-1])
+    d_out = np.zeros((case.batch, case.q_heads, rows, case.value_dim), dtype)
+    d_out[..., 0] = 1
+    dp = np.repeat(v[..., 0].astype(np.float64), group, axis=1)[:, :, None, :]
+    share = mask / np.maximum(mask.sum(-1, keepdims=True), 1)
+    decided = ~visible | (np.abs(dp - (share * dp).sum(-1, keepdims=True)) >= 1)
+    decided &= plain | visible.any(-1, keepdims=True)
+
+    seen_dq = np.zeros(visible.shape, bool)
+    for chunk in chunks(columns, case.head_dim):
+        width = chunk.stop - chunk.start
+        k = np.zeros_like(blank.k)
+        k[:, :, chunk, :width] = np.eye(width, dtype=dtype)
+        inputs = dataclasses.replace(blank, k=k, v=v)
+        dq, _, _ = branch.backward(implementation, case, inputs, d_out, d_lse)
+        seen_dq[..., chunk] = dq[..., :width] != 0
+
+    seen_dk = np.zeros(visible.shape, bool)
+    for head in heads:
+        for chunk in chunks(rows, case.head_dim):
+            width = chunk.stop - chunk.start
+            q = np.zeros_like(blank.q)
+            grouped(q)[:, :, head, chunk, :width] = np.eye(width, dtype=dtype)
+            inputs = dataclasses.replace(blank, q=q, v=v)
+            _, dk, _ = branch.backward(implementation, case, inputs, d_out, d_lse)
+            grouped(seen_dk)[:, :, head, chunk] = dk[..., :width].swapaxes(-1, -2) != 0
+
+    return [
+        Pattern("dv", seen_dv, visible, probed),
+        Pattern("dq", seen_dq, visible, decided),
+        Pattern("dk", seen_dk, visible, decided & probed),
+    ]
+
+
+def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, np.ndarray]:
+    """What each part of a FlexAttention BlockMask says, as multiplicities (B, H, rows, columns).
+
+    "mask_mod": the predicate alone, all that eager FlexAttention evaluates. "kv lists": the blocks
+    that the forward and dq walk; a full block shows every cell without asking mask_mod, a block
+    named twice counts twice. "q lists": the transposed lists that dk and dv walk.
+
+    Raises
+    ------
+    Raised : a list that names a block outside the mask
+    """
+    from torch.nn.attention.flex_attention import create_mask
+
+    q_block, kv_block = block_mask.BLOCK_SIZE
+    batch, heads, row_blocks = block_mask.kv_num_blocks.shape
+    device = block_mask.kv_indices.device.type
+    if rows and columns and batch and heads:
+        predicate = create_mask(block_mask.mask_mod, batch, heads, rows, columns, device)
+        predicate = predicate.expand(batch, heads, rows, columns).cpu().numpy()
+    else:
+        predicate = np.zeros((batch, heads, rows, columns), bool)
+    readings = {"mask_mod": predicate.astype(np.int64)}
+
+    def walk(prefix: str, outer: int, inner: int, swap: bool) -> np.ndarray:
+        counts = np.zeros(predicate.shape, np.int64)
+        for kind, full in ((f"{prefix}", False), (f"full_{prefix}", True)):
+            numbers = getattr(block_mask, f"{kind}_num_blocks")
+            indices = getattr(block_mask, f"{kind}_indices")
+            if numbers is None:
+                continue
+            numbers, indices = numbers.cpu().numpy(), indices.cpu().numpy()
+            inner_blocks = -(-(rows if swap else columns) // inner)
+            for b, h, i in np.ndindex(*numbers.shape):
+                for slot in range(int(numbers[b, h, i])):
+                    j = int(indices[b, h, i, slot]) if slot < indices.shape[-1] else -1
+                    if not 0 <= j < max(inner_blocks, 1):
+                        raise Raised(
+                            f"{kind}_indices[{b}, {h}, {i}, {slot}] names block {j} of "
+                            f"{inner_blocks}"
+                        )
+                    a = slice(i * outer, (i + 1) * outer)
+                    c = slice(j * inner, (j + 1) * inner)
+                    cells = (b, h, c, a) if swap else (b, h, a, c)
+                    counts[cells] += 1 if full else readings["mask_mod"][cells]
+        return counts
+
+    readings["kv lists"] = walk("kv", q_block, kv_block, swap=False)
+    if getattr(block_mask, "q_indices", None) is not None:
+        readings["q lists"] = walk("q", kv_block, q_block, swap=True)
+    return readings
+
+
+def exposed_readings(value: Any, rows: int, columns: int) -> dict[str, np.ndarray]:
+    """What a `*_mask` method returned, as named arrays of multiplicities."""
+    if isinstance(value, dict):
+        found: dict[str, np.ndarray] = {}
+        for name, item in value.items():
+            for part, array in exposed_readings(item, rows, columns).items():
+                found[f"{name} {part}".strip()] = array
+        return found
+    if hasattr(value, "kv_num_blocks") and hasattr(value, "mask_mod"):
+        return block_mask_readings(value, rows, columns)
+    array = np.asarray(value)
+    if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
+        raise Raised(f"a mask of dtype {array.dtype}; it must hold booleans or integers")
+    return {"": array.astype(np.int64)}
+
+
+def head_influence(
+    implementation: Implementation, branch: Branch, case: Case, inputs: Inputs, kv_head: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which query heads change when the keys, and when the values, of one kv head do: bool (q_heads,).
+
+    `inputs` must not be degenerate: a row that sees a single key does not notice its logit.
+    """
+    base = branch.forward(implementation, case, inputs).out
+    changed = []
+    for name in ("k", "v"):
+        array = getattr(inputs, name).copy()
+        array[:, kv_head] = -array[:, kv_head] + 1
+        out = branch.forward(
+            implementation, case, dataclasses.replace(inputs, **{name: array})
+        ).out
+        differs = (out != base) & ~(np.isnan(out) & np.isnan(base))
+        changed.append(differs.any((0, 2, 3)))
+    return changed[0], changed[1]

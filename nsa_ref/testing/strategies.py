@@ -1,0 +1,196 @@
+"""Valid cases by construction, leaning on the edges; they shrink towards one token and one head.
+
+Nothing is filtered: dependent sizes are built from factors and remainders. A property passes what
+it is about as `adjust`, a function of draw and the sizes drawn so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from nsa_ref.semantics import Semantics
+from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
+from nsa_ref.testing.implementation import Implementation
+
+Sizes = dict[str, Any]
+Adjust = Callable[[st.DrawFn, Sizes], None]
+
+GROUP_SIZES = (1, 2, 4, 3, 5, 16)
+HEAD_DIMS = (8, 16, 4, 1, 3, 24, 64, 136)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    implementation: Implementation,
+    *,
+    semantics: Sequence[Semantics] | None = None,
+    dtypes: Collection[str] | None = None,
+    inputs: Sequence[str] = INPUTS,
+    indices: Sequence[str] = INDICES,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    max_len: int = 40,
+    adjust: Adjust | None = None,
+) -> Case:
+    """Cases that the implementation's `semantics`, `numerics` and `limits` allow.
+
+    semantics, dtypes, inputs, indices, head_dims : further restrictions
+    max_len : q_len and kv_len of most cases, in tokens; a few are around 128
+    adjust : changes the sizes to what a property is about
+    """
+    limits = implementation.limits
+
+    def pick(field: str, choices: Sequence[Any]) -> Any:
+        """One of `choices` within the limits; of the limit's own values if none is."""
+        if field in limits:
+            choices = [c for c in choices if c in limits[field]] or sorted(limits[field])
+        return draw(st.sampled_from(choices))
+
+    sizes: Sizes = {}
+    sizes["semantics"] = draw(st.sampled_from(list(semantics or implementation.semantics)))
+    sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
+
+    group_size = pick("group_size", GROUP_SIZES)
+    sizes["kv_heads"] = pick("kv_heads", (1, 2, 3) if group_size < 5 else (1, 2))
+    sizes["q_heads"] = sizes["kv_heads"] * group_size
+    if "q_heads" in limits:
+        sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],))
+        divisors = [n for n in range(1, sizes["q_heads"] + 1) if sizes["q_heads"] % n == 0]
+        sizes["kv_heads"] = pick("kv_heads", divisors)
+    sizes["batch"] = pick("batch", (1, 2, 3, 0))
+    sizes["head_dim"] = pick("head_dim", head_dims)
+    sizes["value_dim"] = pick("value_dim", head_dims)
+
+    # long cases only where they stay cheap
+    rows = sizes["batch"] * sizes["q_heads"]
+    shapes = ["square", "decode", "short keys", "edge"]
+    if rows <= 6:
+        shapes += ["around 128", "many blocks"]
+    shape = draw(st.sampled_from(shapes))
+    length = draw(st.integers(1, max_len if rows <= 16 else min(max_len, 20)))
+    sizes["q_len"] = sizes["kv_len"] = length
+    if shape == "decode":
+        sizes["q_len"] = draw(st.integers(1, length))
+    elif shape == "short keys":
+        sizes["kv_len"] = draw(st.integers(0, length))
+    elif shape == "edge":
+        sizes["q_len"] = max(0, length + draw(st.sampled_from([-1, 1, -length])))
+    elif shape == "around 128":
+        sizes["kv_len"] = draw(st.integers(127, 130))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], 1, 33]))
+
+    def blocks(strides: Sequence[int], most: int) -> None:
+        """l, d and l' with d dividing both; l' first where the implementation limits it."""
+        if "selection_block_size" in limits:
+            size = sizes["selection_block_size"] = pick("selection_block_size", ())
+            stride = pick("compress_block_sliding_stride", [s for s in strides if size % s == 0])
+        else:
+            stride = pick("compress_block_sliding_stride", strides)
+            sizes["selection_block_size"] = stride * draw(st.integers(1, most))
+        sizes["compress_block_sliding_stride"] = stride
+        sizes["compress_block_size"] = pick(
+            "compress_block_size", (stride * draw(st.integers(1, 4)),)
+        )
+
+    if shape == "many blocks":
+        blocks((1,), 2)
+        sizes["kv_len"] = 128 * sizes["selection_block_size"] + draw(st.integers(1, 5))
+        sizes["q_len"] = draw(st.integers(1, 4))
+    else:
+        blocks((1, 2, 4, 3, 8), 4)
+    if "q_len" in limits or "kv_len" in limits:
+        sizes["q_len"] = pick("q_len", (sizes["q_len"],))
+        sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],))
+
+    kv_len = sizes["kv_len"]
+    count = -(-kv_len // sizes["selection_block_size"])
+    sizes["num_selected_blocks"] = pick(
+        "num_selected_blocks",
+        draw(st.sampled_from([(1,), (2,), (3, 4), (0,), (min(count, 32),), (min(count, 32) + 1,)])),
+    )
+    sizes["num_initial_blocks"] = pick("num_initial_blocks", (0, 1, 2))
+    sizes["num_local_blocks"] = pick("num_local_blocks", (0, 1, 2))
+    sizes["sliding_window_size"] = pick(
+        "sliding_window_size",
+        draw(
+            st.sampled_from(
+                [(0,), (1,), tuple(range(kv_len + 1)), (max(kv_len - 1, 0), kv_len, kv_len + 3)]
+            )
+        ),
+    )
+    if not sizes["semantics"].window_closed and "sliding_window_size" not in limits:
+        # w keys: a window of none at all is not a window
+        sizes["sliding_window_size"] = max(1, sizes["sliding_window_size"])
+    sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3))
+    sizes["compress_map"] = pick("compress_map", ("mean", "linear", "mlp"))
+    sizes["compress_positions"] = pick("compress_positions", (False, True))
+    sizes["inputs"] = draw(st.sampled_from(list(inputs)))
+    sizes["indices"] = draw(st.sampled_from(list(indices)))
+    sizes["layout"] = pick("layout", LAYOUTS)
+    sizes["seed"] = draw(st.integers(0, 2**16))
+    if adjust is not None:
+        adjust(draw, sizes)
+    return Case(**sizes)
+
+
+def fresh_seeds(case: Case, count: int) -> list[Case]:
+    """The same case with other data."""
+    return [dataclasses.replace(case, seed=case.seed + 2**20 * (i + 1)) for i in range(count)]
+
+
+# The edges that every branch is to be tried on. A run counts how often each was met.
+
+Edge = Callable[[Case, np.ndarray], bool]
+
+#: name -> does the case stand on it, given the number of visible keys of each row?
+EDGES: dict[str, Edge] = {
+    "no visible key": lambda case, visible: bool((visible == 0).any()),
+    "one visible key": lambda case, visible: bool((visible == 1).any()),
+    "partial last block": lambda case, _: case.kv_len % case.selection_block_size != 0,
+    "kv_len < l": lambda case, _: case.kv_len < case.compress_block_size,
+    "kv_len < d": lambda case, _: case.kv_len < case.compress_block_sliding_stride,
+    "kv_len < l'": lambda case, _: case.kv_len < case.selection_block_size,
+    "q_len 0": lambda case, _: case.q_len == 0,
+    "q_len 1": lambda case, _: case.q_len == 1,
+    "kv_len = q_len + 1": lambda case, _: case.kv_len == case.q_len + 1,
+    "kv_len < q_len": lambda case, _: case.kv_len < case.q_len,
+    "decode": lambda case, _: case.q_len == 1 < case.kv_len,
+    "n = 0": lambda case, _: case.num_selected_blocks == 0,
+    "n = all blocks": lambda case, _: case.num_selected_blocks == case.num_selection_blocks,
+    "n > blocks": lambda case, _: case.num_selected_blocks > case.num_selection_blocks,
+    "w = 0": lambda case, _: case.sliding_window_size == 0,
+    "w = 1": lambda case, _: case.sliding_window_size == 1,
+    "w = kv_len - 1": lambda case, _: case.sliding_window_size == case.kv_len - 1,
+    "w = kv_len": lambda case, _: case.sliding_window_size == case.kv_len,
+    "w > kv_len": lambda case, _: case.sliding_window_size > case.kv_len,
+    "G = 1": lambda case, _: case.group_size == 1,
+    "G = 2": lambda case, _: case.group_size == 2,
+    "G prime > 2": lambda case, _: case.group_size in (3, 5),
+    "G = 16": lambda case, _: case.group_size == 16,
+    "kv_heads = 1": lambda case, _: case.kv_heads == 1,
+    "Dk != Dv": lambda case, _: case.head_dim != case.value_dim,
+    "head_dim no power of two": lambda case, _: case.head_dim & (case.head_dim - 1) != 0,
+    "head_dim > 128": lambda case, _: case.head_dim > 128,
+    "batch 0": lambda case, _: case.batch == 0,
+    "batch 3": lambda case, _: case.batch == 3,
+    "memory 0": lambda case, _: case.num_mem_kv == 0,
+    "memory 1": lambda case, _: case.num_mem_kv == 1,
+    "memory 16": lambda case, _: case.num_mem_kv == 16,
+    "more than 128 blocks": lambda case, _: case.num_selection_blocks > 128,
+    "length around 128": lambda case, _: 127 <= case.kv_len <= 130,
+} | {
+    f"{field} {kind}": (lambda case, _, field=field, kind=kind: getattr(case, field) == kind)
+    for field, kinds in (("inputs", INPUTS), ("indices", INDICES), ("layout", LAYOUTS))
+    for kind in kinds
+}
+
+
+def edges(case: Case, mask: np.ndarray) -> list[str]:
+    """The edges that a case stands on, given its mask (batch, q_heads, q_len, columns)."""
+    visible = (mask != 0).sum(-1)
+    return [name for name, met in EDGES.items() if met(case, visible)]

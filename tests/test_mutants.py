@@ -1,0 +1,47 @@
+"""The judge's sharpness: every mutant is killed by its clause, and what is right is never failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mutants import ZOO, Kernel, Selector
+from nsa_ref.testing import OracleImplementation
+from nsa_ref.testing.conformance import Options, run_property
+from nsa_ref.testing.properties import PROPERTIES
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
+    """At the quick level, by a property of the clause that it breaks, and for what it does."""
+    mutant = ZOO[name]
+    options = Options(findings=tmp_path, shrink=False)
+    found = []
+    for prop in PROPERTIES.values():
+        if prop.clause != mutant.clause:
+            continue
+        record = run_property(prop, mutant.implementation, options)
+        if record.finding is not None:
+            found.append(record.finding)
+            if record.finding["clause"] == mutant.clause:
+                break
+    blamed = [finding["clause"] for finding in found]
+    assert mutant.clause in blamed, f"{name} ({mutant.mistake}) survives; others blamed: {blamed}"
+    assert "the implementation failed" not in found[-1]["text"], found[-1]["text"]
+
+
+@pytest.mark.parametrize("implementation", [Kernel(), Selector()], ids=lambda i: i.name)
+@pytest.mark.parametrize("prop", PROPERTIES.values(), ids=lambda p: p.name)
+def test_what_the_mutants_are_made_from_is_right(
+    prop: object, implementation: OracleImplementation, tmp_path: Path
+) -> None:
+    """A mutant dies of its one mistake: without it, nothing is found."""
+    record = run_property(prop, implementation, Options(findings=tmp_path))
+    assert record.finding is None, record.finding["text"]
+
+
+def test_the_zoo_is_large_and_covers_the_clauses() -> None:
+    """At least 20, and a mutant for every clause that a property decides."""
+    assert len(ZOO) >= 20
+    assert {mutant.clause for mutant in ZOO.values()} == {p.clause for p in PROPERTIES.values()}

@@ -1,0 +1,502 @@
+"""Block masks of nsa_fast: predicate, block lists and transposed lists say what the oracle says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import nsa_ref.masks
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.probes import block_mask_readings, exposed_readings
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+from torch.nn.attention.flex_attention import BlockMask  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import nsa_fast  # noqa: E402
+from nsa_fast import block_lists, block_masks, branches, mask_mods, upstream  # noqa: E402
+from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E402
+
+CPU = torch.device("cpu")
+LENGTHS = st.integers(0, 40)
+BLOCK_SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+FEW = settings(max_examples=60)
+
+
+def assert_reads(block_mask: BlockMask, expected: np.ndarray) -> None:
+    """Every part of the block mask shows exactly the expected cells, and its lists are in order."""
+    rows, columns = expected.shape[-2:]
+    readings = block_mask_readings(block_mask, rows, columns)
+    assert set(readings) == {"mask_mod", "kv lists", "q lists"}
+    for part, cells in readings.items():
+        np.testing.assert_array_equal(cells, np.broadcast_to(expected, cells.shape), part)
+    assert_lists(block_mask, expected)
+
+
+def assert_lists(block_mask: BlockMask, expected: np.ndarray) -> None:
+    """A block is full iff all of its real cells are visible, partial iff some are; both ascend."""
+    row_size, column_size = block_mask.BLOCK_SIZE
+    rows, columns = expected.shape[-2:]
+    assert block_mask.seq_lengths == (rows, columns)
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    expected = np.broadcast_to(expected, (batch, heads, rows, columns))
+    row_blocks = max(1, math.ceil(rows / row_size))
+    column_blocks = max(1, math.ceil(columns / column_size))
+    partial: dict[tuple[int, ...], list[int]] = {}
+    full: dict[tuple[int, ...], list[int]] = {}
+    for b, h, r, c in np.ndindex(batch, heads, row_blocks, column_blocks):
+        cells = expected[
+            b, h, r * row_size : (r + 1) * row_size, c * column_size : (c + 1) * column_size
+        ]
+        # a lone column is never called full: it may get an invisible neighbour (LEAST_LENGTH)
+        if cells.size and cells.all() and columns >= block_lists.LEAST_LENGTH:
+            full.setdefault((b, h, r), []).append(c)
+        elif cells.any():
+            partial.setdefault((b, h, r), []).append(c)
+    for kind, wanted in (("", partial), ("full_", full)):
+        for side, size, other in (("kv", row_blocks, column_blocks), ("q", column_blocks, row_blocks)):
+            numbers = getattr(block_mask, f"{kind}{side}_num_blocks")
+            indices = getattr(block_mask, f"{kind}{side}_indices")
+            assert numbers.dtype == indices.dtype == torch.int32
+            assert numbers.shape == (batch, heads, size)
+            assert numbers.is_contiguous() and indices.is_contiguous()
+            # 2.11 reads the full lists by the strides of the partial ones
+            assert indices.shape == getattr(block_mask, f"{side}_indices").shape
+            # the Triton kernels load the first entry even of an empty list
+            assert indices.shape[3] >= 1
+            assert indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < other
+            for b, h, i in np.ndindex(batch, heads, size):
+                found = indices[b, h, i, : int(numbers[b, h, i])].tolist()
+                if side == "kv":
+                    assert found == wanted.get((b, h, i), [])
+                else:
+                    assert found == [r for r in range(other) if i in wanted.get((b, h, r), [])]
+
+
+def strange_indices(rng: np.random.Generator, shape: tuple[int, ...], blocks: int) -> np.ndarray:
+    """Blocks, duplicates, -1, strangers, and numbers that a cast to 32 bits would make blocks."""
+    indices = rng.integers(-2, blocks + 2, shape)
+    return np.where(rng.random(shape) < 0.2, indices + 2**32, indices)
+
+
+# --- the masks that the branches use --------------------------------------------------------------
+
+
+@FEW
+@given(LENGTHS, LENGTHS, st.integers(0, 40), st.sampled_from(SEMANTICS), BLOCK_SIZES)
+def test_sliding_masks_of_any_size_and_block_size(
+    q_len: int, kv_len: int, window: int, semantics: Semantics, block_size: tuple[int, int]
+) -> None:
+    block_mask = block_masks.sliding_block_mask(
+        q_len, kv_len, window, semantics, block_size=block_size, device=CPU
+    )
+    assert_reads(block_mask, nsa_ref.masks.sliding_mask(q_len, kv_len, window, semantics))
+
+
+@FEW
+@given(
+    LENGTHS,
+    LENGTHS,
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.sampled_from(SEMANTICS),
+    BLOCK_SIZES,
+)
+def test_compress_masks_of_any_size_and_block_size(
+    q_len: int,
+    kv_len: int,
+    size: int,
+    stride: int,
+    memory: int,
+    semantics: Semantics,
+    block_size: tuple[int, int],
+) -> None:
+    expected = nsa_ref.masks.compress_mask(q_len, kv_len, size, stride, memory, semantics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branches, "token_block_size", lambda device: block_size)
+        block_mask = branches.compress_branch_mask(
+            q_len, kv_len, size, stride, memory, semantics, device=CPU
+        )
+    assert_reads(block_mask, expected)
+
+
+@FEW
+@given(
+    LENGTHS,
+    LENGTHS,
+    st.integers(1, 9),
+    st.integers(0, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(SEMANTICS),
+    st.integers(0, 2**32),
+)
+def test_fine_masks_of_any_size_and_tile(
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    n: int,
+    rows_per_token: int,
+    blocks_per_tile: int,
+    semantics: Semantics,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    indices = strange_indices(rng, (int(rng.integers(0, 3)), 2, q_len, n), -(-kv_len // block_size))
+    block_mask = block_masks.fine_block_mask(
+        kv_len,
+        torch.as_tensor(indices),
+        block_size,
+        semantics,
+        rows_per_token=rows_per_token,
+        blocks_per_tile=blocks_per_tile,
+    )
+    expected = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
+    assert_reads(block_mask, expected.repeat(rows_per_token, axis=2))
+
+
+def test_more_blocks_than_one_word_of_the_table_holds() -> None:
+    indices = np.array([[[[0, 31, 32, 63, 64, 69]] * 70]])
+    block_mask = block_masks.fine_block_mask(
+        70, torch.as_tensor(indices), 1, PAPER, rows_per_token=1, blocks_per_tile=1
+    )
+    assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, 1, indices, 1, PAPER))
+
+
+def test_masks_are_named_after_their_sizes() -> None:
+    names = [
+        nsa_fast.create_sliding_mask(8, 3).mask_mod.__name__,
+        nsa_fast.create_compress_mask(8, 2, 4, 1).mask_mod.__name__,
+        nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 1, dtype=torch.int64)).mask_mod.__name__,
+    ]
+    assert names == ["sliding_3", "compress_4_mem_1", "fine_4"]
+
+
+# --- upstream's three calls -----------------------------------------------------------------------
+
+
+@FEW
+@given(LENGTHS, st.integers(0, 40), st.booleans(), BLOCK_SIZES)
+def test_create_sliding_mask(
+    seq_len: int, window: int, causal: bool, block_size: tuple[int, int]
+) -> None:
+    semantics = dataclasses.replace(LUCIDRAINS_FLEX, causal=causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "BLOCK_SIZE", block_size)
+        block_mask = nsa_fast.create_sliding_mask(seq_len, window, causal)
+    assert_reads(block_mask, nsa_ref.masks.sliding_mask(seq_len, seq_len, window, semantics))
+
+
+@FEW
+@given(
+    st.integers(0, 40), st.integers(0, 20), st.integers(1, 6), st.integers(0, 3), st.booleans()
+)
+def test_create_compress_mask_for_lengths_that_do_not_fit(
+    seq_len: int, kv_seq_len: int, stride: int, memory: int, causal: bool
+) -> None:
+    """Column c is visible iff c < memory or t > d (c - memory) + d - 1: the table's own words."""
+    rows, columns = np.arange(seq_len)[:, None], np.arange(memory + kv_seq_len)
+    expected = (columns < memory) | (rows > stride * (columns - memory) + stride - 1) | (not causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "BLOCK_SIZE", (4, 4))
+        block_mask = nsa_fast.create_compress_mask(seq_len, kv_seq_len, stride, memory, causal)
+    assert_reads(block_mask, expected)
+
+
+@FEW
+@given(
+    LENGTHS,
+    st.integers(1, 50),
+    st.integers(0, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    BLOCK_SIZES,
+    st.integers(0, 2**32),
+)
+def test_create_fine_mask(
+    seq_len: int,
+    block_size: int,
+    n: int,
+    group: int,
+    causal: bool,
+    tile: tuple[int, int],
+    seed: int,
+) -> None:
+    indices = strange_indices(
+        np.random.default_rng(seed), (2, 2, seq_len, n), -(-seq_len // block_size)
+    )
+    semantics = dataclasses.replace(LUCIDRAINS_FLEX, causal=causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "BLOCK_SIZE", tile)
+        patch.setattr(block_lists, "LEAST_LENGTH", 0)  # these are used at their own length
+        block_mask = nsa_fast.create_fine_mask(seq_len, block_size, causal)(
+            torch.as_tensor(indices), group
+        )
+        expected = nsa_ref.masks.fine_mask(
+            seq_len, seq_len, block_size, indices, 2 * group, semantics
+        )
+        assert_reads(block_mask, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
+def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
+    indices = torch.randint(0, 4, (1, 2, 16, 2), generator=torch.Generator().manual_seed(0))
+    block_mask = nsa_fast.create_fine_mask(16, 4)(indices.to(dtype))
+    expected = nsa_ref.masks.fine_mask(16, 16, 4, indices.numpy(), 2, LUCIDRAINS_FLEX)
+    assert_reads(block_mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: nsa_fast.create_sliding_mask(-1, 2),
+            ValueError,
+            r"seq_len=-1 must be at least 0\.",
+        ),
+        (
+            lambda: nsa_fast.create_sliding_mask(8, 2.0),
+            TypeError,
+            r"window_size=2\.0 must be an integer, not float\.",
+        ),
+        (
+            lambda: nsa_fast.create_sliding_mask(8, 2, 1),
+            TypeError,
+            r"causal=1 must be True or False, not int\.",
+        ),
+        (
+            lambda: nsa_fast.create_sliding_mask(2**31, 2),
+            ValueError,
+            r"seq_len=2147483648 must be below 1073741824\.",
+        ),
+        (
+            lambda: nsa_fast.create_compress_mask(8, 2, 0),
+            ValueError,
+            r"compress_block_sliding_stride=0 must be at least 1\.",
+        ),
+        (
+            lambda: nsa_fast.create_compress_mask(8, 2, 4, mem_kv_len=True),
+            TypeError,
+            r"mem_kv_len=True must be an integer, not bool\.",
+        ),
+        (
+            lambda: nsa_fast.create_fine_mask(8, 0),
+            ValueError,
+            r"fine_block_size=0 must be at least 1\.",
+        ),
+        (
+            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 7, 2, dtype=torch.int64)),
+            ValueError,
+            r"selected_block_indices has shape \(1, 1, 7, 2\); it must be \(batch, kv_heads, 8, n\)",
+        ),
+        (
+            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 2)),
+            TypeError,
+            r"selected_block_indices has dtype torch\.float32; it must hold integers.*torch\.int64",
+        ),
+        (
+            lambda: nsa_fast.create_fine_mask(8, 4)([[0, 1]]),
+            TypeError,
+            r"selected_block_indices must be a torch\.Tensor, not list\.",
+        ),
+        (
+            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 2, dtype=torch.int64), 0),
+            ValueError,
+            r"num_grouped_queries=0 must be at least 1\.",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- nothing as large as rows x columns -----------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(item, torch.Tensor):
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+def test_fine_lists_of_16k_tokens_grow_with_tokens_times_n() -> None:
+    tokens, block_size, n = 2**14, 64, 16
+    indices = torch.randint(0, tokens // block_size, (1, 1, tokens, n))
+    with Largest() as largest:
+        block_mask = block_masks.fine_block_mask(
+            tokens, indices, block_size, PAPER, rows_per_token=16, blocks_per_tile=1
+        )
+    # the membership table holds one bit per token and block; its sizes step by 16
+    table = 16 * tokens * (tokens // block_size) // mask_mods.WORD_BITS
+    assert largest.elements <= max(table, 4 * tokens * n) < tokens * tokens // 16
+    assert block_mask.kv_indices.shape == (1, 1, tokens, n)
+
+
+def test_sliding_lists_of_a_million_tokens_are_as_wide_as_the_window() -> None:
+    tokens = 2**20
+    with Largest() as largest:
+        block_mask = block_masks.sliding_block_mask(
+            tokens, tokens, 512, PAPER, block_size=(128, 128), device=CPU
+        )
+    assert block_mask.kv_indices.shape[2:] == (tokens // 128, 6)
+    assert largest.elements <= 8 * tokens // 128
+
+
+def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:
+    tokens = 2**14
+    indices = torch.randint(0, tokens // 64, (1, 1, tokens, 2))
+    with Largest() as largest:
+        nsa_fast.create_fine_mask(tokens, 64)(indices)
+    assert largest.elements < tokens * tokens // 16
+
+
+# --- the adapter shows what the branches use ------------------------------------------------------
+
+CASE = Case(
+    semantics=LUCIDRAINS_FLEX,
+    dtype="float64",
+    batch=2,
+    q_heads=4,
+    kv_heads=2,
+    q_len=40,
+    kv_len=40,
+    head_dim=4,
+    value_dim=3,
+    compress_block_size=4,
+    compress_block_sliding_stride=2,
+    selection_block_size=4,
+    num_selected_blocks=2,
+    num_mem_kv=1,
+    sliding_window_size=5,
+    indices="mixed",
+)
+
+
+def exposed(branch: str) -> dict[str, bool]:
+    """Name of each mask that the adapter exposes -> whether it is the oracle's."""
+    eager = NsaFastEager()
+    indices = CASE.block_indices()
+    if branch == "sliding":
+        expected = nsa_ref.masks.sliding_mask(40, 40, 5, CASE.semantics)
+        value = eager.run("sliding_mask", CASE)
+    elif branch == "compress":
+        expected = nsa_ref.masks.compress_mask(40, 40, 4, 2, 1, CASE.semantics)
+        value = eager.run("compress_mask", CASE)
+    else:
+        expected = nsa_ref.masks.fine_mask(40, 40, 4, indices, 4, CASE.semantics)
+        value = eager.run("fine_mask", CASE, indices)
+    return {
+        name: bool((cells == expected).all())
+        for name, cells in exposed_readings(value, *expected.shape[-2:]).items()
+    }
+
+
+@pytest.mark.parametrize("branch", ["sliding", "compress", "fine"])
+def test_adapter_exposes_the_branch_and_upstreams_call(branch: str) -> None:
+    assert exposed(branch) == {
+        f"{maker} {part}": True
+        for maker in (f"{branch}_attention", f"create_{branch}_mask")
+        for part in ("mask_mod", "kv lists", "q lists")
+    }
+
+
+def broken_window(build: Callable[..., BlockMask]) -> Callable[..., BlockMask]:
+    """One key too many."""
+
+    @functools.wraps(build)
+    def broken(q_len: int, kv_len: int, window: int, *args: Any, **sizes: Any) -> BlockMask:
+        return build(q_len, kv_len, window + 1, *args, **sizes)
+
+    return broken
+
+
+def broken_mask_mod(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The lists are right, the predicate shows one cell too few."""
+
+    @functools.wraps(build)
+    def broken(*args: Any, **sizes: Any) -> Any:
+        right = build(*args, **sizes)
+
+        def wrong(batch: Any, head: Any, row: Any, column: Any) -> Any:
+            return right(batch, head, row, column) & ~((row == 17) & (column == 17))
+
+        wrong.__name__ = right.__name__
+        return wrong
+
+    return broken
+
+
+def without_last(numbers: Any) -> Any:
+    """The longest list loses its last entry."""
+    shorter = numbers.clone()
+    shorter.view(-1)[numbers.argmax()] -= 1
+    return shorter
+
+
+def broken_lists(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The predicate is right, a row block loses a column block; its transpose follows."""
+
+    @functools.wraps(build)
+    def broken(*args: Any, **sizes: Any) -> Any:
+        lists = build(*args, **sizes)
+        return lists._replace(num_blocks=without_last(lists.num_blocks))
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("module", "builder", "plant", "wrong_parts"),
+    [
+        (block_masks, "sliding_block_mask", broken_window, {"mask_mod", "kv lists", "q lists"}),
+        (mask_mods, "sliding_mask_mod", broken_mask_mod, {"mask_mod", "kv lists", "q lists"}),
+        (block_lists, "interval_lists", broken_lists, {"kv lists", "q lists"}),
+        (block_lists, "transposed", broken_lists, {"q lists"}),
+    ],
+)
+def test_a_broken_build_is_planted_in_one_place_and_seen_in_the_exposed_masks(
+    module: Any,
+    builder: str,
+    plant: Callable[..., Any],
+    wrong_parts: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, builder, plant(getattr(module, builder)))
+    wrong = {name for name, right in exposed("sliding").items() if not right}
+    assert wrong == {
+        f"{maker} {part}"
+        for maker in ("sliding_attention", "create_sliding_mask")
+        for part in wrong_parts
+    }
+
+
+def test_implementations_by_device() -> None:
+    assert [i.name for i in implementations("cpu")] == ["nsa_fast eager", "nsa_fast compiled"]
+    assert [i.name for i in implementations("cuda")] == ["nsa_fast compiled"]
+    eager, compiled = implementations("cpu")
+    assert eager.offers_vjp("fine") and not compiled.offers_vjp("fine")
+    assert implementations("cuda")[0].offers_vjp("fine")
+    with pytest.raises(ValueError, match=r"device='tpu' must be one of 'cpu', 'cuda'\."):
+        implementations("tpu")
