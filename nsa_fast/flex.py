@@ -1,13 +1,12 @@
 """One call of FlexAttention, eager or compiled, with what each of them cannot do made an error.
 
-============  ===========================  =========================================
-backend       device                       gives
-============  ===========================  =========================================
-"eager"       any                          out, lse, gradients; holds all scores at once, and reads
-                                           the predicate alone, never the block lists
-"compiled"    CUDA                         out, lse, gradients; float32, bfloat16, float16
-"compiled"    CPU                          out alone, no gradients; float32, bfloat16, float16
-============  ===========================  =========================================
+::
+
+    backend      device   gives
+    "eager"      any      out, lse, gradients; holds all scores at once, and reads the predicate
+                          alone, never the block lists
+    "compiled"   CUDA     out, lse, gradients; float32, bfloat16, float16
+    "compiled"   CPU      out alone, no gradients; float32, bfloat16, float16
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
-from torch.autograd.function import once_differentiable
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -128,6 +126,7 @@ def _compiled(
             str(q.dtype).removeprefix("torch."),
             *(q.shape[1], k.shape[1], q.shape[3], v.shape[3]),
             *block_mask.BLOCK_SIZE,
+            scale,
         )
     )
     options = kernel_options(block_mask.BLOCK_SIZE, q.device)
@@ -170,8 +169,8 @@ def _graph(name: str, function: types.FunctionType) -> Callable[..., Any]:
     """`function` compiled under a name, and a recompile limit, of its own.
 
     dynamo counts recompilations by code object. Past its limit it would run eager FlexAttention,
-    which ignores block lists; `fullgraph=True` makes that an error. Sizes that FlexAttention holds
-    fixed (heads, dims, block sizes) are in the name, so the count is of what should never grow.
+    which ignores block lists; `fullgraph=True` makes that an error. What FlexAttention compiles in
+    (heads, dims, block sizes, scale) is in the name, so the count is of what should never grow.
     """
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name)
@@ -196,19 +195,35 @@ def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[st
 
 
 class _Once(torch.autograd.Function):
-    """The identity, with a backward that raises if it is differentiated again.
+    """The identity, whose gradients raise if they are differentiated again.
 
     FlexAttention's own second derivative is wrong without a word.
     """
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
+        if not torch.is_grad_enabled():
+            return gradients
+        # create_graph=True: tied to all inputs, so that no second derivative can miss the error
+        return tuple(_Refused.apply(gradient, *ctx.saved_tensors) for gradient in gradients)
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "nsa_fast has no second derivatives: FlexAttention's would be wrong. "
+            "Use create_graph=False."
+        )
 
 
 def _of_no_query(q: Tensor, k: Tensor, v: Tensor) -> Attention:

@@ -18,11 +18,16 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
-from nsa_ref.selection import compress_probabilities, forced_blocks, importance, selection_candidates
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.selection import (
+    compress_probabilities,
+    forced_blocks,
+    importance,
+    selection_candidates,
+)
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing import Case, OracleImplementation
 
-#: Conventions under which empty rows are zero, so that arithmetic can be changed one step at a time.
+#: Conventions with empty rows of zero, so that arithmetic can be changed one step at a time.
 PLAIN = (
     PAPER,
     LUCIDRAINS_FLEX,
@@ -79,9 +84,7 @@ class Kernel(OracleImplementation):
         return ds
 
     def over_group(self, case: Case, gradient: np.ndarray) -> np.ndarray:
-        grouped = gradient.reshape(
-            case.batch, case.kv_heads, case.group_size, *gradient.shape[2:]
-        )
+        grouped = gradient.reshape(case.batch, case.kv_heads, case.group_size, *gradient.shape[2:])
         return grouped.sum(2)
 
     def dq_scale(self, case: Case) -> float:
@@ -512,9 +515,11 @@ class Selector(OracleImplementation):
     """Top-n in a few lines, right as it stands: sort, cut, fill up with -1."""
 
     name = "selector"
-    semantics = (PAPER, dataclasses.replace(PAPER, causal=False), dataclasses.replace(
-        PAPER, compress_alignment="end", compress_strict=True
-    ))
+    semantics = (
+        PAPER,
+        dataclasses.replace(PAPER, causal=False),
+        dataclasses.replace(PAPER, compress_alignment="end", compress_strict=True),
+    )
 
     def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         return importance(

@@ -1,4 +1,4 @@
-"""The judge's sharpness: every mutant is killed by its clause, and what is right is never failed."""
+"""The judge's sharpness: every mutant dies of its clause, and what is right is never failed."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ class Branch:
     def attend(self, case: Case, mask: np.ndarray, inputs: Inputs) -> Attention:
         """The oracle's out and lse, float64."""
         return attend(
-            *(x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)),
+            inputs.q.astype(np.float64),
+            inputs.k.astype(np.float64),
+            inputs.v.astype(np.float64),
             mask,
             scale=case.scale,
             empty_row=getattr(case.semantics.empty_row, self.name),
@@ -123,7 +125,9 @@ class Branch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The oracle's dq, dk, dv, float64."""
         return attend_vjp(
-            *(x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)),
+            inputs.q.astype(np.float64),
+            inputs.k.astype(np.float64),
+            inputs.v.astype(np.float64),
             mask,
             d_out.astype(np.float64),
             d_lse.astype(np.float64),

@@ -199,7 +199,7 @@ class Case:
         return np.random.Generator(np.random.Philox([self.seed, zlib.crc32(name.encode())]))
 
     def array(self, name: str, *shape: int) -> np.ndarray:
-        """The array called `name`, in the case's dtype. Names starting with q, k, v follow `inputs`.
+        """The array called `name`, in the case's dtype; q, k, v and their kin follow `inputs`.
 
         `name` is one of q, k, v, k_cmp, v_cmp, mem_k, mem_v, x, d_out, d_lse, or "weights/...".
         """

@@ -253,7 +253,12 @@ class OracleImplementation(Implementation):
         *PRESETS.values(),
         *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),
     )
-    numerics = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    numerics: Mapping[str, str] = {
+        "float64": "fp64",
+        "float32": "fp32",
+        "bfloat16": "bf16",
+        "float16": "fp16",
+    }
 
     def sliding_mask(self, case: Case) -> np.ndarray:
         return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, case.semantics)
@@ -282,8 +287,11 @@ class OracleImplementation(Implementation):
         self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
     ) -> Attention:
         """A1 and A2 in float64."""
+        q, k, v = _float64(q, k, v)
         return attend(
-            *_float64(q, k, v),
+            q,
+            k,
+            v,
             mask,
             scale=case.scale,
             empty_row=getattr(case.semantics.empty_row, branch),
@@ -291,7 +299,15 @@ class OracleImplementation(Implementation):
         )
 
     def attend_vjp(
-        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any
+        self,
+        case: Case,
+        branch: str,
+        mask: np.ndarray,
+        q: Any,
+        k: Any,
+        v: Any,
+        d_out: Any,
+        d_lse: Any,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A3 in float64."""
         q, k, v, d_out, d_lse = _float64(q, k, v, d_out, d_lse)
@@ -346,9 +362,7 @@ class OracleImplementation(Implementation):
         k = np.concatenate([mem_k, k_cmp], axis=2)
         v = np.concatenate([mem_v, v_cmp], axis=2)
         mask = self.compress_mask(case)
-        dq, dk, dv = _stored(
-            case, self.attend_vjp(case, "compress", mask, q, k, v, d_out, d_lse)
-        )
+        dq, dk, dv = _stored(case, self.attend_vjp(case, "compress", mask, q, k, v, d_out, d_lse))
         memory = case.num_mem_kv
         return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
 

@@ -149,9 +149,7 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
         if "error" in found:
             raise CannotRun(found["error"])
         return found
-    how = (
-        f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    )
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
     last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     raise CannotRun(f"loading {spec} ended its process ({how}): {last}")
 

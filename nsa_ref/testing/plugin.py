@@ -83,9 +83,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="float64, float32, bfloat16 or float16; may be repeated (default all declared)",
     )
-    group.addoption(
-        "--seed", type=int, default=0, help="another number, other cases (default 0)"
-    )
+    group.addoption("--seed", type=int, default=0, help="another number, other cases (default 0)")
     group.addoption(
         "--findings",
         default="nsa-ref-findings",
@@ -118,9 +116,7 @@ def pytest_configure(config: pytest.Config) -> None:
         given = config.getoption(option) or []
         for value in [given] if isinstance(given, str) else given:
             if value not in allowed:
-                raise pytest.UsageError(
-                    f"{option} {value}: must be one of {', '.join(allowed)}"
-                )
+                raise pytest.UsageError(f"{option} {value}: must be one of {', '.join(allowed)}")
     case_file, spec = config.getoption("--nsa-case"), config.getoption("--nsa-implementation")
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
         spec=spec,

@@ -255,9 +255,7 @@ def head_influence(
     for name in ("k", "v"):
         array = getattr(inputs, name).copy()
         array[:, kv_head] = -array[:, kv_head] + 1
-        out = branch.forward(
-            implementation, case, dataclasses.replace(inputs, **{name: array})
-        ).out
+        out = branch.forward(implementation, case, dataclasses.replace(inputs, **{name: array})).out
         differs = (out != base) & ~(np.isnan(out) & np.isnan(base))
         changed.append(differs.any((0, 2, 3)))
     return changed[0], changed[1]

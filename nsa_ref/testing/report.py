@@ -179,6 +179,8 @@ def show(
 
 
 def _plain(reason: str) -> str:
-    return reason.removeprefix("not offered: ").removesuffix(" is not offered").removesuffix(
-        " are not offered"
+    return (
+        reason.removeprefix("not offered: ")
+        .removesuffix(" is not offered")
+        .removesuffix(" are not offered")
     )

@@ -34,12 +34,14 @@ def cases(
     inputs: Sequence[str] = INPUTS,
     indices: Sequence[str] = INDICES,
     head_dims: Sequence[int] = HEAD_DIMS,
+    populated: bool = False,
     max_len: int = 40,
     adjust: Adjust | None = None,
 ) -> Case:
     """Cases that the implementation's `semantics`, `numerics` and `limits` allow.
 
     semantics, dtypes, inputs, indices, head_dims : further restrictions
+    populated : at least one batch entry, and two rows and two keys before `adjust`
     max_len : q_len and kv_len of most cases, in tokens; a few are around 128
     adjust : changes the sizes to what a property is about
     """
@@ -62,7 +64,9 @@ def cases(
         sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],))
         divisors = [n for n in range(1, sizes["q_heads"] + 1) if sizes["q_heads"] % n == 0]
         sizes["kv_heads"] = pick("kv_heads", divisors)
-    sizes["batch"] = pick("batch", (1, 2, 3, 0))
+    # an empty batch is worth a try, and no more than that
+    batches = (1, 2, 3, 1, 2, 3, 2) + (() if populated else (0,))
+    sizes["batch"] = pick("batch", batches)
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
@@ -72,17 +76,19 @@ def cases(
     if rows <= 6:
         shapes += ["around 128", "many blocks"]
     shape = draw(st.sampled_from(shapes))
-    length = draw(st.integers(1, max_len if rows <= 16 else min(max_len, 20)))
+    shortest = 2 if populated else 1
+    length = draw(st.integers(shortest, max_len if rows <= 16 else min(max_len, 20)))
     sizes["q_len"] = sizes["kv_len"] = length
     if shape == "decode":
-        sizes["q_len"] = draw(st.integers(1, length))
+        sizes["q_len"] = draw(st.integers(shortest, length))
     elif shape == "short keys":
-        sizes["kv_len"] = draw(st.integers(0, length))
+        sizes["kv_len"] = draw(st.integers(2 if populated else 0, length))
     elif shape == "edge":
-        sizes["q_len"] = max(0, length + draw(st.sampled_from([-1, 1, -length])))
+        sizes["q_len"] = length + draw(st.sampled_from([1, -1, -length]))
+        sizes["q_len"] = max(2 if populated else 0, sizes["q_len"])
     elif shape == "around 128":
         sizes["kv_len"] = draw(st.integers(127, 130))
-        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], 1, 33]))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
 
     def blocks(strides: Sequence[int], most: int) -> None:
         """l, d and l' with d dividing both; l' first where the implementation limits it."""
@@ -100,7 +106,7 @@ def cases(
     if shape == "many blocks":
         blocks((1,), 2)
         sizes["kv_len"] = 128 * sizes["selection_block_size"] + draw(st.integers(1, 5))
-        sizes["q_len"] = draw(st.integers(1, 4))
+        sizes["q_len"] = draw(st.integers(shortest, 4))
     else:
         blocks((1, 2, 4, 3, 8), 4)
     if "q_len" in limits or "kv_len" in limits:

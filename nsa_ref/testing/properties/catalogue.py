@@ -1,0 +1,411 @@
+"""Every property once: its clause, its branch, and the cases that it is asked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from nsa_ref.semantics import Semantics
+from nsa_ref.testing.branches import (
+    BRANCHES,
+    COMPRESS,
+    FINE,
+    SLIDING,
+    Branch,
+)
+from nsa_ref.testing.case import GENERIC_INPUTS
+from nsa_ref.testing.properties.common import Check, Property
+from nsa_ref.testing.properties.compression import pooled, windows
+from nsa_ref.testing.properties.influence import canary_backward, canary_forward, heads
+from nsa_ref.testing.properties.laws import is_full_causal, linear_in_v, permutation, prefix
+from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
+from nsa_ref.testing.properties.selection import selection
+from nsa_ref.testing.properties.values import empty_rows, gradients, output
+from nsa_ref.testing.strategies import Adjust, Sizes
+
+PROPERTIES: dict[str, Property] = {}
+
+
+def _register(
+    clause: str,
+    branch: Branch | str,
+    check: Check,
+    name: str,
+    *,
+    method: str | None = None,
+    backward: bool = False,
+    semantics: Callable[[Semantics], bool] = lambda s: True,
+    examples: int = 20,
+    **options: Any,
+) -> None:
+    where = branch.name if isinstance(branch, Branch) else branch
+    PROPERTIES[name] = Property(
+        name=name,
+        clause=clause,
+        branch=where,
+        method=method or where,
+        backward=backward,
+        check=check,
+        semantics=semantics,
+        options=options,
+        examples=examples,
+    )
+
+
+def _causal(semantics: Semantics) -> bool:
+    return semantics.causal
+
+
+def _not_causal(semantics: Semantics) -> bool:
+    return not semantics.causal
+
+
+def _zero_rows(branch: Branch) -> Callable[[Semantics], bool]:
+    return lambda semantics: (
+        semantics.causal and getattr(semantics.empty_row, branch.name) == "zero"
+    )
+
+
+def _window(draw: st.DrawFn, sizes: Sizes) -> None:
+    """W3: the smallest window, or one that covers everything."""
+    kv_len = sizes["kv_len"]
+    closed = sizes["semantics"].window_closed
+    covers = [kv_len, kv_len + 1, 2 * kv_len + 7]
+    sizes["sliding_window_size"] = draw(st.sampled_from([0 if closed else 1, *covers]))
+
+
+def _window_covers(draw: st.DrawFn, sizes: Sizes) -> None:
+    sizes["sliding_window_size"] = sizes["kv_len"] + draw(st.integers(0, 3))
+
+
+def _short_last_block(draw: st.DrawFn, sizes: Sizes) -> None:
+    """F2: kv_len = m l' + r with 0 < r < l', and the last block selected."""
+    size = sizes["selection_block_size"]
+    if size == 1:
+        size = sizes["selection_block_size"] = 2 * sizes["compress_block_sliding_stride"]
+    decoded = sizes["kv_len"] - sizes["q_len"]
+    if size > 1:
+        kv_len = size * draw(st.integers(0, 4)) + draw(st.integers(1, size - 1))
+        sizes["kv_len"], sizes["q_len"] = kv_len, max(1, kv_len - max(decoded, 0))
+    sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
+
+
+def _all_blocks(draw: st.DrawFn, sizes: Sizes) -> None:
+    blocks = -(-sizes["kv_len"] // sizes["selection_block_size"])
+    if blocks > 32:
+        sizes["kv_len"] = sizes["q_len"] = 32 * sizes["selection_block_size"] - 1
+        blocks = 32
+    sizes["indices"] = "all"
+    sizes["num_selected_blocks"] = blocks + draw(st.integers(0, 1))
+
+
+def _several_slots(draw: st.DrawFn, sizes: Sizes) -> None:
+    sizes["num_selected_blocks"] = draw(st.integers(2, 5))
+
+
+def _hidden_keys(draw: st.DrawFn, sizes: Sizes) -> None:
+    """A5: the canary sits in one batch entry, so the entries cannot share memory."""
+    if sizes["layout"] == "expanded":
+        sizes["layout"] = "contiguous"
+
+
+def _square(draw: st.DrawFn, sizes: Sizes) -> None:
+    """The prefix law cuts off tokens that are both queries and keys."""
+    sizes["kv_len"] = max(sizes["kv_len"], sizes["q_len"])
+
+
+def _memory_or_not_causal(draw: st.DrawFn, sizes: Sizes) -> None:
+    if sizes["semantics"].causal and sizes["num_mem_kv"] == 0:
+        sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
+
+
+def _rows_without_keys(branch: Branch) -> Adjust:
+    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
+        if branch is COMPRESS:
+            # the first tokens come before the end of the first block
+            sizes["num_mem_kv"] = 0
+            sizes["q_len"] = sizes["kv_len"] + draw(st.integers(0, 2))
+            if not sizes["semantics"].compress_strict and sizes["compress_block_size"] == 1:
+                sizes["q_len"] = sizes["kv_len"] + 1
+        elif branch is FINE and not sizes["semantics"].own_block_extra:
+            sizes["indices"] = draw(st.sampled_from(["mixed", "none", "few"]))
+            sizes["q_len"] = max(sizes["q_len"], sizes["kv_len"])
+        else:
+            # queries that stand before the first key
+            sizes["q_len"] = sizes["kv_len"] + draw(st.integers(1, 4))
+
+    return adjust
+
+
+def _mean_without_positions(draw: st.DrawFn, sizes: Sizes) -> None:
+    sizes["compress_map"], sizes["compress_positions"] = "mean", False
+
+
+def _small_maps(draw: st.DrawFn, sizes: Sizes) -> None:
+    """An MLP of l * dim inputs and as many hidden units is kept affordable."""
+    if sizes["compress_block_size"] * sizes["head_dim"] > 256:
+        sizes["compress_map"] = "linear"
+
+
+def _rows_that_choose(draw: st.DrawFn, sizes: Sizes) -> None:
+    """More candidates than n, so that scores decide; compressed blocks that overlap."""
+    sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], 4))
+    if sizes["kv_len"] < 4 * sizes["selection_block_size"]:
+        sizes["kv_len"] = 4 * sizes["selection_block_size"] + draw(st.integers(0, 3))
+        sizes["q_len"] = max(1, min(sizes["q_len"], sizes["kv_len"]))
+
+
+def _nothing_forced(draw: st.DrawFn, sizes: Sizes) -> None:
+    _rows_that_choose(draw, sizes)
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
+
+
+def _memory(draw: st.DrawFn, sizes: Sizes) -> None:
+    _nothing_forced(draw, sizes)
+    sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
+
+
+def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
+    _nothing_forced(draw, sizes)
+    if sizes["q_heads"] == sizes["kv_heads"]:
+        sizes["q_heads"] *= 2
+
+
+def _window_properties() -> None:
+    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    for clause, semantics, adjust in (
+        ("W1", _causal, None),
+        ("W2", _not_causal, None),
+        ("W3", _causal, _window),
+    ):
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 25}
+        _register(
+            clause,
+            SLIDING,
+            exposed_mask(SLIDING, clause),
+            f"{clause}_sliding_mask_as_exposed",
+            method="sliding_mask",
+            **exposed,
+        )
+        _register(
+            clause,
+            SLIDING,
+            forward_mask(SLIDING, clause),
+            f"{clause}_sliding_mask_as_read",
+            **(exposed | probe),
+        )
+    _register(
+        "W3",
+        SLIDING,
+        is_full_causal(SLIDING, "W3"),
+        "W3_window_of_everything_is_full_causal_attention",
+        semantics=_causal,
+        adjust=_window_covers,
+    )
+
+
+def _compress_properties() -> None:
+    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    for clause, semantics, adjust in (
+        ("C2", _causal, None),
+        ("C3", lambda s: True, _memory_or_not_causal),
+    ):
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 25}
+        _register(
+            clause,
+            COMPRESS,
+            exposed_mask(COMPRESS, clause),
+            f"{clause}_compress_mask_as_exposed",
+            method="compress_mask",
+            **exposed,
+        )
+        _register(
+            clause,
+            COMPRESS,
+            forward_mask(COMPRESS, clause),
+            f"{clause}_compress_mask_as_read",
+            **(exposed | probe),
+        )
+    _register(
+        "C1",
+        COMPRESS,
+        windows,
+        "C1_windows_as_read",
+        method="pool",
+        adjust=_mean_without_positions,
+        head_dims=(8, 16, 24),
+    )
+    _register("C4", COMPRESS, pooled(False), "C4_pool", method="pool", adjust=_small_maps)
+    _register(
+        "C4",
+        COMPRESS,
+        pooled(True),
+        "C4_pool_gradients",
+        method="pool",
+        backward=True,
+        adjust=_small_maps,
+    )
+
+
+def _fine_properties() -> None:
+    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    for clause, semantics, adjust, indices in (
+        ("F1", _causal, None, ("distinct", "few", "all")),
+        ("F2", _causal, _short_last_block, ("distinct", "all")),
+        ("F3", lambda s: True, _several_slots, ("same", "few")),
+        ("F4", _not_causal, None, ("distinct", "few", "all", "mixed")),
+        ("I6", _causal, _several_slots, ("mixed", "none")),
+    ):
+        exposed: dict[str, Any] = {
+            "semantics": semantics,
+            "adjust": adjust,
+            "indices": indices,
+            "examples": 25,
+        }
+        _register(
+            clause,
+            FINE,
+            exposed_mask(FINE, clause),
+            f"{clause}_fine_mask_as_exposed",
+            method="fine_mask",
+            **exposed,
+        )
+        _register(
+            clause,
+            FINE,
+            forward_mask(FINE, clause),
+            f"{clause}_fine_mask_as_read",
+            **(exposed | probe),
+        )
+    _register(
+        "F1",
+        FINE,
+        is_full_causal(FINE, "F1"),
+        "F1_all_blocks_selected_is_full_causal_attention",
+        semantics=lambda s: s.causal and not (s.own_block_extra and s.duplicates == "multiset"),
+        adjust=_all_blocks,
+    )
+
+
+def _attention_properties() -> None:
+    for branch in BRANCHES:
+        name = branch.name
+        _register("A1", branch, output(branch, "out"), f"A1_{name}_output", examples=40)
+        _register("A1", branch, output(branch, "lse"), f"A1_{name}_lse", examples=25)
+        _register(
+            "A1",
+            branch,
+            heads(branch),
+            f"A1_{name}_heads",
+            populated=True,
+            inputs=("randn",),
+            head_dims=(8, 16, 24),
+            adjust=_groups if branch is FINE else None,
+            examples=15,
+        )
+        _register(
+            "A1",
+            branch,
+            linear_in_v(branch),
+            f"A1_{name}_is_linear_in_v",
+            populated=True,
+            inputs=("randn", "flat", "integers", "huge"),
+            examples=10,
+        )
+        _register(
+            "A1",
+            branch,
+            permutation(branch),
+            f"A1_{name}_permutation",
+            populated=True,
+            examples=10,
+        )
+        _register(
+            "A2",
+            branch,
+            empty_rows(branch, backward=False),
+            f"A2_{name}_empty_rows",
+            populated=True,
+            semantics=_causal,
+            adjust=_rows_without_keys(branch),
+        )
+        _register(
+            "A2",
+            branch,
+            empty_rows(branch, backward=True),
+            f"A2_{name}_empty_rows_backward",
+            populated=True,
+            backward=True,
+            semantics=_zero_rows(branch),
+            adjust=_rows_without_keys(branch),
+            examples=15,
+        )
+        _register(
+            "A3", branch, gradients(branch), f"A3_{name}_gradients", backward=True, examples=40
+        )
+        _register(
+            "A3",
+            branch,
+            backward_mask(branch),
+            f"A3_{name}_mask_as_read_backward",
+            backward=True,
+            head_dims=(8, 16, 24),
+            examples=20,
+        )
+        quiet: dict[str, Any] = {
+            "inputs": ("randn", "flat", "integers"),
+            "populated": True,
+            "adjust": _hidden_keys,
+            "semantics": _causal,
+            "examples": 15,
+        }
+        _register("A5", branch, canary_forward(branch), f"A5_{name}_canary", **quiet)
+        _register(
+            "A5",
+            branch,
+            canary_backward(branch),
+            f"A5_{name}_canary_backward",
+            backward=True,
+            **quiet,
+        )
+        _register(
+            {"sliding": "W1", "compress": "C2", "fine": "F1"}[name],
+            branch,
+            prefix(branch),
+            f"{name}_rows_do_not_know_what_follows",
+            populated=True,
+            adjust=_square,
+            semantics=_causal,
+            examples=10,
+        )
+
+
+def _selection_properties() -> None:
+    generic: dict[str, Any] = {"inputs": GENERIC_INPUTS, "method": "select"}
+    for clause, options in (
+        ("I1", {**generic, "adjust": _memory}),
+        (
+            "I2",
+            {
+                **generic,
+                "adjust": _nothing_forced,
+                "semantics": lambda s: s.importance == "overlap",
+            },
+        ),
+        ("I3", {**generic, "adjust": _groups}),
+        ("I4", {"method": "select", "adjust": _rows_that_choose}),
+        ("I5", {"method": "select", "inputs": ("equal", "ties", "integers")}),
+        ("I6", {"method": "select"}),
+    ):
+        _register(
+            clause, "selection", selection(clause), f"{clause}_selection", examples=30, **options
+        )
+
+
+_window_properties()
+_compress_properties()
+_fine_properties()
+_attention_properties()
+_selection_properties()

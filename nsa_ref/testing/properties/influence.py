@@ -1,0 +1,210 @@
+"""What must not matter: invisible keys (A5) and other heads (A1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from nsa_ref.testing import probes
+from nsa_ref.testing.branches import (
+    Branch,
+    Broken,
+    Inconclusive,
+    Inputs,
+)
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.compare import compare
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, gradient_bounds
+from nsa_ref.testing.properties.values import has_lse
+
+
+def _plant_canary(
+    branch: Branch, case: Case, inputs: Inputs, mask: np.ndarray
+) -> tuple[Inputs, tuple[int, int, int]]:
+    """One key with the largest logit and v = 1e4, invisible to at least one row.
+
+    Returns the inputs with it, and where it sits: (batch, kv_head, column).
+    """
+    rng = case.generator("canary")
+    group = case.group_size
+    hidden = np.argwhere(mask == 0)
+    if not len(hidden):
+        raise Inconclusive("every key is visible to every row")
+    b, h, t, j = (int(i) for i in hidden[rng.integers(len(hidden))])
+    kv_head = h // group
+    direction = inputs.q[b, h, t].astype(np.float64)
+    queries = inputs.q[b, kv_head * group : (kv_head + 1) * group].astype(np.float64)
+    products = np.abs(queries @ direction).max(initial=0.0)
+    # far above any finite "minus infinity", and no dot product may overflow
+    largest = 2.0**13 if case.dtype == "float16" else 2.0**20
+    key = direction * (largest / products) if products > 0 else direction
+    key = np.clip(key, -largest, largest)
+    k, v = inputs.k.copy(), inputs.v.copy()
+    k[b, kv_head, j] = key.astype(k.dtype)
+    v[b, kv_head, j] = np.asarray(1e4, dtype=v.dtype)
+    return dataclasses.replace(inputs, k=k, v=v), (b, kv_head, j)
+
+
+Tensors = Sequence[np.ndarray]
+
+
+def _runs(run: Callable[[], Tensors]) -> Iterator[Tensors]:
+    """The same run again and again, its buffers lying elsewhere each time.
+
+    Sums on a CPU may depend on how their operands are aligned in memory, so that two runs which
+    look identical are not; arrays of odd sizes in between move what is allocated next.
+    """
+    ballast = []
+    for i in range(4):
+        ballast.append([np.empty(8 * (i + 1) * size + 8) for size in (1, 3, 17, 130)])
+        yield run()
+
+
+def _unchanged(
+    names: Sequence[str],
+    base: Tensors,
+    planted: Tensors,
+    compared: Sequence[np.ndarray],
+    again: Callable[[], Tensors],
+    bounds: Callable[[], Tensors],
+) -> None:
+    """A5: bit for bit, or within the bounds if identical runs already differ by themselves."""
+    wrong = [
+        mask & (one != other) & ~(np.isnan(one) & np.isnan(other))
+        for mask, one, other in zip(compared, base, planted)
+    ]
+    if not any(w.any() for w in wrong):
+        return
+    repeatable = all(
+        np.array_equal(one, other, equal_nan=True)
+        for repeated in _runs(again)
+        for one, other in zip(base, repeated)
+    )
+    for i, name in enumerate(names):
+        if repeatable and wrong[i].any():
+            index = tuple(int(n) for n in np.argwhere(wrong[i])[0])
+            raise Broken(
+                "A5",
+                f"{name}{list(index)} changes from {base[i][index]:.9g} to {planted[i][index]:.9g} "
+                "when a key that is invisible there gets the largest logit and v = 1e4",
+            )
+        # two right results are at most two bounds apart
+        there = np.where(compared[i], planted[i], base[i])
+        compare("A5", f"{name} with an invisible canary", there, base[i], 2 * bounds()[i])
+
+
+def _sees(branch: Branch, case: Case, mask: np.ndarray, where: tuple[int, int, int]) -> np.ndarray:
+    """Rows that see the planted key: bool (batch, q_heads, q_len)."""
+    b, kv_head, j = where
+    rows = np.zeros(mask.shape[:3], bool)
+    heads = slice(kv_head * case.group_size, (kv_head + 1) * case.group_size)
+    rows[b, heads] = mask[b, heads, :, j] != 0
+    if getattr(case.semantics.empty_row, branch.name) == "uniform":
+        # the mean of all columns sees them all
+        rows[b, heads] |= ~(mask[b, heads] != 0).any(-1)
+    return rows
+
+
+def canary_forward(branch: Branch) -> Check:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        planted, where = _plant_canary(branch, case, inputs, mask)
+        sees = _sees(branch, case, mask, where)
+        present = [
+            name
+            for name in ("out", "lse")
+            if getattr(branch.forward(implementation, case, inputs), name) is not None
+        ]
+
+        def run(some: Inputs) -> Tensors:
+            result = branch.forward(implementation, case, some)
+            return [getattr(result, name) for name in present]
+
+        base = run(inputs)
+        _unchanged(
+            [f"{branch.name} {name}" for name in present],
+            base,
+            run(planted),
+            [
+                np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape)
+                for x in base
+            ],
+            lambda: run(inputs),
+            lambda: [
+                getattr(bounds_of(branch, implementation, case, inputs, mask), n) for n in present
+            ],
+        )
+        return Outcome()
+
+    return check
+
+
+def canary_backward(branch: Branch) -> Check:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        planted, where = _plant_canary(branch, case, inputs, mask)
+        sees = _sees(branch, case, mask, where)
+        d_out, d_lse = case.upstream_gradients()
+        empty = mask.sum(-1) == 0
+        silent = sees | empty
+        d_out = np.where(silent[..., None], 0, d_out).astype(d_out.dtype)
+        d_lse = np.where(silent, 0, d_lse).astype(d_lse.dtype)
+        if not has_lse(branch, implementation, case, inputs):
+            d_lse = np.zeros_like(d_lse)
+
+        def run(some: Inputs) -> Tensors:
+            return branch.backward(implementation, case, some, d_out, d_lse)
+
+        base, other = run(inputs), run(planted)
+        _unchanged(
+            [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
+            base,
+            other,
+            [np.ones(x.shape, bool) for x in base],
+            lambda: run(inputs),
+            lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
+        )
+        for name, gradient in zip(("dk", "dv"), other[1:]):
+            if (gradient[where] != 0).any():
+                raise Broken(
+                    "A5",
+                    f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
+                    "comes back to rows that see this key, so it must be exactly 0",
+                )
+        return Outcome()
+
+    return check
+
+
+def heads(branch: Branch) -> Check:
+    """A1: query head h reads the keys and the values of kv head h // G, and of no other."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        rows = (mask != 0).sum(-1).max(axis=(0, 2), initial=0)
+        for kv_head in range(case.kv_heads):
+            by_k, by_v = probes.head_influence(implementation, branch, case, inputs, kv_head)
+            for what, seen, needs in (("keys", by_k, 2), ("values", by_v, 1)):
+                for head in range(case.q_heads):
+                    owner = head // case.group_size
+                    if seen[head] and owner != kv_head:
+                        raise Broken(
+                            "A1",
+                            f"{branch.name}: query head {head} reads the {what} of kv head "
+                            f"{kv_head}; h // G with G={case.group_size} is {owner}",
+                        )
+                    if not seen[head] and owner == kv_head and rows[head] >= needs:
+                        raise Broken(
+                            "A1",
+                            f"{branch.name}: query head {head} does not read the {what} of kv "
+                            f"head {kv_head}, which is its own (h // G with G={case.group_size})",
+                        )
+        return Outcome()
+
+    return check

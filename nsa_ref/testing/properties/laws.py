@@ -1,0 +1,129 @@
+"""Laws that need no oracle: what full causal attention, linearity and causality demand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from nsa_ref.testing.branches import (
+    Branch,
+    Inconclusive,
+    Inputs,
+)
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.compare import compare
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, settle
+
+
+def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Textbook attention over keys j <= p, and its mask: a definition beside the oracle's loops."""
+    position = np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
+    mask = np.broadcast_to(
+        np.arange(case.kv_len)[None, :] <= position,
+        (case.batch, case.q_heads, case.q_len, case.kv_len),
+    )
+    q, k, v = (x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v))
+    k, v = (np.repeat(x, case.group_size, axis=1) for x in (k, v))
+    scores = np.where(mask, case.scale * np.einsum("bhtd,bhjd->bhtj", q, k), -np.inf)
+    peak = scores.max(-1, keepdims=True, initial=-1e300)
+    weights = np.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    share = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return np.einsum("bhtj,bhjd->bhtd", share, v), mask.astype(np.int64)
+
+
+def is_full_causal(branch: Branch, clause: str) -> Check:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        expected, mask = _full_causal_attention(case, inputs)
+        if getattr(case.semantics.empty_row, branch.name) != "zero" and (mask.sum(-1) == 0).any():
+            raise Inconclusive("rows before the first key follow empty_row")
+        actual = branch.forward(implementation, case, inputs).out
+        hard = bounds_of(branch, implementation, case, inputs, mask)
+        name = f"{branch.name} out against full causal attention"
+        return settle([compare(clause, name, actual, expected, hard.out)])
+
+    return check
+
+
+def linear_in_v(branch: Branch) -> Check:
+    """A1: out(v1) + out(v2) = out(v1 + v2); small integers, so that the sum of values is exact."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        first = branch.inputs(case)
+        rng = case.generator("second values")
+        values = rng.integers(-8, 9, (2, *first.v.shape)).astype(DTYPES[case.dtype])
+        mask = branch.mask(case, first.block_indices)
+        one, two, both = (
+            dataclasses.replace(first, v=v.astype(DTYPES[case.dtype]))
+            for v in (values[0], values[1], values[0] + values[1])
+        )
+        outs = [branch.forward(implementation, case, x).out for x in (one, two, both)]
+        bound = sum(bounds_of(branch, implementation, case, x, mask).out for x in (one, two, both))
+        name = f"{branch.name} out(v1) + out(v2) against out(v1 + v2)"
+        return settle([compare("A1", name, outs[0] + outs[1], outs[2], np.asarray(bound))])
+
+    return check
+
+
+def permutation(branch: Branch) -> Check:
+    """A1: batch entries and kv heads, with their groups, do not know of each other."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        rng = case.generator("permutation")
+        batch, heads = rng.permutation(case.batch), rng.permutation(case.kv_heads)
+
+        def moved(x: np.ndarray) -> np.ndarray:
+            grouped = x.reshape(
+                case.batch, case.kv_heads, x.shape[1] // case.kv_heads, *x.shape[2:]
+            )
+            return grouped[batch][:, heads].reshape(x.shape)
+
+        shuffled = Inputs(
+            q=moved(inputs.q),
+            k=moved(inputs.k),
+            v=moved(inputs.v),
+            block_indices=None if inputs.block_indices is None else moved(inputs.block_indices),
+        )
+        mask = branch.mask(case, inputs.block_indices)
+        out = branch.forward(implementation, case, inputs).out
+        other = branch.forward(implementation, case, shuffled).out
+        bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
+        name = f"{branch.name} out of permuted batch {batch.tolist()}, kv heads {heads.tolist()}"
+        return settle([compare("A1", name, other, moved(out), moved(bound))])
+
+    return check
+
+
+def prefix(branch: Branch) -> Check:
+    """Causality: taking the last tokens away leaves the rows before them as they are."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        if min(case.q_len, case.kv_len) < 2:
+            raise Inconclusive("nothing to cut off")
+        cut = int(case.generator("prefix").integers(1, min(case.q_len, case.kv_len)))
+        inputs = branch.inputs(case)
+        short = dataclasses.replace(case, q_len=case.q_len - cut, kv_len=case.kv_len - cut)
+        rows, columns = short.q_len, branch.columns(short)
+        indices = inputs.block_indices
+        less = Inputs(
+            q=inputs.q[:, :, :rows],
+            k=inputs.k[:, :, :columns],
+            v=inputs.v[:, :, :columns],
+            block_indices=None if indices is None else indices[:, :, :rows],
+        )
+        mask = branch.mask(case, indices)
+        out = branch.forward(implementation, case, inputs).out[:, :, :rows]
+        other = branch.forward(implementation, short, less).out
+        bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
+        name = f"{branch.name} out without the last {cut} tokens"
+        clause = branch.mask_clause(case)
+        # an empty row may be the mean of all columns, whose number has changed
+        sees = (mask != 0).any(-1)[:, :, :rows, None]
+        other = np.where(sees, other, out)
+        return settle([compare(clause, name, other, out, bound[:, :, :rows])])
+
+    return check

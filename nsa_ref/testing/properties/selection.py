@@ -1,0 +1,145 @@
+"""Selection: is the choice of blocks a valid top-n (I1 to I6)?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nsa_ref.bounds import (
+    logit_mean_bounds,
+    score_bounds,
+)
+from nsa_ref.masks import compress_mask
+from nsa_ref.selection import (
+    AMBIGUOUS,
+    INVALID,
+    forced_blocks,
+    importance,
+    selection_candidates,
+    shared_strides,
+    valid_selection,
+)
+from nsa_ref.testing.branches import (
+    Broken,
+    Raised,
+    call,
+)
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties.common import Check, Outcome
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One query's choice: named indices, scores and candidates of all blocks, and n."""
+
+    named: np.ndarray
+    scores: np.ndarray
+    candidate: np.ndarray
+    n: int
+
+    def at_fault(self, asked: str, blamed: str) -> str:
+        """The clause to blame for an invalid choice, more closely than top-n as such (I4)."""
+        if blamed != "I4":
+            return blamed
+        if self.candidate.sum() < self.n:
+            return "I6"
+        outside = [b for b in self.named if 0 <= b < len(self.scores) and not self.candidate[b]]
+        left = [b for b in np.flatnonzero(self.candidate) if b not in self.named]
+        if any(self.scores[b] == self.scores[other] for b in outside for other in left):
+            return "I5"
+        # a wrong order of scores is the fault of whatever the property varies
+        return asked if asked in ("I1", "I2", "I3") and not outside else blamed
+
+
+def selection(clause: str) -> Check:
+    """I1 to I6: the choice is a valid top-n of the oracle's scores, up to rounding."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        q, k_cmp, _, mem_k, _ = case.compressed()
+        semantics = case.semantics
+        indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
+        rows = (case.batch, case.selection_heads, case.q_len)
+        if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
+            raise Raised(
+                f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
+                f"shape {(*rows, case.num_selected_blocks)}"
+            )
+        q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
+        strides = {
+            "compress_block_size": case.compress_block_size,
+            "compress_block_sliding_stride": case.compress_block_sliding_stride,
+        }
+        scores = importance(
+            q,
+            k_cmp,
+            mem_k,
+            kv_len=case.kv_len,
+            selection_block_size=case.selection_block_size,
+            semantics=semantics,
+            **strides,
+        )
+        visible = compress_mask(
+            case.q_len,
+            case.kv_len,
+            **strides,
+            num_mem_kv=case.num_mem_kv,
+            semantics=semantics,
+        )
+        common: dict[str, Any] = {
+            "numerics": implementation.numerics[case.dtype],
+            "scale": case.scale,
+            "share_selection": semantics.share_selection,
+        }
+        if semantics.importance == "overlap":
+            counts = shared_strides(
+                case.kv_len,
+                **strides,
+                selection_block_size=case.selection_block_size,
+                compress_alignment=semantics.compress_alignment,
+            )
+            bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
+        else:
+            complete = logit_mean_bounds(
+                q,
+                k_cmp,
+                visible=visible[:, case.num_mem_kv :],
+                strides_per_block=case.selection_block_size // case.compress_block_sliding_stride,
+                **common,
+            )
+            # an incomplete trailing block is no candidate: no bound is needed
+            bounds = np.zeros(scores.shape)
+            bounds[..., : complete.shape[-1]] = complete
+        sizes = (case.q_len, case.kv_len, case.selection_block_size)
+        candidates = selection_candidates(*sizes, semantics, **strides)
+        verdict = valid_selection(
+            indices,
+            scores,
+            np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max),
+            candidates=candidates,
+            forced=forced_blocks(
+                *sizes, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
+            ),
+            num_selected_blocks=case.num_selected_blocks,
+            semantics=semantics,
+        )
+        found: dict[str, str] = {}
+        for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
+            blamed, sentence = verdict.reasons[b, g, t]
+            chosen = _Row(
+                indices[b, g, t], scores[b, g, t], candidates[t], case.num_selected_blocks
+            )
+            found.setdefault(
+                chosen.at_fault(clause, blamed),
+                f"select at batch {b}, head {g}, row t={t} (p={t + case.kv_len - case.q_len}) "
+                f"chose {chosen.named.tolist()}: {sentence}\n"
+                f"scores {np.array2string(chosen.scores, precision=4)}",
+            )
+        if found:
+            at_fault = clause if clause in found else next(iter(found))
+            raise Broken(at_fault, found[at_fault])
+        return Outcome(ambiguous=int((verdict.verdict == AMBIGUOUS).sum()))
+
+    return check

@@ -1,0 +1,125 @@
+"""Values: outputs, lse and gradients against their bounds, and rows that see nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nsa_ref.attention import Attention
+from nsa_ref.testing.branches import (
+    Branch,
+    Broken,
+    Inconclusive,
+    Inputs,
+)
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.compare import compare
+from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.properties.common import Check, Outcome, all_bounds, settle
+
+
+def _check_empty_rows(
+    branch: Branch, case: Case, mask: np.ndarray, expected: Attention, actual: Attention
+) -> None:
+    """A2 for out and lse; a "uniform" out is left to the bounds."""
+    empty = mask.sum(-1) == 0
+    for name, have, want in (
+        ("out", actual.out, expected.out),
+        ("lse", actual.lse, expected.lse),
+    ):
+        if have is None:
+            continue
+        if name == "out" and getattr(case.semantics.empty_row, branch.name) == "uniform":
+            continue
+        where = empty[..., None] if name == "out" else empty
+        same = (have == want) | (np.isnan(have) & np.isnan(want))
+        wrong = np.broadcast_to(where, have.shape) & ~same
+        if wrong.any():
+            index = tuple(int(i) for i in np.argwhere(wrong)[0])
+            raise Broken(
+                "A2",
+                f"{branch.name} {name}{list(index)} is {have[index]!r} in a row that sees no key, "
+                f"and must be {want[index]!r}\n"
+                f"This may be a difference of convention: see empty_row and empty_lse.",
+            )
+
+
+def output(branch: Branch, which: str) -> Check:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        actual = branch.forward(implementation, case, inputs)
+        if which == "lse" and actual.lse is None:
+            raise NotOffered("lse")
+        expected = branch.attend(case, mask, inputs)
+        _check_empty_rows(branch, case, mask, expected, actual)
+        bounds = all_bounds(case, branch, implementation, inputs, mask)
+        tensors = [getattr(x, which) for x in (actual, expected, *bounds)]
+        if which == "lse":
+            tensors = [x[..., None] for x in tensors]  # a row of its own, for the slope test
+        return settle([compare("A1", f"{branch.name} {which}", *tensors)])
+
+    return check
+
+
+def gradients(branch: Branch) -> Check:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        d_out, d_lse = case.upstream_gradients()
+        if case.seed % 2 == 0:
+            d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
+        if getattr(case.semantics.empty_row, branch.name) == "nan":
+            # the gradient of a NaN row is nobody's business
+            empty = mask.sum(-1) == 0
+            d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
+        actual = branch.backward(implementation, case, inputs, d_out, d_lse)
+        expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
+        bounds = all_bounds(case, branch, implementation, inputs, mask, d_out, d_lse)
+        return settle(
+            [
+                compare(
+                    "A3", f"{branch.name} {name}", have, want, *(getattr(x, name) for x in bounds)
+                )
+                for name, have, want in zip(("dq", "dk", "dv"), actual, expected)
+            ]
+        )
+
+    return check
+
+
+def empty_rows(branch: Branch, backward: bool) -> Check:
+    """A2: nothing comes out of a row that sees no key, and nothing goes back through it."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        mask = branch.mask(case, inputs.block_indices)
+        empty = mask.sum(-1) == 0
+        if not empty.any():
+            raise Inconclusive("no row without a visible key")
+        if not backward:
+            actual = branch.forward(implementation, case, inputs)
+            _check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
+            return Outcome()
+        if getattr(case.semantics.empty_row, branch.name) != "zero":
+            raise Inconclusive("gradients through such a row are 0 only for empty_row='zero'")
+        d_out, d_lse = case.upstream_gradients()
+        if not has_lse(branch, implementation, case, inputs):
+            d_lse = np.zeros_like(d_lse)
+        d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
+        d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
+        gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
+        for name, gradient in zip(("dq", "dk", "dv"), gradients):
+            if (gradient != 0).any():
+                index = tuple(int(i) for i in np.argwhere(gradient != 0)[0])
+                raise Broken(
+                    "A2",
+                    f"{branch.name} {name}{list(index)} is {gradient[index]!r}, though d_out is 0 "
+                    "in every row that sees a key: it must be exactly 0",
+                )
+        return Outcome()
+
+    return check
+
+
+def has_lse(branch: Branch, implementation: Implementation, case: Case, inputs: Inputs) -> bool:
+    return branch.forward(implementation, case, inputs).lse is not None
