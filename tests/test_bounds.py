@@ -12,13 +12,13 @@ import itertools
 from fractions import Fraction
 from typing import Any
 
-import flash_emulation as emulation
 import numpy as np
 import pytest
-from flash_emulation import KINDS, ROWS, Inputs, Kernel, Tensors, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flash_emulation as emulation
+from flash_emulation import KINDS, ROWS, Inputs, Kernel, Tensors, generator
 from nsa_ref.bounds import (
     FORMS,
     NUMERICS,

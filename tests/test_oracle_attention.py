@@ -9,10 +9,10 @@ from typing import NamedTuple
 import mpmath
 import numpy as np
 import pytest
-from dense_definitions import Dense, U, dense_attention
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
+from dense_definitions import Dense, U, dense_attention
 from nsa_ref import attend, attend_vjp, sliding_mask
 
 STEP = 1e-30  # of the complex step: no cancellation, so it may be as small as it likes

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
+from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
 from nsa_ref import compress_windows, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
 
 STEP = 1e-30  # of the complex step

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from dense_definitions import dense_compress_mask, dense_fine_mask, dense_sliding_mask
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
+from dense_definitions import dense_compress_mask, dense_fine_mask, dense_sliding_mask
 from nsa_ref import (
     LUCIDRAINS,
     LUCIDRAINS_FLEX,

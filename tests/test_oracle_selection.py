@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 import pytest
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+
 from dense_definitions import (
     U,
     dense_attention,
@@ -17,9 +20,6 @@ from dense_definitions import (
     dense_compress_mask,
     dense_overlap_scores,
 )
-from hypothesis import find, given, settings
-from hypothesis import strategies as st
-
 from nsa_ref import (
     AMBIGUOUS,
     FLA,

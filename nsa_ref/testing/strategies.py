@@ -24,10 +24,22 @@ GROUP_SIZES = (1, 2, 4, 3, 5, 16)
 HEAD_DIMS = (8, 16, 4, 1, 3, 24, 64, 136)
 
 
+#: What a case can be about, and the groups of sizes that this takes. Sizes that nothing reads keep
+#: their defaults: a smallest case then shows only what matters.
+ABOUT = {
+    "sliding": ("window",),
+    "compress": ("compress",),
+    "fine": ("blocks", "indices"),
+    "pool": ("compress", "map"),
+    "selection": ("compress", "blocks", "forced"),
+}
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
     implementation: Implementation,
+    about: str,
     *,
     semantics: Sequence[Semantics] | None = None,
     dtypes: Collection[str] | None = None,
@@ -40,18 +52,22 @@ def cases(
 ) -> Case:
     """Cases that the implementation's `semantics`, `numerics` and `limits` allow.
 
+    about : a key of ABOUT
     semantics, dtypes, inputs, indices, head_dims : further restrictions
     populated : at least one batch entry, and two rows and two keys before `adjust`
     max_len : q_len and kv_len of most cases, in tokens; a few are around 128
     adjust : changes the sizes to what a property is about
     """
     limits = implementation.limits
+    groups = ABOUT[about]
 
-    def pick(field: str, choices: Sequence[Any]) -> Any:
+    def pick(field: str, choices: Sequence[Any], group: str | None = None) -> Any:
         """One of `choices` within the limits; of the limit's own values if none is."""
+        if group is not None and group not in groups:
+            choices = choices[:1]
         if field in limits:
             choices = [c for c in choices if c in limits[field]] or sorted(limits[field])
-        return draw(st.sampled_from(choices))
+        return choices[0] if len(choices) == 1 else draw(st.sampled_from(choices))
 
     sizes: Sizes = {}
     sizes["semantics"] = draw(st.sampled_from(list(semantics or implementation.semantics)))
@@ -74,7 +90,7 @@ def cases(
     rows = sizes["batch"] * sizes["q_heads"]
     shapes = ["square", "decode", "short keys", "edge"]
     if rows <= 6:
-        shapes += ["around 128", "many blocks"]
+        shapes += ["around 128", *(["many blocks"] if "blocks" in groups else [])]
     shape = draw(st.sampled_from(shapes))
     shortest = 2 if populated else 1
     length = draw(st.integers(shortest, max_len if rows <= 16 else min(max_len, 20)))
@@ -90,57 +106,51 @@ def cases(
         sizes["kv_len"] = draw(st.integers(127, 130))
         sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
 
-    def blocks(strides: Sequence[int], most: int) -> None:
-        """l, d and l' with d dividing both; l' first where the implementation limits it."""
-        if "selection_block_size" in limits:
-            size = sizes["selection_block_size"] = pick("selection_block_size", ())
-            stride = pick("compress_block_sliding_stride", [s for s in strides if size % s == 0])
-        else:
-            stride = pick("compress_block_sliding_stride", strides)
-            sizes["selection_block_size"] = stride * draw(st.integers(1, most))
-        sizes["compress_block_sliding_stride"] = stride
-        sizes["compress_block_size"] = pick(
-            "compress_block_size", (stride * draw(st.integers(1, 4)),)
-        )
-
+    # l, d and l' with d dividing both; l' first where the implementation limits it
+    strides = (1,) if shape == "many blocks" else (1, 2, 4, 3, 8)
+    group = "compress" if "compress" in groups else "blocks"
+    if "selection_block_size" in limits:
+        size = sizes["selection_block_size"] = pick("selection_block_size", ())
+        fitting = [s for s in strides if size % s == 0]
+        stride = pick("compress_block_sliding_stride", fitting, group)
+    else:
+        stride = pick("compress_block_sliding_stride", strides, group)
+        most = 2 if shape == "many blocks" else 4
+        factors = st.integers(1, most if "blocks" in groups else 1)
+        sizes["selection_block_size"] = stride * draw(factors)
+    sizes["compress_block_sliding_stride"] = stride
+    windows = [stride * factor for factor in (1, 2, 3, 4)]
+    sizes["compress_block_size"] = pick("compress_block_size", windows, "compress")
     if shape == "many blocks":
-        blocks((1,), 2)
         sizes["kv_len"] = 128 * sizes["selection_block_size"] + draw(st.integers(1, 5))
         sizes["q_len"] = draw(st.integers(shortest, 4))
-    else:
-        blocks((1, 2, 4, 3, 8), 4)
     if "q_len" in limits or "kv_len" in limits:
         sizes["q_len"] = pick("q_len", (sizes["q_len"],))
         sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],))
 
     kv_len = sizes["kv_len"]
-    count = -(-kv_len // sizes["selection_block_size"])
-    sizes["num_selected_blocks"] = pick(
-        "num_selected_blocks",
-        draw(st.sampled_from([(1,), (2,), (3, 4), (0,), (min(count, 32),), (min(count, 32) + 1,)])),
-    )
-    sizes["num_initial_blocks"] = pick("num_initial_blocks", (0, 1, 2))
-    sizes["num_local_blocks"] = pick("num_local_blocks", (0, 1, 2))
-    sizes["sliding_window_size"] = pick(
-        "sliding_window_size",
-        draw(
-            st.sampled_from(
-                [(0,), (1,), tuple(range(kv_len + 1)), (max(kv_len - 1, 0), kv_len, kv_len + 3)]
-            )
-        ),
-    )
-    if not sizes["semantics"].window_closed and "sliding_window_size" not in limits:
-        # w keys: a window of none at all is not a window
-        sizes["sliding_window_size"] = max(1, sizes["sliding_window_size"])
-    sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3))
-    sizes["compress_map"] = pick("compress_map", ("mean", "linear", "mlp"))
-    sizes["compress_positions"] = pick("compress_positions", (False, True))
+    count = min(-(-kv_len // sizes["selection_block_size"]), 32)
+    slots = (1, 2, count, count + 1, 0, 3, 4)
+    sizes["num_selected_blocks"] = pick("num_selected_blocks", slots, "blocks")
+    sizes["num_initial_blocks"] = pick("num_initial_blocks", (0, 1, 2), "forced")
+    sizes["num_local_blocks"] = pick("num_local_blocks", (0, 1, 2), "forced")
+    reach: tuple[int, ...] = (0, 1, max(kv_len - 1, 0), kv_len, kv_len + 3)
+    if "window" in groups and draw(st.booleans()):
+        reach = tuple(range(kv_len + 1))
+    sizes["sliding_window_size"] = pick("sliding_window_size", reach, "window")
+    sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3), "compress")
+    sizes["compress_map"] = pick("compress_map", ("mean", "linear", "mlp"), "map")
+    sizes["compress_positions"] = pick("compress_positions", (False, True), "map")
     sizes["inputs"] = draw(st.sampled_from(list(inputs)))
-    sizes["indices"] = draw(st.sampled_from(list(indices)))
+    if "indices" in groups:
+        sizes["indices"] = draw(st.sampled_from(list(indices)))
     sizes["layout"] = pick("layout", LAYOUTS)
     sizes["seed"] = draw(st.integers(0, 2**16))
     if adjust is not None:
+        within = dict(sizes)
         adjust(draw, sizes)
+        heads = ("q_heads", "kv_heads") if "group_size" in limits else ()
+        sizes.update({field: within[field] for field in (*limits, *heads) if field in within})
     return Case(**sizes)
 
 

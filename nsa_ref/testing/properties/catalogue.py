@@ -45,6 +45,7 @@ def _register(
         name=name,
         clause=clause,
         branch=where,
+        about="pool" if method == "pool" else where,
         method=method or where,
         backward=backward,
         check=check,
@@ -180,7 +181,7 @@ def _window_properties() -> None:
         ("W2", _not_causal, None),
         ("W3", _causal, _window),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 25}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 40}
         _register(
             clause,
             SLIDING,
@@ -212,7 +213,7 @@ def _compress_properties() -> None:
         ("C2", _causal, None),
         ("C3", lambda s: True, _memory_or_not_causal),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 25}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 40}
         _register(
             clause,
             COMPRESS,
@@ -262,7 +263,7 @@ def _fine_properties() -> None:
             "semantics": semantics,
             "adjust": adjust,
             "indices": indices,
-            "examples": 25,
+            "examples": 40,
         }
         _register(
             clause,

@@ -45,6 +45,7 @@ class Property:
     """name : stable, used by replay
     clause : what it decides; `judge` may find that another one is to blame
     branch : compress, fine, sliding, or "selection"
+    about : what `strategies.cases` are to be about
     method, backward : what the implementation must offer, and whether its gradients are needed
     semantics : which of the implementation's semantics it can be asked about
     options : further arguments of `strategies.cases`
@@ -54,6 +55,7 @@ class Property:
     name: str
     clause: str
     branch: str
+    about: str
     method: str
     backward: bool
     check: Check
@@ -76,7 +78,7 @@ class Property:
     ) -> st.SearchStrategy[Case]:
         """Cases for this property within what the implementation declares."""
         allowed = [s for s in implementation.semantics if self.semantics(s)]
-        return cases(implementation, semantics=allowed, dtypes=dtypes, **self.options)
+        return cases(implementation, self.about, semantics=allowed, dtypes=dtypes, **self.options)
 
 
 def bounds_of(

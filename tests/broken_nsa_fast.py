@@ -1,0 +1,154 @@
+"""Deliberately broken builds of nsa_fast: one decision of its mask builders changed each.
+
+Every name at the end is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder. A
+build is broken from within: the one place is patched while an implementation's method runs, so
+that the attention functions and the masks that the adapter exposes are wrong together, as they would
+be if the line itself were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from nsa_fast import adapter, block_lists, block_masks, mask_mods
+from nsa_fast.block_lists import BlockLists
+from nsa_ref.testing import Case, Implementation
+
+#: (module, function, what stands in for it, given the original)
+Mistake = tuple[ModuleType, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+
+
+class _Broken(adapter.NsaFast):
+    """Runs every method with the mistakes in place, and takes them back afterwards."""
+
+    mistakes: tuple[Mistake, ...] = ()
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        with contextlib.ExitStack() as patches:
+            for module, name, wrong in self.mistakes:
+                replacement = wrong(getattr(module, name))
+                patches.enter_context(mock.patch.object(module, name, replacement))
+            yield
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        with self._in_place():
+            return super().run(method, case, *arguments)
+
+    def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
+        with self._in_place():
+            return super().run_vjp(method, case, *arguments)
+
+
+def _build(what: str, *mistakes: Mistake) -> Callable[[str], list[Implementation]]:
+    """A maker like `nsa_fast.adapter.implementations`: eager and compiled, with the mistakes."""
+
+    def make(device: str = "cpu") -> list[Implementation]:
+        return [
+            type(
+                f"Broken{type(right).__name__}",
+                (_Broken, type(right)),
+                {"name": f"{right.name}, {what}", "mistakes": mistakes},
+            )(device)
+            for right in adapter.implementations(device)
+        ]
+
+    return make
+
+
+def _adding(**changes: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same function, called with some of its keywords changed by a number."""
+
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            changed = {name: keywords[name] + step for name, step in changes.items()}
+            return right(*arguments, **(keywords | changed))
+
+        return function
+
+    return wrong
+
+
+# --- w + 1: predicate and lists agree with each other, and not with the definition ----------------
+
+
+def _one_key_more(right: Callable[..., Any]) -> Callable[..., Any]:
+    def sliding_block_mask(q_len: int, kv_len: int, w: int, *rest: Any, **keywords: Any) -> Any:
+        return right(q_len, kv_len, w + 1, *rest, **keywords)
+
+    return sliding_block_mask
+
+
+# --- right predicate, wrong lists -----------------------------------------------------------------
+
+
+def _with_lists(
+    change: Callable[[BlockLists], BlockLists],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`to_block_mask` with other lists; their transposes follow from them."""
+
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def to_block_mask(lists: BlockLists, *rest: Any, **keywords: Any) -> Any:
+            return right(change(lists), *rest, **keywords)
+
+        return to_block_mask
+
+    return wrong
+
+
+def _one_short(lists: BlockLists) -> BlockLists:
+    """The last partial block of every row block is not walked."""
+    return lists._replace(num_blocks=(lists.num_blocks - 1).clamp(min=0))
+
+
+def _taken_for_each_other(lists: BlockLists) -> BlockLists:
+    """Partial blocks are read whole, and full ones asked cell by cell."""
+    return BlockLists(
+        lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices
+    )
+
+
+# --- right forward, wrong transposes --------------------------------------------------------------
+
+
+def _one_query_block_lost(right: Callable[..., Any]) -> Callable[..., Any]:
+    """dk and dv of a column block do not hear of the last row block that asks cell by cell."""
+
+    def transposed(lists: BlockLists, columns: int) -> BlockLists:
+        return _one_short(right(lists, columns))
+
+    return transposed
+
+
+WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more))
+
+PredicateWrong = _build(
+    "mask_mod wrong",
+    (mask_mods, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
+    (mask_mods, "compress_mask_mod", _adding(first_end=-1)),  # a token too early
+    (mask_mods, "fine_mask_mod", _adding(ahead=1)),  # the key after p
+)
+
+ListsTooShort = _build(
+    "lists one short", (block_lists, "to_block_mask", _with_lists(_one_short))
+)
+
+PartialTakenForFull = _build(
+    "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
+)
+
+QueryBlockLost = _build(
+    "query block lost", (block_lists, "transposed", _one_query_block_lost)
+)
+
+BUILDS = {
+    "WindowPlusOne": WindowPlusOne,
+    "PredicateWrong": PredicateWrong,
+    "ListsTooShort": ListsTooShort,
+    "PartialTakenForFull": PartialTakenForFull,
+    "QueryBlockLost": QueryBlockLost,
+}

@@ -1,0 +1,192 @@
+"""Deliberately broken builds of nsa_fast: each found, with the clause, a picture and a replay.
+
+Which reading finds what, on a CPU:
+
+=====================  ===========  =========================  ============================
+build                  as exposed   what the eager forward     what the compiled forward
+                                    really reads               really reads
+=====================  ===========  =========================  ============================
+WindowPlusOne          mask_mod     wrong                      wrong
+PredicateWrong         mask_mod     wrong                      wrong in partial blocks
+ListsTooShort          kv lists     right: it walks no lists   wrong
+PartialTakenForFull    kv lists     right: it walks no lists   wrong
+QueryBlockLost         q lists      right                      right
+=====================  ===========  =========================  ============================
+
+Nothing on a CPU walks the q lists; on CUDA the backward of the last build reads wrong as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+from broken_nsa_fast import BUILDS  # noqa: E402
+
+import nsa_fast.adapter  # noqa: E402
+from nsa_fast import block_lists, block_masks, mask_mods  # noqa: E402
+from nsa_ref.testing.case import Case, load_case  # noqa: E402
+from nsa_ref.testing.conformance import Options, message, run_property  # noqa: E402
+from nsa_ref.testing.implementation import Implementation  # noqa: E402
+from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+
+#: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU
+READINGS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "WindowPlusOne": (("sliding",), "mask_mod", ("eager", "compiled")),
+    "PredicateWrong": (("sliding", "compress", "fine"), "mask_mod", ("eager", "compiled")),
+    "ListsTooShort": (("sliding", "compress", "fine"), "kv lists", ("compiled",)),
+    "PartialTakenForFull": (("sliding", "compress", "fine"), "kv lists", ("compiled",)),
+    "QueryBlockLost": (("sliding", "compress", "fine"), "q lists", ()),
+}
+BROKEN = [(build, branch) for build, (branches, _, _) in READINGS.items() for branch in branches]
+CLAUSES = {"sliding": "W1", "compress": "C2", "fine": "F1"}
+
+#: A row of the picture: its number, what is expected, and what was seen, which differs.
+PICTURE_ROW = re.compile(r"^ *\d+ ([#.\d*]+) +([#.+\-\d*?]+)$", re.MULTILINE)
+
+
+def implementation(build: str, kind: str, device: str = "cpu") -> Implementation:
+    """One of the two that a build makes."""
+    return next(i for i in BUILDS[build](device) if f"nsa_fast {kind}," in i.name)
+
+
+def check_finding(
+    name: str, broken: Implementation, found: dict[str, Any], clause: str, folder: Path
+) -> None:
+    """The clause, both masks side by side, and a replay from the file that fails the same way."""
+    assert found["clause"] == clause
+    rows = PICTURE_ROW.findall(found["text"])
+    assert any(expected != actual for expected, actual in rows), found["text"]
+    said = message(found)
+    assert said.startswith(f"{clause} is broken by {broken.name}")
+    assert found["replay"] in said
+
+    saved = Path(found["file"]).read_text()
+    options = Options(case=load_case(saved), findings=folder / "replays")
+    again = run_property(PROPERTIES[name], broken, options).finding
+    assert again is not None, "the replay passes"
+    assert again["clause"] == clause
+    assert again["text"].splitlines()[0] == json.loads(saved)["text"].splitlines()[0]
+
+
+def test_every_build_is_judged() -> None:
+    assert set(READINGS) == set(BUILDS)
+
+
+@pytest.mark.parametrize(("build", "branch"), BROKEN)
+def test_exposed_mask_of_a_broken_build_is_found(build: str, branch: str, tmp_path: Path) -> None:
+    """In the part that is wrong, and in no other before it."""
+    clause, (_, part, _) = CLAUSES[branch], READINGS[build]
+    name = f"{clause}_{branch}_mask_as_exposed"
+    broken = implementation(build, "eager")
+    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
+    assert found is not None
+    assert f"{branch}_mask as exposed, {branch}_attention {part}: " in found["text"]
+    check_finding(name, broken, found, clause, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize(("build", "branch"), BROKEN)
+def test_forward_of_a_broken_build_is_read_out(
+    build: str, branch: str, kind: str, tmp_path: Path
+) -> None:
+    """What the kernel really reads: eager the predicate alone, compiled the lists as well."""
+    clause = CLAUSES[branch]
+    name = f"{clause}_{branch}_mask_as_read"
+    broken = implementation(build, kind)
+    record = run_property(PROPERTIES[name], broken, Options(findings=tmp_path))
+    if kind not in READINGS[build][2]:
+        assert record.finding is None, record.finding["text"]
+        assert record.cases == PROPERTIES[name].examples
+        return
+    assert record.finding is not None
+    assert f"{branch}, forward read out by one-hot values: " in record.finding["text"]
+    check_finding(name, broken, record.finding, clause, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["A1_sliding_output", "A3_sliding_gradients"])
+def test_wrong_values_are_blamed_on_the_wrong_mask(name: str, tmp_path: Path) -> None:
+    """out and gradients of WindowPlusOne are far off; W1 is what it breaks, and is shown."""
+    broken = implementation("WindowPlusOne", "eager")
+    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
+    assert found is not None
+    check_finding(name, broken, found, "W1", tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA kernels walk the q lists")
+@pytest.mark.parametrize("branch", CLAUSES)
+def test_backward_that_lost_a_query_block_is_read_out(branch: str, tmp_path: Path) -> None:
+    """A3: dk or dv misses a pair, though the forward is right."""
+    broken = implementation("QueryBlockLost", "compiled", "cuda")
+    forward = f"{CLAUSES[branch]}_{branch}_mask_as_read"
+    record = run_property(PROPERTIES[forward], broken, Options(findings=tmp_path))
+    assert record.finding is None, record.finding["text"]
+    name = f"A3_{branch}_mask_as_read_backward"
+    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
+    assert found is not None
+    assert re.match(rf"{branch}, backward read out: d[kv] misses the pair", found["text"])
+    check_finding(name, broken, found, "A3", tmp_path)
+
+
+def test_the_command_finds_and_replays(tmp_path: Path) -> None:
+    """`nsa-ref verify broken_nsa_fast:WindowPlusOne`, then `nsa-ref replay`: exit code 1 twice."""
+
+    def nsa_ref(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
+            cwd=Path(__file__).parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        return done.stdout
+
+    spec = "broken_nsa_fast:WindowPlusOne"
+    # no compiled kernel has float64: one implementation is enough here
+    printed = nsa_ref(
+        *("verify", spec, "--device", "cpu", "--branch", "sliding", "--dtype", "float64"),
+        *("-n", "1", "--findings", str(tmp_path)),
+    )
+    assert "W1 is broken by nsa_fast eager, w + 1 on cpu" in printed
+    (path,) = tmp_path.glob("W1-W1_sliding_mask_as_read-*.json")
+    found = json.loads(path.read_text())
+    assert PICTURE_ROW.search(found["text"])
+    assert found["spec"] == spec
+
+    printed = nsa_ref("replay", str(path))
+    assert PICTURE_ROW.search(printed)
+    again = json.loads((tmp_path / "replays" / path.name).read_text())
+    for key in ("clause", "property", "case", "text"):
+        assert again[key] == found[key]
+
+
+def test_a_broken_build_leaves_nothing_behind() -> None:
+    """What is patched is patched back, also when the call raises."""
+    places = [
+        (block_masks, "sliding_block_mask"),
+        (mask_mods, "sliding_mask_mod"),
+        (mask_mods, "compress_mask_mod"),
+        (mask_mods, "fine_mask_mod"),
+        (block_lists, "to_block_mask"),
+        (block_lists, "transposed"),
+    ]
+    before = [getattr(module, name) for module, name in places]
+    case = Case(dtype="float32", q_len=3, kv_len=3)
+    for build in BUILDS:
+        broken = implementation(build, "eager")
+        broken.run("sliding_mask", case)
+        with pytest.raises(TypeError):
+            broken.run("sliding", case)
+    assert [getattr(module, name) for module, name in places] == before
+    right = nsa_fast.adapter.NsaFastEager()
+    assert type(right.run("sliding_mask", case)["sliding_attention"]).__name__ == "BlockMask"
