@@ -460,6 +460,8 @@ class DqWithoutScale(Kernel):
 @mutant("A3", "the backward loses each row's first key")
 class BackwardLosesAKey(Kernel):
     def backward_mask(self, case: Case, mask: np.ndarray) -> np.ndarray:
+        if not mask.size:
+            return mask
         mask = mask.copy()
         several = (mask != 0).sum(-1) > 1
         first = (mask != 0).argmax(-1)

@@ -1,8 +1,8 @@
 """Properties as pytest tests: `conformance_suite` makes them, `run_property` runs one.
 
 Nothing that was found is lost: before a case is launched it is written to a file of the worker's
-own, so that a crash, an abort or a hang leaves its case behind; a finding is written to disk
-before it is reported.
+own, so that a crash, an abort or a hang leaves its case behind (`lost` reads it); a finding is
+written to disk before it is made smaller.
 """
 
 from __future__ import annotations
@@ -13,23 +13,36 @@ import faulthandler
 import json
 import os
 import shlex
+import shutil
+import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hypothesis
 import pytest
 from hypothesis import given
 
-from nsa_ref.testing.branches import Broken, Inconclusive
+from nsa_ref.testing.branches import Broken, Inconclusive, Raised
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
+from nsa_ref.testing.loading import check_declarations, one_line
 from nsa_ref.testing.profiles import level_settings
-from nsa_ref.testing.properties import PROPERTIES, Property, case_edges, judge
+from nsa_ref.testing.properties import PROPERTIES, Outcome, Property, case_edges, judge
+
+#: Seconds for making a broken case smaller; where a case takes seconds, it stays larger.
+SHRINKING_TIME = 60.0
+
+#: How properties.py begins a remark that the definition and the port may differ on purpose.
+CONVENTION = "This may be a difference of convention"
+
+#: A longer text of the implementation's is cut in its middle; the file of the finding has it whole.
+LONGEST_TEXT = 6000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,7 @@ class Options:
 
     spec : how the implementation was named there, for replay commands
     case : run this one case instead of generated ones
+    any_property : the case was not found by a property, which may not be about such cases
     timeout : seconds that one case may take, where a worker process can be spared
     """
 
@@ -46,6 +60,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     seed: int = 0
     case: Case | None = None
+    any_property: bool = False
     findings: Path = Path("nsa-ref-findings")
     timeout: float = 120.0
     shrink: bool = True
@@ -67,6 +82,7 @@ class Record:
     budget_used: float | None = None
     reasons: Counter[str] = field(default_factory=Counter)
     edges: Counter[str] = field(default_factory=Counter)
+    refused_edges: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +90,7 @@ class Record:
         return dataclasses.asdict(self) | {
             "reasons": dict(self.reasons),
             "edges": dict(self.edges),
+            "refused_edges": dict(self.refused_edges),
         }
 
 
@@ -90,33 +107,41 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         implementation=implementation.name,
         device=implementation.device,
     )
-    if reason := prop.offered(implementation):
+    if reason := _not_asked(prop, implementation, options):
         record.not_offered += 1
         record.reasons[reason] += 1
         return record
-    if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
-        record.not_offered += 1
-        record.reasons[f"dtypes {', '.join(implementation.numerics)} only"] += 1
-        return record
 
-    last: list[tuple[Case, Broken]] = []
+    broken_cases: dict[Case, Broken] = {}
+    give_up = [0.0]
 
     def trial(case: Case) -> None:
-        counting = not last  # cases tried while shrinking are no further evidence
+        counting = not broken_cases  # cases tried while shrinking are no further evidence
+        if not counting and time.monotonic() > give_up[0]:
+            # out of time: what was seen stays true, and nothing smaller is looked for
+            if case in broken_cases:
+                raise broken_cases[case]
+            return
         try:
             with announced(prop, implementation, options, case):
-                outcome = judge(prop, implementation, case)
+                outcome = _judge(prop, implementation, case)
         except NotOffered as reason:
             record.not_offered += counting
-            record.reasons[f"not offered: {reason}"] += counting
+            record.reasons[f"{reason} is not offered"] += counting
+            if counting:
+                record.refused_edges.update(case_edges(prop, case))
             return
         except Inconclusive as reason:
             record.inconclusive += counting
             record.reasons[f"inconclusive: {reason}"] += counting
             return
         except Broken as broken:
-            record.cases += counting
-            last.append((case, broken))
+            if counting:
+                record.cases += 1
+                give_up[0] = time.monotonic() + SHRINKING_TIME
+            broken_cases.pop(case, None)
+            broken_cases[case] = broken  # the last one is the smallest
+            record.finding = finding(prop, implementation, options, case, broken)
             raise
         if not counting:
             return
@@ -133,16 +158,87 @@ def run_property(prop: Property, implementation: Implementation, options: Option
             _generate(prop, implementation, options, trial)
     except Broken:
         pass
-    except hypothesis.errors.Flaky as error:
-        if not last:
+    except hypothesis.errors.Flaky:
+        if not broken_cases:
             raise
-        case, broken = last[-1]
-        text = f"{broken.text}\nNot every time: the same case also passed ({error})."
-        last.append((case, Broken(broken.clause, text, worst=broken.worst)))
-    if last:
-        case, broken = last[-1]
-        record.finding = finding(prop, implementation, options, case, broken)
+        case, broken = list(broken_cases.items())[-1]
+        text = f"{broken.text}\nNot every time: the same case also passed."
+        flaky = Broken(broken.clause, text, worst=broken.worst)
+        record.finding = finding(prop, implementation, options, case, flaky)
+    finally:
+        done(options)
     return record
+
+
+def _not_asked(prop: Property, implementation: Implementation, options: Options) -> str:
+    """Why a property is not tried at all, or nothing."""
+    if reason := prop.offered(implementation):
+        return reason
+    if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
+        return f"{', '.join(options.dtypes)} is not offered"
+    case = options.case
+    if case is None or not options.any_property:
+        return ""
+    wanted = prop.options
+    about = (
+        prop.semantics(case.semantics)
+        and wanted.get("adjust") is None
+        and all(
+            getattr(case, field) in wanted.get(option, [getattr(case, field)])
+            for field, option in (
+                ("inputs", "inputs"),
+                ("indices", "indices"),
+                ("head_dim", "head_dims"),
+                ("value_dim", "head_dims"),
+            )
+        )
+    )
+    return "" if about else f"{prop.name} is about other cases"
+
+
+def _judge(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """`judge`, with every exception that the implementation is to blame for turned into Broken.
+
+    Code under test may raise what no test expects: SystemExit, pytest.skip, an error out of an
+    array that it returned. Whose fault such an exception is, the oracle says: if it gets through
+    the same case, the judge is able to, and the implementation is at fault.
+    """
+    try:
+        return judge(prop, implementation, case)
+    except Broken as broken:
+        raised = broken.__cause__
+        if isinstance(raised, Raised) and raised.__cause__ is not None:
+            text = f"{broken.text}{_where(raised.__cause__)}"
+            raise Broken(broken.clause, text, worst=broken.worst) from raised
+        raise
+    except (NotOffered, Inconclusive):
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and worker_id() is None:
+            raise  # the user's; workers do not listen to the keyboard
+        if isinstance(error, Exception) and not _oracle_can(prop, case):
+            raise
+        text = f"the implementation failed: {one_line(error)}{_where(error)}"
+        raise Broken(prop.clause, text) from error
+
+
+def _oracle_can(prop: Property, case: Case) -> bool:
+    """Whether the property gets to an answer when the definition itself is asked."""
+    try:
+        judge(prop, OracleImplementation(), case)
+    except (Broken, NotOffered, Inconclusive):
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _where(error: BaseException) -> str:
+    """The line of the adapter that raised, and the innermost one, below the message."""
+    here = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
+    shown = frames[:1] + frames[1:][-1:]
+    return "".join(f"\n  at {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in shown)
 
 
 def _generate(
@@ -165,9 +261,9 @@ def worker_id() -> str | None:
     return os.environ.get("PYTEST_XDIST_WORKER")
 
 
-def running_file(findings: Path, worker: str) -> Path:
-    """Where a worker says which case it is about to launch."""
-    return findings / "running" / f"{worker}.json"
+def running_folder(findings: Path, run: str) -> Path:
+    """Where the workers of one run say which case they are about to launch."""
+    return findings / "running" / run
 
 
 @contextlib.contextmanager
@@ -177,21 +273,100 @@ def announced(
     """Write the case down before it is launched; end this worker if it takes too long.
 
     Only in a worker process: the run's own process must not be ended, and needs no last words.
+    The file stays until the property is done: a crash may come a little later than its cause.
     """
     worker = worker_id()
     if worker is None:
         yield
         return
-    path = running_file(options.findings, worker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finding_data(prop, implementation, options, case)))
-    with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(options.timeout, exit=True, file=nowhere)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    path.unlink(missing_ok=True)
+    folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    data = finding_data(prop, implementation, options, case)
+    (folder / f"{worker}.json").write_text(json.dumps(data))
+    last_words = _last_words(folder / f"{worker}.trace")
+    faulthandler.dump_traceback_later(options.timeout, exit=True, file=last_words)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def done(options: Options) -> None:
+    """Nothing is running in this worker any more."""
+    if (worker := worker_id()) is not None:
+        folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
+        (folder / f"{worker}.json").unlink(missing_ok=True)
+
+
+_opened: dict[Path, TextIO] = {}
+
+
+def _last_words(path: Path) -> TextIO:
+    """The file into which the interpreter writes where it was when it died; open until then."""
+    if path not in _opened:
+        _opened[path] = path.open("w")
+        faulthandler.enable(file=_opened[path])
+    return _opened[path]
+
+
+def lost(test: str, worker: str, run: str, findings: Path) -> tuple[Record | None, str]:
+    """What became of a property whose worker died, and in words.
+
+    test : the name of its test function
+    returns : None if the test is no property's; a record without a finding if the worker died
+        outside of any case, which is nobody's fault that could be proved
+    """
+    name = test.removeprefix("test_")
+    known = [p for p in PROPERTIES if name == p or name.startswith(f"{p}_")]
+    if not known:
+        return None, ""
+    prop = PROPERTIES[max(known, key=len)]
+    record = Record(
+        name=prop.name, clause=prop.clause, branch=prop.branch, implementation="", device=""
+    )
+    folder = running_folder(findings, run)
+    path, trace = folder / f"{worker}.json", folder / f"{worker}.trace"
+    if not path.exists():
+        return record, f"{name}: its worker process died outside of any case"
+    data = json.loads(path.read_text())
+    path.unlink()
+    last_words = trace.read_text(errors="replace") if trace.exists() else ""
+    if last_words.startswith("Timeout"):
+        data["ended"], text = "hang", f"it hangs: no answer after {data['timeout']:g} s"
+    else:
+        data["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
+        if last_words.startswith("Fatal Python error"):
+            text += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
+    data |= {"text": f"the implementation failed: {text}{_frames(last_words)}", "worst": {}}
+    record.implementation, record.device = data["implementation"], data["device"]
+    record.cases = 1
+    record.finding = save_finding(data, findings)
+    return record, message(record.finding)
+
+
+def _frames(last_words: str) -> str:
+    """The innermost lines of the thread that died, up to the judge's own."""
+    _, current, after = last_words.partition("(most recent call first)")
+    for thread in last_words.split("\n\n"):
+        if "Current thread" in thread:
+            _, current, after = thread.partition("(most recent call first)")
+    if not current:
+        return ""
+    shown = []
+    here = str(Path(__file__).parent)
+    for line in after.splitlines()[1:]:
+        if not line.startswith("  File") or here in line:
+            break
+        shown.append(f"\n  at{line.removeprefix('  File')}")
+    return "".join(shown[:4])
+
+
+def forget_running(findings: Path, run: str) -> None:
+    """Remove what the workers of a finished run left, and folders that hold nothing then."""
+    shutil.rmtree(running_folder(findings, run), ignore_errors=True)
+    for folder in (findings / "running", findings):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def finding_data(
@@ -221,25 +396,37 @@ def finding(
 def save_finding(data: dict[str, Any], findings: Path) -> dict[str, Any]:
     """Write a finding into the folder; adds `file` and `replay`."""
     findings.mkdir(parents=True, exist_ok=True)
-    name = "-".join((data["clause"], data["property"], data["implementation"]))
+    # an exception's message may hold what no terminal can print
+    data["text"] = data["text"].encode(errors="replace").decode()
+    # a crash while a broken case is made smaller is a finding of its own
+    ended = [data["ended"]] if "ended" in data else []
+    name = "-".join((data["clause"], data["property"], data["implementation"], *ended))
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     path = findings / f"{name}.json"
     # a finding names its implementation itself, unless a test file made it in passing
     spec = "" if data["spec"] else " MODULE:OBJECT"
     data |= {"file": str(path), "replay": f"nsa-ref replay {shlex.quote(str(path))}{spec}"}
-    path.write_text(json.dumps(data, indent=1))
+    path.write_text(json.dumps(data, indent=1) + "\n")
     return data
 
 
 def message(data: dict[str, Any]) -> str:
     """A finding for the terminal: clause, smallest case, what was seen, how to see it again."""
     case = Case.from_json(data["case"])
+    # last, because it is read only if the rest is no surprise
+    seen, hint, convention = data["text"].partition(CONVENTION)
+    if len(seen) > LONGEST_TEXT:
+        half = LONGEST_TEXT // 2
+        cut = len(seen) - 2 * half
+        seen = f"{seen[:half]}\n... {cut} characters, in {data['file']} ...\n{seen[-half:]}"
+    # what takes its process down cannot be made smaller in it
+    size = "case" if "ended" in data else "smallest case"
     return (
         f"{data['clause']} is broken by {data['implementation']} on {data['device']}\n"
         f"{data['clause']}: {CLAUSES[data['clause']]}\n"
-        f"smallest case: {case}\n"
-        f"{data['text']}\n"
-        f"replay: {data['replay']}"
+        f"{size}: {case}\n"
+        f"{seen.rstrip()}\n"
+        f"replay: {data['replay']}" + (f"\n{hint}{convention.rstrip()}" if hint else "")
     )
 
 
@@ -258,6 +445,7 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
     Raises
     ------
     TypeError : an argument that is no `Implementation` instance
+    TypeError, ValueError : what it declares makes no sense, or two have the same name
     """
     tests: dict[str, Callable[..., None]] = {}
     for implementation in implementations:
@@ -266,6 +454,8 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 f"conformance_suite takes instances of nsa_ref.testing.Implementation, not "
                 f"{implementation!r}. Try conformance_suite(MyPort())."
             )
+    check_declarations(implementations)
+    for implementation in implementations:
         for prop in PROPERTIES.values():
             name = f"test_{prop.name}"
             if len(implementations) > 1:
@@ -292,4 +482,5 @@ def _as_test(
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
     test.nsa_ref_branch = prop.branch  # type: ignore[attr-defined]
     test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
+    test.nsa_ref_implementation = implementation.name  # type: ignore[attr-defined]
     return test

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from nsa_ref.testing.implementation import Implementation, OracleImplementation
+from nsa_ref.bounds import NUMERICS
+from nsa_ref.semantics import Semantics
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.implementation import Implementation
 
 #: Names that stand for an adapter.
 SHORT_NAMES = {
@@ -63,39 +71,31 @@ def load(spec: str, device: str) -> list[Implementation]:
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # an import that calls sys.exit is as wrong as one that raises
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and module_name.startswith(error.name):
+        wanted = error.name or ""
+        if wanted and f"{module_name}.".startswith(f"{wanted}."):
             raise CannotRun(
-                f"no module named {error.name!r} is installed or lies in {os.getcwd()}"
+                f"there is no module {wanted!r}, neither installed nor in {os.getcwd()}. Install "
+                "it, or go to where it lies"
             ) from error
         raise CannotRun(
-            f"importing {module_name} failed: it needs {error.name!r}, which is not installed"
+            f"importing {module_name} failed: it needs {wanted!r}, which is not installed"
         ) from error
-    except Exception as error:
-        raise CannotRun(
-            f"importing {module_name} failed: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise CannotRun(f"importing {module_name} failed: {one_line(error)}") from error
     if not hasattr(module, attribute):
-        names = sorted(
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, Implementation)
-            or (
-                isinstance(value, type)
-                and issubclass(value, Implementation)
-                and value.__module__ == module_name
-            )
-        )
-        known = f"; it has {', '.join(names)}" if names else ""
-        raise CannotRun(f"{module_name} has no {attribute!r}{known}")
+        names = sorted(name for name, value in vars(module).items() if _is_adapter(value, module))
+        known = f"it has {', '.join(names)}" if names else "nor any Implementation of its own"
+        raise CannotRun(f"{module_name} has no {attribute!r}; {known}")
     found = getattr(module, attribute)
     if callable(found) and not isinstance(found, Implementation):
         try:
             found = _call(found, device)
-        except Exception as error:
-            raise CannotRun(f"{path}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise CannotRun(f"calling {path} failed: {one_line(error)}") from error
     implementations = list(found) if isinstance(found, (list, tuple)) else [found]
     if not implementations:
         raise CannotRun(f"{path} gives no implementation for device {device}")
@@ -105,12 +105,81 @@ def load(spec: str, device: str) -> list[Implementation]:
                 f"{path} gives a {type(implementation).__name__}; it must be a "
                 "nsa_ref.testing.Implementation, a list of them, or something that makes them"
             )
-        if not implementation.semantics or not implementation.numerics:
-            raise CannotRun(
-                f"{implementation.name} declares no semantics or no numerics: there is nothing "
-                "to judge it by"
-            )
+    try:
+        check_declarations(implementations)
+    except (TypeError, ValueError) as error:
+        raise CannotRun(f"{path}: {error}") from error
     return implementations
+
+
+def _is_adapter(value: Any, module: Any) -> bool:
+    if isinstance(value, type):
+        return issubclass(value, Implementation) and value.__module__ == module.__name__
+    return isinstance(value, Implementation)
+
+
+def one_line(error: BaseException) -> str:
+    """The exception's type and message, on one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its message cannot be printed)"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def check_declarations(implementations: Collection[Implementation]) -> None:
+    """What an implementation says about itself, before anything is judged by it.
+
+    Raises
+    ------
+    TypeError, ValueError : the attribute, its value and what would be right
+    """
+    for one in implementations:
+        where = f"{type(one).__name__}."
+        if not isinstance(one.name, str) or not one.name:
+            raise TypeError(f"{where}name={one.name!r} must be a text of at least one letter.")
+        semantics: Any = one.semantics
+        if not isinstance(semantics, (list, tuple)):
+            raise TypeError(
+                f"{where}semantics={semantics!r} must be a list or tuple of nsa_ref.Semantics."
+            )
+        if not semantics or not all(isinstance(item, Semantics) for item in semantics):
+            raise ValueError(
+                f"{where}semantics={semantics!r} must hold at least one nsa_ref.Semantics, and "
+                "nothing else: cases are drawn from them. Try (nsa_ref.PAPER,)."
+            )
+        if not isinstance(one.numerics, Mapping) or not one.numerics:
+            raise TypeError(
+                f"{where}numerics={one.numerics!r} must be a dict such as {{'float32': 'fp32'}}: "
+                "without it there is no bound to judge by."
+            )
+        for dtype, row in one.numerics.items():
+            if dtype not in DTYPES or row not in NUMERICS:
+                raise ValueError(
+                    f"{where}numerics has {dtype!r}: {row!r}; a dtype is one of "
+                    f"{', '.join(DTYPES)} and its row one of {', '.join(NUMERICS)}."
+                )
+        fields = [field.name for field in dataclasses.fields(Case)]
+        if not isinstance(one.limits, Mapping):
+            raise TypeError(f"{where}limits={one.limits!r} must be a dict of field -> values.")
+        for field, values in one.limits.items():
+            if field not in (*fields, "group_size"):
+                raise ValueError(
+                    f"{where}limits has {field!r}, which is no field of a case. Valid are "
+                    f"group_size, {', '.join(fields)}."
+                )
+            if not isinstance(values, Collection) or isinstance(values, str) or not values:
+                raise ValueError(
+                    f"{where}limits[{field!r}]={values!r} must be the allowed values, at least "
+                    f"one. Try ({values!r},)."
+                )
+    names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]
+    for one, name in zip(implementations, names):
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{type(one).__name__}.name={one.name!r} is the name of another implementation "
+                "as well: their findings could not be told apart."
+            )
 
 
 def _call(make: Any, device: str) -> Any:
@@ -129,61 +198,87 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
 
     Returns
     -------
-    {"device": the device chosen, "implementations": [{"name", "numerics"}], "versions": {...}}
+    {"device": the one chosen, "implementations": [{"name", "numerics", "limits": fields}],
+    "versions": {...}}
 
     Raises
     ------
     CannotRun : in one line
     """
-    command = [sys.executable, "-m", "nsa_ref.testing.loading", spec, device]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        raise CannotRun(f"loading {spec} took more than {timeout:g} s") from None
-    answer = done.stdout.rpartition("NSA-REF ")[2]
-    if done.returncode == 0 and answer:
+    # not through pipes: what the adapter prints, or starts, must not get into the answer's way
+    with (
+        tempfile.NamedTemporaryFile(prefix="nsa-ref-", suffix=".json") as answer_file,
+        tempfile.TemporaryFile() as words_file,
+    ):
+        program = "import sys; from nsa_ref.testing.loading import _main; _main(*sys.argv[1:])"
+        command = [sys.executable, "-P", "-c", program, spec, device, answer_file.name]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=words_file,
+                timeout=timeout,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            raise CannotRun(
+                f"loading {spec} took more than {timeout:g} s: importing it, or making its "
+                "object, hangs"
+            ) from None
+        answer = Path(answer_file.name).read_text()
+        words_file.seek(0)
+        words = words_file.read().decode(errors="replace").strip().splitlines()
+    if answer:
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
             raise CannotRun(found["error"])
         return found
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-    raise CannotRun(f"loading {spec} ended its process ({how}): {last}")
+    code = done.returncode
+    how = f"signal {-code}" if code < 0 else f"exit status {code}"
+    last = f"; its last words: {words[-1].strip()}" if words else ""
+    raise CannotRun(f"loading {spec} ended its process ({how}){last}")
 
 
-def _main(spec: str, device: str) -> None:
+def _main(spec: str, device: str, answer_file: str) -> None:
     try:
         chosen = resolve_device(device)
         implementations = load(spec, chosen)
         answer: dict[str, Any] = {
             "device": chosen,
             "implementations": [
-                {"name": i.name, "numerics": dict(i.numerics)} for i in implementations
+                {"name": i.name, "numerics": dict(i.numerics), "limits": sorted(i.limits)}
+                for i in implementations
             ],
-            "versions": versions(),
+            "versions": versions(SHORT_NAMES.get(spec, spec).partition(":")[0]),
         }
     except CannotRun as error:
         answer = {"error": str(error)}
-    print("NSA-REF " + json.dumps(answer))
+    Path(answer_file).write_text(json.dumps(answer))
+    # the answer is there: threads that the adapter left behind must not keep it from coming back
+    os._exit(0)
 
 
-def versions() -> dict[str, str]:
-    """What the verdict depends on; only what is loaded is listed."""
+def versions(module_name: str = "") -> dict[str, str]:
+    """What the verdict depends on; only what is loaded is listed.
+
+    module_name : the adapter's module, whose package may have a version as well
+    """
     import platform
 
-    found = {"python": platform.python_version()}
-    for name in ("nsa_ref", "nsa_fast", "numpy", "torch", "triton", "hypothesis"):
-        if name in sys.modules:
-            version = getattr(sys.modules[name], "__version__", None)
-            if version is not None:
-                found[name] = str(version)
+    found = {"python": platform.python_version(), "nsa_ref": own_version()}
+    package = module_name.partition(".")[0]
+    for name in ("numpy", "torch", "triton", "ml_dtypes", "hypothesis", package):
+        version = getattr(sys.modules.get(name), "__version__", None)
+        if version is not None:
+            found[name] = str(version)
     return found
 
 
-__all__ = ["CannotRun", "OracleImplementation", "load", "resolve_device", "try_loading"]
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:3])
+def own_version() -> str:
+    """Of the installed nsa-ref; "unknown" where only its source is on the path."""
+    try:
+        return importlib.metadata.version("nsa-ref")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

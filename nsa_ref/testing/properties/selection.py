@@ -44,12 +44,12 @@ class _Row:
         """The clause to blame for an invalid choice, more closely than top-n as such (I4)."""
         if blamed != "I4":
             return blamed
-        if self.candidate.sum() < self.n:
-            return "I6"
         outside = [b for b in self.named if 0 <= b < len(self.scores) and not self.candidate[b]]
         left = [b for b in np.flatnonzero(self.candidate) if b not in self.named]
         if any(self.scores[b] == self.scores[other] for b in outside for other in left):
             return "I5"
+        if self.candidate.sum() < self.n:
+            return "I6"
         # a wrong order of scores is the fault of whatever the property varies
         return asked if asked in ("I1", "I2", "I3") and not outside else blamed
 
