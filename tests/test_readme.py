@@ -1,0 +1,68 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from nsa_ref.testing import cli
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.conformance import Options, run_property
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties import PROPERTIES
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+SOURCE = re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
+
+
+def adapter(source: str) -> Implementation:
+    """The adapter of the porting section, made from its source."""
+    namespace: dict[str, Any] = {"__name__": "my_adapter"}
+    exec(source, namespace)
+    made: Implementation = namespace["MyPort"]("cpu")
+    return made
+
+
+def test_the_adapter_is_right(tmp_path: Path) -> None:
+    """What a stranger copies first must pass, where it offers something."""
+    assert SOURCE is not None
+    port = adapter(SOURCE.group(1))
+    for prop in PROPERTIES.values():
+        record = run_property(prop, port, Options(findings=tmp_path))
+        assert record.finding is None, record.finding["text"]
+        if prop.branch == "sliding" and prop.clause in ("A1", "A3", "W3"):
+            assert record.cases
+
+
+def test_the_failure_shown_is_the_failure_found(tmp_path: Path) -> None:
+    """The section on reading a failure: the same mistake, the same lines."""
+    assert SOURCE is not None
+    wrong = SOURCE.group(1).replace("p - j > case", "p - j >= case")
+    assert wrong != SOURCE.group(1)
+    prop = PROPERTIES["W1_sliding_mask_as_read"]
+    found = run_property(prop, adapter(wrong), Options(findings=tmp_path)).finding
+    assert found is not None
+    for line in found["text"].splitlines():
+        assert line in README
+
+
+def test_the_table_of_options_is_complete() -> None:
+    """Every option of verify has a row, and every row an option."""
+    table = README[README.index("## Options of `nsa-ref verify`") :]
+    table = table[: table.index("\n\nThe same names")]
+    named = set(re.findall(r"^\| `(-[-\w]+)`", table, re.MULTILINE))
+    parser = cli._parser()
+    commands = next(a for a in parser._actions if a.dest == "command")
+    verify = commands.choices["verify"]  # type: ignore[index]
+    offered = {a.option_strings[-1] for a in verify._actions if a.option_strings}
+    assert named == offered - {"--help"}
+
+
+def test_every_clause_that_is_judged_is_named() -> None:
+    """The coverage section speaks of all clauses, the six of the selection as a range."""
+    section = README[README.index("## What is covered") :]
+    for clause in CLAUSES:
+        assert re.search(rf"\b{clause}\b", section) or clause in ("I2", "I3", "I4", "I5")
