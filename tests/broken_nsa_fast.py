@@ -1,9 +1,9 @@
 """Deliberately broken builds of nsa_fast: one decision of its mask builders changed each.
 
-Every name at the end is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder. A
-build is broken from within: the one place is patched while an implementation's method runs, so
-that the attention functions and the masks that the adapter exposes are wrong together, as they would
-be if the line itself were.
+Every name at the end is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder.
+A build is broken from within: one place is patched while an implementation's method runs, so that
+the attention functions and the masks that the adapter exposes are wrong together, as if the line
+itself were.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def _one_short(lists: BlockLists) -> BlockLists:
 
 def _taken_for_each_other(lists: BlockLists) -> BlockLists:
     """Partial blocks are read whole, and full ones asked cell by cell."""
-    return BlockLists(
-        lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices
-    )
+    return BlockLists(lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices)
 
 
 # --- right forward, wrong transposes --------------------------------------------------------------
@@ -133,17 +131,13 @@ PredicateWrong = _build(
     (mask_mods, "fine_mask_mod", _adding(ahead=1)),  # the key after p
 )
 
-ListsTooShort = _build(
-    "lists one short", (block_lists, "to_block_mask", _with_lists(_one_short))
-)
+ListsTooShort = _build("lists one short", (block_lists, "to_block_mask", _with_lists(_one_short)))
 
 PartialTakenForFull = _build(
     "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
 )
 
-QueryBlockLost = _build(
-    "query block lost", (block_lists, "transposed", _one_query_block_lost)
-)
+QueryBlockLost = _build("query block lost", (block_lists, "transposed", _one_query_block_lost))
 
 BUILDS = {
     "WindowPlusOne": WindowPlusOne,

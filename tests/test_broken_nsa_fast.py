@@ -30,9 +30,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from broken_nsa_fast import BUILDS  # noqa: E402
-
 import nsa_fast.adapter  # noqa: E402
+from broken_nsa_fast import BUILDS  # noqa: E402
 from nsa_fast import block_lists, block_masks, mask_mods  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.conformance import Options, message, run_property  # noqa: E402
@@ -113,9 +112,9 @@ def test_forward_of_a_broken_build_is_read_out(
     check_finding(name, broken, record.finding, clause, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["A1_sliding_output", "A3_sliding_gradients"])
-def test_wrong_values_are_blamed_on_the_wrong_mask(name: str, tmp_path: Path) -> None:
-    """out and gradients of WindowPlusOne are far off; W1 is what it breaks, and is shown."""
+def test_wrong_gradients_are_blamed_on_the_wrong_mask(tmp_path: Path) -> None:
+    """Those of WindowPlusOne are far off; W1 is what it breaks, and is shown."""
+    name = "A3_sliding_gradients"
     broken = implementation("WindowPlusOne", "eager")
     found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
     assert found is not None

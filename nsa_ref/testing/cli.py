@@ -9,10 +9,14 @@ Exit codes: 0 all offered clauses hold, 1 a clause is broken, 2 it could not run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import DTYPES, Case, load_case
-from nsa_ref.testing.conformance import running_file, save_finding
-from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, try_loading
+from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version, try_loading
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import show, to_json
+from nsa_ref.testing.report import excused_edges, show, to_json, unmet_edges
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -36,16 +39,21 @@ HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 LOADING_TIMEOUT = 120.0
 
 
+#: So many workers may die one after the other before they have judged anything.
+STILLBORN = 3
+
+
 class Collector:
     """Runs beside pytest: gathers the records of all workers and shows the progress."""
 
-    def __init__(self, console: Console, findings: Path, total: int) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self.records: list[dict[str, Any]] = []
         self.findings: list[dict[str, Any]] = []
         self.errors: list[str] = []
-        self._folder = findings
+        self.interrupted = False
+        self._stillborn = 0
         self._progress = Progress(
-            TextColumn("{task.description:46}"),
+            TextColumn("{task.description:46}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -63,91 +71,82 @@ class Collector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One property is done, or died with its worker."""
-        record = dict(report.user_properties).get("nsa_ref")
-        if report.when == "call" and record is not None:
+        record: Any = dict(report.user_properties).get("nsa_ref")
+        if record is not None and report.when in ("call", "???"):
+            if report.when == "???" and record["finding"] is None:
+                record["lost"] = True
+                self.errors.append(report.longreprtext)
             self._add(record)
-        elif report.when == "???":
-            self._add(self._lost(report))
         elif report.failed:
-            self.errors.append(f"{report.nodeid.rpartition('::')[2]}: {report.longreprtext}")
+            name = report.nodeid.rpartition("::test_")[2]
+            self.errors.append(f"{name}: {_last_line(report.longreprtext)}")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A suite that cannot be collected is an error of the run."""
         if report.failed:
-            self.errors.append(report.longreprtext)
+            self.errors.append(_last_line(report.longreprtext))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Workers that die before they judge anything would be replaced for ever."""
+        if error:
+            self._stillborn += 1
+            if self._stillborn > STILLBORN:
+                self.errors.append(
+                    "the worker processes die before they have judged anything: loading the "
+                    "implementation works in one process and not in the workers"
+                )
+                pytest.exit("workers die", returncode=pytest.ExitCode.INTERNAL_ERROR)
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Ctrl-C: what there is will be reported."""
+        self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
+        with contextlib.suppress(ImportError):
+            from xdist.workermanage import NodeManager
+
+            # workers in the middle of a case do not hear that the session is over
+            NodeManager.EXIT_TIMEOUT = 1
 
     def _add(self, record: dict[str, Any]) -> None:
+        self._stillborn = 0
         self.records.append(record)
         if record["finding"] is not None:
             self.findings.append(record["finding"])
         broken = f", {len(self.findings)} broken" if self.findings else ""
         self._progress.update(self._task, advance=1, description=f"{record['name']}{broken}")
 
-    def _lost(self, report: pytest.TestReport) -> dict[str, Any]:
-        """The record of a property whose worker died; its last words name the case."""
-        worker = report.node.gateway.id  # type: ignore[attr-defined]
-        path = running_file(self._folder, worker)
-        name = report.nodeid.rpartition("::test_")[2]
-        prop = next(p for p in sorted(PROPERTIES, key=len, reverse=True) if name.startswith(p))
-        record: dict[str, Any] = {
-            "name": prop,
-            "clause": PROPERTIES[prop].clause,
-            "branch": PROPERTIES[prop].branch,
-            "implementation": "",
-            "device": "",
-            "cases": 0,
-            "inconclusive": 0,
-            "ambiguous": 0,
-            "not_offered": 0,
-            "budget_used": None,
-            "reasons": {},
-            "edges": {},
-            "finding": None,
-        }
-        if not path.exists():
-            self.errors.append(f"{name}: the worker died outside of any case")
-            return record
-        data = json.loads(path.read_text())
-        took = time.time() - path.stat().st_mtime
-        if took >= data["timeout"] - 1:
-            text = f"the implementation hangs: no answer after {data['timeout']:g} s"
-        else:
-            text = "the implementation ended its process (a crash, an abort or an exit)"
-        path.unlink()
-        data |= {"text": text, "worst": {}}
-        record |= {
-            "implementation": data["implementation"],
-            "device": data["device"],
-            "cases": 1,
-            "finding": save_finding(data, self._folder),
-        }
-        return record
+
+def _last_line(text: str) -> str:
+    """Of a traceback: the line that says what it was about."""
+    lines = [line.removeprefix("E").strip() for line in text.strip().splitlines()]
+    marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+    return (marked or lines or [""])[-1]
 
 
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started = time.monotonic()
+    if arguments.json:
+        _check_writable(Path(arguments.json))
+    _check_folder(Path(arguments.findings))
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
-    device = found["device"]
-    names = ", ".join(i["name"] for i in found["implementations"])
-    offered = {dtype for i in found["implementations"] for dtype in i["numerics"]}
+    device, chosen = found["device"], found["implementations"]
+    names = ", ".join(one["name"] for one in chosen)
+    offered = {dtype for one in chosen for dtype in one["numerics"]}
     for dtype in arguments.dtype or ():
         if dtype not in offered:
             raise CannotRun(
                 f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(offered))}"
             )
-    if arguments.json:
-        _writable(arguments.json)
-    console.print(
-        f"nsa-ref judges {names} on {device}, level {arguments.level}, seed {arguments.seed}"
-    )
+    level, seed = arguments.level, arguments.seed
+    _say(console, f"nsa-ref judges {names} on {device}, level {level}, seed {seed}")
     wanted = arguments.branch or ()
     properties = [p for p in PROPERTIES.values() if not wanted or p.branch in wanted]
     collector = _run(
         console,
         arguments.implementation,
         device,
-        total=len(properties) * len(found["implementations"]),
+        total=len(properties) * len(chosen),
         workers=arguments.n,
         findings=Path(arguments.findings),
         options=[
@@ -159,36 +158,64 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         ],
     )
     seconds = time.monotonic() - started
+    asked_for = Counter({p.clause: 0 for p in properties})
+    asked_for.update(p.clause for p in properties for _ in chosen)
+    records, findings = collector.records, collector.findings
     if arguments.json:
         report = to_json(
-            collector.records,
-            collector.findings,
+            records,
+            findings,
             implementation=names,
             device=device,
             versions=found["versions"],
             seed=arguments.seed,
             level=arguments.level,
             seconds=seconds,
+            complete=not collector.interrupted and not collector.errors,
+            asked_for=asked_for,
         )
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
-    show(
-        console,
-        collector.records,
-        collector.findings,
-        title=f"{names} on {device}",
-        seconds=seconds,
-    )
-    if collector.errors:
-        raise CannotRun(f"the judge itself failed: {collector.errors[0]}")
-    if collector.findings:
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        Path(arguments.json).write_text(text)
+    if records:
+        show(
+            console,
+            records,
+            findings,
+            title=f"{names} on {device}",
+            seconds=seconds,
+            asked_for=asked_for,
+        )
+    if collector.interrupted:
+        raise KeyboardInterrupt
+    if findings:
+        for error in collector.errors:
+            print(f"nsa-ref: {error}", file=sys.stderr)
         return BROKEN
-    if not any(record["cases"] for record in collector.records):
-        raise CannotRun(f"{names} offers nothing that could be judged: no case was decided")
+    _check_complete(collector, names)
+    if arguments.level == "thorough":
+        excused = excused_edges(records, [one["limits"] for one in chosen])
+        if gaps := [edge for edge in unmet_edges(records) if edge not in excused]:
+            raise CannotRun(
+                f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
+                "another --seed; what the implementation cannot do belongs into its `limits`"
+            )
     return HOLDS
+
+
+def _check_complete(collector: Collector, names: str) -> None:
+    """Raise CannotRun if the absence of findings means nothing."""
+    if collector.errors:
+        more = len(collector.errors) - 1
+        raise CannotRun(collector.errors[0] + (f" (and {more} more like it)" if more else ""))
+    if not any(record["cases"] for record in collector.records):
+        reasons = dict.fromkeys(r for record in collector.records for r in record["reasons"])
+        why = "; ".join(reasons) or "no case was tried"
+        raise CannotRun(f"nothing of {names} could be judged: {why}")
 
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
     """Run one saved case again, with the property that it broke."""
+    started = time.monotonic()
     path = Path(arguments.case)
     case, data = _read_case(path)
     spec = arguments.implementation or data.get("spec")
@@ -196,41 +223,50 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
         raise CannotRun(
             f"{path} does not say what it was found in. Try nsa-ref replay {path} MODULE:OBJECT"
         )
-    device = arguments.device or data.get("device", "auto")
-    name = data.get("property")
-    if name is not None and name not in PROPERTIES:
-        raise CannotRun(f"{path}: there is no property {name!r} in this version")
-    found = try_loading(spec, device, LOADING_TIMEOUT)
-    chosen = [i["name"] for i in found["implementations"]]
-    only = data.get("implementation") if data.get("implementation") in chosen else None
-    console.print(f"replaying {name or 'all properties'} on {spec}, {found['device']}: {case}")
-    pattern = f"test_{name or ''}"
-    if only and len(chosen) > 1:
-        pattern += " and " + "".join(c if c.isalnum() else "_" for c in only)
+    name = data.get("property", "")
+    if name and name not in PROPERTIES:
+        raise CannotRun(
+            f"{path} was found by {name!r}, which is no property of this version, "
+            f"{own_version()}. Try the version that found it"
+        )
+    timeout = _positive(data.get("timeout", 120.0))
+    if timeout is None:
+        raise CannotRun(f"{path}: timeout={data['timeout']!r} must be a number of seconds above 0")
+    found = try_loading(spec, arguments.device or data.get("device", "auto"), LOADING_TIMEOUT)
+    chosen = [one["name"] for one in found["implementations"]]
+    only = data.get("implementation") if data.get("implementation") in chosen else ""
+    _say(console, f"replaying {name or 'all properties'} on {spec}, {found['device']}: ", case)
+    folder = path.parent / "replays"
+    _check_folder(folder)
     collector = _run(
         console,
         spec,
         found["device"],
-        total=1 if name else len(PROPERTIES) * len(chosen),
+        total=(1 if name else len(PROPERTIES)) * (1 if only else len(chosen)),
         workers="1",
-        findings=path.parent / "replays",
+        findings=folder,
         options=[
             f"--nsa-case={path.resolve()}",
-            f"--case-timeout={data.get('timeout', 120.0)}",
-            "-k",
-            pattern,
+            f"--nsa-property={name}",
+            f"--nsa-only={only}",
+            f"--case-timeout={timeout}",
         ],
     )
-    show(
-        console,
-        collector.records,
-        collector.findings,
-        title=f"{', '.join(chosen)} on {found['device']}",
-        seconds=0.0,
-    )
-    if collector.errors:
-        raise CannotRun(f"the judge itself failed: {collector.errors[0]}")
-    return BROKEN if collector.findings else HOLDS
+    if collector.records:
+        show(
+            console,
+            collector.records,
+            collector.findings,
+            title=f"{only or ', '.join(chosen)} on {found['device']}",
+            seconds=time.monotonic() - started,
+            edges=False,
+        )
+    if collector.interrupted:
+        raise KeyboardInterrupt
+    if collector.findings:
+        return BROKEN
+    _check_complete(collector, only or ", ".join(chosen))
+    return HOLDS
 
 
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
@@ -238,23 +274,29 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     path = Path(arguments.case)
     case, _ = _read_case(path)
     if not case.batch:
-        raise CannotRun(f"{path}: batch=0 has no mask to draw")
+        raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
     masks = {}
     for branch in BRANCHES:
         indices = case.block_indices() if branch.name == "fine" else None
         masks[branch.name] = branch.mask(case, indices)[0, 0]
-    console.print(str(case), soft_wrap=True, markup=False, highlight=False)
+    _say(console, case)
     if arguments.png:
-        _writable(arguments.png)
-        draw_png(masks, Path(arguments.png))
-        console.print(f"wrote {arguments.png}")
+        picture = Path(arguments.png)
+        _check_writable(picture)
+        draw_png(masks, picture)
+        _say(console, f"wrote {picture}")
         return HOLDS
     for name, mask in masks.items():
-        console.print(
-            f"\n{name}, batch 0, query head 0: {mask.shape[0]} rows, {mask.shape[1]} columns"
-        )
-        console.print(one_mask(mask), soft_wrap=True, markup=False, highlight=False)
+        rows, columns = mask.shape
+        _say(console, f"\n{name}, batch 0, query head 0: {rows} rows, {columns} columns")
+        _say(console, one_mask(mask))
     return HOLDS
+
+
+def _say(console: Console, *parts: object) -> None:
+    """Print as it is: brackets are brackets, and a long line stays one line."""
+    text = "".join(map(str, parts))
+    console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
@@ -272,10 +314,11 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(4 * len(masks), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, mask) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items()):
-        axes.imshow(mask, cmap="Blues", vmin=0, vmax=max(1, mask.max(initial=0)), aspect="auto")
+        if mask.size:
+            axes.imshow(mask, cmap="Blues", vmin=0, vmax=max(1, mask.max()), aspect="auto")
         axes.set(title=name, xlabel="key j", ylabel="query t")
     figure.axes[0].set_xlabel("memory and compressed block i")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def _run(
@@ -290,17 +333,20 @@ def _run(
 ) -> Collector:
     """pytest over the suite, in worker processes, saying nothing itself."""
     suite = Path(__file__).parent / "suite.py"
-    findings = findings.resolve()
-    with Collector(console, findings, total) as collector:
+    with Collector(console, total) as collector, _own_pytest():
         code = pytest.main(
             [
                 str(suite),
+                "-p",
+                "xdist",
                 "-p",
                 "nsa_ref.testing.plugin",
                 "-p",
                 "no:terminal",
                 "-p",
                 "no:cacheprovider",
+                "-p",
+                "no:faulthandler",
                 "-c",
                 os.devnull,
                 f"--rootdir={suite.parent}",
@@ -310,18 +356,37 @@ def _run(
                 "--dist=worksteal",
                 "--max-worker-restart=10000",
                 f"--device={device}",
-                f"--findings={findings}",
+                f"--findings={findings.resolve()}",
                 f"--nsa-implementation={spec}",
                 *options,
             ],
             plugins=[collector],
         )
     if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-        detail = collector.errors[0] if collector.errors else "see the message above"
-        raise CannotRun(f"pytest ended with exit code {int(code)}: {detail}")
-    if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
+        if not collector.errors:
+            collector.errors.append(f"pytest ended with exit code {int(code)}, see above")
+    elif code == pytest.ExitCode.INTERRUPTED:
+        collector.interrupted = True
     return collector
+
+
+@contextlib.contextmanager
+def _own_pytest() -> Iterator[None]:
+    """No options and plugins of the user's: they are for their tests, and may change the run.
+
+    Hypothesis keeps its caches out of the user's folder, too.
+    """
+    before = dict(os.environ)
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    os.environ.pop("PYTEST_PLUGINS", None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _read_case(path: Path) -> tuple[Case, dict[str, Any]]:
@@ -337,13 +402,31 @@ def _read_case(path: Path) -> tuple[Case, dict[str, Any]]:
         raise CannotRun(f"{path} holds no case: {error}") from None
 
 
-def _writable(name: str) -> None:
-    """Fail now and not after the run."""
+def _check_writable(path: Path) -> None:
+    """Fail now and not after the run; leaves nothing behind."""
+    existed = path.exists()
     try:
-        with open(name, "a"):
+        with path.open("a"):
             pass
     except OSError as error:
-        raise CannotRun(f"cannot write {name}: {error.strerror}") from None
+        raise CannotRun(f"cannot write {path}: {error.strerror}. Try another path") from None
+    if not existed:
+        path.unlink()
+
+
+def _check_folder(path: Path) -> None:
+    """The same for a folder, which need not be there yet."""
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        if not existed:
+            path.rmdir()
+    except OSError as error:
+        raise CannotRun(
+            f"cannot write into the folder {path}: {error.strerror}. Try --findings DIR"
+        ) from None
 
 
 def _workers(text: str) -> str:
@@ -358,12 +441,18 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _positive(value: Any) -> float | None:
+    """The number, or None if it is none, or not above 0, or not finite."""
     try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < float("inf") else None
+
+
+def _seconds(text: str) -> float:
+    value = _positive(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
     return value
 
@@ -377,6 +466,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="nsa-ref", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"nsa-ref {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("verify", help="judge an implementation, clause by clause")

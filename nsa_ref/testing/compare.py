@@ -39,6 +39,8 @@ def compare(
 ) -> Comparison:
     """Compare float64 arrays of one shape; non-finite expected values must be met exactly.
 
+    A bound that is not finite admits everything, NaN included.
+
     statistical, shared : bounds of those forms, or None on structured data, where roundings are
         not independent
 
@@ -55,7 +57,7 @@ def compare(
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise Broken(
             clause,
-            f"{name}{list(index)} is {actual[index]!r} and must be exactly {expected[index]!r}",
+            f"{name}{list(index)} is {actual[index]:.9g} and must be exactly {expected[index]:.9g}",
             worst=_worst(name, index, actual[index], expected[index], 0.0, np.inf),
         )
 
@@ -64,7 +66,7 @@ def compare(
         error = np.where(np.isnan(error), np.inf, error)
 
         def used(bound: np.ndarray) -> np.ndarray:
-            return np.where(error == 0, 0.0, np.where(np.isinf(bound), 0.0, error / bound))
+            return np.where((error == 0) | ~np.isfinite(bound), 0.0, error / bound)
 
         hard = used(deterministic)
     hard = np.where(must_match, 0.0, hard)
@@ -81,7 +83,7 @@ def compare(
     budget, suspicion = float(hard[index]), ""
     free = ~must_match
     spread = float(np.abs(expected[free]).max(initial=0.0))
-    powerless = bool(free.any() and spread > 0 and (deterministic[free] >= spread).all())
+    powerless = bool(free.any() and spread > 0 and not (deterministic[free] < spread).any())
     if statistical is not None and shared is not None:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             soft = np.where(must_match, 0.0, used(np.minimum(deterministic, statistical)))

@@ -14,6 +14,8 @@ import json
 import os
 import shlex
 import shutil
+import signal
+import sys
 import time
 import traceback
 import zlib
@@ -53,6 +55,7 @@ class Options:
     case : run this one case instead of generated ones
     any_property : the case was not found by a property, which may not be about such cases
     timeout : seconds that one case may take, where a worker process can be spared
+    last_words : somebody reads where a worker was when it died; else it tells its standard error
     """
 
     spec: str = ""
@@ -63,6 +66,7 @@ class Options:
     any_property: bool = False
     findings: Path = Path("nsa-ref-findings")
     timeout: float = 120.0
+    last_words: bool = False
     shrink: bool = True
 
 
@@ -127,7 +131,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 outcome = _judge(prop, implementation, case)
         except NotOffered as reason:
             record.not_offered += counting
-            record.reasons[f"{reason} is not offered"] += counting
+            record.reasons[f"not offered: {reason}"] += counting
             if counting:
                 record.refused_edges.update(case_edges(prop, case))
             return
@@ -214,12 +218,17 @@ def _judge(prop: Property, implementation: Implementation, case: Case) -> Outcom
     except (NotOffered, Inconclusive):
         raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and worker_id() is None:
-            raise  # the user's; workers do not listen to the keyboard
+        if isinstance(error, KeyboardInterrupt) and not _deaf():
+            raise  # the user's
         if isinstance(error, Exception) and not _oracle_can(prop, case):
             raise
         text = f"the implementation failed: {one_line(error)}{_where(error)}"
         raise Broken(prop.clause, text) from error
+
+
+def _deaf() -> bool:
+    """Whether Ctrl-C cannot be the cause of a KeyboardInterrupt here (see plugin.py)."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def _oracle_can(prop: Property, case: Case) -> bool:
@@ -237,8 +246,8 @@ def _where(error: BaseException) -> str:
     """The line of the adapter that raised, and the innermost one, below the message."""
     here = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
-    shown = frames[:1] + frames[1:][-1:]
-    return "".join(f"\n  at {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in shown)
+    lines = [f"\n  at {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
+    return "".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
 
 
 def _generate(
@@ -280,22 +289,41 @@ def announced(
         yield
         return
     folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
-    folder.mkdir(parents=True, exist_ok=True)
-    data = finding_data(prop, implementation, options, case)
-    (folder / f"{worker}.json").write_text(json.dumps(data))
-    last_words = _last_words(folder / f"{worker}.trace")
-    faulthandler.dump_traceback_later(options.timeout, exit=True, file=last_words)
+    _write(folder / f"{worker}.json", finding_data(prop, implementation, options, case))
+    trace = _last_words(folder / f"{worker}.trace") if options.last_words else sys.__stderr__
+    assert trace is not None
+    faulthandler.dump_traceback_later(options.timeout, exit=True, file=trace)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """In one step, so that a process which dies meanwhile leaves no half of a file."""
+    text = json.dumps(data, indent=1) + "\n"
+    half = path.with_suffix(".half")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another worker found the folder empty
+            half.write_text(text)
+            half.replace(path)
+            return
+
+
 def done(options: Options) -> None:
     """Nothing is running in this worker any more."""
-    if (worker := worker_id()) is not None:
-        folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
-        (folder / f"{worker}.json").unlink(missing_ok=True)
+    if (worker := worker_id()) is None:
+        return
+    folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
+    (folder / f"{worker}.json").unlink(missing_ok=True)
+    _remove_empty(folder, folder.parent, options.findings)
+
+
+def _remove_empty(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 _opened: dict[Path, TextIO] = {}
@@ -345,28 +373,20 @@ def lost(test: str, worker: str, run: str, findings: Path) -> tuple[Record | Non
 
 
 def _frames(last_words: str) -> str:
-    """The innermost lines of the thread that died, up to the judge's own."""
-    _, current, after = last_words.partition("(most recent call first)")
-    for thread in last_words.split("\n\n"):
-        if "Current thread" in thread:
-            _, current, after = thread.partition("(most recent call first)")
-    if not current:
-        return ""
-    shown = []
+    """The innermost lines of the thread that ran the case, up to the judge's own."""
     here = str(Path(__file__).parent)
-    for line in after.splitlines()[1:]:
-        if not line.startswith("  File") or here in line:
-            break
-        shown.append(f"\n  at{line.removeprefix('  File')}")
-    return "".join(shown[:4])
+    for thread in last_words.split("\n\n"):
+        frames = [line for line in thread.splitlines() if line.startswith("  File")]
+        ours = [i for i, line in enumerate(frames) if here in line]
+        if ours:
+            return "".join(f"\n  at{f.removeprefix('  File')}" for f in frames[: ours[0]][:4])
+    return ""
 
 
 def forget_running(findings: Path, run: str) -> None:
     """Remove what the workers of a finished run left, and folders that hold nothing then."""
     shutil.rmtree(running_folder(findings, run), ignore_errors=True)
-    for folder in (findings / "running", findings):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    _remove_empty(findings / "running", findings)
 
 
 def finding_data(
@@ -376,12 +396,21 @@ def finding_data(
     return {
         "property": prop.name,
         "clause": prop.clause,
-        "spec": options.spec,
+        "spec": options.spec or _spec(implementation),
         "implementation": implementation.name,
         "device": implementation.device,
         "timeout": options.timeout,
         "case": case.to_json(),
     }
+
+
+def _spec(implementation: Implementation) -> str:
+    """How a replay can name an implementation that a test file made: by its class, if it can."""
+    cls = type(implementation)
+    module = sys.modules.get(cls.__module__)
+    if module is None or getattr(module, cls.__qualname__, None) is not cls:
+        return ""
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def finding(
@@ -395,7 +424,6 @@ def finding(
 
 def save_finding(data: dict[str, Any], findings: Path) -> dict[str, Any]:
     """Write a finding into the folder; adds `file` and `replay`."""
-    findings.mkdir(parents=True, exist_ok=True)
     # an exception's message may hold what no terminal can print
     data["text"] = data["text"].encode(errors="replace").decode()
     # a crash while a broken case is made smaller is a finding of its own
@@ -403,10 +431,10 @@ def save_finding(data: dict[str, Any], findings: Path) -> dict[str, Any]:
     name = "-".join((data["clause"], data["property"], data["implementation"], *ended))
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     path = findings / f"{name}.json"
-    # a finding names its implementation itself, unless a test file made it in passing
+    # a finding names its implementation itself, unless nothing can find its class again
     spec = "" if data["spec"] else " MODULE:OBJECT"
     data |= {"file": str(path), "replay": f"nsa-ref replay {shlex.quote(str(path))}{spec}"}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    _write(path, data)
     return data
 
 
@@ -455,8 +483,10 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 f"{implementation!r}. Try conformance_suite(MyPort())."
             )
     check_declarations(implementations)
-    for implementation in implementations:
-        for prop in PROPERTIES.values():
+    # property by property: where one implementation compiles and another does not, the workers'
+    # shares of the suite are then alike
+    for prop in PROPERTIES.values():
+        for implementation in implementations:
             name = f"test_{prop.name}"
             if len(implementations) > 1:
                 name += "_" + "".join(c if c.isalnum() else "_" for c in implementation.name)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-#: A picture shows at most this many rows and columns, around the first difference.
-ROWS, COLUMNS = 24, 48
+#: A picture shows at most this many rows and columns, around the first difference: two masks and
+#: the row numbers fill the 80 columns of a terminal.
+ROWS, COLUMNS = 24, 35
+
+#: One mask alone may be larger.
+ROWS_ALONE, COLUMNS_ALONE = 48, 72
 
 
 def side_by_side(expected: np.ndarray, actual: np.ndarray) -> str:
@@ -34,11 +38,18 @@ def side_by_side(expected: np.ndarray, actual: np.ndarray) -> str:
 
 
 def one_mask(mask: np.ndarray) -> str:
-    """One (rows, columns) mask."""
-    width = len(str(max(mask.shape[0] - 1, 0)))
-    return "\n".join(
-        f"{t:{width}} {''.join(_expected(cell) for cell in mask[t])}" for t in range(len(mask))
-    )
+    """One (rows, columns) mask, from its last row and column back as far as there is room."""
+    rows, columns = mask.shape
+    if not mask.size:
+        return "(nothing to draw)"
+    top, left = max(0, rows - ROWS_ALONE), max(0, columns - COLUMNS_ALONE)
+    width = len(str(rows - 1))
+    lines = []
+    if top or left:
+        lines.append(f"only rows {top}..{rows - 1}, columns {left}..{columns - 1}:")
+    for t in range(top, rows):
+        lines.append(f"{t:{width}} {''.join(_expected(cell) for cell in mask[t, left:])}")
+    return "\n".join(lines)
 
 
 def _expected(cell: int) -> str:

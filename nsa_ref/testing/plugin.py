@@ -5,17 +5,23 @@ Load it with `-p nsa_ref.testing.plugin`, or by naming it in a conftest's `pytes
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 #: What one worker's CUDA context, compiler and test arrays may take of a GPU, in MiB.
 GPU_MEMORY_PER_WORKER = 6 * 1024
 
-#: The implementations that `suite.py` judges; set from --nsa-implementation.
+#: The implementations that `suite.py` judges, from --nsa-implementation; and --device, for test
+#: files that choose an implementation by it.
 implementations: list = []
+device = "auto"
 
 
 def _gpus() -> list[tuple[str, int]]:
@@ -25,12 +31,18 @@ def _gpus() -> list[tuple[str, int]]:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.split(",") for line in listing.stdout.strip().splitlines()]
-    found = {index.strip(): int(free) for index, free in rows}
+    found: dict[str, int] = {}
+    for line in listing.stdout.strip().splitlines():
+        index, _, free = (part.strip() for part in line.partition(","))
+        if index.isdigit():
+            # a GPU that does not say (MIG answers "[N/A]") gets one worker
+            found[index] = int(free) if free.isdigit() else GPU_MEMORY_PER_WORKER
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(found.items())
     names = [name.strip() for name in visible.split(",") if name.strip()]
+    if "-1" in names:  # CUDA stops reading there
+        names = names[: names.index("-1")]
     # a GPU named by its UUID is not in the listing by index; the smallest one then speaks for it
     return [(name, found.get(name, min(found.values(), default=0))) for name in names]
 
@@ -48,17 +60,24 @@ def assign_resources(worker: str) -> None:
 
 
 def max_workers(cpus: int, gpus: list[tuple[str, int]]) -> int:
-    """As many workers as there are cores, and no more than the GPUs have memory for."""
-    if not gpus:
-        return cpus
-    return max(1, min(cpus, sum(free // GPU_MEMORY_PER_WORKER for _, free in gpus)))
+    """As many workers as there are cores, and no more than fit on any of the GPUs.
+
+    GPU i serves the workers i, i + count, i + 2 count, ...: the first that does not fit any more
+    ends the row.
+    """
+    room = [(free // GPU_MEMORY_PER_WORKER) * len(gpus) + i for i, (_, free) in enumerate(gpus)]
+    return max(1, min([cpus, *room]))
 
 
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     assign_resources(_worker)
+    # Ctrl-C is for the process that hands out the tests, and ends this one as well; a
+    # KeyboardInterrupt in here is then the implementation's own
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """What `-n auto` means."""
     if config.getoption("--device") == "cpu":
@@ -96,18 +115,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds that one case may take in a worker process (default 120)",
     )
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
-    group.addoption("--nsa-case", default="", help="for nsa-ref replay")
+    group.addoption("--nsa-case", default="", help="for nsa-ref replay: run this case alone")
+    group.addoption("--nsa-property", default="", help="for nsa-ref replay: this property alone")
+    group.addoption("--nsa-only", default="", help="for nsa-ref replay: the implementation's name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # not before: importing hypothesis and NumPy at the top would slow every pytest run down
+    # not before: adapters import this package, and a worker's resources are assigned first
     from nsa_ref.testing.branches import BRANCHES
     from nsa_ref.testing.case import DTYPES, load_case
     from nsa_ref.testing.conformance import Options
-    from nsa_ref.testing.loading import CannotRun, load, resolve_device
+    from nsa_ref.testing.loading import DEVICES, CannotRun, load, resolve_device
     from nsa_ref.testing.profiles import LEVELS
 
     known = {
+        "--device": DEVICES,
         "--level": tuple(LEVELS),
         "--branch": (*(branch.name for branch in BRANCHES), "selection"),
         "--dtype": tuple(DTYPES),
@@ -117,6 +139,14 @@ def pytest_configure(config: pytest.Config) -> None:
         for value in [given] if isinstance(given, str) else given:
             if value not in allowed:
                 raise pytest.UsageError(f"{option} {value}: must be one of {', '.join(allowed)}")
+    if config.getoption("--seed") < 0:
+        raise pytest.UsageError(f"--seed {config.getoption('--seed')}: must be at least 0")
+    if not config.getoption("--case-timeout") > 0:
+        raise pytest.UsageError(
+            f"--case-timeout {config.getoption('--case-timeout')}: must be above 0 seconds"
+        )
+    global device
+    device = config.getoption("--device")
     case_file, spec = config.getoption("--nsa-case"), config.getoption("--nsa-implementation")
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
         spec=spec,
@@ -124,31 +154,76 @@ def pytest_configure(config: pytest.Config) -> None:
         dtypes=tuple(config.getoption("--dtype") or ()),
         seed=config.getoption("--seed"),
         case=load_case(Path(case_file).read_text()) if case_file else None,
-        findings=Path(config.getoption("--findings")),
+        any_property=not config.getoption("--nsa-property"),
+        # workers may run in another directory
+        findings=Path(config.getoption("--findings")).absolute(),
         timeout=config.getoption("--case-timeout"),
+        last_words=True,
     )
+    if _distributes(config):
+        # inherited by the workers, where NumPy reads it before this file is there
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if config.option.testrunuid is None:  # xdist would draw one and keep it to itself
+            config.option.testrunuid = uuid.uuid4().hex
     # only where tests run: the process that hands them out never loads the implementation
-    distributing = getattr(config.option, "dist", "no") != "no" and not hasattr(
-        config, "workerinput"
-    )
-    if spec and not distributing:
+    elif spec:
         try:
             implementations[:] = load(spec, resolve_device(config.getoption("--device")))
         except CannotRun as error:
             raise pytest.UsageError(str(error)) from None
 
 
+def _distributes(config: pytest.Config) -> bool:
+    """Whether this process hands the tests out to others."""
+    return getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--branch deselects the properties of other branches."""
-    wanted = config.getoption("--branch")
-    if not wanted:
-        return
-    kept, dropped = [], []
+    """--branch and the options of replay deselect what they do not speak of."""
+    wanted = {
+        "nsa_ref_branch": config.getoption("--branch") or [],
+        "nsa_ref_property": [name] if (name := config.getoption("--nsa-property")) else [],
+        "nsa_ref_implementation": [name] if (name := config.getoption("--nsa-only")) else [],
+    }
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
-        branch = getattr(getattr(item, "function", None), "nsa_ref_branch", None)
-        (kept if branch is None or branch in wanted else dropped).append(item)
+        function = getattr(item, "function", None)
+        asked = all(
+            not names or getattr(function, attribute, names[0]) in names
+            for attribute, names in wanted.items()
+        )
+        (kept if asked else dropped).append(item)
     items[:] = kept
-    config.hook.pytest_deselected(items=dropped)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
+    """A property whose worker died is reported with the case that did it."""
+    from nsa_ref.testing.conformance import lost
+
+    node = report.node
+    record, text = lost(
+        crashitem.rpartition("::")[2],
+        node.gateway.id,
+        node.workerinput["testrunuid"],
+        node.config.nsa_ref_options.findings,
+    )
+    if record is not None:
+        report.longrepr = text
+        report.user_properties.append(("nsa_ref", record.to_json()))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The workers' last words are needed no more."""
+    from nsa_ref.testing.conformance import forget_running
+
+    if _distributes(session.config):
+        findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]
+        forget_running(findings, session.config.option.testrunuid)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

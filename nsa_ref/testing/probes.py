@@ -43,11 +43,12 @@ def forward_mask(
 ) -> np.ndarray:
     """The multiplicities that the forward really uses, (batch, q_heads, q_len, columns).
 
-    With q = k = 0, `out[t, j]` is mult_j / sum of the row's multiplicities. Rows whose pattern is
-    the expected one are read with the expected sum; in others the smallest weight counts as 1.
+    With q = k = 0, `out[t, j]` is mult_j / sum of the row's multiplicities, which says how they
+    stand to each other. A row in which they stand as expected is the expected one; in any other the
+    smallest weight counts as 1. (All keys of a row counted twice is no difference here: lse tells.)
     A row that reads more than the real columns (padding) sums to less than 1 and is marked by -1
-    in the columns it should see. A row that should see nothing, and weighs all columns alike (or
-    gives NaN), sees nothing in particular: what it must hold is A2's question.
+    in the columns it should see. A row of NaN is 0 / 0: it sees nothing. So does a row that should
+    see nothing and weighs all columns alike: what it must hold is A2's question.
     """
     inputs = zeros(case, branch)
     columns = branch.columns(case)
@@ -61,22 +62,29 @@ def forward_mask(
 
     total = expected.sum(-1, keepdims=True)
     alike = (weights == weights[..., :1]).all(-1, keepdims=True) if columns else True
-    nothing = (total == 0) & (alike | np.isnan(weights).all(-1, keepdims=True))
+    nothing = ((total == 0) & alike) | np.isnan(weights).all(-1, keepdims=True)
     weights = np.where(nothing, 0.0, weights)
 
+    unit_roundoff = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(case.dtype, 2.0**-20)
     seen = weights != 0  # NaN counts as seen
     same = (seen == (expected != 0)).all(-1, keepdims=True)
-    least = np.where(seen, np.abs(weights), np.inf).min(-1, initial=np.inf, keepdims=True)
-    unit = np.where(same, 1 / np.maximum(total, 1), least)
-    with np.errstate(invalid="ignore"):
-        counts = np.where(seen, np.maximum(np.rint(weights / unit), 1), 0)
-    counts = np.where(np.isnan(counts), -1, counts)
+    # P and out rounded move a weight by at most 2 u, a ratio of two by 4 u (and a bit)
+    with np.errstate(invalid="ignore", over="ignore"):
+        share = np.abs(weights) / np.maximum(expected, 1)
+        most = np.where(seen, share, 0).max(-1, initial=0, keepdims=True)
+        fewest = np.where(seen, share, np.inf).min(-1, initial=np.inf, keepdims=True)
+        right = same & ((total == 0) | (most <= fewest * (1 + 5 * unit_roundoff)))
+        least = np.where(seen, np.abs(weights), np.inf).min(-1, initial=np.inf, keepdims=True)
+        counts = np.where(seen, np.maximum(np.rint(weights / least), 1), 0)
+    counts = np.where(right, expected, np.where(np.isnan(counts), -1, counts))
+    # a wrong row that looks right once its smallest weight counts as 1
+    alike = ~right & (counts == expected).all(-1, keepdims=True)
+    counts = np.where(alike & (share == most), -1, counts)
 
     # one key too many in the denominator takes 1 / (n + 1) of the sum; a rounded weight is off by
     # at most u (2^-8 in bf16), so rows short enough to tell the two apart are judged
-    unit_roundoff = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(case.dtype, 2.0**-20)
     short = 4 * unit_roundoff * (total + 1) < 1
-    padding = same & short & (total > 0) & (weights.sum(-1, keepdims=True) < 1 - 0.5 / (total + 1))
+    padding = right & short & (total > 0) & (weights.sum(-1, keepdims=True) < 1 - 0.5 / (total + 1))
     counts = np.where(padding & (expected != 0), -1, counts)
     return counts.astype(np.int64)
 
@@ -189,7 +197,7 @@ def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, n
     from torch.nn.attention.flex_attention import create_mask
 
     q_block, kv_block = block_mask.BLOCK_SIZE
-    batch, heads, row_blocks = block_mask.kv_num_blocks.shape
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
     device = block_mask.kv_indices.device.type
     if rows and columns and batch and heads:
         predicate = create_mask(block_mask.mask_mod, batch, heads, rows, columns, device)
@@ -246,7 +254,7 @@ def exposed_readings(value: Any, rows: int, columns: int) -> dict[str, np.ndarra
 def head_influence(
     implementation: Implementation, branch: Branch, case: Case, inputs: Inputs, kv_head: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which query heads change when the keys, and when the values, of one kv head do: bool (q_heads,).
+    """Query heads that change when the keys, or the values, of one kv head do: bool (q_heads,).
 
     `inputs` must not be degenerate: a row that sees a single key does not notice its logit.
     """

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.conformance import message
+from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.strategies import EDGES
 
 SCHEMA = "nsa-ref-report-1"
+
+#: Fields that only some properties read (`Property.about`); the others keep the default, so that an
+#: edge of such a field cannot be met by them.
+READ_BY = {
+    "sliding_window_size": {"sliding"},
+    "num_mem_kv": {"compress", "pool", "selection"},
+    # these are multiples of one another, so whoever reads one varies all
+    "compress_block_size": {"compress", "pool", "selection", "fine"},
+    "compress_block_sliding_stride": {"compress", "pool", "selection", "fine"},
+    "selection_block_size": {"compress", "pool", "selection", "fine"},
+    "num_selected_blocks": {"fine", "selection"},
+    "indices": {"fine"},
+}
 
 COLOURS = {
     "pass": "green",
@@ -30,6 +51,7 @@ class Clause:
     """A clause's verdict.
 
     cases : decided ones; inconclusive, ambiguous (rows) and not_offered are counted beside them
+    missing : properties that were asked for and never came to an end
     """
 
     id: str
@@ -38,6 +60,7 @@ class Clause:
     inconclusive: int = 0
     ambiguous: int = 0
     not_offered: int = 0
+    missing: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     broken: bool = False
 
@@ -46,6 +69,8 @@ class Clause:
         """pass | fail | inconclusive | ambiguous | not_offered; only the first is a pass."""
         if self.broken:
             return "fail"
+        if self.missing:
+            return "inconclusive"
         if self.cases:
             return "pass"
         if self.inconclusive:
@@ -66,11 +91,25 @@ class Clause:
         }
 
 
-def clauses(records: list[dict[str, Any]], findings: list[dict[str, Any]]) -> list[Clause]:
-    """Verdicts in the order of the specification, of the clauses that were asked about."""
-    asked = {name: Clause(name) for name in CLAUSES if any(r["clause"] == name for r in records)}
+def clauses(
+    records: list[dict[str, Any]],
+    findings: list[dict[str, Any]],
+    asked_for: Mapping[str, int] | None = None,
+) -> list[Clause]:
+    """Verdicts in the order of the specification, of the clauses that were asked about.
+
+    asked_for : clause -> number of records that a complete run has; fewer are no pass
+    """
+    asked_for = asked_for or {}
+    names = {record["clause"] for record in records} | set(asked_for)
+    asked = {name: Clause(name) for name in CLAUSES if name in names}
     for finding in findings:
         asked.setdefault(finding["clause"], Clause(finding["clause"])).broken = True
+    for name, count in asked_for.items():
+        ended = [r for r in records if r["clause"] == name and not r.get("lost")]
+        asked[name].missing = missing = count - len(ended)
+        if missing:
+            asked[name].reasons[f"{missing} of {count} properties came to no end"] += 1
     for record in records:
         clause = asked[record["clause"]]
         found = record["finding"]
@@ -83,7 +122,7 @@ def clauses(records: list[dict[str, Any]], findings: list[dict[str, Any]]) -> li
         clause.reasons.update(record["reasons"])
         if elsewhere:
             clause.reasons[f"{record['name']}: see {found['clause']}"] += 1
-        if record["budget_used"] is not None:
+        if record["budget_used"] is not None and not elsewhere:
             clause.budget_used = max(clause.budget_used or 0.0, record["budget_used"])
     return [asked[name] for name in CLAUSES if name in asked]
 
@@ -92,6 +131,56 @@ def unmet_edges(records: list[dict[str, Any]]) -> list[str]:
     """Edges of the lattice on which no decided case stood."""
     met = {edge for record in records for edge in record["edges"]}
     return [edge for edge in EDGES if edge not in met]
+
+
+def excused_edges(
+    records: list[dict[str, Any]], limits: Collection[Collection[str]]
+) -> dict[str, str]:
+    """Edges that need not be met, each with the reason.
+
+    limits : the fields that each implementation limits. An edge that looks at a limited field may
+        lie outside of the limits, which is the implementation's declaration and not a gap.
+    """
+    excused = {}
+    refused = {edge for record in records for edge in record.get("refused_edges", ())}
+    asked = {PROPERTIES[record["name"]].about for record in records if record["cases"]}
+    for edge in unmet_edges(records):
+        looked_at = _fields_of(edge)
+        if limits and all(looked_at & _widened(fields) for fields in limits):
+            excused[edge] = "outside of the declared limits"
+        elif edge in refused:
+            excused[edge] = "every such case was refused"
+        elif not all(asked & READ_BY.get(field, asked) for field in looked_at):
+            excused[edge] = "nothing that was asked reads it"
+    return excused
+
+
+def _widened(limited: Collection[str]) -> set[str]:
+    """The heads are one quantity in three fields."""
+    heads = {"q_heads", "kv_heads", "group_size"}
+    return set(limited) | (heads if heads & set(limited) else set())
+
+
+def _fields_of(edge: str) -> set[str]:
+    """The fields of a case that an edge looks at, found by letting it look."""
+    looked_at: set[str] = set()
+    default = {f.name: getattr(Case(), f.name) for f in fields(Case)}
+
+    class Watched(SimpleNamespace):
+        def __getattribute__(self, name: str) -> Any:
+            if name in default:
+                looked_at.add(name)
+                return default[name]
+            if name == "num_selection_blocks":
+                looked_at.update(("kv_len", "selection_block_size"))
+            elif name == "group_size":
+                looked_at.update(("q_heads", "kv_heads"))
+            return getattr(Case(), name)
+
+    # comparisons that stop at the first False would hide the second field of one edge ("decode"):
+    # one field that is limited is enough to know
+    EDGES[edge](Watched(), np.ones((1, 1, 1), np.int64))  # type: ignore[arg-type]
+    return looked_at
 
 
 def to_json(
@@ -104,9 +193,11 @@ def to_json(
     seed: int,
     level: str,
     seconds: float,
+    complete: bool = True,
+    asked_for: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The report of `--json`."""
-    return {
+    """The report of `--json`: JSON values only, numbers that are not finite as strings."""
+    report = {
         "schema": SCHEMA,
         "spec_version": SPEC_VERSION,
         "implementation": implementation,
@@ -115,7 +206,8 @@ def to_json(
         "seed": seed,
         "level": level,
         "seconds": round(seconds, 1),
-        "clauses": [clause.to_json() for clause in clauses(records, findings)],
+        "complete": complete,
+        "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
         "findings": [
             {
                 "clause": f["clause"],
@@ -128,6 +220,19 @@ def to_json(
         ],
         "unmet_edges": unmet_edges(records),
     }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
 
 
 def show(
@@ -137,17 +242,19 @@ def show(
     *,
     title: str,
     seconds: float,
+    asked_for: Mapping[str, int] | None = None,
+    edges: bool = True,
 ) -> None:
-    """Findings first, each with what is needed to see it again; then the table; then one line."""
-    for number, finding in enumerate(findings, 1):
-        console.rule(f"finding {number} of {len(findings)}", style="red")
-        console.print(Text(message(finding)), soft_wrap=True)
-    table = Table(title=title, title_justify="left")
-    table.add_column("clause")
-    table.add_column("verdict")
-    for heading in ("cases", "budget used", "inconclusive", "ambiguous rows", "not offered"):
+    """The table; what was not offered or reached; each finding with what is needed to see it
+    again; then one line, which is what a screen full of findings still shows.
+    """
+    # 80 columns hold the longest words, if nothing is spent on vertical lines
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("clause", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for heading in ("cases", "budget\nused", "inconclusive", "ambiguous\nrows", "not\noffered"):
         table.add_column(heading, justify="right")
-    rows = clauses(records, findings)
+    rows = clauses(records, findings, asked_for)
     for clause in rows:
         table.add_row(
             clause.id,
@@ -160,22 +267,68 @@ def show(
         )
     console.print()
     console.print(table)
-    absent = sorted(
-        {
-            reason
-            for record in records
-            for reason in record["reasons"]
-            if "not offered" in reason or "declared" in reason or "only" in reason
-        }
-    )
-    if absent:
-        console.print(Text("not offered: " + "; ".join(_plain(r) for r in absent)), soft_wrap=True)
-    if missing := unmet_edges(records):
-        console.print(Text("edges not reached: " + ", ".join(missing)), soft_wrap=True)
+    lines = _remarks(records, rows)
+    if edges:
+        excused = excused_edges(records, ())
+        missing = [edge for edge in unmet_edges(records) if edge not in excused]
+        lines += ["edges not reached: " + ", ".join(missing)] if missing else []
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    alike = _alike(findings)
+    for number, (first, *others) in enumerate(alike, 1):
+        console.print()
+        console.rule(Text(f"finding {number} of {len(alike)}"), style="red")
+        console.print(Text(message(first)), soft_wrap=True)
+        for other in others:
+            console.print(
+                Text(f"the same by {other['property']}: {other['replay']}"), soft_wrap=True
+            )
     counts = Counter(clause.verdict for clause in rows)
     cases = sum(clause.cases for clause in rows)
     summary = ", ".join(f"{n} {verdict.replace('_', ' ')}" for verdict, n in counts.items())
-    console.print(f"{len(rows)} clauses: {summary}; {cases} cases in {seconds:.0f} s")
+    console.print()
+    console.print(
+        Text(f"{len(rows)} clauses: {summary}; {cases} cases in {seconds:.0f} s"), soft_wrap=True
+    )
+
+
+def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
+    """Who does not offer what, and why a clause could not be decided."""
+    lines = []
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        absent: Counter[str] = Counter()
+        whole = set()
+        for record in records:
+            if record["implementation"] != name or not record["not_offered"]:
+                continue
+            for reason, count in record["reasons"].items():
+                if reason.startswith("inconclusive: "):
+                    continue
+                plain = _plain(reason)
+                absent[plain] += count
+                if not record["cases"]:
+                    whole.add(plain)
+        if absent:
+            what = (
+                reason if reason in whole else f"{reason} ({count} cases)"
+                for reason, count in sorted(absent.items())
+            )
+            lines.append(f"not offered by {name}: {'; '.join(what)}")
+    for clause in rows:
+        if clause.verdict == "inconclusive":
+            why = "; ".join(reason.removeprefix("inconclusive: ") for reason in clause.reasons)
+            lines.append(f"{clause.id} inconclusive: {why}")
+    return lines
+
+
+def _alike(findings: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Findings that say the same but for the numbers in it, together."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for finding in findings:
+        first_line = finding["text"].partition("\n")[0]
+        key = (finding["implementation"], finding["clause"], re.sub(r"[-+.\d]+", "#", first_line))
+        groups.setdefault(key, []).append(finding)
+    return list(groups.values())
 
 
 def _plain(reason: str) -> str:

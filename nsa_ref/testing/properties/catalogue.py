@@ -163,6 +163,12 @@ def _nothing_forced(draw: st.DrawFn, sizes: Sizes) -> None:
     sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
 
 
+def _early_rows(draw: st.DrawFn, sizes: Sizes) -> None:
+    """Rows before the end of the first window: no score but 0, for past and future alike."""
+    _nothing_forced(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"]
+
+
 def _memory(draw: st.DrawFn, sizes: Sizes) -> None:
     _nothing_forced(draw, sizes)
     sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
@@ -397,7 +403,10 @@ def _selection_properties() -> None:
         ),
         ("I3", {**generic, "adjust": _groups}),
         ("I4", {"method": "select", "adjust": _rows_that_choose}),
-        ("I5", {"method": "select", "inputs": ("equal", "ties", "integers")}),
+        (
+            "I5",
+            {"method": "select", "inputs": ("equal", "ties", "integers"), "adjust": _early_rows},
+        ),
         ("I6", {"method": "select"}),
     ):
         _register(

@@ -42,7 +42,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     except Raised as error:
         raise Broken(prop.clause, f"the implementation failed: {error}") from error
     except Broken as broken:
-        if broken.clause in ("A1", "A3") and prop.branch != "selection":
+        if broken.clause in ("A1", "A2", "A3", "A5") and prop.branch != "selection":
             _blame_the_mask(prop, implementation, case)
         raise
 

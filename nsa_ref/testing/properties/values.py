@@ -37,8 +37,8 @@ def _check_empty_rows(
             index = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise Broken(
                 "A2",
-                f"{branch.name} {name}{list(index)} is {have[index]!r} in a row that sees no key, "
-                f"and must be {want[index]!r}\n"
+                f"{branch.name} {name}{list(index)} is {have[index]:.9g} in a row that sees no "
+                f"key, and must be {want[index]:.9g}\n"
                 f"This may be a difference of convention: see empty_row and empty_lse.",
             )
 
@@ -113,8 +113,8 @@ def empty_rows(branch: Branch, backward: bool) -> Check:
                 index = tuple(int(i) for i in np.argwhere(gradient != 0)[0])
                 raise Broken(
                     "A2",
-                    f"{branch.name} {name}{list(index)} is {gradient[index]!r}, though d_out is 0 "
-                    "in every row that sees a key: it must be exactly 0",
+                    f"{branch.name} {name}{list(index)} is {gradient[index]:.9g}, though d_out is "
+                    "0 in every row that sees a key: it must be exactly 0",
                 )
         return Outcome()
 

@@ -1,0 +1,222 @@
+"""Bad adapters: what the command must survive, each with one thing wrong with it.
+
+Most offer the sliding mask alone, so that judging one is a matter of two properties. `tests/` puts
+this folder on the path of the processes that it starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsa_ref.masks import sliding_mask
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing import Case, Implementation, OracleImplementation
+
+
+class SlidingMask(Implementation):
+    """Right, and nothing but a mask."""
+
+    name = "mask"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float64": "fp64"})
+
+    def sliding_mask(self, case: Case) -> Any:
+        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, case.semantics)
+
+
+class WindowPlusOne(OracleImplementation):
+    """The commonest of differences, in float64."""
+
+    name = "window + 1"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float64": "fp64"})
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        wider = dataclasses.replace(case, sliding_window_size=case.sliding_window_size + 1)
+        return super().sliding_mask(wider)
+
+
+class OneKeyFewer(SlidingMask):
+    """As fla has it: a difference of convention."""
+
+    name = "window [w]"  # brackets, which must not be taken for markup
+
+    def sliding_mask(self, case: Case) -> Any:
+        open_window = dataclasses.replace(case.semantics, window_closed=False)
+        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, open_window)
+
+
+class Raises(SlidingMask):
+    """Raises `error`, for cases of more than one key."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.name = f"raises {type(error).__name__}"
+
+    def sliding_mask(self, case: Case) -> Any:
+        if case.kv_len > 1:
+            raise self.error
+        return super().sliding_mask(case)
+
+
+class Unprintable(Exception):
+    """Raises when it is shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Returns(SlidingMask):
+    """Returns `value` where a mask should be."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def sliding_mask(self, case: Case) -> Any:
+        return self.value
+
+
+class Segfaults(SlidingMask):
+    """Reads address 0."""
+
+    name = "segfaults"
+
+    def sliding_mask(self, case: Case) -> Any:
+        if case.q_len > 2:
+            ctypes.string_at(0)
+        return super().sliding_mask(case)
+
+
+class Leaves(SlidingMask):
+    """Ends its process with exit status 0, as if all were well."""
+
+    name = "leaves"
+
+    def sliding_mask(self, case: Case) -> Any:
+        os._exit(0)
+
+
+class Hangs(SlidingMask):
+    """Sleeps for ever, in one property of two."""
+
+    name = "hangs"
+
+    def sliding_mask(self, case: Case) -> Any:
+        while case.sliding_window_size > case.kv_len:  # W3's cases reach this, and W1's may
+            time.sleep(60)
+        return super().sliding_mask(case)
+
+
+class Refuses(SlidingMask):
+    """Supports no case that it is asked about."""
+
+    name = "refuses"
+
+    def supports(self, case: Case) -> str | None:
+        return "it is Sunday"
+
+
+class BadRefusal(SlidingMask):
+    """Even the question whether it can is too much."""
+
+    name = "bad refusal"
+
+    def supports(self, case: Case) -> str | None:
+        raise KeyError("head_dim")
+
+
+class Nothing(Implementation):
+    """Offers nothing."""
+
+    name = "nothing"
+    semantics = (PAPER,)
+
+
+class ConstructorRaises(SlidingMask):
+    """Needs something that is not there."""
+
+    def __init__(self) -> None:
+        raise OSError("no such\nkernel library")
+
+
+class DiesInWorkers(SlidingMask):
+    """Loads once, and not where the work is done."""
+
+    name = "dies in workers"
+
+    def __init__(self) -> None:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+
+
+def hostile() -> list[Implementation]:
+    """Each of them is to be judged, whatever the one before it does."""
+    raising = Raises(ValueError("no\nbrackets [0, 0]"))
+    return [raising, Segfaults(), Leaves(), Hangs(), SlidingMask()]
+
+
+def hangs_later() -> list[Implementation]:
+    """The first is judged and found wrong; the second leaves a file and hangs."""
+
+    class LeavesAFile(Hangs):
+        def sliding_mask(self, case: Case) -> Any:
+            Path("hanging").touch()
+            time.sleep(600)
+
+    return [OneKeyFewer(), LeavesAFile()]
+
+
+def exceptions() -> list[BaseException]:
+    """What a method may raise."""
+    return [
+        ValueError("wrong"),
+        Unprintable(),
+        SystemExit(0),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        pytest.skip.Exception("not today"),
+        pytest.exit.Exception("enough"),
+        RecursionError("too deep"),
+        MemoryError(),
+    ]
+
+
+def undeclared() -> Implementation:
+    """A row of bounds that does not exist."""
+    port = SlidingMask()
+    port.numerics = {"float32": "fp33"}
+    return port
+
+
+def twins() -> list[Implementation]:
+    """Two that could not be told apart."""
+    return [SlidingMask(), SlidingMask()]
+
+
+def leaves_at_once() -> None:
+    """The whole process goes."""
+    sys.stderr.write("lib: fatal\n")
+    os._exit(7)
+
+
+def aborts() -> None:
+    """As an assertion in C does."""
+    os.abort()
+
+
+def hangs() -> None:
+    """Never returns."""
+    time.sleep(600)
+
+
+not_an_implementation = {"sliding": 1}

@@ -1,0 +1,345 @@
+"""A case travels as JSON and as Python, fills the same arrays, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nsa_ref.attention import attend
+from nsa_ref.semantics import PRESETS, PerBranch, Semantics
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
+from nsa_ref.testing.strategies import ABOUT, cases
+
+quiet = settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+#: What must be in scope to paste a case.
+SCOPE: dict[str, Any] = {
+    "Case": Case, "replace": replace, "PerBranch": PerBranch, "inf": math.inf, **PRESETS
+}  # fmt: skip
+
+
+@st.composite
+def switches(draw: st.DrawFn) -> Semantics:
+    """Any Semantics at all."""
+    rows = st.sampled_from(["zero", "nan", "uniform"])
+    lses = st.sampled_from([-math.inf, 0.0, math.inf])
+    flags = (
+        "causal", "window_closed", "compress_strict", "share_selection", "own_block_extra",
+        "kv_per_branch", "input_norm", "output_projection",
+    )  # fmt: skip
+    return Semantics(
+        compress_alignment=draw(st.sampled_from(["start", "end"])),
+        importance=draw(st.sampled_from(["overlap", "logit_mean"])),
+        forced_score=draw(st.sampled_from([math.inf, 1.0, 0.5])),
+        score_floor=draw(st.sampled_from([None, 1e-10])),
+        duplicates=draw(st.sampled_from(["set", "multiset"])),
+        empty_row=PerBranch(draw(rows), draw(rows), draw(rows)),
+        empty_lse=PerBranch(draw(lses), draw(lses), draw(lses)),
+        rotary=draw(st.sampled_from(["none", "fine_and_sliding", "all"])),
+        **{flag: draw(st.booleans()) for flag in flags},
+    )
+
+
+any_case = st.builds(
+    lambda case, semantics: replace(case, semantics=semantics),
+    st.sampled_from(sorted(ABOUT)).flatmap(lambda about: cases(OracleImplementation(), about)),
+    switches() | st.sampled_from(list(PRESETS.values())),
+)
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+@quiet
+@given(any_case)
+def test_json_both_ways(case: Case) -> None:
+    """Strict JSON: no NaN and no Infinity, whatever the switches."""
+    text = json.dumps(case.to_json(), allow_nan=False)
+    assert load_case(text) == case
+    assert load_case(json.dumps({"case": case.to_json(), "text": "a finding"})) == case
+
+
+@quiet
+@given(any_case)
+def test_what_is_printed_pastes_back(case: Case) -> None:
+    text = repr(case)
+    assert "\n" not in text
+    assert eval(text, dict(SCOPE)) == case
+
+
+def test_only_what_differs_is_printed() -> None:
+    assert repr(Case()) == "Case()"
+    case = Case(semantics=PRESETS["FLA"], dtype="bfloat16", q_len=3)
+    assert repr(case) == "Case(semantics=FLA, dtype='bfloat16', q_len=3)"
+    changed = replace(PRESETS["LUCIDRAINS"], causal=False)
+    assert describe(changed) == "replace(LUCIDRAINS, causal=False)"
+
+
+def test_missing_fields_keep_their_defaults_and_unknown_ones_are_named() -> None:
+    """A case saved before a field existed still loads."""
+    assert Case.from_json({"q_len": 3}) == Case(q_len=3)
+    with pytest.raises(ValueError, match=r"case has unknown fields \['window'\]; known: .*'batch'"):
+        Case.from_json({"window": 3})
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"batch": -1}, ValueError, "batch=-1 must be at least 0."),
+        ({"q_heads": 0}, ValueError, "q_heads=0 must be at least 1."),
+        ({"q_len": 1.5}, TypeError, "q_len=1.5 must be an integer, not float."),
+        ({"kv_len": True}, TypeError, "kv_len=True must be an integer, not bool."),
+        ({"head_dim": 0}, ValueError, "head_dim=0 must be at least 1."),
+        ({"num_mem_kv": -2}, ValueError, "num_mem_kv=-2 must be at least 0."),
+        ({"seed": -1}, ValueError, "seed=-1 must be at least 0."),
+        (
+            {"q_heads": 6, "kv_heads": 4},
+            ValueError,
+            "q_heads=6 must be a positive multiple of kv_heads=4: every kv head serves a group of "
+            "equally many query heads. Try 4 or 8.",
+        ),
+        (
+            {"selection_block_size": 10, "compress_block_sliding_stride": 4},
+            ValueError,
+            "selection_block_size=10 must be a positive multiple of "
+            "compress_block_sliding_stride=4: eq. 9 counts the overlap of blocks in whole strides. "
+            "Try 8 or 12.",
+        ),
+        ({"dtype": "half"}, ValueError, "dtype='half' must be one of 'float64', 'float32', "),
+        ({"inputs": "zeros"}, ValueError, "inputs='zeros' must be one of 'randn', "),
+        ({"indices": "top"}, ValueError, "indices='top' must be one of 'distinct', "),
+        ({"layout": "flat"}, ValueError, "layout='flat' must be one of 'contiguous', "),
+        ({"compress_map": "max"}, ValueError, "compress_map='max' must be one of 'mean', "),
+        ({"compress_positions": 1}, TypeError, "compress_positions=1 must be True or False"),
+        ({"semantics": "PAPER"}, TypeError, "semantics='PAPER' must be a nsa_ref.Semantics."),
+    ],
+)
+def test_errors_name_field_value_and_remedy(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        Case(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_every_field_is_checked() -> None:
+    """No field takes an object that stands for nothing."""
+    for field in dataclasses.fields(Case):
+        with pytest.raises((ValueError, TypeError), match=field.name):
+            Case(**{field.name: object()})
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+@quiet
+@given(any_case)
+def test_a_case_fills_the_same_arrays_every_time(case: Case) -> None:
+    again = Case.from_json(case.to_json())
+    for one, two in zip(
+        (*case.qkv(), *case.compressed(), case.block_indices(), *case.pool_weights().values()),
+        (*again.qkv(), *again.compressed(), again.block_indices(), *again.pool_weights().values()),
+    ):
+        assert one.dtype == two.dtype
+        assert one.tobytes() == two.tobytes()
+
+
+def test_every_array_has_a_source_of_its_own() -> None:
+    """So that other lengths of k leave q alone, and another seed changes all."""
+    case = Case(q_len=4, kv_len=5, head_dim=8, value_dim=8, num_mem_kv=2)
+    q, k, _ = case.qkv()
+    shapes = (1, 1, 4, 8)
+    names = ("q", "k", "v", "k_cmp", "v_cmp", "mem_k", "mem_v", "x", "d_out", "d_lse")
+    filled = [case.array(name, *shapes).tobytes() for name in names]
+    assert len(set(filled)) == len(names)
+    other = replace(case, kv_len=9, value_dim=3)
+    np.testing.assert_array_equal(other.qkv()[0], q)
+    for one, two in zip(case.qkv(), replace(case, seed=1).qkv()):
+        assert (one != two).any()
+    # rounded from the same numbers
+    for dtype in DTYPES:
+        rounded = replace(case, dtype=dtype).qkv()[1]
+        assert rounded.tobytes() == k.astype(DTYPES[dtype]).tobytes()
+
+
+SIZES: dict[str, Any] = {
+    "batch": 3,
+    "q_heads": 4,
+    "kv_heads": 2,
+    "q_len": 12,
+    "kv_len": 12,
+    "head_dim": 16,
+    "value_dim": 8,
+    "sliding_window_size": 12,
+}
+
+
+def logits(case: Case) -> np.ndarray:
+    q, k, _ = case.qkv()
+    return case.scale * np.einsum("bhtd,bhjd->bhtj", q, np.repeat(k, case.group_size, axis=1))
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_inputs_are_what_they_are_called(inputs: str) -> None:
+    case = Case(inputs=inputs, **SIZES)
+    q, k, v = case.qkv()
+    scores = logits(case)
+    match inputs:
+        case "randn":
+            assert all(0.5 < x.std() < 2 for x in (q, k, v))
+        case "flat":  # hardly any key stands out
+            assert np.ptp(scores, axis=-1).max() < np.ptp(logits(Case(**SIZES)), axis=-1).max() / 2
+        case "integers":
+            assert all((x == np.rint(x)).all() and np.abs(x).max() == 2 for x in (q, k, v))
+        case "one_hot_v":
+            assert (np.sort(v, axis=-1) == np.eye(8)[-1]).all()
+        case "equal":
+            assert (scores == scores[..., :1]).all()
+        case "ties":  # some keys share a score, not all
+            for row in scores.reshape(-1, 12):
+                assert 1 < len(np.unique(row)) < 12
+        case "huge":  # exp overflows float32 unless the maximum is taken off first
+            assert scores.max() > 88
+            peak = np.exp(scores - scores.max(-1, keepdims=True))
+            assert (peak / peak.sum(-1, keepdims=True)).max() > 1 - 2.0**-20
+        case "heavy":
+            assert np.abs(q).max() > 4 * np.abs(q).std()
+            assert max(np.abs(x).max() for x in (q, k, v)) <= 100
+        case "offsets":
+            assert v.mean() > 9
+            assert k.mean() > 4
+        case "tiny":
+            assert 0 < max(np.abs(x).max() for x in (q, k, v)) < 1e-3
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_recipe_overflows(inputs: str, dtype: str) -> None:
+    """Finite in every dtype, and so are the results."""
+    case = Case(inputs=inputs, dtype=dtype, **SIZES)
+    q, k, v = (x.astype(np.float64) for x in case.qkv())
+    assert all(np.isfinite(x).all() for x in (q, k, v))
+    found = attend(q, k, v, np.ones((12, 12), int), scale=case.scale)
+    assert np.isfinite(found.out).all()
+
+
+def test_gradients_that_arrive_are_generic_whatever_the_inputs() -> None:
+    """d_out and d_lse do not follow the recipe."""
+    d_outs = [Case(inputs=inputs, **SIZES).upstream_gradients()[0] for inputs in INPUTS]
+    for d_out in d_outs:
+        np.testing.assert_array_equal(d_out, d_outs[0])
+
+
+def test_memory_follows_the_recipe_of_keys_and_values() -> None:
+    case = Case(inputs="offsets", num_mem_kv=50, **SIZES)
+    *_, mem_k, mem_v = case.compressed()
+    assert mem_k.mean() > 4
+    assert mem_v.mean() > 9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_expanded_case_shows_one_batch_entry_three_times(layout: str) -> None:
+    case = Case(layout=layout, **SIZES)
+    for array in case.qkv():
+        assert array.flags.c_contiguous
+        assert (array == array[:1]).all() == (layout == "expanded")
+
+
+def test_weights_keep_pooled_values_near_one() -> None:
+    case = Case(
+        compress_map="mlp", compress_positions=True, compress_block_size=8, dtype="bfloat16",
+        **SIZES,
+    )  # fmt: skip
+    weights = case.pool_weights()
+    assert all(array.dtype == DTYPES["bfloat16"] for array in weights.values())
+    for name, array in weights.items():
+        if name.startswith("weight"):
+            values = array.astype(np.float64)
+            assert values.std() * values.shape[-1] ** 0.5 < 2
+    assert not Case(compress_map="mean").pool_weights()
+
+
+# --- block indices --------------------------------------------------------------------------------
+
+BLOCKS: dict[str, Any] = {
+    "batch": 2,
+    "q_heads": 4,
+    "kv_heads": 2,
+    "q_len": 30,
+    "kv_len": 30,
+    "selection_block_size": 4,
+    "num_selected_blocks": 5,
+}
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("share", [True, False])
+def test_indices_are_what_they_are_called(indices: str, share: bool) -> None:
+    semantics = Semantics(share_selection=share)
+    case = Case(semantics=semantics, indices=indices, **BLOCKS)
+    found = case.block_indices()
+    assert found.dtype == np.int64
+    assert found.shape == (2, 2 if share else 4, 30, 5)
+    blocks = case.num_selection_blocks
+    assert blocks == 8
+    rows = found.reshape(-1, 5)
+    match indices:
+        case "none":
+            assert (rows == -1).all()
+        case "same":
+            assert (rows == rows[:, :1]).all()
+            assert set(rows.flatten()) == set(range(blocks))
+        case "few":  # duplicates, next to others
+            assert set(rows.flatten()) == set(range(5))
+            assert any(1 < len(set(row)) < 5 for row in rows.tolist())
+        case "mixed":  # everything that I6 speaks of
+            assert {-2, -1, blocks, blocks + 1} <= set(rows.flatten().tolist())
+            assert any(-1 in row[:-1] and row[-1] >= 0 for row in rows.tolist())
+            wrapped = rows[rows > 2**31]
+            assert set(wrapped.astype(np.int32).tolist()) & set(range(blocks))
+            assert any(len(set(row)) < 5 for row in rows.tolist())
+        case "distinct":
+            assert all(len(set(row)) == 5 for row in rows.tolist())
+            assert rows.min() == 0
+            assert rows.max() == blocks - 1
+        case "all":
+            assert (np.diff(rows, axis=-1) < 0).all()
+            assert rows.min() >= 0
+
+
+@pytest.mark.parametrize("indices", ["distinct", "all"])
+def test_slots_beyond_the_blocks_hold_minus_one(indices: str) -> None:
+    case = Case(indices=indices, **(BLOCKS | {"num_selected_blocks": 10}))
+    rows = case.block_indices().reshape(-1, 10)
+    for row in rows.tolist():
+        assert sorted(row) == [-1, -1, *range(8)]
+    slots = set(np.argwhere(rows == -1)[:, 1].tolist())
+    assert slots == ({8, 9} if indices == "all" else set(range(10)))
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("empty", ["batch", "q_len", "kv_len", "num_selected_blocks"])
+def test_indices_of_nothing(indices: str, empty: str) -> None:
+    """No batch, row, block or slot: an array of the right shape, and -1 where there are slots."""
+    case = Case(indices=indices, **(BLOCKS | {empty: 0}))
+    found = case.block_indices()
+    assert found.shape == (case.batch, 2, case.q_len, case.num_selected_blocks)
+    assert (found == -1).all()

@@ -1,0 +1,477 @@
+"""The command, as a naive and as a hostile user finds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nsa_ref.testing import Case, Implementation, OracleImplementation, cli, report
+from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
+from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
+from nsa_ref.testing.conformance import Options, run_property
+from nsa_ref.testing.properties import PROPERTIES, Outcome
+from nsa_ref.testing.strategies import EDGES
+from port_zoo import Refuses, SlidingMask
+
+HERE = Path(__file__).parent
+NO_MODULE = "port_that_is_not_there"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory to stand in, with the zoo on the path and no trace of this pytest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def nsa_ref(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": str(columns)},
+    )
+
+
+def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `nsa-ref ARGUMENTS` says before it gives up."""
+    assert main(list(arguments)) == COULD_NOT_RUN
+    line = capsys.readouterr().err
+    assert line.startswith("nsa-ref: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    return line
+
+
+# --- what cannot run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "command"),
+        (["verfy"], "verify"),
+        (["verify", "--brunch=fine"], "--brunch"),
+        (["verify", "--branch=win"], "compress"),
+        (["verify", "--device=tpu"], "cuda"),
+        (["verify", "--level=fuzzy"], "thorough"),
+        (["verify", "-n", "0"], "at least 1"),
+        (["verify", "-n", "two"], "at least 1"),
+        (["verify", "--seed", "-1"], "at least 0"),
+        (["verify", "--case-timeout", "0"], "above 0"),
+        (["verify", "--case-timeout", "nan"], "above 0"),
+        (["verify", "nsafast"], "package.module:object"),
+        (["verify", "oracle", "--dtype=float8"], "bfloat16"),
+        (["verify", "oracle", "--json", "no/such/folder.json"], "No such file"),
+        (["verify", "oracle", "--json", "."], "directory"),
+        (["verify", "oracle", "--findings", "a-file"], "--findings DIR"),
+        (["replay", "missing.json"], "no file missing.json"),
+        (["replay", "."], "directory"),
+        (["replay", "a-file"], "holds no case"),
+        (["show", "list.json"], "JSON object"),
+        (["show", "other.json"], "unknown fields ['colour']"),
+        (["show", "wrong.json"], "q_heads=3"),
+        (["show", "empty-batch.json"], "batch=0"),
+        (["show", "right.json", "--png", "no/such.png"], "No such file"),
+        (["replay", "right.json"], "MODULE:OBJECT"),
+        (["replay", "old.json"], "'W9'"),
+        (["replay", "hasty.json"], "timeout="),
+    ],
+)
+def test_one_line_says_what_is_wrong_and_what_would_be_right(
+    arguments: list[str], words: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case().to_json()
+    for name, data in {
+        "list.json": [1],
+        "other.json": {"colour": "red"},
+        "wrong.json": case | {"q_heads": 3, "kv_heads": 2},
+        "empty-batch.json": case | {"batch": 0},
+        "right.json": case,
+        "old.json": {"case": case, "spec": "oracle", "property": "W9"},
+        "hasty.json": {"case": case, "spec": "oracle", "timeout": -1},
+    }.items():
+        (place / name).write_text(json.dumps(data))
+    (place / "a-file").write_text("no JSON")
+    before = sorted(place.iterdir())
+    assert words in could_not_run(capsys, *arguments)
+    assert sorted(place.iterdir()) == before, "a run that did not start leaves nothing behind"
+
+
+ADAPTERS = {
+    f"{NO_MODULE}:Port": f"no module '{NO_MODULE}'",
+    "needs_it:Port": f"importing needs_it failed: it needs '{NO_MODULE}'",
+    "raises:Port": "importing raises failed: ZeroDivisionError: division by zero",
+    "leaves:Port": "importing leaves failed: SystemExit: 5",
+    "port_zoo:Prot": "port_zoo has no 'Prot'; it has BadRefusal, ConstructorRaises",
+    "port_zoo:not_an_implementation": "gives a dict",
+    "port_zoo:ConstructorRaises": "OSError: no such kernel library",
+    "port_zoo:undeclared": "'fp33'",
+    "port_zoo:twins": "another implementation",
+    "port_zoo:leaves_at_once": "exit status 7); its last words: lib: fatal",
+    "port_zoo:aborts": "signal 6",
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_that_cannot_be_loaded_is_one_line(
+    adapter: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is tried in a process of its own, which it may take with it."""
+    (place / "needs_it.py").write_text(f"import {NO_MODULE}")
+    (place / "raises.py").write_text("1 / 0")
+    (place / "leaves.py").write_text("raise SystemExit(5)")
+    assert ADAPTERS[adapter] in could_not_run(capsys, "verify", adapter, "--device=cpu")
+
+
+def test_an_adapter_that_hangs_while_it_is_loaded_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "LOADING_TIMEOUT", 1.0)
+    assert "more than 1 s" in could_not_run(capsys, "verify", "port_zoo:hangs", "--device=cpu")
+
+
+def test_a_dtype_that_is_not_declared_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = could_not_run(
+        capsys, "verify", "port_zoo:SlidingMask", "--device=cpu", "--dtype=float16"
+    )
+    assert "float16: mask on cpu declares float64" in line
+
+
+def test_without_a_gpu_cuda_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    line = could_not_run(capsys, "verify", "oracle", "--device=cuda")
+    assert "--device cuda" in line
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+def test_crashes_hangs_and_exits_are_findings_and_everything_else_is_still_judged(
+    place: Path,
+) -> None:
+    """The whole of a hostile run: message, table, JSON, files, and replays that fail alike."""
+    done = nsa_ref(
+        *("verify", "port_zoo:hostile", "--device=cpu", "--branch=sliding", "-n", "2"),
+        *("--case-timeout=2", "--json=report.json"),
+    )
+    assert done.returncode == BROKEN, done
+    assert done.stderr == ""
+    for words in (
+        "ValueError: no\nbrackets [0, 0]\n  at " + str(HERE / "port_zoo.py"),
+        "Segmentation fault\n  at ",
+        "it ended its process",
+        "it hangs: no answer after 2 s\n  at ",
+        'port_zoo.py", line ',
+        f"W1: {CLAUSES['W1']}\n",
+        "not offered by mask: ",
+    ):
+        assert words in done.stdout, done.stdout
+    assert not any(len(line) > 80 for line in done.stdout.splitlines() if "\u2500" in line)
+    assert "\u2026" not in done.stdout, "the table fits into 80 columns"
+
+    text = (place / "report.json").read_text()
+    data = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert data["schema"] == report.SCHEMA and data["spec_version"] == SPEC_VERSION
+    assert data["device"] == "cpu" and data["seed"] == 0 and data["complete"]
+    assert {"python", "numpy", "nsa_ref"} <= set(data["versions"])
+    verdicts = {clause["id"]: clause["verdict"] for clause in data["clauses"]}
+    assert verdicts == {
+        "A1": "not_offered",
+        "A2": "not_offered",
+        "A3": "not_offered",
+        "A5": "not_offered",
+        "W1": "fail",
+        "W2": "not_offered",
+        "W3": "fail",
+    }
+    for clause in data["clauses"]:
+        assert {"id", "verdict", "cases", "budget_used", "reason"} <= set(clause)
+    kept = sorted((place / "nsa-ref-findings").iterdir())
+    assert len(data["findings"]) == len(kept), "every finding is a file, and nothing else is there"
+    blamed = {json.loads(path.read_text())["implementation"] for path in kept}
+    assert blamed == {"raises ValueError", "segfaults", "leaves", "hangs"}
+
+    for finding in data["findings"]:
+        assert {"clause", "case", "worst", "replay"} <= set(finding)
+        command = finding["replay"].split()
+        assert command[:2] == ["nsa-ref", "replay"]
+        if finding["clause"] == "W3" and command[2].endswith(
+            ("-hang.json", "segfaults-crash.json")
+        ):
+            again = nsa_ref(*command[1:])
+            assert again.returncode == BROKEN and again.stderr == "", again
+            assert finding["text"].splitlines()[0] in again.stdout
+
+
+def test_ctrl_c_reports_what_there_is(place: Path) -> None:
+    """And ends the workers, though they are in the middle of a case."""
+    command = ("verify", "port_zoo:hangs_later", "--device=cpu", "--branch=sliding", "-n", "1")
+    with (place / "errors").open("w") as errors, (place / "out").open("w") as out:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "nsa_ref.testing.cli", *command, "--json=report.json"],
+            stdout=out,
+            stderr=errors,
+            start_new_session=True,
+            # a shell's background jobs hand an ignored signal down
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        for _ in range(600):
+            if (place / "hanging").exists() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(timeout=30) == COULD_NOT_RUN
+    assert (place / "errors").read_text().startswith("nsa-ref: interrupted; what was found")
+    data = json.loads((place / "report.json").read_text())
+    assert not data["complete"]
+    assert data["findings"], "the first implementation was judged"
+    for finding in data["findings"]:
+        assert Path(finding["replay"].split()[2]).is_file()
+    verdicts = {clause["id"]: clause["verdict"] for clause in data["clauses"]}
+    assert verdicts["W1"] == "fail" and verdicts["A1"] == "inconclusive"
+    assert "pass" not in verdicts.values()
+    assert "W1 is broken by window [w] on cpu" in (place / "out").read_text()
+
+
+def test_a_seed_is_the_cases(tmp_path: Path) -> None:
+    """The same seed tries the same cases, another one others."""
+
+    class Noting(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            tried.append(case)
+            return super().sliding_mask(case)
+
+    runs = []
+    for seed in (0, 0, 1):
+        tried: list[Case] = []
+        options = Options(findings=tmp_path, seed=seed)
+        run_property(PROPERTIES["W1_sliding_mask_as_exposed"], Noting(), options)
+        runs.append(tried)
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(runs[0]) & set(runs[2])) < len(runs[0]) / 2
+
+
+@pytest.mark.parametrize(
+    ("adapter", "branch", "words"),
+    [
+        ("port_zoo:SlidingMask", "selection", "nothing of mask could be judged: select is not"),
+        ("port_zoo:Refuses", "sliding", "it is Sunday"),
+        ("port_zoo:DiesInWorkers", "sliding", "not in the workers"),
+    ],
+)
+def test_a_run_that_decides_nothing_is_no_pass(
+    adapter: str, branch: str, words: str, place: Path
+) -> None:
+    done = nsa_ref(
+        "verify", adapter, "--device=cpu", f"--branch={branch}", "-n", "1", "--json=r.json"
+    )
+    assert done.returncode == COULD_NOT_RUN, done
+    assert words in done.stderr and done.stderr.count("\n") == 1
+    assert not any(
+        c["verdict"] == "pass" for c in json.loads(Path("r.json").read_text())["clauses"]
+    )
+    assert not (place / "nsa-ref-findings").exists()
+
+
+def test_a_replay_that_decides_nothing_is_no_pass(place: Path) -> None:
+    """Asked of an implementation that does not offer it."""
+    data = {"case": Case().to_json(), "property": "A1_sliding_output", "device": "cpu"}
+    (place / "case.json").write_text(json.dumps(data))
+    done = nsa_ref("replay", "case.json", "port_zoo:SlidingMask")
+    assert done.returncode == COULD_NOT_RUN
+    assert "sliding is not offered" in done.stderr
+
+
+def test_a_case_of_ones_own_is_tried_on_the_properties_that_are_about_such_cases(
+    place: Path,
+) -> None:
+    """W3 speaks of windows that cover everything; a window of 1 does not break it."""
+    case = Case(q_len=5, kv_len=5, sliding_window_size=1, head_dim=8, value_dim=8)
+    (place / "case.json").write_text(json.dumps(case.to_json()))
+    done = nsa_ref("replay", "case.json", "oracle")
+    assert done.returncode == HOLDS, done
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """What a worker says about a property on which all is well."""
+    return {
+        "name": "W1_sliding_mask_as_read",
+        "clause": "W1",
+        "branch": "sliding",
+        "implementation": "port [0, 0]",
+        "device": "cpu",
+        "cases": 3,
+        "inconclusive": 0,
+        "ambiguous": 0,
+        "not_offered": 0,
+        "budget_used": None,
+        "reasons": {},
+        "edges": {},
+        "refused_edges": {},
+        "finding": None,
+    } | changes
+
+
+def shown(records: list[dict[str, Any]], **more: Any) -> str:
+    """What the terminal shows, 80 columns wide."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    report.show(console, records, [], title="port [0, 0] on cpu", seconds=1.0, **more)
+    return console.export_text()
+
+
+def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
+    text = shown([record(inconclusive=12345, ambiguous=12345, not_offered=123, cases=0)])
+    assert "port [0, 0] on cpu" in text
+    assert "inconclusive" in text and "\u2026" not in text
+    assert max(map(len, text.split("edges not reached")[0].splitlines())) <= 80
+
+
+def test_what_is_not_offered_names_the_method_and_the_implementation() -> None:
+    text = shown(
+        [
+            record(cases=0, not_offered=1, reasons={"gradients of fine are not offered": 1}),
+            record(not_offered=2, reasons={"not offered: lse of fine": 2}),
+            record(implementation="other"),
+        ]
+    )
+    assert "not offered by port [0, 0]: gradients of fine; lse of fine (2 cases)\n" in text
+    assert "by other" not in text
+
+
+def test_properties_that_came_to_no_end_are_no_pass() -> None:
+    """After Ctrl-C, or when a worker was lost."""
+    (clause,) = report.clauses([record()], [], {"W1": 2})
+    assert clause.verdict == "inconclusive"
+    assert "1 of 2 properties came to no end" in clause.to_json()["reason"]
+    (clause,) = report.clauses([record(), record(lost=True, cases=0)], [], {"W1": 2})
+    assert clause.verdict == "inconclusive"
+
+
+def test_the_report_is_json_whatever_is_in_it() -> None:
+    data = report.to_json(
+        [record(budget_used=float("nan"))],
+        [],
+        implementation="port",
+        device="cpu",
+        versions={},
+        seed=0,
+        level="quick",
+        seconds=float("inf"),
+    )
+    json.dumps(data, allow_nan=False)
+
+
+def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
+    met = {edge: 1 for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")}
+    records = [record(edges=met, refused_edges={"decode": 4})]
+    assert set(report.unmet_edges(records)) == {"G = 16", "decode", "batch 3", "memory 16"}
+    # a window has no memory, and what was refused cannot be met
+    always = {"decode", "memory 16"}
+    assert set(report.excused_edges(records, [["q_heads"]])) == {"G = 16"} | always
+    assert set(report.excused_edges(records, [["q_heads"], []])) == always
+    assert set(report.excused_edges(records, [["batch"]])) == {"batch 3"} | always
+    records.append(record(name="C2_compress_mask_as_read", clause="C2", branch="compress"))
+    assert set(report.excused_edges(records, [[]])) == {"decode"}
+
+
+def test_a_field_that_a_branch_does_not_read_keeps_its_default(tmp_path: Path) -> None:
+    """What READ_BY says, seen on the cases themselves."""
+    for name, prop in PROPERTIES.items():
+        if name not in ("W1_sliding_mask_as_exposed", "F1_fine_mask_as_exposed", "C4_pool"):
+            continue
+        tried: list[Case] = []
+
+        def note(_: Implementation, case: Case, tried: list[Case] = tried) -> Outcome:
+            tried.append(case)
+            return Outcome()
+
+        asked = dataclasses.replace(prop, check=note)
+        run_property(asked, OracleImplementation(), Options(findings=tmp_path))
+        for field, readers in report.READ_BY.items():
+            values = {getattr(case, field) for case in tried}
+            assert prop.about in readers or values == {getattr(Case(), field)}, (name, field)
+
+
+def test_thorough_without_an_edge_could_not_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(console: Console, *_: Any, total: int, **__: Any) -> cli.Collector:
+        collector = cli.Collector(console, total)
+        collector.records = [record(edges=met) for _ in range(total)]
+        return collector
+
+    monkeypatch.setattr(cli, "_run", run)
+    arguments = ("verify", "port_zoo:SlidingMask", "--device=cpu", "--level=thorough")
+    met = {edge: 1 for edge in EDGES if edge not in ("batch 3", "n = 0")}
+    assert "no decided case had batch 3. Try another --seed" in could_not_run(capsys, *arguments)
+    met["batch 3"] = 1
+    assert main([*arguments]) == HOLDS
+
+
+def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
+    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
+    result = run_property(prop, Refuses(), Options(findings=tmp_path))
+    assert not result.edges and result.refused_edges
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case(q_len=3, kv_len=3, sliding_window_size=1), ["0 #..", "1 ##.", "2 .##"]),
+        (Case(q_len=0, kv_len=3), ["0 rows, 3 columns", "(nothing to draw)"]),
+        (Case(q_len=300, kv_len=300), ["only rows 252..299, columns 228..299:"]),
+    ],
+)
+def test_show_draws_what_fits(
+    case: Case, words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "case.json").write_text(json.dumps(case.to_json()))
+    assert main(["show", "case.json"]) == HOLDS
+    text = capsys.readouterr().out
+    for word in (str(case), *words):
+        assert word in text
+    drawn = [line for line in text.splitlines() if not line.startswith("Case(")]
+    assert max(map(len, drawn)) <= 80
+
+
+def test_show_paints_a_png_whatever_the_file_is_called(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'pictures' is not installed")
+    for number, case in enumerate([Case(q_len=9, kv_len=9), Case(q_len=0, kv_len=0)]):
+        (place / "case.json").write_text(json.dumps(case.to_json()))
+        picture = place / f"{number}.mask"
+        assert main(["show", "case.json", "--png", str(picture)]) == HOLDS
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("nsa-ref ")

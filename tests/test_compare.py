@@ -1,0 +1,269 @@
+"""What counts as right: budgets, exact patterns, suspicions, and when a comparison says nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.branches import Broken, Inconclusive, Raised
+from nsa_ref.testing.compare import Comparison, compare
+from nsa_ref.testing.implementation import NotOffered
+from nsa_ref.testing.properties import PROPERTIES, Outcome, Property, judge
+
+#: 6 rows of 4: the last axis is the value_dim.
+EXPECTED = np.random.default_rng(1).standard_normal((1, 2, 3, 4))
+BOUND = np.full(EXPECTED.shape, 2.0**-10)
+
+
+def off_by(step: float, index: tuple[int, ...] = (0, 1, 2, 3)) -> np.ndarray:
+    """EXPECTED with one element changed."""
+    actual = EXPECTED.copy()
+    actual[index] += step
+    return actual
+
+
+# --- the deterministic bound ----------------------------------------------------------------------
+
+
+def test_equal_arrays_use_nothing_of_the_budget() -> None:
+    assert compare("A1", "out", EXPECTED, EXPECTED, BOUND) == Comparison(0.0, "", False)
+
+
+@given(share=st.floats(2.0**-20, 1))
+def test_budget_is_the_largest_share_of_a_bound(share: float) -> None:
+    actual = np.array([1.0, 2.0 + share])
+    found = compare("A1", "out", actual, np.array([1.0, 2.0]), np.ones(2))
+    assert found.budget == actual[1] - 2.0
+    assert not found.suspicion
+
+
+@given(share=st.floats(2.0**-20, 2.0**20))
+def test_more_than_the_bound_is_broken(share: float) -> None:
+    actual = off_by(2.0**-10 * (1 + share))
+    with pytest.raises(Broken) as caught:
+        compare("A3", "sliding dq", actual, EXPECTED, BOUND)
+    assert caught.value.clause == "A3"
+    assert caught.value.text.startswith("sliding dq[0, 1, 2, 3] is ")
+    assert "times the budget" in caught.value.text
+    worst = caught.value.worst
+    assert worst["tensor"] == "sliding dq"
+    assert worst["index"] == [0, 1, 2, 3]
+    assert worst["actual"] == actual[0, 1, 2, 3]
+    assert worst["expected"] == EXPECTED[0, 1, 2, 3]
+    assert worst["bound"] == 2.0**-10
+
+
+def test_the_last_admissible_value_is_right() -> None:
+    expected, bound = np.zeros((1, 2)), np.ones((1, 2))
+    actual = np.array([[1.0, -1.0]])
+    assert compare("A1", "out", actual, expected, bound).budget == 1.0
+    with pytest.raises(Broken):
+        compare("A1", "out", np.nextafter(actual, 2 * actual), expected, bound)
+
+
+def test_a_bound_of_zero_admits_the_value_alone() -> None:
+    zero = np.zeros((1, 1))
+    assert compare("A1", "out", zero, zero, zero).budget == 0
+    with pytest.raises(Broken, match="inf times the budget"):
+        compare("A1", "out", zero + 2.0**-1074, zero, zero)
+
+
+def test_the_worst_element_is_the_one_named() -> None:
+    bound = BOUND.copy()
+    bound[0, 0, 0, 0] = 2.0**-30  # a small error, but the most of its budget
+    actual = off_by(2.0**-9)
+    actual[0, 0, 0, 0] += 2.0**-20
+    with pytest.raises(Broken, match=r"out\[0, 0, 0, 0\]"):
+        compare("A1", "out", actual, EXPECTED, bound)
+
+
+def test_nothing_to_compare_is_no_error() -> None:
+    empty = np.zeros((1, 0, 3))
+    assert compare("A1", "out", empty, empty, empty, empty, empty) == Comparison(0.0, "", False)
+
+
+# --- exact patterns -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_must_be_expected(value: float) -> None:
+    """NaN and inf in place of a number use all of the budget, whatever the bound."""
+    actual = EXPECTED.copy()
+    actual[0, 0, 1, 1] = value
+    with pytest.raises(Broken, match=r"out\[0, 0, 1, 1\]") as caught:
+        compare("A1", "out", actual, EXPECTED, np.full(EXPECTED.shape, 1e300))
+    json.dumps(caught.value.worst, allow_nan=False)
+
+
+@pytest.mark.parametrize("want", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("have", [0.0, math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_met_exactly(want: float, have: float) -> None:
+    """Whatever the bound there, which has no meaning."""
+    expected, actual = EXPECTED.copy(), EXPECTED.copy()
+    expected[0, 1, 0, 2], actual[0, 1, 0, 2] = want, have
+    for bound in (BOUND, np.full(EXPECTED.shape, math.inf), np.full(EXPECTED.shape, math.nan)):
+        if str(want) == str(have):
+            assert compare("A1", "lse", actual, expected, bound, bound, bound).budget == 0
+            continue
+        with pytest.raises(Broken, match=r"lse\[0, 1, 0, 2\] is \S+ and must be exactly") as caught:
+            compare("A1", "lse", actual, expected, bound)
+        json.dumps(caught.value.worst, allow_nan=False)
+
+
+# --- bounds without power -------------------------------------------------------------------------
+
+
+def test_bounds_that_admit_everything_are_powerless() -> None:
+    wide = np.full(EXPECTED.shape, np.abs(EXPECTED).max())
+    assert compare("A1", "out", EXPECTED, EXPECTED, wide).powerless
+    wide[0, 0, 0, 0] = 2.0**-10  # one element that can tell is enough
+    assert not compare("A1", "out", EXPECTED, EXPECTED, wide).powerless
+
+
+def test_a_tensor_of_zeros_is_never_powerless() -> None:
+    """Whoever must give 0 and does has shown something."""
+    zeros = np.zeros((2, 2))
+    assert not compare("A3", "dq", zeros, zeros, np.ones((2, 2))).powerless
+
+
+@pytest.mark.parametrize("nothing", [math.inf, math.nan])
+def test_a_bound_that_is_not_finite_admits_everything(nothing: float) -> None:
+    """It is powerless where it stands, and hides nothing elsewhere."""
+    bound = np.full(EXPECTED.shape, nothing)
+    actual = off_by(math.nan)
+    found = compare("A1", "out", actual, EXPECTED, bound)
+    assert found.powerless
+    assert found.budget == 0
+    bound[0, 0, 0, 1] = 2.0**-10
+    assert not compare("A1", "out", actual, EXPECTED, bound).powerless
+    actual[0, 0, 0, 1] += 1
+    with pytest.raises(Broken, match=r"out\[0, 0, 0, 1\]"):
+        compare("A1", "out", actual, EXPECTED, bound)
+
+
+# --- suspicions -----------------------------------------------------------------------------------
+
+
+def test_statistical_bound_alone_is_a_suspicion() -> None:
+    """Between the two bounds: possible for a right implementation, about once in 3e7 elements."""
+    found = compare("A1", "out", off_by(2.0**-11), EXPECTED, BOUND, BOUND / 4, BOUND / 64)
+    assert "of the statistical bound" in found.suspicion
+    assert "out[0, 1, 2, 3]" in found.suspicion
+    assert found.budget == 2.0
+    within = compare("A1", "out", off_by(2.0**-13), EXPECTED, BOUND, BOUND / 4, BOUND / 64)
+    assert not within.suspicion
+    assert within.budget == 0.5
+
+
+def test_a_common_factor_is_a_suspicion() -> None:
+    """Off by 2^-11 throughout, each element well within its own bound: only the slope sees it."""
+    expected = np.random.default_rng(2).standard_normal((4, 64, 4))
+    statistical = np.full(expected.shape, 2.0**-8)
+    arrays = (expected, 4 * statistical, statistical, np.zeros(expected.shape))
+    assert not compare("A1", "out", expected, *arrays).suspicion
+    found = compare("A1", "out", expected * (1 + 2.0**-11), *arrays)
+    assert found.suspicion.startswith("out is off by a factor of about 1.00049 throughout")
+    assert found.budget < 1
+    noise = 2.0**-9 * np.random.default_rng(3).choice([-1.0, 1.0], expected.shape)
+    assert not compare("A1", "out", expected + noise, *arrays).suspicion
+
+
+def test_rows_that_hold_no_number_are_no_part_of_the_slope() -> None:
+    expected = np.random.default_rng(2).standard_normal((4, 64, 1))
+    expected[0] = -math.inf
+    bound = np.full(expected.shape, 2.0**-8)
+    bound[0] = math.nan
+    arrays = (expected, 4 * bound, bound, np.zeros(expected.shape))
+    assert compare("A1", "lse", expected, *arrays) == Comparison(0.0, "", False)
+    assert "throughout" in compare("A1", "lse", expected * (1 + 2.0**-11), *arrays).suspicion
+
+
+# --- what becomes of a suspicion ------------------------------------------------------------------
+
+
+def property_of(check: Callable[..., Outcome], clause: str = "A1") -> Property:
+    return dataclasses.replace(PROPERTIES["I4_selection"], check=check, clause=clause)
+
+
+@pytest.mark.parametrize("recurs", range(4))
+def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> None:
+    """It is drawn again with other data; one seed that does not show it, and it is dropped."""
+    case = Case(seed=7)
+    asked: list[int] = []
+
+    def check(implementation: object, asked_case: Case) -> Outcome:
+        asked.append(asked_case.seed)
+        suspicious = len(asked) <= 1 + recurs
+        return Outcome(budget=2.0, ambiguous=3, suspicion="out is odd" if suspicious else "")
+
+    if recurs == 3:
+        with pytest.raises(Broken, match=r"out is odd \(and with 3 fresh seeds\)") as caught:
+            judge(property_of(check), OracleImplementation(), case)
+        assert caught.value.clause == "A1"
+    else:
+        outcome = judge(property_of(check), OracleImplementation(), case)
+        # what a dropped suspicion used of its budget would read as a failure
+        assert outcome == Outcome(budget=None, ambiguous=3, suspicion="")
+    assert len(asked) == len(set(asked)) == 4
+    assert asked[0] == case.seed
+
+
+def test_no_suspicion_is_drawn_once() -> None:
+    asked = []
+
+    def check(implementation: object, case: Case) -> Outcome:
+        asked.append(case)
+        return Outcome(budget=0.5)
+
+    assert judge(property_of(check), OracleImplementation(), Case()) == Outcome(budget=0.5)
+    assert asked == [Case()]
+
+
+def test_a_hard_failure_needs_no_second_draw() -> None:
+    asked = []
+
+    def check(implementation: object, case: Case) -> Outcome:
+        asked.append(case)
+        raise Broken("I4", "wrong")
+
+    with pytest.raises(Broken):
+        judge(property_of(check, "I4"), OracleImplementation(), Case())
+    assert asked == [Case()]
+
+
+def test_what_the_implementation_raises_is_its_own() -> None:
+    """Its exception breaks the property's clause; what it does not offer is no failure."""
+
+    def raises(error: Exception) -> Callable[..., Outcome]:
+        def check(implementation: object, case: Case) -> Outcome:
+            raise error
+
+        return check
+
+    with pytest.raises(Broken, match="the implementation failed: IndexError: 3") as caught:
+        judge(property_of(raises(Raised("IndexError: 3")), "I6"), OracleImplementation(), Case())
+    assert caught.value.clause == "I6"
+    for error in (NotOffered("lse"), Inconclusive("no power")):
+        with pytest.raises(type(error)):
+            judge(property_of(raises(error)), OracleImplementation(), Case())
+
+
+def test_a_case_that_is_refused_is_not_offered() -> None:
+    class Picky(OracleImplementation):
+        def supports(self, case: Case) -> str | None:
+            return "no single queries" if case.q_len == 1 else None
+
+    def check(implementation: object, case: Case) -> Outcome:
+        return Outcome()
+
+    with pytest.raises(NotOffered, match="no single queries"):
+        judge(property_of(check), Picky(), Case())
+    assert judge(property_of(check), Picky(), Case(q_len=2)) == Outcome()

@@ -1,0 +1,310 @@
+"""Whatever an implementation does, the record says so: nothing lost, nothing passed falsely."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing import Case, Implementation, conformance, conformance_suite
+from nsa_ref.testing.conformance import (
+    CONVENTION,
+    Options,
+    Record,
+    announced,
+    lost,
+    message,
+    run_property,
+    running_folder,
+)
+from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
+from nsa_ref.testing.properties import PROPERTIES
+from port_zoo import (
+    BadRefusal,
+    OneKeyFewer,
+    Raises,
+    Returns,
+    SlidingMask,
+    Unprintable,
+    WindowPlusOne,
+    exceptions,
+    twins,
+)
+
+EXPOSED = PROPERTIES["W1_sliding_mask_as_exposed"]
+
+
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the plugin's workers: a KeyboardInterrupt cannot come from the keyboard."""
+    monkeypatch.setattr(conformance, "_deaf", lambda: True)
+
+
+def judged(implementation: Implementation, folder: Path, **options: Any) -> Record:
+    """EXPOSED, tried on it."""
+    return run_property(EXPOSED, implementation, Options(findings=folder / "findings", **options))
+
+
+@pytest.mark.parametrize("error", exceptions(), ids=lambda error: type(error).__name__)
+def test_whatever_a_method_raises_is_a_finding(
+    error: BaseException, tmp_path: Path, deaf: None
+) -> None:
+    """Also what would skip a test or end the run; and the case is made small."""
+    found = judged(Raises(error), tmp_path).finding
+    assert found is not None and found["clause"] == "W1"
+    words = "no words" if isinstance(error, Unprintable) else type(error).__name__
+    assert words in found["text"]
+    assert "port_zoo.py:" in found["text"], "the line of the adapter is shown"
+    case = Case.from_json(found["case"])
+    assert case.kv_len == 2 and case.q_len <= 2
+
+
+def test_ctrl_c_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "_deaf", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        judged(Raises(KeyboardInterrupt()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "mask",
+        np.ones((2, 3, 4, 5, 6)),
+        [[1, 2], [3]],
+        {"a": object()},
+        np.array(["x"], dtype=object),
+    ],
+    ids=["None", "text", "shape", "ragged", "object", "object array"],
+)
+def test_whatever_a_method_returns_is_a_finding(value: Any, tmp_path: Path) -> None:
+    found = judged(Returns("odd", value), tmp_path).finding
+    assert found is not None
+    assert found["text"]
+
+
+def test_a_refusal_that_raises_is_a_finding(tmp_path: Path) -> None:
+    found = judged(BadRefusal(), tmp_path).finding
+    assert found is not None and "KeyError: 'head_dim'" in found["text"]
+
+
+def test_a_mistake_of_the_judge_is_nobodys_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that the definition meets as well is not the implementation's."""
+
+    def check(implementation: Implementation, case: Case) -> Any:
+        raise ZeroDivisionError("ours")
+
+    broken = dataclasses.replace(EXPOSED, check=check)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run_property(broken, SlidingMask(), Options(findings=tmp_path / "findings"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finding_is_small_and_soon(tmp_path: Path) -> None:
+    """Window + 1: two tokens show it, in seconds, whichever property sees it."""
+    started = time.monotonic()
+    for name in ("W1_sliding_mask_as_exposed", "A1_sliding_output", "A3_sliding_gradients"):
+        record = run_property(PROPERTIES[name], WindowPlusOne(), Options(findings=tmp_path))
+        found = record.finding
+        assert found is not None and found["clause"] == "W1"
+        case = Case.from_json(found["case"])
+        assert (case.batch, case.q_heads, case.kv_heads) == (1, 1, 1)
+        assert case.q_len <= 2 and case.kv_len <= 2
+    assert time.monotonic() - started < 20
+
+
+def test_shrinking_ends_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is then reported is the smallest that was seen, and no flakiness is imagined."""
+    monkeypatch.setattr(conformance, "SHRINKING_TIME", 0.0)
+    found = judged(WindowPlusOne(), tmp_path).finding
+    assert found is not None and "Not every time" not in found["text"]
+    again = judged(WindowPlusOne(), tmp_path, case=Case.from_json(found["case"])).finding
+    assert again is not None
+
+
+def test_a_finding_that_comes_and_goes_is_kept(tmp_path: Path) -> None:
+    class Moody(SlidingMask):
+        times = 0
+
+        def sliding_mask(self, case: Case) -> Any:
+            self.times += 1
+            if self.times == 4:
+                raise ValueError("once")
+            return super().sliding_mask(case)
+
+    found = judged(Moody(), tmp_path).finding
+    assert found is not None
+    assert "once" in found["text"] and "Not every time" in found["text"]
+
+
+def test_the_message_has_its_order(tmp_path: Path) -> None:
+    """Clause, sentence, smallest case, picture, replay, and at last the convention."""
+    found = judged(OneKeyFewer(), tmp_path, spec="port_zoo:OneKeyFewer").finding
+    assert found is not None
+    text = message(found)
+    places = [
+        text.index(words)
+        for words in (
+            "W1 is broken by window [w] on cpu\n",
+            "W1: Causal sliding window",
+            "smallest case: Case(",
+            "expected",
+            "replay: nsa-ref replay ",
+            CONVENTION,
+        )
+    ]
+    assert places == sorted(places)
+    assert "window_closed=False would explain it" in text
+    assert max(len(line) for line in text.splitlines() if line[:4].strip().isdigit()) <= 80
+
+
+def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
+    found = judged(Raises(ValueError("long " * 10_000 + "\ud800 end")), tmp_path).finding
+    assert found is not None
+    text = message(found)
+    assert len(text) < 10_000 and found["file"] in text and "end" in text
+    text.encode()
+    assert len(json.loads(Path(found["file"]).read_text())["text"]) > 50_000
+
+
+# --- the last words of a worker -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trace", "words"),
+    [
+        ("", "it ended its process (a crash, an abort or an exit)"),
+        (
+            "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call "
+            f'first):\n  File "/port.py", line 3 in sliding\n  File "{conformance.__file__}", '
+            "line 9 in run\n",
+            'Segmentation fault\n  at "/port.py", line 3 in sliding',
+        ),
+        (
+            "Timeout (0:00:02)!\nThread 0x2 (most recent call first):\n"
+            '  File "/threading.py", line 1 in wait\n\nThread 0x1 (most recent call first):\n'
+            f'  File "/port.py", line 4 in fine\n  File "{conformance.__file__}", line 9 in run\n',
+            'it hangs: no answer after 2 s\n  at "/port.py", line 4 in fine',
+        ),
+    ],
+    ids=["exit", "crash", "hang"],
+)
+def test_the_case_that_took_its_worker_down_is_what_is_reported(
+    trace: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "run")
+    case = Case(q_len=3, kv_len=5)
+    with announced(EXPOSED, SlidingMask(), Options(findings=tmp_path, timeout=2.0), case):
+        pass
+    folder = running_folder(tmp_path, "run")
+    (folder / "gw7.trace").write_text(trace)
+    record, text = lost(f"test_{EXPOSED.name}_mask", "gw7", "run", tmp_path)
+    assert record is not None and record.finding is not None
+    assert Case.from_json(record.finding["case"]) == case
+    assert words in text and f"case: {case}" in text
+    assert not (folder / "gw7.json").exists()
+    # and a second death, outside of any case, blames nobody
+    record, text = lost(f"test_{EXPOSED.name}_mask", "gw7", "run", tmp_path)
+    assert record is not None and record.finding is None and record.cases == 0
+    assert "outside of any case" in text
+    assert lost("test_something_else", "gw7", "run", tmp_path) == (None, "")
+
+
+# --- the suite ------------------------------------------------------------------------------------
+
+
+def test_the_suite_takes_instances() -> None:
+    with pytest.raises(TypeError, match=r"Try conformance_suite\(MyPort\(\)\)"):
+        conformance_suite(SlidingMask)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"semantics": PAPER}, TypeError, "list or tuple"),
+        ({"semantics": ()}, ValueError, "at least one"),
+        ({"numerics": {}}, TypeError, "float32"),
+        ({"numerics": {"float32": "fp33"}}, ValueError, "'fp33'.*fp32"),
+        ({"numerics": {"float8": "fp32"}}, ValueError, "bfloat16"),
+        ({"limits": {"heads": (1,)}}, ValueError, "'heads'.*q_heads"),
+        ({"limits": {"q_heads": 8}}, ValueError, r"Try \(8,\)"),
+        ({"name": ""}, TypeError, "name"),
+    ],
+)
+def test_what_an_implementation_declares_must_make_sense(
+    changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    port = SlidingMask()
+    for name, value in changes.items():
+        setattr(port, name, value)
+    with pytest.raises(error, match=words):
+        conformance_suite(port)
+
+
+def test_two_of_the_same_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="name of another"):
+        conformance_suite(*twins())
+
+
+def test_every_property_is_a_test_for_every_implementation() -> None:
+    one, two = SlidingMask(), OneKeyFewer()
+    assert len(conformance_suite(one)) == len(PROPERTIES)
+    assert len(conformance_suite(one, two)) == 2 * len(PROPERTIES)
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+def test_the_profile_in_force_is_ours(tmp_path: Path) -> None:
+    """While a property runs: no deadline, no database, and as many examples as the level says."""
+    seen = []
+
+    class Looking(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            seen.append(hypothesis.settings.default)
+            return super().sliding_mask(case)
+
+    record = judged(Looking(), tmp_path)
+    assert record.cases > 0
+    for settings in seen:
+        assert settings.deadline is None and settings.database is None
+        assert settings.derandomize
+        assert settings.max_examples == EXPOSED.examples
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_profile_keeps_its_settings_where_ci_is_true(level: str) -> None:
+    """Hypothesis has a profile for CI, which must not become a parent of ours."""
+    program = (
+        "from nsa_ref.testing.profiles import *; "
+        f"s = level_settings({level!r}, 7); "
+        "print(s.max_examples, s.deadline, s.database, s.derandomize, s.print_blob)"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"CI": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for value in ("", "true")
+    }
+    assert answers == {f"{7 * LEVELS[level]} None None True False\n"}
+    assert hypothesis.settings.get_profile(profile_name(level)).deadline is None
+    assert level_settings(level, 7).max_examples == 7 * LEVELS[level]

@@ -1,0 +1,314 @@
+"""The plug: arrays to tensors and back unchanged, layouts that are real, gradients gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsa_ref.attention import attend, attend_vjp
+from nsa_ref.bounds import AttentionBounds, attention_bounds
+from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
+from nsa_ref.testing.branches import BRANCHES, Raised, call
+from nsa_ref.testing.case import DTYPES, LAYOUTS
+from nsa_ref.testing.implementation import NotOffered, TorchImplementation
+
+torch = pytest.importorskip("torch", reason="TorchImplementation hands out tensors")
+
+SHAPE = (3, 2, 5, 4)
+METHODS = ("sliding_mask", "compress_mask", "fine_mask", "sliding", "compress", "fine", "pool")
+
+
+class Dense(TorchImplementation):
+    """Attention without a mask, and what `run` was handed."""
+
+    seen: list[Any]
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        self.seen = [q, k, v]
+        scores = case.scale * q @ k.transpose(-1, -2)
+        return Attention(scores.softmax(-1) @ v, scores.logsumexp(-1))
+
+
+class WithoutLse(Dense):
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        return Attention(super().sliding(case, q, k, v).out, None)  # type: ignore[arg-type]
+
+
+def a_case(layout: str = "contiguous", dtype: str = "float64") -> Case:
+    return Case(
+        batch=3, q_heads=2, kv_heads=2, q_len=5, kv_len=5, head_dim=4, value_dim=4,
+        sliding_window_size=5, dtype=dtype, layout=layout,
+    )  # fmt: skip
+
+
+EVERYTHING = np.ones((5, 5), int)
+
+
+def bounds(case: Case, d_out: np.ndarray, d_lse: np.ndarray) -> AttentionBounds:
+    """How far float64 may be from the definition on this case."""
+    return attention_bounds(
+        *case.qkv(),
+        EVERYTHING,
+        d_out,
+        d_lse,
+        numerics="fp64",
+        form="deterministic",
+        scale=case.scale,
+    )
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_holds_the_array_however_it_lies(layout: str, dtype: str) -> None:
+    """Values survive the way there and back bit for bit, -0.0 and subnormals included."""
+    case = a_case(layout, dtype)
+    array = case.qkv()[0]
+    array[:, 0, 0, 0], array[:, 1, 2, 3] = -0.0, np.finfo(np.float16).smallest_subnormal
+    tensor = TorchImplementation().tensor(case, array)
+    assert str(tensor.dtype) == f"torch.{dtype}"
+    back = TorchImplementation().array(tensor)
+    assert back.dtype == DTYPES[dtype]
+    assert back.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("layout", "stride"),
+    [
+        ("contiguous", (40, 20, 4, 1)),
+        ("transposed", (40, 4, 8, 1)),
+        ("strided", (80, 40, 8, 2)),
+        ("expanded", (0, 20, 4, 1)),
+    ],
+)
+def test_layouts_are_what_they_are_called(layout: str, stride: tuple[int, ...]) -> None:
+    case = a_case(layout)
+    for array in case.qkv():
+        tensor = TorchImplementation().tensor(case, array, grad=True)
+        assert tensor.shape == SHAPE
+        assert tensor.stride() == stride
+        assert tensor.is_contiguous() == (layout == "contiguous")
+        assert tensor.is_leaf
+        assert tensor.requires_grad
+
+
+def test_what_lies_between_strided_elements_is_poison() -> None:
+    """A kernel that walks memory instead of strides reads NaN."""
+    case = a_case("strided")
+    tensor = TorchImplementation().tensor(case, case.qkv()[0])
+    memory = tensor.as_strided((tensor.numel() * 2,), (1,))
+    assert memory[1::2].isnan().all()
+    assert memory[::2].isfinite().all()
+
+
+def test_only_what_is_the_same_in_every_batch_entry_is_expanded() -> None:
+    """The canary of A5 sits in one entry, and stays there."""
+    case = a_case("expanded")
+    array = case.qkv()[1].copy()
+    array[1, 0, 3] = 7
+    tensor = TorchImplementation().tensor(case, array)
+    assert tensor.stride() == (40, 20, 4, 1)
+    assert (tensor.numpy() == array).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_indices_and_flat_weights_have_no_layout(layout: str) -> None:
+    case = a_case(layout)
+    indices = TorchImplementation().tensor(case, case.block_indices())
+    assert indices.dtype == torch.int64
+    assert indices.is_contiguous()
+    assert TorchImplementation().tensor(case, np.ones((2, 3))).is_contiguous()
+
+
+def test_the_tensor_is_a_copy() -> None:
+    """What an implementation does in place stays its own."""
+    array = np.ones(SHAPE)
+    TorchImplementation().tensor(a_case(), array).zero_()
+    assert (array == 1).all()
+
+
+def test_containers_keep_their_form() -> None:
+    one = torch.ones(2, dtype=torch.bfloat16)
+    array = TorchImplementation().array
+    found = array({"a": [one, (one,)], "b": Attention(one, None), "c": "text"})
+    assert isinstance(found["a"], tuple)
+    assert isinstance(found["b"], Attention)
+    assert found["b"].lse is None
+    assert found["b"].out.dtype == found["a"][1][0].dtype == DTYPES["bfloat16"]
+    assert found["c"] == "text"
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_run_hands_out_tensors_and_gives_arrays_back(layout: str) -> None:
+    case = a_case(layout)
+    dense = Dense()
+    found = dense.run("sliding", case, *case.qkv())
+    assert isinstance(found, Attention)
+    assert isinstance(found.out, np.ndarray)
+    assert found.lse.shape == SHAPE[:3]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in dense.seen)
+    assert not any(tensor.requires_grad for tensor in dense.seen)
+    expected = attend(*case.qkv(), EVERYTHING, scale=case.scale)
+    bound = bounds(case, *case.upstream_gradients())
+    assert (np.abs(found.out - expected.out) <= bound.out).all()
+    assert (np.abs(found.lse - expected.lse) <= bound.lse).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_come_from_autograd(layout: str) -> None:
+    """Of every input on its own, in any layout: an expanded q has a gradient per batch entry."""
+    case = a_case(layout)
+    d_out, d_lse = case.upstream_gradients()
+    q, k, v = case.qkv()
+    found = Dense().run_vjp("sliding", case, q, k, v, d_out, d_lse)
+    expected = attend_vjp(q, k, v, EVERYTHING, d_out, d_lse, scale=case.scale)
+    bound = bounds(case, d_out, d_lse)
+    assert isinstance(found, tuple)
+    for have, want, limit in zip(found, expected, (bound.dq, bound.dk, bound.dv)):
+        assert have.shape == want.shape
+        assert (np.abs(have - want) <= limit).all()
+
+
+def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
+    class Deaf(TorchImplementation):
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+            return Attention(q * 2, q.sum(-1))
+
+    case = a_case()
+    d_out, d_lse = case.upstream_gradients()
+    dq, dk, dv = Deaf().run_vjp("sliding", case, *case.qkv(), d_out, 0 * d_lse)
+    np.testing.assert_array_equal(dq, 2 * d_out)
+    for gradient in (dk, dv):
+        assert gradient.shape == SHAPE
+        assert not gradient.any()
+
+
+def test_without_lse_there_are_gradients_of_out_alone() -> None:
+    case = a_case()
+    d_out, d_lse = case.upstream_gradients()
+    assert WithoutLse().run("sliding", case, *case.qkv()).lse is None
+    found = WithoutLse().run_vjp("sliding", case, *case.qkv(), d_out, 0 * d_lse)
+    expected = attend_vjp(*case.qkv(), EVERYTHING, d_out, 0 * d_lse, scale=case.scale)
+    bound = bounds(case, d_out, 0 * d_lse)
+    for have, want, limit in zip(found, expected, (bound.dq, bound.dk, bound.dv)):
+        assert (np.abs(have - want) <= limit).all()
+    with pytest.raises(NotOffered, match="lse of sliding"):
+        WithoutLse().run_vjp("sliding", case, *case.qkv(), d_out, d_lse)
+
+
+def test_weights_are_a_dict_and_so_are_their_gradients() -> None:
+    class Pooling(TorchImplementation):
+        def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> Any:
+            assert all(tensor.dtype == x.dtype for tensor in weights.values())
+            return 3 * x + weights["shift"]
+
+    case = a_case()
+    x, d_out = case.array("x", *SHAPE), case.array("d_out", *SHAPE)
+    weights = {"unused": np.ones((2, 3)), "shift": case.array("weights/shift", *SHAPE)}
+    np.testing.assert_array_equal(Pooling().run("pool", case, x, weights), 3 * x + weights["shift"])
+    dx, dweights = Pooling().run_vjp("pool", case, x, weights, d_out)
+    np.testing.assert_array_equal(dx, 3 * d_out)
+    assert list(dweights) == ["unused", "shift"]
+    np.testing.assert_array_equal(dweights["shift"], d_out)
+    np.testing.assert_array_equal(dweights["unused"], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+def test_pool_gradients_of_the_oracle_have_the_same_form(compress_map: str) -> None:
+    case = Case(
+        kv_len=6, head_dim=2, compress_block_size=2, compress_block_sliding_stride=2,
+        selection_block_size=2, compress_map=compress_map, compress_positions=True,
+    )  # fmt: skip
+    x, weights = case.array("x", 1, 1, 6, 2), case.pool_weights()
+    out = OracleImplementation().run("pool", case, x, weights)
+    dx, dweights = OracleImplementation().run_vjp("pool", case, x, weights, np.ones_like(out))
+    assert dx.shape == x.shape
+    assert {name: array.shape for name, array in dweights.items()} == {
+        name: array.shape for name, array in weights.items()
+    }
+
+
+# --- what is not offered --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [Implementation, TorchImplementation])
+@pytest.mark.parametrize("method", [*METHODS, "select"])
+def test_what_is_not_overridden_is_not_offered(base: type[Implementation], method: str) -> None:
+    assert not base().offers(method)
+    with pytest.raises(NotOffered, match=method):
+        base().run(method, Case())
+    if method in ("sliding", "compress", "fine", "pool"):
+        assert not base().offers_vjp(method)
+        with pytest.raises(NotOffered, match=method):
+            base().run_vjp(method, Case())
+
+
+def test_gradients_of_numpy_ports_are_methods_of_their_own() -> None:
+    """And those of torch ports come with the method."""
+
+    class ForwardOnly(Implementation):
+        sliding = OracleImplementation.sliding
+
+    assert ForwardOnly().offers("sliding")
+    assert not ForwardOnly().offers_vjp("sliding")
+    with pytest.raises(NotOffered, match="sliding_vjp"):
+        ForwardOnly().run_vjp("sliding", Case())
+    assert Dense().offers_vjp("sliding")
+    assert all(OracleImplementation().offers_vjp(branch.name) for branch in BRANCHES)
+
+
+# --- the branches' view of what comes back --------------------------------------------------------
+
+
+def test_an_exception_is_the_implementations_own() -> None:
+    def fails() -> None:
+        raise RuntimeError("no kernel for head_dim 3")
+
+    with pytest.raises(Raised, match="RuntimeError: no kernel for head_dim 3"):
+        call(fails)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda q: q, "sliding returned ndarray, not Attention"),
+        (lambda q: (q,), "sliding returned tuple, not Attention"),
+        (lambda q: (q[:1], None), r"sliding out has shape \(1, 2, 5, 4\); it must be \(3, 2, 5, 4"),
+        (lambda q: (q, q), r"sliding lse has shape \(3, 2, 5, 4\); it must be \(3, 2, 5\)"),
+    ],
+)
+def test_a_result_of_the_wrong_form_is_said_to_be(
+    result: Callable[[np.ndarray], Any], message: str
+) -> None:
+    class Odd(Implementation):
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Any:
+            return result(q)
+
+    case = a_case()
+    branch = next(branch for branch in BRANCHES if branch.name == "sliding")
+    with pytest.raises(Raised, match=message):
+        branch.forward(Odd(), case, branch.inputs(case))
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.name)
+def test_out_and_gradients_are_float64_over_all_columns(branch: Any) -> None:
+    """Compress splits its memory off on the way in, and joins it on the way back."""
+    case = Case(
+        dtype="bfloat16", q_heads=2, q_len=4, kv_len=4, head_dim=3, value_dim=2, num_mem_kv=2
+    )
+    inputs = branch.inputs(case)
+    out, lse = branch.forward(OracleImplementation(), case, inputs)
+    assert out.dtype == lse.dtype == np.float64
+    gradients = branch.backward(OracleImplementation(), case, inputs, *case.upstream_gradients())
+    for gradient, array in zip(gradients, (inputs.q, inputs.k, inputs.v)):
+        assert gradient.dtype == np.float64
+        assert gradient.shape == array.shape
+    assert inputs.k.shape[2] == branch.columns(case)

@@ -1,0 +1,205 @@
+"""The plugin in a stranger's pytest, and how workers share a machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa_ref.testing import plugin
+
+HERE = Path(__file__).parent
+ROOM = plugin.GPU_MEMORY_PER_WORKER
+
+FIVE_LINES = """\
+from nsa_ref.testing import conformance_suite
+from port_zoo import {port}
+
+globals().update(conformance_suite({port}()))
+"""
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory with no conftest above it, and no trace of this pytest."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest on what lies here."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--rootdir=.", "-p", "no:cacheprovider", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+PLUGIN = ("-p", "nsa_ref.testing.plugin")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(*PLUGIN, "--branch=sliding"), (*PLUGIN, "-p", "no:xdist"), (), ("-n", "2")],
+    ids=["plugin", "no xdist", "plain", "plain -n 2"],
+)
+def test_a_strangers_five_lines_run(arguments: tuple[str, ...], stranger: Path) -> None:
+    """With the plugin and without; what is not offered is skipped, with its reason."""
+    (stranger / "test_port.py").write_text(FIVE_LINES.format(port="SlidingMask"))
+    done = run_pytest("-rs", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert "SKIPPED" in done.stdout and "not offered" in done.stdout
+    assert not (stranger / "nsa-ref-findings").exists()
+
+
+def test_a_crash_in_a_strangers_worker_is_told_with_its_case(stranger: Path) -> None:
+    """And the threads are counted before NumPy is there."""
+    (stranger / "test_port.py").write_text(
+        FIVE_LINES.format(port="Segfaults") + "\nimport os\n\n"
+        "def test_threads():\n    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+    )
+    done = run_pytest(*PLUGIN, "-n", "1", "--branch=sliding")
+    assert done.returncode == 1
+    assert "W1 is broken by segfaults on cpu" in done.stdout, done.stdout
+    assert "case: Case(" in done.stdout and "nsa-ref replay " in done.stdout
+    kept = [path.name for path in (stranger / "nsa-ref-findings").iterdir()]
+    assert len(kept) == 2 and all(name.endswith("-crash.json") for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--branch=win", "compress, fine, sliding, selection"),
+        ("--level=deep", "quick, thorough"),
+        ("--dtype=float8", "bfloat16"),
+        ("--device=tpu", "auto, cpu, cuda"),
+        ("--seed=-1", "at least 0"),
+        ("--case-timeout=0", "above 0"),
+        ("--nsa-implementation=nowhere", "package.module:object"),
+    ],
+)
+def test_options_are_checked(
+    option: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In this process: the plugin is asked as pytest asks it."""
+
+    class Asked:
+        option = object()
+
+        def getoption(self, name: str) -> object:
+            return given.get(name, defaults[name])
+
+    defaults = {
+        "--device": "cpu",
+        "--level": "quick",
+        "--branch": None,
+        "--dtype": None,
+        "--seed": 0,
+        "--case-timeout": 1.0,
+        "--findings": str(tmp_path),
+        "--nsa-case": "",
+        "--nsa-property": "",
+        "--nsa-implementation": "",
+    }
+    name, _, value = option.partition("=")
+    typed = {"--seed": int, "--case-timeout": float, "--branch": lambda v: [v]}
+    given = {name: typed.get(name, str)(value)}
+    with pytest.raises(pytest.UsageError, match=words):
+        plugin.pytest_configure(Asked())  # type: ignore[arg-type]
+
+
+# --- workers and GPUs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpus", "free", "workers"),
+    [
+        (8, [], 8),
+        (8, [100 * ROOM], 8),
+        (8, [3 * ROOM], 3),
+        (8, [3 * ROOM, 3 * ROOM], 6),
+        (8, [1 * ROOM, 9 * ROOM], 2),  # worker 2 would be the second on the first GPU
+        (8, [9 * ROOM, 1 * ROOM], 3),
+        (8, [ROOM // 2], 1),  # one can always try
+        (1, [9 * ROOM], 1),
+    ],
+)
+def test_there_are_no_more_workers_than_any_gpu_has_memory_for(
+    cpus: int, free: list[int], workers: int
+) -> None:
+    gpus = [(str(i), memory) for i, memory in enumerate(free)]
+    assert plugin.max_workers(cpus, gpus) == workers
+    for i, memory in enumerate(free):
+        served = len(range(i, workers, len(free)))
+        assert served * ROOM <= memory or workers == 1
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an `nvidia-smi` that says what the file `answer` holds."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "answer").write_text("0, 20000\n1, 50000\n2, [N/A]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        (None, [("0", 20000), ("1", 50000), ("2", ROOM)]),
+        ("1", [("1", 50000)]),
+        ("1,0", [("1", 50000), ("0", 20000)]),
+        ("GPU-abc", [("GPU-abc", ROOM)]),
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", [("0", 20000)]),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(
+    visible: str | None,
+    gpus: list[tuple[str, int]],
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert plugin._gpus() == gpus
+
+
+@pytest.mark.parametrize("answer", ["", "No devices were found\n", "garbage, , ,\n"])
+def test_an_nvidia_smi_without_gpus_is_no_gpu(answer: str, machine: Path) -> None:
+    (machine / "answer").write_text(answer)
+    assert plugin._gpus() == []
+
+
+def test_worker_n_gets_gpu_n_modulo_their_count(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for worker, gpu in (("gw0", "0"), ("gw1", "1"), ("gw2", "2"), ("gw10", "1")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        plugin.assign_resources(worker)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_threads_that_somebody_has_chosen_stay(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plugin.assign_resources("gw0")
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,268 @@
+"""The corners that the judge counts on are drawn, and nothing outside the limits ever is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis import strategies as st
+
+from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.branches import BRANCHES, Branch
+from nsa_ref.testing.case import DTYPES, LAYOUTS
+from nsa_ref.testing.conformance import Options
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.strategies import (
+    ABOUT,
+    EDGES,
+    GROUP_SIZES,
+    HEAD_DIMS,
+    Sizes,
+    cases,
+    edges,
+    fresh_seeds,
+)
+
+quiet = settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def finding(phases: Collection[Phase]) -> settings:
+    return settings(quiet, max_examples=2000, phases=phases)
+
+
+def visible_keys(branch: Branch, case: Case) -> np.ndarray:
+    mask = branch.mask(case, case.block_indices() if branch.name == "fine" else None)
+    return (mask != 0).sum(-1)
+
+
+#: Edges of sizes that only one branch reads; all others are drawn for every branch.
+OF_ONE_BRANCH = {
+    **dict.fromkeys(("partial last block", "kv_len < l'", "more than 128 blocks"), "fine"),
+    **dict.fromkeys(("n = 0", "n = all blocks", "n > blocks"), "fine"),
+    **{edge: "fine" for edge in EDGES if edge.startswith("indices ")},
+    **{edge: "sliding" for edge in EDGES if edge.startswith("w ")},
+    **{edge: "compress" for edge in EDGES if edge.startswith("memory ")},
+    "kv_len < l": "compress",
+}
+EDGE_OF_BRANCH = [
+    (edge, branch)
+    for edge in EDGES
+    for branch in BRANCHES
+    if OF_ONE_BRANCH.get(edge, branch.name) == branch.name
+]
+
+
+def test_every_edge_is_somebodys() -> None:
+    assert {edge for edge, _ in EDGE_OF_BRANCH} == set(EDGES)
+
+
+@pytest.mark.parametrize(
+    ("edge", "branch"), EDGE_OF_BRANCH, ids=[f"{edge}-{b.name}" for edge, b in EDGE_OF_BRANCH]
+)
+def test_edge_is_reached(edge: str, branch: Branch) -> None:
+    counts_keys = edge in ("no visible key", "one visible key")
+    none = np.zeros(0)
+
+    def stands_on_it(case: Case) -> bool:
+        return EDGES[edge](case, visible_keys(branch, case) if counts_keys else none)
+
+    case = find(
+        cases(OracleImplementation(), branch.name),
+        stands_on_it,
+        settings=finding([Phase.generate]),
+    )
+    mask = branch.mask(case, case.block_indices() if branch.name == "fine" else None)
+    assert edge in edges(case, mask)
+
+
+def sample(strategy: st.SearchStrategy[Case], count: int = 250) -> list[Case]:
+    """What a run would draw."""
+    drawn: list[Case] = []
+
+    @seed(1)
+    @settings(quiet, max_examples=count, derandomize=False, phases=[Phase.generate])
+    @given(strategy)
+    def collect(case: Case) -> None:
+        drawn.append(case)
+
+    collect()
+    return drawn
+
+
+@pytest.mark.parametrize("about", ABOUT)
+def test_most_cases_have_something_in_them(about: str) -> None:
+    """An empty batch, or no row, is worth a try; where a property wants rows, there is none."""
+    drawn = sample(cases(OracleImplementation(), about))
+    empty = [case for case in drawn if case.batch * case.q_len == 0]
+    assert 0 < len(empty) < len(drawn) / 3
+    for case in sample(cases(OracleImplementation(), about, populated=True), count=100):
+        assert case.batch >= 1
+        assert min(case.q_len, case.kv_len) >= 2
+
+
+@pytest.mark.parametrize("about", ABOUT)
+def test_every_preset_dtype_and_size_takes_its_turn(about: str) -> None:
+    oracle = OracleImplementation()
+    drawn = sample(cases(oracle, about), count=350)
+    assert {case.dtype for case in drawn} == set(DTYPES)
+    assert {case.group_size for case in drawn} == set(GROUP_SIZES)
+    assert {case.head_dim for case in drawn} == set(HEAD_DIMS)
+    assert {case.value_dim for case in drawn} == set(HEAD_DIMS)
+    assert {case.layout for case in drawn} == set(LAYOUTS)
+    for semantics in oracle.semantics:
+        assert any(case.semantics == semantics for case in drawn)
+
+
+# --- shrinking ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("about", ABOUT)
+def test_cases_shrink_to_one_token_and_one_head(about: str) -> None:
+    """The simplest case differs from the defaults of `Case` in the first head_dim alone."""
+    simplest = find(
+        cases(OracleImplementation(), about),
+        lambda case: True,
+        settings=finding([Phase.generate, Phase.shrink]),
+    )
+    assert simplest == Case(
+        semantics=PAPER, dtype="float64", head_dim=HEAD_DIMS[0], value_dim=HEAD_DIMS[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("about", "wanted", "expected"),
+    [
+        ("sliding", lambda c: c.kv_len > c.q_len > 1, {"q_len": 2, "kv_len": 3}),
+        ("sliding", lambda c: c.kv_heads > 1, {"kv_heads": 2, "q_heads": 2}),
+        ("sliding", lambda c: c.q_len < c.kv_len == 7, {"kv_len": 7, "q_len": 6}),
+        ("fine", lambda c: c.indices == "same" and c.num_selected_blocks > 1, {"indices": "same"}),
+        ("compress", lambda c: c.num_mem_kv, {"num_mem_kv": 1}),
+    ],
+)
+def test_what_does_not_matter_shrinks_away(
+    about: str, wanted: Callable[[Case], bool], expected: dict[str, Any]
+) -> None:
+    """A failing case shows what it needs: everything else is as in the simplest one."""
+    case = find(
+        cases(OracleImplementation(), about),
+        wanted,
+        settings=finding([Phase.generate, Phase.shrink]),
+    )
+    assert wanted(case)
+    assert case.batch == 1
+    assert case.dtype == "float64"
+    assert case.semantics == PAPER
+    assert case.inputs == "randn"
+    assert case.layout == "contiguous"
+    if "q_heads" not in expected:
+        assert case.q_heads == 1
+    for name in ("kv_heads", "q_heads", "num_mem_kv", "indices"):
+        if name in expected:
+            assert getattr(case, name) == expected[name]
+    assert case.kv_len <= expected.get("kv_len", 2)
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+LIMITS: list[dict[str, Collection[Any]]] = [
+    {"head_dim": (64,), "value_dim": (32, 64)},
+    {"group_size": (16,)},
+    {"group_size": (7,)},
+    {"q_heads": (8,), "kv_heads": (2,)},
+    {"q_heads": (6, 12)},
+    {"kv_heads": (4,)},
+    {"batch": (2,)},
+    {"selection_block_size": (16, 32)},
+    {"selection_block_size": (6,), "compress_block_sliding_stride": (2, 3)},
+    {"selection_block_size": (64,), "compress_block_size": (32,)},
+    {"compress_block_sliding_stride": (5,)},
+    {"q_len": (128,), "kv_len": (128, 256)},
+    {"num_selected_blocks": (16,), "num_mem_kv": (1,)},
+    {"sliding_window_size": (512,)},
+    {"layout": ("contiguous", "transposed"), "dtype": ("bfloat16",)},
+    {"compress_map": ("mlp",), "compress_positions": (True,)},
+    {"num_initial_blocks": (1,), "num_local_blocks": (2,)},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "-".join(limits))
+@settings(quiet, max_examples=30)
+@given(data=st.data())
+def test_limits_are_respected(limits: dict[str, Collection[Any]], data: Any) -> None:
+    """Whatever a case is about; what a property adjusts stays within the limits too."""
+
+    class Limited(OracleImplementation):
+        pass
+
+    Limited.limits = limits
+    about = data.draw(st.sampled_from(sorted(ABOUT)))
+
+    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
+        sizes["batch"] = 3
+        sizes["sliding_window_size"] = 1
+        sizes["num_selected_blocks"] = 2
+
+    for how in (None, adjust):
+        case = data.draw(cases(Limited(), about, adjust=how))
+        for field, allowed in limits.items():
+            assert getattr(case, field) in allowed, field
+
+
+@pytest.mark.parametrize("prop", PROPERTIES.values(), ids=lambda prop: prop.name)
+@settings(quiet, max_examples=5)
+@given(data=st.data())
+def test_a_property_asks_what_was_declared(prop: Any, data: Any) -> None:
+    """Its semantics are among the declared ones it is about; dtypes as the command line says."""
+
+    class Declared(OracleImplementation):
+        semantics = (*OracleImplementation.semantics, dataclasses.replace(FLA, causal=False))
+        numerics = {"float32": "fp32", "bfloat16": "bf16"}  # noqa: RUF012
+        limits = {"head_dim": (16,), "value_dim": (16,)}  # noqa: RUF012
+
+    options = Options(dtypes=("bfloat16", "float64"))
+    case = data.draw(prop.cases(Declared(), options.dtypes))
+    assert case.semantics in Declared.semantics
+    assert prop.semantics(case.semantics)
+    assert case.dtype == "bfloat16"
+    assert case.head_dim == case.value_dim == 16
+
+
+@settings(quiet, max_examples=200)
+@given(about=st.sampled_from(sorted(ABOUT)), data=st.data())
+def test_every_case_can_be_filled(about: str, data: Any) -> None:
+    """Valid by construction: all arrays, indices and weights exist, in the case's dtype."""
+    case = data.draw(cases(OracleImplementation(), about, max_len=12))
+    dtype = DTYPES[case.dtype]
+    for array in (*case.qkv(), *case.compressed(), *case.upstream_gradients()):
+        assert array.dtype == dtype
+        assert array.flags.c_contiguous
+        assert np.isfinite(array.astype(np.float64)).all()
+    indices = case.block_indices()
+    assert indices.dtype == np.int64
+    assert indices.shape == (
+        case.batch, case.selection_heads, case.q_len, case.num_selected_blocks
+    )  # fmt: skip
+    assert Case.from_json(case.to_json()) == case
+
+
+@settings(quiet, max_examples=30)
+@given(count=st.integers(0, 5), start=st.integers(0, 2**16))
+def test_fresh_seeds_are_the_same_case_with_other_data(count: int, start: int) -> None:
+    """Above all seeds that are drawn, so that they are fresh for every case."""
+    case = Case(semantics=LUCIDRAINS, q_len=3, seed=start)
+    fresh = fresh_seeds(case, count)
+    assert len({other.seed for other in fresh}) == count
+    for other in fresh:
+        assert other.seed > 2**16
+        assert dataclasses.replace(other, seed=start) == case
