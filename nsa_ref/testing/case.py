@@ -217,7 +217,8 @@ class Case:
             return rng.standard_normal(shape)
         match self.inputs, role:
             case "integers", _:
-                return rng.integers(-2, 3, shape) * (rng.random(shape) < 0.5)
+                # zeros of both signs
+                return rng.integers(-2, 3, shape).astype(float) * (rng.random(shape) < 0.5)
             case "one_hot_v", "v":
                 return np.eye(shape[-1])[rng.integers(0, shape[-1], shape[:-1])]
             case "equal", "k":
