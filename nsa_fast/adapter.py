@@ -203,6 +203,7 @@ class NsaFastEager(NsaFast):
         "float64": "fp64",
         "float32": "fp32",
         "bfloat16": "bf16-eager",
+        "float16": "fp16-eager",
     }
 
 

@@ -27,14 +27,17 @@ LEAST_LENGTH = 2
 #: Entries of the smallest membership table: 65536 tokens x 32 blocks.
 LEAST_TABLE = 2**16
 
+#: Whether the kernels find the full lists by strides of their own; PyTorch 2.11 takes those of the
+#: partial ones, without a word. Read in the sources of 2.11 and 2.13; 2.12 counts as 2.11.
+OWN_STRIDES = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+
 
 class BlockLists(NamedTuple):
-    """Partial and full blocks of every row block; both kinds have one shape and one layout.
+    """Partial and full blocks of every row block.
 
     num_blocks, full_num_blocks : int32 (batch, heads, row blocks)
-    indices, full_indices : int32 (batch, heads, row blocks, slots)
-
-    One shape, because PyTorch 2.11 finds the full lists by the strides of the partial ones.
+    indices, full_indices : int32 (batch, heads, row blocks, slots); the same slots for both, but
+        in transposes where OWN_STRIDES
     """
 
     num_blocks: Tensor
@@ -49,23 +52,31 @@ def count_blocks(length: int, block_size: int) -> int:
 
 
 def to_block_mask(
-    lists: BlockLists, mask_mod: MaskMod, *, q_len: int, kv_len: int, block_size: tuple[int, int]
+    lists: BlockLists,
+    mask_mod: MaskMod,
+    *,
+    q_len: int,
+    kv_len: int,
+    block_size: tuple[int, int],
+    q_lists: bool = True,
 ) -> BlockMask:
     """The lists, their transpose and the predicate as one BlockMask.
 
     FlexAttention's own transposition raises IndexError on lists narrower than the number of blocks.
+
+    q_lists : False leaves the transpose out (None): only a backward walks it
     """
-    q_lists = transposed(lists, count_blocks(kv_len, block_size[1]))
+    by_column = transposed(lists, count_blocks(kv_len, block_size[1])) if q_lists else None
     return BlockMask(
         seq_lengths=(q_len, kv_len),
         kv_num_blocks=lists.num_blocks,
         kv_indices=lists.indices,
         full_kv_num_blocks=lists.full_num_blocks,
         full_kv_indices=lists.full_indices,
-        q_num_blocks=q_lists.num_blocks,
-        q_indices=q_lists.indices,
-        full_q_num_blocks=q_lists.full_num_blocks,
-        full_q_indices=q_lists.full_indices,
+        q_num_blocks=by_column and by_column.num_blocks,
+        q_indices=by_column and by_column.indices,
+        full_q_num_blocks=by_column and by_column.full_num_blocks,
+        full_q_indices=by_column and by_column.full_indices,
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod,
     )
@@ -75,13 +86,12 @@ def transposed(lists: BlockLists, columns: int) -> BlockLists:
     """For every column block the row blocks that name it: what dk and dv walk."""
     num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns)
     full_num_blocks, full_indices = _transposed(lists.full_num_blocks, lists.full_indices, columns)
-    slots = max(indices.shape[-1], full_indices.shape[-1])
-    return BlockLists(
-        num_blocks,
-        F.pad(indices, (0, slots - indices.shape[-1])),
-        full_num_blocks,
-        F.pad(full_indices, (0, slots - full_indices.shape[-1])),
-    )
+    if not OWN_STRIDES:
+        # one list may be as wide as there are row blocks and the other 1: this can double them
+        slots = max(indices.shape[-1], full_indices.shape[-1])
+        indices = F.pad(indices, (0, slots - indices.shape[-1]))
+        full_indices = F.pad(full_indices, (0, slots - full_indices.shape[-1]))
+    return BlockLists(num_blocks, indices, full_num_blocks, full_indices)
 
 
 def _transposed(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -208,19 +218,15 @@ def word_table(chosen: Chosen) -> tuple[Tensor, tuple[int, int, int]]:
 
     returns : the table, flat, and (heads, tokens, words); what lies behind its end is 0
 
-    A captured table is compiled in with its size, so it is taken from a few sizes: 256 KiB, and
-    then 16 times as much.
+    A captured table is compiled in with its size, so it is taken from a few: `table_entries`.
     """
     batch, heads, tokens, _ = chosen.blocks.shape
-    words = max(1, -(-chosen.num_blocks // WORD_BITS))
+    entries = table_entries(batch, heads, tokens, chosen.num_blocks)
+    words = _words(chosen.num_blocks)
     bit = torch.bitwise_left_shift(torch.ones_like(chosen.blocks), chosen.blocks % WORD_BITS)
     bit = torch.where(chosen.blocks < chosen.num_blocks, bit, 0)
     # bit 31 is the sign of an int32
     bit = torch.where(bit == 2**31, -(2**31), bit).to(torch.int32)
-    entries = LEAST_TABLE
-    # lengths below 2 are lengthened: their added row and column must find an entry
-    while entries < (batch * heads * tokens + 1) * words + 1:
-        entries *= 16
     table = bit.new_zeros(entries)
     index = (chosen.blocks // WORD_BITS).clamp(max=words - 1)
     row = torch.arange(batch * heads * tokens, device=bit.device).view(batch, heads, tokens, 1)
@@ -228,6 +234,29 @@ def word_table(chosen: Chosen) -> tuple[Tensor, tuple[int, int, int]]:
     table.scatter_add_(0, (row * words + index).flatten(), bit.flatten())
     torch._dynamo.mark_static(table)
     return table, (heads, tokens, words)
+
+
+def table_entries(batch: int, heads: int, tokens: int, num_blocks: int) -> int:
+    """Size of the membership table: a power of two, 256 KiB at least.
+
+    Raises
+    ------
+    ValueError : more entries than an int32 can number
+    """
+    # lengths below 2 are lengthened: their added row and column must find an entry
+    needed = (batch * heads * tokens + 1) * _words(num_blocks) + 1
+    if needed >= 2**31:
+        raise ValueError(
+            f"batch={batch} x heads={heads} x tokens={tokens} x selection blocks={num_blocks} make "
+            f"a membership table of {needed} words of {WORD_BITS} blocks; it must be below 2**31, "
+            "because the kernels index it in int32. Split the batch or the heads, or take larger "
+            "selection blocks."
+        )
+    return min(2**31 - 1, max(LEAST_TABLE, 1 << (needed - 1).bit_length()))
+
+
+def _words(num_blocks: int) -> int:
+    return max(1, -(-num_blocks // WORD_BITS))
 
 
 def token_lists(chosen: Chosen, blocks_per_tile: int) -> BlockLists:

@@ -1,7 +1,8 @@
 """The BlockMask of each branch, for the sizes and the Semantics of one call.
 
 The attention functions look these builders up here, and so does the adapter: what is judged is what
-is used, and a deliberately broken build is planted in one place.
+is used, and a deliberately broken build is planted in one place. With q_lists=False the transposed
+lists, which only a backward walks, are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def sliding_block_mask(
     *,
     block_size: tuple[int, int],
     device: torch.device,
+    q_lists: bool = True,
 ) -> BlockMask:
     """W1, W2: the own key and the w before it (and behind it, if nothing is causal).
 
@@ -64,7 +66,7 @@ def sliding_block_mask(
         device=device,
     )
     return block_lists.to_block_mask(
-        lists, mask_mod, q_len=q_len, kv_len=kv_len, block_size=block_size
+        lists, mask_mod, q_len=q_len, kv_len=kv_len, block_size=block_size, q_lists=q_lists
     )
 
 
@@ -79,6 +81,7 @@ def compress_block_mask(
     causal: bool,
     block_size: tuple[int, int],
     device: torch.device,
+    q_lists: bool = True,
 ) -> BlockMask:
     """C2, C3: memory columns, then every block i with i d + first_end <= p = t + offset.
 
@@ -115,7 +118,7 @@ def compress_block_mask(
         device=device,
     )
     return block_lists.to_block_mask(
-        lists, mask_mod, q_len=q_len, kv_len=columns, block_size=block_size
+        lists, mask_mod, q_len=q_len, kv_len=columns, block_size=block_size, q_lists=q_lists
     )
 
 
@@ -127,6 +130,7 @@ def fine_block_mask(
     *,
     rows_per_token: int,
     blocks_per_tile: int,
+    q_lists: bool = True,
 ) -> BlockMask:
     """F1 to F4 for queries that stand token by token, each with `rows_per_token` rows.
 
@@ -164,6 +168,7 @@ def fine_block_mask(
         q_len=q_len * rows_per_token,
         kv_len=kv_len,
         block_size=(rows_per_token, selection_block_size * blocks_per_tile),
+        q_lists=q_lists,
     )
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast import block_masks, flex
+from nsa_fast import block_lists, block_masks, flex
 from nsa_fast.checks import (
     MAX_LENGTH,
     check_alike,
+    check_finite,
     check_group,
     check_indices,
     check_length,
@@ -46,9 +47,9 @@ def sliding_attention(
     ------
     q : (batch, q_heads, q_len, head_dim)
     k : (batch, kv_heads, kv_len, head_dim)     v : (batch, kv_heads, kv_len, value_dim)
-    scale : default head_dim ** -0.5
+    scale : a finite number, no tensor; default head_dim ** -0.5
     backend : "eager", "compiled", or None: "compiled" on CUDA, else "eager"
-    returns : Attention(out, lse)
+    returns : Attention(out, lse), in the dtype of the inputs under torch.autocast as well
 
     Raises
     ------
@@ -60,7 +61,7 @@ def sliding_attention(
     check_qkv(q, k, v)
     backend = flex.resolve_backend(backend, q, k, v)
 
-    def block_mask() -> BlockMask:
+    def block_mask(q_lists: bool) -> BlockMask:
         return block_masks.sliding_block_mask(
             q.shape[2],
             k.shape[2],
@@ -68,6 +69,7 @@ def sliding_attention(
             semantics,
             block_size=token_block_size(q.device),
             device=q.device,
+            q_lists=q_lists,
         )
 
     return flex.attend(
@@ -120,9 +122,16 @@ def compress_attention(
         k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
     backend = flex.resolve_backend(backend, q, k, v)
 
-    def block_mask() -> BlockMask:
+    def block_mask(q_lists: bool) -> BlockMask:
         return compress_branch_mask(
-            q.shape[2], kv_len, size, stride, memory, semantics, device=q.device
+            q.shape[2],
+            kv_len,
+            size,
+            stride,
+            memory,
+            semantics,
+            device=q.device,
+            q_lists=q_lists,
         )
 
     return flex.attend(
@@ -139,6 +148,7 @@ def compress_branch_mask(
     semantics: Semantics,
     *,
     device: torch.device,
+    q_lists: bool = True,
 ) -> BlockMask:
     """The mask of `compress_attention`: C1's blocks, seen when C2 says."""
     stride = compress_block_sliding_stride
@@ -154,6 +164,7 @@ def compress_branch_mask(
         causal=semantics.causal,
         block_size=token_block_size(device),
         device=device,
+        q_lists=q_lists,
     )
 
 
@@ -196,7 +207,7 @@ def fine_attention(
     rows = q_heads // heads  # of one token that share a choice
     rows_per_token, blocks_per_tile = fine_tile(rows, block_size, q.device)
 
-    def block_mask() -> BlockMask:
+    def block_mask(q_lists: bool) -> BlockMask:
         return block_masks.fine_block_mask(
             kv_len,
             block_indices,
@@ -204,10 +215,13 @@ def fine_attention(
             semantics,
             rows_per_token=rows_per_token,
             blocks_per_tile=blocks_per_tile,
+            q_lists=q_lists,
         )
 
+    # its size is compiled in: a graph of its own for each, counted apart
+    entries = block_lists.table_entries(batch, heads, q_len, -(-kv_len // block_size))
     found = flex.attend(
-        "fine",
+        f"fine_{entries}",
         _token_major(q, heads, rows_per_token),
         k,
         v,
@@ -266,7 +280,7 @@ def _head_major(x: Tensor, q_heads: int, rows_per_token: int) -> Tensor:
 
 def default_scale(scale: float | None, q: Tensor) -> float:
     """A1: head_dim ** -0.5 unless another is given."""
-    return float(q.shape[3] ** -0.5 if scale is None else scale)
+    return q.shape[3] ** -0.5 if scale is None else check_finite("scale", scale)
 
 
 def check_qkv(

@@ -5,6 +5,9 @@ Written apart from `nsa_ref.checks`: of `nsa_ref`, this package imports the sema
 
 from __future__ import annotations
 
+import contextlib
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -31,6 +34,20 @@ def check_size(name: str, value: Any, least: int, most: int | None = None) -> in
 def check_length(name: str, value: Any) -> int:
     """A number of tokens that the kernels' int32 positions can hold."""
     return check_size(name, value, 0, MAX_LENGTH)
+
+
+def check_finite(name: str, value: Any) -> float:
+    """`value` as a float, or TypeError for another kind, ValueError unless it is finite."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, not a torch.Tensor: it would get no gradient. "
+            f"Try float({name}), or multiply q by it."
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite.")
+    return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -117,3 +134,10 @@ def check_semantics(semantics: Any, branch: str) -> Semantics:
                 "nsa_ref follows every value of this switch."
             )
     return semantics
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Operations in the dtype of their inputs, whatever torch.autocast asks for."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -25,7 +25,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from nsa_fast.block_lists import LEAST_LENGTH, count_blocks
-from nsa_fast.checks import check_choice
+from nsa_fast.checks import check_choice, without_autocast
 
 BACKENDS = ("eager", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +64,7 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
             f"q has dtype {q.dtype}; backend='compiled' runs {listed}. "
             "backend='eager' runs torch.float64 too."
         )
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if needs_grad and q.device.type == "cpu":
+    if wants_grad(q, k, v) and q.device.type == "cpu":
         raise ValueError(
             "backend='compiled' gives no gradients on a CPU, and an input has requires_grad=True. "
             "Use backend='eager', or call it under torch.no_grad()."
@@ -73,27 +72,47 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
     return backend
 
 
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether a backward is to be recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def attend(
     name: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: Callable[[], BlockMask],
+    block_mask: Callable[[bool], BlockMask],
     *,
     backend: str,
     scale: float,
 ) -> Attention:
     """FlexAttention of q (batch, q_heads, q_len, head_dim) through a block mask.
 
-    name : the branch; compiled graphs carry it
-    block_mask : builds the mask, for the lengths of q and k; not called if there is no query
+    name : the branch, and what else is compiled in; compiled graphs carry it
+    block_mask : builds the mask, for the lengths of q and k, with q lists or without; not called
+        if there is no query
     """
+    with without_autocast(q.device):
+        return _attend(name, q, k, v, block_mask, backend, scale)
+
+
+def _attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Callable[[bool], BlockMask],
+    backend: str,
+    scale: float,
+) -> Attention:
     if q.shape[0] == 0 or q.shape[2] == 0:
         return _of_no_query(q, k, v)
     q_len, value_dim = q.shape[2], v.shape[3]
-    mask = block_mask()
+    needs_grad = wants_grad(q, k, v)
+    mask = block_mask(needs_grad)  # the eager operator asks for q lists too, though it reads none
     mask, q, k, v = _fitted(mask, q, k, v, backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+    if needs_grad:
         q, k, v = _Once.apply(q, k, v)
     if backend == "eager":
         out, lse = _eager(q, k, v, mask, scale)
@@ -255,10 +274,9 @@ def _fitted(
     lists: dict[str, Tensor | None] = {}
     for side, slots in (("kv", blocks), ("q", 0)):
         for kind in (side, f"full_{side}"):
-            if side == "q" and q.device.type == "cpu":  # there is no backward to walk them
-                lists |= {f"{kind}_num_blocks": None, f"{kind}_indices": None}
-                continue
             numbers, indices = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+            if numbers is None:  # there is no backward to walk them
+                continue
             lists[f"{kind}_num_blocks"] = padded(numbers, 2, LEAST_LENGTH)
             lists[f"{kind}_indices"] = padded(
                 padded(indices, 2, LEAST_LENGTH), 3, max(LEAST_LENGTH, slots)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_fast.checks import check_choice, check_size, check_tensor
+from nsa_fast.checks import check_choice, check_size, check_tensor, without_autocast
 from nsa_ref.semantics import PAPER, Semantics
 
 #: The weights that each map takes, besides "positions".
@@ -57,7 +57,8 @@ def compress_pool(
     weights : "positions" (kv_heads, l, dim), optional; linear: "weight" (dim, l dim), "bias"
         (dim,); mlp: "weight_in" (hidden, l dim), "bias_in" (hidden,), "weight_out" (dim, hidden),
         "bias_out" (dim,)
-    returns : (batch, kv_heads, blocks, dim), in the dtype of x; differentiable
+    returns : (batch, kv_heads, blocks, dim), in the dtype of x, under torch.autocast as well;
+        differentiable
 
     Raises
     ------
@@ -71,7 +72,18 @@ def compress_pool(
     stride = check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1)
     check_tensor("x", x, ("batch", "kv_heads", "kv_len", "dim"))
     weights = _checked_weights(dict(weights or {}), x, size, compress_map)
+    with without_autocast(x.device):
+        return _pooled(x, weights, size, stride, compress_map, semantics)
 
+
+def _pooled(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    size: int,
+    stride: int,
+    compress_map: str,
+    semantics: Semantics,
+) -> Tensor:
     dtype = x.dtype
     if compress_map == "mean" and dtype in (torch.bfloat16, torch.float16):
         x = x.float()

@@ -21,6 +21,7 @@ from nsa_fast.checks import (
     check_length,
     check_size,
     check_tensor,
+    without_autocast,
 )
 from nsa_fast.pool import num_compress_blocks
 from nsa_ref.semantics import PAPER, Semantics
@@ -68,13 +69,14 @@ def select_blocks(
         choice       the n highest of the blocks that begin at or before p; initial and local
                      blocks at forced_score; equal scores go to the lower index
 
-    Computed in float32, or float64 for float64 inputs.
+    Computed in float32, or float64 for float64 inputs, under torch.autocast as well.
 
     Shapes
     ------
     q : (batch, q_heads, q_len, head_dim)
     k_cmp : (batch, kv_heads, blocks, head_dim), the blocks that C1 makes of kv_len tokens
     mem_k : (batch, kv_heads, num_mem_kv, head_dim), or None for none; part of the softmax
+    scale : a finite number, no tensor; default head_dim ** -0.5
     returns : int64 (batch, heads, q_len, n), best first, then -1 in unused slots; heads =
         kv_heads, or q_heads without share_selection
 
@@ -101,6 +103,8 @@ def select_blocks(
         _check_stride_divides("compress_block_size", sizes.size, sizes.stride)
     check_tensor("q", q, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
+    check_size("the last axis of q", head_dim, 1)
+    factor = default_scale(scale, q)
     windows = num_compress_blocks(kv_len, sizes.size, sizes.stride, semantics)
     check_tensor("k_cmp", k_cmp, (batch, "kv_heads", windows, head_dim))
     kv_heads = k_cmp.shape[1]
@@ -117,16 +121,17 @@ def select_blocks(
     if chosen.numel() == 0 or sizes.blocks == 0:
         return chosen
     rows = max(1, CHUNK_ELEMENTS // (batch * q_heads * max(columns.shape[-1], sizes.blocks)))
-    for start in range(0, q_len, rows):
-        stop = min(start + rows, q_len)
-        position = torch.arange(start, stop, device=q.device) + (kv_len - q_len)
-        part = q[:, :, start:stop].to(dtype)
-        part = part.reshape(batch, kv_heads, group, stop - start, head_dim)
-        logits = (part @ columns) * default_scale(scale, q)
-        # (batch, heads, heads that share, rows, memory and windows)
-        logits = logits.reshape(batch, heads, q_heads // heads, *logits.shape[3:])
-        best = _best(logits, position, mem_k.shape[2], sizes, semantics, n)
-        chosen[:, :, start:stop, : best.shape[-1]] = best
+    with without_autocast(q.device):
+        for start in range(0, q_len, rows):
+            stop = min(start + rows, q_len)
+            position = torch.arange(start, stop, device=q.device) + (kv_len - q_len)
+            part = q[:, :, start:stop].to(dtype)
+            part = part.reshape(batch, kv_heads, group, stop - start, head_dim)
+            logits = (part @ columns) * factor
+            # (batch, heads, heads that share, rows, memory and windows)
+            logits = logits.reshape(batch, heads, q_heads // heads, *logits.shape[3:])
+            best = _best(logits, position, mem_k.shape[2], sizes, semantics, n)
+            chosen[:, :, start:stop, : best.shape[-1]] = best
     return chosen
 
 

@@ -21,6 +21,9 @@ from nsa_ref.semantics import LUCIDRAINS_FLEX
 
 BLOCK_SIZE = (128, 128)
 
+#: Entries of a list that `printable` fills up: 1 GiB, 2 million tokens.
+MOST_PRINTABLE = 2**28
+
 
 def create_sliding_mask(
     seq_len: int,
@@ -41,11 +44,19 @@ def create_sliding_mask(
 
     Raises
     ------
-    ValueError : a size below 0
+    ValueError : a size below 0, a seq_len above 2**21
     TypeError : a size that is no integer, causal that is no bool
     """
     seq_len = check_length("seq_len", seq_len)
     window_size = check_length("window_size", window_size)
+    blocks = count_blocks(seq_len, BLOCK_SIZE[0])
+    if blocks * blocks > MOST_PRINTABLE:
+        raise ValueError(
+            f"seq_len={seq_len} makes block lists of {blocks} x {blocks} entries; they must be at "
+            f"most {MOST_PRINTABLE}, because FlexAttention prints and compiles lists as wide as "
+            "there are blocks. Try nsa_fast.sliding_attention, whose lists are as wide as the "
+            "window."
+        )
     semantics = dataclasses.replace(LUCIDRAINS_FLEX, causal=check_flag("causal", causal))
     block_mask = block_masks.sliding_block_mask(
         seq_len,

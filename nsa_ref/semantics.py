@@ -100,7 +100,8 @@ class Semantics:
                 f"forced_score={self.forced_score!r} must be a positive number: a forced block "
                 "competes with scores that are sums of probabilities. Try math.inf or 1.0."
             )
-        if self.score_floor is not None and not 0 <= self.score_floor < 1:
+        floor = self.score_floor
+        if floor is not None and not (isinstance(floor, (int, float)) and 0 <= floor < 1):
             raise ValueError(
                 f"score_floor={self.score_floor!r} must be None or lie in [0, 1): "
                 "it is compared with a softmax. Try None or 1e-10."

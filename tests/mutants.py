@@ -44,6 +44,7 @@ class Kernel(OracleImplementation):
 
     name = "kernel"
     semantics = PLAIN
+    nonfinite_invisible = False  # dense: 0 times inf is NaN
 
     def kv_head_of_keys(self, case: Case) -> np.ndarray:
         return np.arange(case.q_heads) // case.group_size
@@ -236,6 +237,21 @@ class BlockTooEarly(OracleImplementation):
         return mask
 
 
+@mutant("C2", "a block's last token is found in whole strides, as if d divided l")
+class LastTokenByStride(OracleImplementation):
+    semantics = (PAPER,)
+
+    def compress_mask(self, case: Case) -> np.ndarray:
+        mask = _compress_mask(case, case.semantics).copy()
+        stride = case.compress_block_sliding_stride
+        for t in range(case.q_len):
+            p = t + case.kv_len - case.q_len
+            for i in range(case.num_compress_blocks):
+                last = (i + case.compress_block_size // stride) * stride - 1
+                mask[t, case.num_mem_kv + i] = p >= 0 and last <= p
+        return mask
+
+
 @mutant("C3", "memory is masked like the blocks")
 class MemoryMasked(OracleImplementation):
     def compress_mask(self, case: Case) -> np.ndarray:
@@ -414,6 +430,16 @@ class FiniteMinusInfinity(Kernel):
     def masked(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
         masked = np.where(mask != 0, scores, scores - scores.dtype.type(1e4))
         return np.where(mask.any(-1, keepdims=True), masked, -np.inf)
+
+
+@mutant("A5", "the same where nothing is causal, and window or selection hide the keys")
+class FiniteMinusInfinityBothWays(FiniteMinusInfinity):
+    semantics = (dataclasses.replace(PAPER, causal=False),)
+
+
+@mutant("A5", "inf and NaN are declared harmless, and 0 times inf is NaN")
+class ZeroTimesInfinity(Kernel):
+    nonfinite_invisible = True
 
 
 @mutant("A5", "invisible keys take part in the maximum")

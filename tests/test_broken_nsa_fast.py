@@ -105,7 +105,7 @@ def test_forward_of_a_broken_build_is_read_out(
     record = run_property(PROPERTIES[name], broken, Options(findings=tmp_path))
     if kind not in READINGS[build][2]:
         assert record.finding is None, record.finding["text"]
-        assert record.cases == PROPERTIES[name].examples
+        assert record.cases >= PROPERTIES[name].examples
         return
     assert record.finding is not None
     assert f"{branch}, forward read out by one-hot values: " in record.finding["text"]

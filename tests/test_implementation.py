@@ -101,7 +101,7 @@ def test_what_lies_between_strided_elements_is_poison() -> None:
     """A kernel that walks memory instead of strides reads NaN."""
     case = a_case("strided")
     tensor = TorchImplementation().tensor(case, case.qkv()[0])
-    memory = tensor.as_strided((tensor.numel() * 2,), (1,))
+    memory = tensor.as_strided((tensor.numel() * 2 - 1,), (1,))
     assert memory[1::2].isnan().all()
     assert memory[::2].isfinite().all()
 
@@ -117,11 +117,14 @@ def test_only_what_is_the_same_in_every_batch_entry_is_expanded() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_indices_and_flat_weights_have_no_layout(layout: str) -> None:
+def test_indices_have_a_layout_and_flat_weights_have_none(layout: str) -> None:
+    """A kernel that takes the strides of its indices for granted is found as well."""
     case = a_case(layout)
-    indices = TorchImplementation().tensor(case, case.block_indices())
+    expected = case.block_indices()
+    indices = TorchImplementation().tensor(case, expected)
     assert indices.dtype == torch.int64
-    assert indices.is_contiguous()
+    assert indices.is_contiguous() == (layout == "contiguous")
+    assert (indices.numpy() == expected).all()
     assert TorchImplementation().tensor(case, np.ones((2, 3))).is_contiguous()
 
 

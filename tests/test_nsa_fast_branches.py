@@ -28,8 +28,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from nsa_fast import block_masks, branches, flex, selection  # noqa: E402
+from nsa_fast import block_lists, block_masks, branches, flex, selection  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
+from nsa_fast.pool import MAP_WEIGHTS  # noqa: E402
 
 BRANCHES = ("sliding", "compress", "fine")
 
@@ -345,6 +346,20 @@ def call(branch: str = "sliding", **changes: Any) -> Callable[[], object]:
     return lambda: function(**arguments)
 
 
+def select(**changes: Any) -> torch.Tensor:
+    """A small selection with some arguments changed."""
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(1, 4, 64, 16),
+        "k_cmp": torch.zeros(1, 2, 32, 16),
+        "kv_len": 64,
+        "compress_block_size": 2,
+        "compress_block_sliding_stride": 2,
+        "selection_block_size": 4,
+        "num_selected_blocks": 4,
+    }
+    return nsa_fast.select_blocks(**(arguments | changes))
+
+
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "multiset": (
         call("fine", semantics=dataclasses.replace(PAPER, duplicates="multiset")),
@@ -436,6 +451,38 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         r"mem_k and mem_v must be given together, or neither",
     ),
+    "scale that wants a gradient": (
+        call(scale=torch.tensor(0.5, requires_grad=True)),
+        TypeError,
+        r"scale must be a number, not a torch\.Tensor: .* Try float\(scale\)",
+    ),
+    "scale of another kind": (
+        call("compress", scale="0.5"),
+        TypeError,
+        r"scale='0\.5' must be a number, not str",
+    ),
+    "scale that is no number": (
+        call("fine", scale=float("nan")),
+        ValueError,
+        r"scale=nan must be finite",
+    ),
+    "scale of a selection": (
+        lambda: select(scale=float("inf")),
+        ValueError,
+        r"scale=inf must be finite",
+    ),
+    "membership table": (
+        call(
+            "fine",
+            k=torch.zeros(1, 2, 1, 4).expand(1, 2, 2**29, 4),
+            v=torch.zeros(1, 2, 1, 3).expand(1, 2, 2**29, 3),
+            q=torch.zeros(1, 4, 64, 4),
+            block_indices=torch.zeros(1, 2, 64, 1, dtype=torch.int64),
+            selection_block_size=1,
+        ),
+        ValueError,
+        r"batch=1 x heads=2 x tokens=64 x selection blocks=536870912 .* below 2\*\*31",
+    ),
 }
 
 
@@ -444,6 +491,114 @@ def test_what_does_not_run_says_what_does(what: str) -> None:
     function, error, message = ERRORS[what]
     with pytest.raises(error, match=message):
         function()
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_attention_under_autocast_is_what_it_is_without(branch: str, backend: str) -> None:
+    torch.manual_seed(0)
+    sizes = [torch.randn(2, heads, 40, 16) for heads in (8, 2, 2)]
+    changes: dict[str, Any] = dict(zip("qkv", sizes))
+    if branch == "fine":
+        changes["block_indices"] = torch.randint(0, 10, (2, 2, 40, 3))
+    if branch == "compress":
+        k_cmp, v_cmp = changes.pop("k"), changes.pop("v")
+        changes |= {"k_cmp": k_cmp, "v_cmp": v_cmp, "kv_len": 80}
+    tensors = [tensor for tensor in changes.values() if isinstance(tensor, torch.Tensor)][:3]
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    for tensor in tensors:
+        tensor.requires_grad_(backend == "eager")
+    run: Any = call(branch, backend=backend, **changes)
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    assert found.out.dtype == torch.float32
+    assert torch.equal(found.out, plain.out)
+    if backend == "eager":
+        assert torch.equal(found.lse, plain.lse)
+        expected, grads = (
+            torch.autograd.grad(r.out.square().sum(), tensors) for r in (plain, found)
+        )
+        for one, other in zip(grads, expected):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+def test_pool_under_autocast_is_what_it_is_without(compress_map: str) -> None:
+    x = torch.randn(1, 2, 12, 4)
+    shapes = {"weight": (4, 8), "bias": (4,), "weight_in": (5, 8), "bias_in": (5,),
+              "weight_out": (4, 5), "bias_out": (4,)}  # fmt: skip
+    weights = {name: torch.randn(shapes[name]) for name in MAP_WEIGHTS[compress_map]}
+
+    def run() -> torch.Tensor:
+        return nsa_fast.compress_pool(
+            x,
+            weights,
+            compress_block_size=2,
+            compress_block_sliding_stride=2,
+            compress_map=compress_map,
+        )
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    assert torch.equal(found, expected)
+
+
+def test_selection_under_autocast_is_what_it_is_without() -> None:
+    torch.manual_seed(0)
+    tensors = {"q": torch.randn(1, 4, 64, 16), "k_cmp": torch.randn(1, 2, 32, 16)}
+    expected = select(**tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = select(**tensors)
+    assert torch.equal(found, expected)
+
+
+# --- what a backward alone needs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_forward_alone_builds_no_transposed_lists(
+    branch: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*lists: Any) -> Any:
+        raise AssertionError("transposed lists were built")
+
+    monkeypatch.setattr(block_lists, "transposed", refused)
+    case = replace(dtype="float32")
+    assert_forward(NsaFastCompiled() if backend == "compiled" else NsaFastEager(), branch, case)
+
+
+def test_a_backward_gets_transposed_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: here the graph is replaced, because a CPU has no compiled backward."""
+    seen: list[bool] = []
+
+    def stub(name: str, q: Any, k: Any, v: Any, block_mask: Any, scale: float) -> Any:
+        seen.append(block_mask.q_indices is not None)
+        return q, q[..., 0]
+
+    monkeypatch.setattr(flex, "_compiled", stub)
+    monkeypatch.setattr(branches.flex, "resolve_backend", lambda *call: "compiled")
+    call()()
+    call(q=torch.zeros(1, 4, 8, 4, requires_grad=True))()
+    call(v=torch.zeros(1, 2, 8, 3, requires_grad=True))()
+    with torch.no_grad():
+        call(q=torch.zeros(1, 4, 8, 4, requires_grad=True))()
+    assert seen == [False, True, True, False]
+
+
+def test_tables_of_many_sizes_are_graphs_of_their_own() -> None:
+    """More than dynamo's limit of 8 for one graph."""
+    q, k, v = (torch.randn(2, heads, 3, 16) for heads in (8, 2, 2))
+    indices = torch.zeros(2, 2, 3, 1, dtype=torch.int64)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.MonkeyPatch.context() as patch:
+        for least in (2**10, 2**11):
+            patch.setattr(block_lists, "LEAST_TABLE", least)
+            nsa_fast.fine_attention(q, k, v, indices, selection_block_size=5, backend="compiled")
 
 
 # --- compression ----------------------------------------------------------------------------------
@@ -686,8 +841,10 @@ def test_the_builders_are_looked_up_when_they_are_used(monkeypatch: pytest.Monke
     build = block_masks.sliding_block_mask
 
     def recorded(*args: Any, **sizes: Any) -> Any:
+        result = build(*args, **sizes)
+        sizes.pop("q_lists", None)  # for a backward alone, and no other list depends on it
         seen.append((args, sizes))
-        return build(*args, **sizes)
+        return result
 
     monkeypatch.setattr(block_masks, "sliding_block_mask", recorded)
     eager, inputs = NsaFastEager(), inputs_and_mask(CASE, "sliding")[0]

@@ -73,8 +73,9 @@ def assert_lists(block_mask: BlockMask, expected: np.ndarray) -> None:
             assert numbers.dtype == indices.dtype == torch.int32
             assert numbers.shape == (batch, heads, size)
             assert numbers.is_contiguous() and indices.is_contiguous()
-            # 2.11 reads the full lists by the strides of the partial ones
-            assert indices.shape == getattr(block_mask, f"{side}_indices").shape
+            if side == "kv" or not block_lists.OWN_STRIDES:
+                # 2.11 reads the full lists by the strides of the partial ones
+                assert indices.shape == getattr(block_mask, f"{side}_indices").shape
             # the Triton kernels load the first entry even of an empty list
             assert indices.shape[3] >= 1
             assert indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < other
@@ -284,6 +285,11 @@ def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
             r"seq_len=2147483648 must be below 1073741824\.",
         ),
         (
+            lambda: nsa_fast.create_sliding_mask(2**27, 1000),
+            ValueError,
+            r"seq_len=134217728 makes block lists of 1048576 x 1048576 entries; .*268435456",
+        ),
+        (
             lambda: nsa_fast.create_compress_mask(8, 2, 0),
             ValueError,
             r"compress_block_sliding_stride=0 must be at least 1\.",
@@ -350,8 +356,8 @@ def test_fine_lists_of_16k_tokens_grow_with_tokens_times_n() -> None:
         block_mask = block_masks.fine_block_mask(
             tokens, indices, block_size, PAPER, rows_per_token=16, blocks_per_tile=1
         )
-    # the membership table holds one bit per token and block; its sizes step by 16
-    table = 16 * tokens * (tokens // block_size) // mask_mods.WORD_BITS
+    # the membership table holds one bit per token and block; its sizes step by 2
+    table = 2 * tokens * (tokens // block_size) // mask_mods.WORD_BITS
     assert largest.elements <= max(table, 4 * tokens * n) < tokens * tokens // 16
     assert block_mask.kv_indices.shape == (1, 1, tokens, n)
 
@@ -373,6 +379,43 @@ def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:
     with Largest() as largest:
         nsa_fast.create_fine_mask(tokens, 64)(indices)
     assert largest.elements < tokens * tokens // 16
+
+
+def chosen_of(batch: int, heads: int, tokens: int, num_blocks: int) -> block_lists.Chosen:
+    """Sizes alone, without memory behind them."""
+    none = torch.zeros((batch, heads, tokens, 0), dtype=torch.int64, device="meta")
+    return block_lists.Chosen(none, none, num_blocks, 64, 64 * num_blocks)
+
+
+@pytest.mark.parametrize("tokens", [2**10, 2**16, 3 * 2**16, 2**18])
+def test_the_membership_table_is_at_most_twice_what_is_needed(tokens: int) -> None:
+    table, shape = block_lists.word_table(chosen_of(2, 4, tokens, tokens // 64))
+    needed = 2 * 4 * tokens * shape[2]
+    assert needed < len(table) <= max(block_lists.LEAST_TABLE, 2 * needed + 4 * shape[2])
+
+
+def test_a_membership_table_that_int32_cannot_index_is_refused() -> None:
+    block_lists.table_entries(8, 16, 2**19 - 1, 2**10)
+    message = (
+        r"batch=8 x heads=16 x tokens=524288 x selection blocks=1024 make a membership table of "
+        r"2147483681 words .* below 2\*\*31"
+    )
+    with pytest.raises(ValueError, match=message):
+        block_lists.word_table(chosen_of(8, 16, 2**19, 2**10))
+
+
+@pytest.mark.parametrize("own_strides", [False, True])
+def test_transposed_lists_are_of_one_width_only_for_the_torch_that_needs_it(
+    own_strides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_lists, "OWN_STRIDES", own_strides)
+    indices = torch.zeros(1, 1, 64, 1, dtype=torch.int64)  # all see block 0: whole, but for 3
+    block_mask = block_masks.fine_block_mask(
+        64, indices, 4, PAPER, rows_per_token=1, blocks_per_tile=1
+    )
+    assert block_mask.q_indices.shape[3] == (3 if own_strides else 61)
+    assert block_mask.full_q_indices.shape[3] == 61
+    assert_reads(block_mask, nsa_ref.masks.fine_mask(64, 64, 4, indices.numpy(), 1, PAPER))
 
 
 # --- the adapter shows what the branches use ------------------------------------------------------

@@ -100,6 +100,10 @@ class Branch:
     def mask_clause(self, case: Case) -> str:
         """The clause that a wrong mask breaks on this case, if nothing more special is known."""
         causal = case.semantics.causal
+        if self.name == "fine" and case.indices in ("mixed", "none"):
+            return "I6"
+        if self.name == "fine" and case.indices == "same":
+            return "F3"
         return {
             "sliding": "W1" if causal else "W2",
             "compress": "C2" if causal else "C3",

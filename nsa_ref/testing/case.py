@@ -172,13 +172,21 @@ class Case:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Case:
-        """The inverse of `to_json`; unknown fields raise ValueError by name."""
+        """The inverse of `to_json`; unknown fields raise ValueError by name.
+
+        Written by hand, `semantics` may also be a preset's name, or the switches that differ from
+        PAPER's.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(fields) - known:
             raise ValueError(f"case has unknown fields {sorted(unknown)}; known: {sorted(known)}.")
         values = dict(fields)
-        if "semantics" in values:
-            values["semantics"] = Semantics.from_json(values["semantics"])
+        switches = values.get("semantics", {})
+        if isinstance(switches, str):
+            check_one_of("semantics", switches, PRESETS)
+            values["semantics"] = PRESETS[switches]
+        elif switches:
+            values["semantics"] = Semantics.from_json(PAPER.to_json() | switches)
         return cls(**values)
 
     def __repr__(self) -> str:
@@ -204,7 +212,8 @@ class Case:
         `name` is one of q, k, v, k_cmp, v_cmp, mem_k, mem_v, x, d_out, d_lse, or "weights/...".
         """
         rng = self.generator(name)
-        if self.layout == "expanded" and name in ("q", "k", "v") and shape[0] > 1:
+        shared = ("q", "k", "v", "d_out", "d_lse")
+        if self.layout == "expanded" and name in shared and shape[0] > 1:
             # one batch entry, seen `batch` times: an expanded tensor has nothing else to show
             values = np.broadcast_to(self._fill(rng, name, (1, *shape[1:])), shape)
         else:
@@ -287,8 +296,11 @@ class Case:
         Everything that I6 and F3 speak of occurs: -1 in any slot, indices past the last block
         (among them some that a cast to 32 bits would wrap into the array), duplicates.
         """
-        rng = self.generator("block_indices")
         shape = (self.batch, self.selection_heads, self.q_len, self.num_selected_blocks)
+        if self.layout == "expanded" and self.batch > 1:
+            once = dataclasses.replace(self, batch=1).block_indices()
+            return np.broadcast_to(once, shape).copy()
+        rng = self.generator("block_indices")
         blocks = self.num_selection_blocks
         if self.indices == "none" or blocks == 0:
             return np.full(shape, -1, dtype=np.int64)

@@ -36,7 +36,7 @@ CLAUSES = {
     "I3": "Scores are summed over the query heads of the group (eq. 10); with logit_mean they are "
     "means of scaled logits.",
     "I4": "The n best blocks among those that begin at or before p, initial and local blocks "
-    "forced and counted in n.",
+    "forced and counted in n (the lowest, if more than n are forced).",
     "I5": "Between equal scores any choice is right, but only among the candidates.",
     "I6": "Fewer than n candidates: all of them, -1 in the slots left over; indices < 0 or >= the "
     "number of blocks are ignored.",

@@ -151,6 +151,9 @@ def run_property(prop: Property, implementation: Implementation, options: Option
             return
         record.cases += 1
         record.ambiguous += outcome.ambiguous
+        if outcome.powerless:
+            record.inconclusive += 1
+            record.reasons["inconclusive: the bound of one tensor admits any value"] += 1
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(case_edges(prop, case))
@@ -181,7 +184,13 @@ def _not_asked(prop: Property, implementation: Implementation, options: Options)
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
         return f"{', '.join(options.dtypes)} is not offered"
     case = options.case
-    if case is None or not options.any_property:
+    if case is None:
+        return ""
+    if case.dtype not in implementation.numerics:
+        return f"{case.dtype} is not offered"
+    if case.semantics not in implementation.semantics:
+        return "the case's semantics are not declared"
+    if not options.any_property:
         return ""
     wanted = prop.options
     about = (
@@ -253,13 +262,24 @@ def _where(error: BaseException) -> str:
 def _generate(
     prop: Property, implementation: Implementation, options: Options, trial: Callable[..., None]
 ) -> None:
-    settings = level_settings(options.level, prop.examples)
+    strata = prop.strata(implementation, options.dtypes or None)
+    settings = level_settings(options.level, -(-prop.examples // len(strata)))
     if not options.shrink:
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
-    wrapped = given(case=prop.cases(implementation, options.dtypes or None))(trial)
-    # the same cases in every run, others for every property and seed
-    wrapped = hypothesis.seed(zlib.crc32(prop.name.encode()) + options.seed)(wrapped)
-    settings(wrapped)()
+
+    def run(number: int, settings: hypothesis.settings) -> None:
+        # the same cases in every run, others for every property, lot and seed
+        seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
+        settings(hypothesis.seed(seed)(given(case=strata[number])(trial)))()
+
+    for number in range(len(strata)):
+        try:
+            run(number, settings)
+        except Broken:
+            if number and options.shrink:
+                # the first lot has the smallest cases: what is broken may show there, too
+                run(0, hypothesis.settings(settings, max_examples=100))
+            raise
 
 
 # --- nothing found is lost ------------------------------------------------------------------------

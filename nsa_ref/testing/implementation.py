@@ -44,6 +44,7 @@ class Implementation:
     numerics : dtype -> row of bounds ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", ...)
     limits : Case field (or "group_size") -> allowed values; steers the generation of cases
     nonfinite_invisible : invisible keys may even hold inf and NaN (A5)
+    lse_gradient : a gradient may arrive through lse; False if the backward takes none
     """
 
     name: str = "unnamed"
@@ -51,6 +52,7 @@ class Implementation:
     numerics: Mapping[str, str] = {"float32": "fp32"}
     limits: Mapping[str, Collection[Any]] = {}
     nonfinite_invisible: bool = False
+    lse_gradient: bool = True
     device: str = "cpu"
 
     def supports(self, case: Case) -> str | None:
@@ -161,16 +163,15 @@ class TorchImplementation(Implementation):
         else:
             tensor = torch.from_numpy(np.array(array))
         tensor = tensor.to(self.device)
-        if tensor.ndim == 4 and tensor.is_floating_point():
+        if tensor.ndim >= 3:  # all but the weights of a map
             match case.layout:
                 case "transposed":  # (batch, len, heads, dim) in memory, as projections leave it
                     tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
-                case "strided":  # every other element of a row, the rest poisoned
-                    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan).to(
-                        tensor
-                    )
-                    wide[..., ::2] = tensor
-                    tensor = wide[..., ::2]
+                case "strided":  # every other element of a row, from the second on, poison between
+                    poison = math.nan if tensor.is_floating_point() else 2**40
+                    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), poison)
+                    wide[..., 1::2] = tensor
+                    tensor = wide[..., 1::2]
                 case "expanded" if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
                     tensor = tensor[:1].expand(tensor.shape)
         return tensor.detach().requires_grad_(grad)
@@ -221,10 +222,21 @@ class TorchImplementation(Implementation):
         outputs: Any = getattr(self, method)(case, *inputs)
         if method == "pool":
             outputs = (outputs,)
-        elif outputs.lse is None:
+        elif outputs.lse is None or not self.lse_gradient:
             if np.any(arguments[-1].astype(np.float64)):
                 raise NotOffered(f"lse of {method}")
             outputs, d_outputs = (outputs.out,), d_outputs[:1]
+        elif outputs.out.requires_grad and not outputs.lse.requires_grad:
+            raise TypeError(
+                f"the lse of {method} has no gradient for autograd; a port whose backward takes "
+                "none says so by `lse_gradient = False`"
+            )
+        if not any(output.requires_grad for output in outputs):
+            raise TypeError(
+                f"what {method} returns has no gradient for autograd (a tensor was detached, or "
+                "torch.no_grad() is on); a port without gradients says so by "
+                "`def offers_vjp(self, method): return False`"
+            )
         leaves: list[torch.Tensor] = []
         for item in inputs:
             leaves += item.values() if isinstance(item, dict) else [item]
@@ -249,6 +261,7 @@ class OracleImplementation(Implementation):
     """
 
     name = "oracle"
+    nonfinite_invisible = True
     semantics = (
         *PRESETS.values(),
         *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),

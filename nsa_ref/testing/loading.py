@@ -76,6 +76,11 @@ def load(spec: str, device: str) -> list[Implementation]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         wanted = error.name or ""
+        if module_name.endswith(".py"):
+            name = module_name.removesuffix(".py").replace("/", ".")
+            raise CannotRun(
+                f"{module_name!r} is a file: name the module, {name}:{attribute}"
+            ) from error
         if wanted and f"{module_name}.".startswith(f"{wanted}."):
             raise CannotRun(
                 f"there is no module {wanted!r}, neither installed nor in {os.getcwd()}. Install "
@@ -245,6 +250,14 @@ def _main(spec: str, device: str, answer_file: str) -> None:
     try:
         chosen = resolve_device(device)
         implementations = load(spec, chosen)
+        if chosen == "cuda" and all(i.device.startswith("cpu") for i in implementations):
+            # an instance was made before the device was known, and NumPy has no other
+            if device == "cuda":
+                raise CannotRun(
+                    f"--device cuda: {spec} is on the cpu. Name the class, which is then made "
+                    "with the device, or make the instance on cuda"
+                )
+            chosen = "cpu"
         answer: dict[str, Any] = {
             "device": chosen,
             "implementations": [

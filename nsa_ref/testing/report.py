@@ -124,6 +124,12 @@ def clauses(
             clause.reasons[f"{record['name']}: see {found['clause']}"] += 1
         if record["budget_used"] is not None and not elsewhere:
             clause.budget_used = max(clause.budget_used or 0.0, record["budget_used"])
+    for finding in findings:
+        # what broke the clause used more than all that did not; no number if it has no bound
+        worst = float(finding["worst"].get("budget_used", math.inf))
+        clause = asked[finding["clause"]]
+        most = max(clause.budget_used or 0.0, worst)
+        clause.budget_used = most if math.isfinite(most) else None
     return [asked[name] for name in CLAUSES if name in asked]
 
 

@@ -35,6 +35,17 @@ ABOUT = {
 }
 
 
+#: How q_len and kv_len stand to each other. A property tries them one after the other: left to
+#: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
+SHAPES = ("square", "decode", "short keys", "edge")
+LONG_SHAPES = ("around 128", "long", "many blocks")
+
+
+def shapes_of(about: str) -> tuple[str, ...]:
+    """The shapes of cases about this; many blocks only where blocks are chosen."""
+    return SHAPES + (LONG_SHAPES if "blocks" in ABOUT[about] else LONG_SHAPES[:2])
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -46,6 +57,7 @@ def cases(
     inputs: Sequence[str] = INPUTS,
     indices: Sequence[str] = INDICES,
     head_dims: Sequence[int] = HEAD_DIMS,
+    shape: str | None = None,
     populated: bool = False,
     max_len: int = 40,
     adjust: Adjust | None = None,
@@ -54,8 +66,9 @@ def cases(
 
     about : a key of ABOUT
     semantics, dtypes, inputs, indices, head_dims : further restrictions
+    shape : one of `shapes_of(about)`, default any
     populated : at least one batch entry, and two rows and two keys before `adjust`
-    max_len : q_len and kv_len of most cases, in tokens; a few are around 128
+    max_len : q_len and kv_len in tokens, but for the long shapes
     adjust : changes the sizes to what a property is about
     """
     limits = implementation.limits
@@ -73,30 +86,32 @@ def cases(
     sizes["semantics"] = draw(st.sampled_from(list(semantics or implementation.semantics)))
     sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
 
+    shape = shape or draw(st.sampled_from(shapes_of(about)))
     group_size = pick("group_size", GROUP_SIZES)
     sizes["kv_heads"] = pick("kv_heads", (1, 2, 3) if group_size < 5 else (1, 2))
-    sizes["q_heads"] = sizes["kv_heads"] * group_size
-    if "q_heads" in limits:
-        sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],))
-        divisors = [n for n in range(1, sizes["q_heads"] + 1) if sizes["q_heads"] % n == 0]
-        sizes["kv_heads"] = pick("kv_heads", divisors)
     # an empty batch is worth a try, and no more than that
     batches = (1, 2, 3) * 5 + (() if populated else (0,))
     sizes["batch"] = pick("batch", batches)
+    if shape in LONG_SHAPES:
+        # they stay cheap; the same draws as for the others, so that they can shrink to them
+        group_size = group_size if "group_size" in limits else min(group_size, 2)
+        sizes["kv_heads"] = sizes["kv_heads"] if "kv_heads" in limits else 1
+        sizes["batch"] = sizes["batch"] if "batch" in limits else 1
+    sizes["q_heads"] = sizes["kv_heads"] * group_size
+    if "q_heads" in limits:
+        sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],))
+        groups_of = limits.get("group_size", range(1, sizes["q_heads"] + 1))
+        divisors = [sizes["q_heads"] // g for g in groups_of if sizes["q_heads"] % g == 0]
+        sizes["kv_heads"] = pick("kv_heads", divisors)
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
-    # long cases only where they stay cheap
     rows = sizes["batch"] * sizes["q_heads"]
-    shapes = ["square", "decode", "short keys", "edge"]
-    if rows <= 6:
-        shapes += ["around 128", *(["many blocks"] if "blocks" in groups else [])]
-    shape = draw(st.sampled_from(shapes))
     shortest = 2 if populated else 1
     length = draw(st.integers(shortest, max_len if rows <= 16 else min(max_len, 20)))
     sizes["q_len"] = sizes["kv_len"] = length
     if shape == "decode":
-        sizes["q_len"] = draw(st.integers(shortest, length))
+        sizes["q_len"] = draw(st.integers(shortest, min(length, 3)))
     elif shape == "short keys":
         sizes["kv_len"] = draw(st.integers(2 if populated else 0, length))
     elif shape == "edge":
@@ -104,6 +119,9 @@ def cases(
         sizes["q_len"] = max(2 if populated else 0, sizes["q_len"])
     elif shape == "around 128":
         sizes["kv_len"] = draw(st.integers(127, 130))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
+    elif shape == "long":
+        sizes["kv_len"] = draw(st.integers(250, 270))
         sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
 
     # l, d and l' with d dividing both; l' first where the implementation limits it
@@ -120,9 +138,15 @@ def cases(
         sizes["selection_block_size"] = stride * draw(factors)
     sizes["compress_block_sliding_stride"] = stride
     windows = [stride * factor for factor in (1, 2, 3, 4)]
+    if about in ("compress", "pool") and stride > 1:
+        # nothing but eq. 9 needs d to divide l; windows may even leave gaps
+        windows += [2 * stride + 1, stride - 1]
+    windows.append(stride * (24 // stride + 1))  # longer than any tile of 16
     sizes["compress_block_size"] = pick("compress_block_size", windows, "compress")
     if shape == "many blocks":
-        sizes["kv_len"] = 128 * sizes["selection_block_size"] + draw(st.integers(1, 5))
+        # far enough beyond 128 that the blocks up there are chosen
+        sizes["kv_len"] = sizes["selection_block_size"] * draw(st.integers(129, 170))
+        sizes["kv_len"] += draw(st.integers(0, 1))
         sizes["q_len"] = draw(st.integers(shortest, 4))
     if "q_len" in limits or "kv_len" in limits:
         sizes["q_len"] = pick("q_len", (sizes["q_len"],))
@@ -130,13 +154,17 @@ def cases(
 
     kv_len = sizes["kv_len"]
     count = min(-(-kv_len // sizes["selection_block_size"]), 32)
-    slots = (1, 2, count, count + 1, 0, 3, 4)
+    slots: tuple[int, ...] = (1, 2, count, count + 1, 0, 3, 4)
+    if shape == "many blocks":
+        slots = (17, 3, 35)
     sizes["num_selected_blocks"] = pick("num_selected_blocks", slots, "blocks")
     sizes["num_initial_blocks"] = pick("num_initial_blocks", (0, 1, 2), "forced")
     sizes["num_local_blocks"] = pick("num_local_blocks", (0, 1, 2), "forced")
     reach: tuple[int, ...] = (0, 1, max(kv_len - 1, 0), kv_len, kv_len + 3)
     if "window" in groups and draw(st.booleans()):
         reach = tuple(range(kv_len + 1))
+    if not sizes["semantics"].window_closed:
+        reach = tuple(max(1, w) for w in reach)  # w keys: none at all are no window
     sizes["sliding_window_size"] = pick("sliding_window_size", reach, "window")
     sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3), "compress")
     sizes["compress_map"] = pick("compress_map", ("mean", "linear", "mlp"), "map")
@@ -170,12 +198,18 @@ EDGES: dict[str, Edge] = {
     "partial last block": lambda case, _: case.kv_len % case.selection_block_size != 0,
     "kv_len < l": lambda case, _: case.kv_len < case.compress_block_size,
     "kv_len < d": lambda case, _: case.kv_len < case.compress_block_sliding_stride,
+    "l no multiple of d": lambda case, _: (
+        case.compress_block_size % case.compress_block_sliding_stride != 0
+    ),
+    "l < d": lambda case, _: case.compress_block_size < case.compress_block_sliding_stride,
     "kv_len < l'": lambda case, _: case.kv_len < case.selection_block_size,
     "q_len 0": lambda case, _: case.q_len == 0,
     "q_len 1": lambda case, _: case.q_len == 1,
     "kv_len = q_len + 1": lambda case, _: case.kv_len == case.q_len + 1,
+    "kv_len = q_len - 1": lambda case, _: case.kv_len == case.q_len - 1,
     "kv_len < q_len": lambda case, _: case.kv_len < case.q_len,
     "decode": lambda case, _: case.q_len == 1 < case.kv_len,
+    "n = 1": lambda case, _: case.num_selected_blocks == 1,
     "n = 0": lambda case, _: case.num_selected_blocks == 0,
     "n = all blocks": lambda case, _: case.num_selected_blocks == case.num_selection_blocks,
     "n > blocks": lambda case, _: case.num_selected_blocks > case.num_selection_blocks,

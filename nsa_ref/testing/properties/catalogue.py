@@ -25,6 +25,11 @@ from nsa_ref.testing.properties.selection import selection
 from nsa_ref.testing.properties.values import empty_rows, gradients, output
 from nsa_ref.testing.strategies import Adjust, Sizes
 
+
+def _any(semantics: Semantics) -> bool:
+    return True
+
+
 PROPERTIES: dict[str, Property] = {}
 
 
@@ -36,7 +41,8 @@ def _register(
     *,
     method: str | None = None,
     backward: bool = False,
-    semantics: Callable[[Semantics], bool] = lambda s: True,
+    by_dtype: bool = False,
+    semantics: Callable[[Semantics], bool] = _any,
     examples: int = 20,
     **options: Any,
 ) -> None:
@@ -51,6 +57,7 @@ def _register(
         check=check,
         semantics=semantics,
         options=options,
+        by_dtype=by_dtype,
         examples=examples,
     )
 
@@ -65,7 +72,7 @@ def _not_causal(semantics: Semantics) -> bool:
 
 def _zero_rows(branch: Branch) -> Callable[[Semantics], bool]:
     return lambda semantics: (
-        semantics.causal and getattr(semantics.empty_row, branch.name) == "zero"
+        (semantics.causal or branch is FINE) and getattr(semantics.empty_row, branch.name) == "zero"
     )
 
 
@@ -147,31 +154,39 @@ def _mean_without_positions(draw: st.DrawFn, sizes: Sizes) -> None:
 def _small_maps(draw: st.DrawFn, sizes: Sizes) -> None:
     """An MLP of l * dim inputs and as many hidden units is kept affordable."""
     if sizes["compress_block_size"] * sizes["head_dim"] > 256:
-        sizes["compress_map"] = "linear"
+        sizes["compress_map"] = draw(st.sampled_from(["linear", "mean"]))
 
 
 def _rows_that_choose(draw: st.DrawFn, sizes: Sizes) -> None:
     """More candidates than n, so that scores decide; compressed blocks that overlap."""
-    sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], 4))
-    if sizes["kv_len"] < 4 * sizes["selection_block_size"]:
-        sizes["kv_len"] = 4 * sizes["selection_block_size"] + draw(st.integers(0, 3))
+    size = sizes["selection_block_size"]
+    if sizes["kv_len"] < 4 * size:
+        sizes["kv_len"] = 4 * size + draw(st.integers(0, 3))
         sizes["q_len"] = max(1, min(sizes["q_len"], sizes["kv_len"]))
+    most = sizes["kv_len"] // size // 2
+    sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], most))
 
 
 def _nothing_forced(draw: st.DrawFn, sizes: Sizes) -> None:
     _rows_that_choose(draw, sizes)
-    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = sizes["num_mem_kv"] = 0
+
+
+def _one_head_a_group(draw: st.DrawFn, sizes: Sizes) -> None:
+    _nothing_forced(draw, sizes)
+    sizes["q_heads"] = sizes["kv_heads"]
 
 
 def _early_rows(draw: st.DrawFn, sizes: Sizes) -> None:
     """Rows before the end of the first window: no score but 0, for past and future alike."""
     _nothing_forced(draw, sizes)
-    sizes["q_len"] = sizes["kv_len"]
+    if sizes["kv_len"] <= 64:
+        sizes["q_len"] = sizes["kv_len"]
 
 
 def _memory(draw: st.DrawFn, sizes: Sizes) -> None:
     _nothing_forced(draw, sizes)
-    sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
+    sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
 
 
 def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
@@ -187,7 +202,7 @@ def _window_properties() -> None:
         ("W2", _not_causal, None),
         ("W3", _causal, _window),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 40}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 72}
         _register(
             clause,
             SLIDING,
@@ -217,9 +232,9 @@ def _compress_properties() -> None:
     probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
     for clause, semantics, adjust in (
         ("C2", _causal, None),
-        ("C3", lambda s: True, _memory_or_not_causal),
+        ("C3", _any, _memory_or_not_causal),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 40}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 72}
         _register(
             clause,
             COMPRESS,
@@ -244,7 +259,16 @@ def _compress_properties() -> None:
         adjust=_mean_without_positions,
         head_dims=(8, 16, 24),
     )
-    _register("C4", COMPRESS, pooled(False), "C4_pool", method="pool", adjust=_small_maps)
+    _register(
+        "C4",
+        COMPRESS,
+        pooled(False),
+        "C4_pool",
+        method="pool",
+        by_dtype=True,
+        adjust=_small_maps,
+        examples=32,
+    )
     _register(
         "C4",
         COMPRESS,
@@ -261,7 +285,7 @@ def _fine_properties() -> None:
     for clause, semantics, adjust, indices in (
         ("F1", _causal, None, ("distinct", "few", "all")),
         ("F2", _causal, _short_last_block, ("distinct", "all")),
-        ("F3", lambda s: True, _several_slots, ("same", "few")),
+        ("F3", _any, _several_slots, ("same", "few")),
         ("F4", _not_causal, None, ("distinct", "few", "all", "mixed")),
         ("I6", _causal, _several_slots, ("mixed", "none")),
     ):
@@ -269,7 +293,7 @@ def _fine_properties() -> None:
             "semantics": semantics,
             "adjust": adjust,
             "indices": indices,
-            "examples": 40,
+            "examples": 72,
         }
         _register(
             clause,
@@ -299,8 +323,11 @@ def _fine_properties() -> None:
 def _attention_properties() -> None:
     for branch in BRANCHES:
         name = branch.name
-        _register("A1", branch, output(branch, "out"), f"A1_{name}_output", examples=40)
-        _register("A1", branch, output(branch, "lse"), f"A1_{name}_lse", examples=25)
+        _register(
+            "A1", branch, output(branch, "out"), f"A1_{name}_output", by_dtype=True, examples=48
+        )
+        _register("A1", branch, output(branch, "out"), f"A1_{name}_output_by_shape", examples=24)
+        _register("A1", branch, output(branch, "lse"), f"A1_{name}_lse", by_dtype=True, examples=32)
         _register(
             "A1",
             branch,
@@ -335,7 +362,7 @@ def _attention_properties() -> None:
             empty_rows(branch, backward=False),
             f"A2_{name}_empty_rows",
             populated=True,
-            semantics=_causal,
+            semantics=_any if branch is FINE else _causal,
             adjust=_rows_without_keys(branch),
         )
         _register(
@@ -350,7 +377,21 @@ def _attention_properties() -> None:
             examples=15,
         )
         _register(
-            "A3", branch, gradients(branch), f"A3_{name}_gradients", backward=True, examples=40
+            "A3",
+            branch,
+            gradients(branch),
+            f"A3_{name}_gradients",
+            backward=True,
+            by_dtype=True,
+            examples=48,
+        )
+        _register(
+            "A3",
+            branch,
+            gradients(branch),
+            f"A3_{name}_gradients_by_shape",
+            backward=True,
+            examples=24,
         )
         _register(
             "A3",
@@ -365,7 +406,8 @@ def _attention_properties() -> None:
             "inputs": ("randn", "flat", "integers"),
             "populated": True,
             "adjust": _hidden_keys,
-            "semantics": _causal,
+            # without causality every block is visible, and nothing is hidden
+            "semantics": _causal if branch is COMPRESS else _any,
             "examples": 15,
         }
         _register("A5", branch, canary_forward(branch), f"A5_{name}_canary", **quiet)
@@ -397,7 +439,7 @@ def _selection_properties() -> None:
             "I2",
             {
                 **generic,
-                "adjust": _nothing_forced,
+                "adjust": _one_head_a_group,
                 "semantics": lambda s: s.importance == "overlap",
             },
         ),
@@ -410,7 +452,7 @@ def _selection_properties() -> None:
         ("I6", {"method": "select"}),
     ):
         _register(
-            clause, "selection", selection(clause), f"{clause}_selection", examples=30, **options
+            clause, "selection", selection(clause), f"{clause}_selection", examples=42, **options
         )
 
 

@@ -19,21 +19,23 @@ from nsa_ref.testing.branches import (
     Inconclusive,
     Inputs,
 )
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import GENERIC_INPUTS, INPUTS, Case
 from nsa_ref.testing.compare import Comparison
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.strategies import cases
+from nsa_ref.testing.strategies import cases, shapes_of
 
 
 @dataclass(frozen=True)
 class Outcome:
     """budget : largest share of a bound that was used, None if nothing was compared with one
     ambiguous : rows whose choice of blocks cannot be decided (I5)
+    powerless : tensors beside others whose bounds admit any value
     suspicion : what speaks against the implementation only statistically
     """
 
     budget: float | None = None
     ambiguous: int = 0
+    powerless: int = 0
     suspicion: str = ""
 
 
@@ -49,6 +51,7 @@ class Property:
     method, backward : what the implementation must offer, and whether its gradients are needed
     semantics : which of the implementation's semantics it can be asked about
     options : further arguments of `strategies.cases`
+    by_dtype : whether lots of cases go by dtype and kind of input, or by shape
     examples : at the quick level
     """
 
@@ -61,6 +64,7 @@ class Property:
     check: Check
     semantics: Callable[[Semantics], bool]
     options: dict[str, Any]
+    by_dtype: bool
     examples: int
 
     def offered(self, implementation: Implementation) -> str | None:
@@ -73,12 +77,29 @@ class Property:
             return f"none of the declared semantics has what {self.clause} is about"
         return None
 
-    def cases(
+    def strata(
         self, implementation: Implementation, dtypes: Collection[str] | None = None
-    ) -> st.SearchStrategy[Case]:
-        """Cases for this property within what the implementation declares."""
+    ) -> list[st.SearchStrategy[Case]]:
+        """Cases for this property within what the implementation declares, in several lots.
+
+        Every shape is a lot, or every dtype where `by_dtype` says that rounding matters more.
+        """
         allowed = [s for s in implementation.semantics if self.semantics(s)]
-        return cases(implementation, self.about, semantics=allowed, dtypes=dtypes, **self.options)
+        declared = [d for d in implementation.numerics if d in (dtypes or [d])]
+        lots: list[dict[str, Any]] = [{"shape": shape} for shape in shapes_of(self.about)]
+        if self.by_dtype:
+            lots = [{"dtypes": [dtype]} for dtype in declared]
+            kinds = self.options.get("inputs", INPUTS)
+            generic = [kind for kind in kinds if kind in GENERIC_INPUTS]
+            lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
+        common: dict[str, Any] = {"semantics": allowed, "dtypes": declared} | self.options
+        return [cases(implementation, self.about, **(common | lot)) for lot in lots]
+
+
+def declared(implementation: Implementation, case: Case) -> bool:
+    """Whether a case that was derived from another one lies within what is declared as well."""
+    within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
+    return within and implementation.supports(case) is None
 
 
 def bounds_of(
@@ -124,6 +145,7 @@ def settle(comparisons: Sequence[Comparison]) -> Outcome:
         raise Inconclusive("the bounds admit any value: too ill-conditioned for this dtype")
     return Outcome(
         budget=max((c.budget for c in comparisons if not c.powerless), default=None),
+        powerless=sum(c.powerless for c in comparisons),
         suspicion=next((c.suspicion for c in comparisons if c.suspicion), ""),
     )
 

@@ -44,11 +44,23 @@ def _plant_canary(
     key = np.clip(key, -largest, largest)
     k, v = inputs.k.copy(), inputs.v.copy()
     k[b, kv_head, j] = key.astype(k.dtype)
-    v[b, kv_head, j] = np.asarray(1e4, dtype=v.dtype)
+    v[b, kv_head, j] = 0
+    v[b, kv_head, j, 0] = np.asarray(1e4, dtype=v.dtype)  # in one place: dO.v must not overflow
     return dataclasses.replace(inputs, k=k, v=v), (b, kv_head, j)
 
 
 Tensors = Sequence[np.ndarray]
+
+
+def _plants(
+    implementation: Implementation, planted: Inputs, where: tuple[int, int, int]
+) -> Iterator[tuple[str, Inputs]]:
+    """The canary, and where the implementation declares `nonfinite_invisible`, inf and NaN."""
+    yield "the largest logit and v = 1e4", planted
+    for value in (np.inf, np.nan) if implementation.nonfinite_invisible else ():
+        k, v = planted.k.copy(), planted.v.copy()
+        k[where], v[where] = value, value
+        yield f"k = v = {value}", dataclasses.replace(planted, k=k, v=v)
 
 
 def _runs(run: Callable[[], Tensors]) -> Iterator[Tensors]:
@@ -65,6 +77,7 @@ def _runs(run: Callable[[], Tensors]) -> Iterator[Tensors]:
 
 def _unchanged(
     names: Sequence[str],
+    what: str,
     base: Tensors,
     planted: Tensors,
     compared: Sequence[np.ndarray],
@@ -89,7 +102,7 @@ def _unchanged(
             raise Broken(
                 "A5",
                 f"{name}{list(index)} changes from {base[i][index]:.9g} to {planted[i][index]:.9g} "
-                "when a key that is invisible there gets the largest logit and v = 1e4",
+                f"when a key that is invisible there gets {what}",
             )
         # two right results are at most two bounds apart
         there = np.where(compared[i], planted[i], base[i])
@@ -125,19 +138,24 @@ def canary_forward(branch: Branch) -> Check:
             return [getattr(result, name) for name in present]
 
         base = run(inputs)
-        _unchanged(
-            [f"{branch.name} {name}" for name in present],
-            base,
-            run(planted),
-            [
-                np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape)
-                for x in base
-            ],
-            lambda: run(inputs),
-            lambda: [
-                getattr(bounds_of(branch, implementation, case, inputs, mask), n) for n in present
-            ],
-        )
+        compared = [
+            np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape) for x in base
+        ]
+        for what, other in _plants(implementation, planted, where):
+            with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
+                found = run(other)
+            _unchanged(
+                [f"{branch.name} {name}" for name in present],
+                what,
+                base,
+                found,
+                compared,
+                lambda: run(inputs),
+                lambda: [
+                    getattr(bounds_of(branch, implementation, case, inputs, mask), name)
+                    for name in present
+                ],
+            )
         return Outcome()
 
     return check
@@ -160,22 +178,27 @@ def canary_backward(branch: Branch) -> Check:
         def run(some: Inputs) -> Tensors:
             return branch.backward(implementation, case, some, d_out, d_lse)
 
-        base, other = run(inputs), run(planted)
-        _unchanged(
-            [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
-            base,
-            other,
-            [np.ones(x.shape, bool) for x in base],
-            lambda: run(inputs),
-            lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
-        )
-        for name, gradient in zip(("dk", "dv"), other[1:]):
-            if (gradient[where] != 0).any():
-                raise Broken(
-                    "A5",
-                    f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
-                    "comes back to rows that see this key, so it must be exactly 0",
-                )
+        base = run(inputs)
+        for what, other in _plants(implementation, planted, where):
+            if sees.any() and not np.isfinite(other.v[where].astype(np.float64)).all():
+                continue  # a row that sees it is NaN, and so is all that it reaches
+            gradients = run(other)
+            _unchanged(
+                [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
+                what,
+                base,
+                gradients,
+                [np.ones(x.shape, bool) for x in base],
+                lambda: run(inputs),
+                lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
+            )
+            for name, gradient in zip(("dk", "dv"), gradients[1:]):
+                if (gradient[where] != 0).any():
+                    raise Broken(
+                        "A5",
+                        f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
+                        "comes back to rows that see this key, so it must be exactly 0",
+                    )
         return Outcome()
 
     return check

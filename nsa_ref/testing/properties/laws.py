@@ -7,14 +7,15 @@ import dataclasses
 import numpy as np
 
 from nsa_ref.testing.branches import (
+    FINE,
     Branch,
     Inconclusive,
     Inputs,
 )
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
-from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, settle
+from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, declared, settle
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -34,8 +35,17 @@ def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.n
     return np.einsum("bhtj,bhjd->bhtd", share, v), mask.astype(np.int64)
 
 
+def _covers_everything(branch: Branch, case: Case) -> bool:
+    """By the sizes alone; a size in the implementation's `limits` is not ours to choose."""
+    if branch is FINE:
+        return case.indices == "all" and case.num_selected_blocks >= case.num_selection_blocks
+    return case.sliding_window_size + case.semantics.window_closed >= case.kv_len
+
+
 def is_full_causal(branch: Branch, clause: str) -> Check:
     def check(implementation: Implementation, case: Case) -> Outcome:
+        if not _covers_everything(branch, case):
+            raise Inconclusive("the declared limits leave no case in which everything is visible")
         inputs = branch.inputs(case)
         expected, mask = _full_causal_attention(case, inputs)
         if getattr(case.semantics.empty_row, branch.name) != "zero" and (mask.sum(-1) == 0).any():
@@ -104,9 +114,14 @@ def prefix(branch: Branch) -> Check:
     def check(implementation: Implementation, case: Case) -> Outcome:
         if min(case.q_len, case.kv_len) < 2:
             raise Inconclusive("nothing to cut off")
-        cut = int(case.generator("prefix").integers(1, min(case.q_len, case.kv_len)))
         inputs = branch.inputs(case)
-        short = dataclasses.replace(case, q_len=case.q_len - cut, kv_len=case.kv_len - cut)
+        for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
+            q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
+            short = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
+            if declared(implementation, short):
+                break
+        else:
+            raise NotOffered("no shorter length is supported")
         rows, columns = short.q_len, branch.columns(short)
         indices = inputs.block_indices
         less = Inputs(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import (
     COMPRESS,
@@ -20,6 +21,9 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.pictures import side_by_side
 from nsa_ref.testing.properties.common import Check, Outcome
+
+CONVENTION = "This may be a difference of convention"
+REMEDY = "If it is meant, declare it in `semantics`."
 
 
 def _mask_broken(
@@ -48,7 +52,12 @@ def _mask_broken(
 
 
 def _convention(branch: Branch, case: Case, actual: np.ndarray) -> str:
-    """Which single switch would explain what was seen, in words, or nothing."""
+    """Which single switch, or which preset, would explain what was seen, in words, or nothing."""
+
+    def explains(semantics: Semantics) -> bool:
+        mask = branch.mask(case, indices, semantics)
+        return mask.shape == actual.shape and bool((mask == actual).all())
+
     indices = case.block_indices() if branch is FINE else None
     switches: dict[str, dict[str, tuple[Any, ...]]] = {
         "sliding": {"window_closed": (True, False), "causal": (True, False)},
@@ -65,15 +74,14 @@ def _convention(branch: Branch, case: Case, actual: np.ndarray) -> str:
     }
     for switch, values in switches[branch.name].items():
         for value in values:
-            if value == getattr(case.semantics, switch):
-                continue
-            other = dataclasses.replace(case.semantics, **{switch: value})
-            mask = branch.mask(case, indices, other)
-            if mask.shape == actual.shape and (mask == actual).all():
-                return (
-                    f"This may be a difference of convention: {switch}={value!r} would explain it. "
-                    "If it is meant, declare it in `semantics`."
-                )
+            if value != getattr(case.semantics, switch) and explains(
+                dataclasses.replace(case.semantics, **{switch: value})
+            ):
+                return f"{CONVENTION}: {switch}={value!r} would explain it. {REMEDY}"
+    for name, preset in PRESETS.items():
+        # a preset's own duplicates, alignment and strictness, all at once
+        if preset.causal == case.semantics.causal and explains(preset):
+            return f"{CONVENTION}: this is what the preset {name} does. {REMEDY}"
     return ""
 
 

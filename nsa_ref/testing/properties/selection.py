@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,10 @@ from nsa_ref.testing.branches import (
 )
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome
+from nsa_ref.testing.properties.common import Check, Outcome, declared
+
+#: How `valid_selection` says that a better block was left out for a worse one.
+WRONG_ORDER = "was left out and block"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class _Row:
     candidate: np.ndarray
     n: int
 
-    def at_fault(self, asked: str, blamed: str) -> str:
-        """The clause to blame for an invalid choice, more closely than top-n as such (I4)."""
+    def at_fault(self, blamed: str, sentence: str) -> str:
+        """The clause to blame, more closely than top-n as such (I4); "order" if scores are."""
         if blamed != "I4":
             return blamed
         outside = [b for b in self.named if 0 <= b < len(self.scores) and not self.candidate[b]]
@@ -50,96 +54,116 @@ class _Row:
             return "I5"
         if self.candidate.sum() < self.n:
             return "I6"
-        # a wrong order of scores is the fault of whatever the property varies
-        return asked if asked in ("I1", "I2", "I3") and not outside else blamed
+        return "order" if WRONG_ORDER in sentence else blamed
 
 
 def selection(clause: str) -> Check:
     """I1 to I6: the choice is a valid top-n of the oracle's scores, up to rounding."""
 
     def check(implementation: Implementation, case: Case) -> Outcome:
-        q, k_cmp, _, mem_k, _ = case.compressed()
-        semantics = case.semantics
-        indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
-        rows = (case.batch, case.selection_heads, case.q_len)
-        if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
-            raise Raised(
-                f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
-                f"shape {(*rows, case.num_selected_blocks)}"
-            )
-        q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
-        strides = {
-            "compress_block_size": case.compress_block_size,
-            "compress_block_sliding_stride": case.compress_block_sliding_stride,
-        }
-        scores = importance(
-            q,
-            k_cmp,
-            mem_k,
-            kv_len=case.kv_len,
-            selection_block_size=case.selection_block_size,
-            semantics=semantics,
-            **strides,
-        )
-        visible = compress_mask(
-            case.q_len,
-            case.kv_len,
-            **strides,
-            num_mem_kv=case.num_mem_kv,
-            semantics=semantics,
-        )
-        common: dict[str, Any] = {
-            "numerics": implementation.numerics[case.dtype],
-            "scale": case.scale,
-            "share_selection": semantics.share_selection,
-        }
-        if semantics.importance == "overlap":
-            counts = shared_strides(
-                case.kv_len,
-                **strides,
-                selection_block_size=case.selection_block_size,
-                compress_alignment=semantics.compress_alignment,
-            )
-            bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
-        else:
-            complete = logit_mean_bounds(
-                q,
-                k_cmp,
-                visible=visible[:, case.num_mem_kv :],
-                strides_per_block=case.selection_block_size // case.compress_block_sliding_stride,
-                **common,
-            )
-            # an incomplete trailing block is no candidate: no bound is needed
-            bounds = np.zeros(scores.shape)
-            bounds[..., : complete.shape[-1]] = complete
-        sizes = (case.q_len, case.kv_len, case.selection_block_size)
-        candidates = selection_candidates(*sizes, semantics, **strides)
-        verdict = valid_selection(
-            indices,
-            scores,
-            np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max),
-            candidates=candidates,
-            forced=forced_blocks(
-                *sizes, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
-            ),
-            num_selected_blocks=case.num_selected_blocks,
-            semantics=semantics,
-        )
-        found: dict[str, str] = {}
-        for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
-            blamed, sentence = verdict.reasons[b, g, t]
-            chosen = _Row(
-                indices[b, g, t], scores[b, g, t], candidates[t], case.num_selected_blocks
-            )
-            found.setdefault(
-                chosen.at_fault(clause, blamed),
-                f"select at batch {b}, head {g}, row t={t} (p={t + case.kv_len - case.q_len}) "
-                f"chose {chosen.named.tolist()}: {sentence}\n"
-                f"scores {np.array2string(chosen.scores, precision=4)}",
-            )
+        ambiguous, found = _invalid_rows(implementation, case)
+        if "order" in found:
+            found[_whose_order(implementation, case)] = found.pop("order")
         if found:
             at_fault = clause if clause in found else next(iter(found))
             raise Broken(at_fault, found[at_fault])
-        return Outcome(ambiguous=int((verdict.verdict == AMBIGUOUS).sum()))
+        return Outcome(ambiguous=ambiguous)
 
     return check
+
+
+def _whose_order(implementation: Implementation, case: Case) -> str:
+    """Which of I1, I2, I3 the scores break: the one whose part is needed to see it."""
+    smaller: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("I1", {"num_mem_kv": 0}),
+        ("I3", {"num_mem_kv": 0, "q_heads": case.kv_heads}),
+    )
+    for clause, less in smaller:
+        without = dataclasses.replace(case, **less)
+        if without == case or not declared(implementation, without):
+            continue
+        if not _invalid_rows(implementation, without)[1]:
+            return clause
+    return "I3" if case.semantics.importance == "logit_mean" else "I2"
+
+
+def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, str]]:
+    """How many rows are ambiguous, and by clause (or "order") the first row that is wrong."""
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    semantics = case.semantics
+    indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
+    rows = (case.batch, case.selection_heads, case.q_len)
+    if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
+        raise Raised(
+            f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
+            f"shape {(*rows, case.num_selected_blocks)}"
+        )
+    q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
+    strides = {
+        "compress_block_size": case.compress_block_size,
+        "compress_block_sliding_stride": case.compress_block_sliding_stride,
+    }
+    scores = importance(
+        q,
+        k_cmp,
+        mem_k,
+        kv_len=case.kv_len,
+        selection_block_size=case.selection_block_size,
+        semantics=semantics,
+        **strides,
+    )
+    visible = compress_mask(
+        case.q_len,
+        case.kv_len,
+        **strides,
+        num_mem_kv=case.num_mem_kv,
+        semantics=semantics,
+    )
+    common: dict[str, Any] = {
+        "numerics": implementation.numerics[case.dtype],
+        "scale": case.scale,
+        "share_selection": semantics.share_selection,
+    }
+    if semantics.importance == "overlap":
+        counts = shared_strides(
+            case.kv_len,
+            **strides,
+            selection_block_size=case.selection_block_size,
+            compress_alignment=semantics.compress_alignment,
+        )
+        bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
+    else:
+        complete = logit_mean_bounds(
+            q,
+            k_cmp,
+            visible=visible[:, case.num_mem_kv :],
+            strides_per_block=case.selection_block_size // case.compress_block_sliding_stride,
+            **common,
+        )
+        # an incomplete trailing block is no candidate: no bound is needed
+        bounds = np.zeros(scores.shape)
+        bounds[..., : complete.shape[-1]] = complete
+    sizes = (case.q_len, case.kv_len, case.selection_block_size)
+    candidates = selection_candidates(*sizes, semantics, **strides)
+    verdict = valid_selection(
+        indices,
+        scores,
+        np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max),
+        candidates=candidates,
+        forced=forced_blocks(
+            *sizes, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
+        ),
+        num_selected_blocks=case.num_selected_blocks,
+        semantics=semantics,
+    )
+    found: dict[str, str] = {}
+    for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
+        blamed, sentence = verdict.reasons[b, g, t]
+        chosen = _Row(indices[b, g, t], scores[b, g, t], candidates[t], case.num_selected_blocks)
+        found.setdefault(
+            chosen.at_fault(blamed, sentence),
+            f"select at batch {b}, head {g}, row t={t} (p={t + case.kv_len - case.q_len}) "
+            f"chose {chosen.named.tolist()}: {sentence}\n"
+            f"scores {np.array2string(chosen.scores, precision=4)}",
+        )
+    return int((verdict.verdict == AMBIGUOUS).sum()), found
