@@ -224,9 +224,14 @@ class NsaFastCompiled(NsaFast):
         "selection_block_size": (4,),
     }
 
+    def offers(self, method: str) -> bool:
+        # both are plain torch, and on a CPU judged beside the eager branches already
+        alike = self.device == "cpu" and method in ("pool", "select")
+        return not alike and super().offers(method)
+
     def offers_vjp(self, method: str) -> bool:
-        # pool is plain torch; FlexAttention compiled for a CPU has no backward
-        return (method == "pool" or self.device != "cpu") and super().offers_vjp(method)
+        # FlexAttention compiled for a CPU has no backward
+        return self.device != "cpu" and super().offers_vjp(method)
 
 
 def implementations(device: str) -> list[Implementation]:
