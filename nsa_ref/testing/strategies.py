@@ -163,7 +163,7 @@ def cases(
     reach: tuple[int, ...] = (0, 1, max(kv_len - 1, 0), kv_len, kv_len + 3)
     if "window" in groups and draw(st.booleans()):
         reach = tuple(range(kv_len + 1))
-    if not sizes["semantics"].window_closed:
+    if "window" in groups and not sizes["semantics"].window_closed:
         reach = tuple(max(1, w) for w in reach)  # w keys: none at all are no window
     sizes["sliding_window_size"] = pick("sliding_window_size", reach, "window")
     sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3), "compress")
