@@ -217,7 +217,7 @@ class NsaFastCompiled(NsaFast):
     # is a graph of its own as well
     limits: Mapping[str, Collection[Any]] = {
         "batch": (0, 2),
-        "q_heads": (8,),
+        "q_heads": (4,),
         "kv_heads": (2,),
         "head_dim": (16,),
         "value_dim": (16,),
@@ -225,9 +225,9 @@ class NsaFastCompiled(NsaFast):
     }
 
     def offers(self, method: str) -> bool:
-        # both are plain torch, and on a CPU judged beside the eager branches already
-        alike = self.device == "cpu" and method in ("pool", "select")
-        return not alike and super().offers(method)
+        # plain torch and the same masks: on a CPU judged beside the eager branches already
+        alike = method in ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
+        return not (alike and self.device == "cpu") and super().offers(method)
 
     def offers_vjp(self, method: str) -> bool:
         # FlexAttention compiled for a CPU has no backward

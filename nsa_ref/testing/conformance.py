@@ -503,10 +503,10 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 f"{implementation!r}. Try conformance_suite(MyPort())."
             )
     check_declarations(implementations)
-    # property by property: where one implementation compiles and another does not, the workers'
-    # shares of the suite are then alike
-    for prop in PROPERTIES.values():
-        for implementation in implementations:
+    # one implementation after the other: workers begin with long runs of tests, and what one of
+    # them compiles is in the cache when another comes to it
+    for implementation in implementations:
+        for prop in PROPERTIES.values():
             name = f"test_{prop.name}"
             if len(implementations) > 1:
                 name += "_" + "".join(c if c.isalnum() else "_" for c in implementation.name)

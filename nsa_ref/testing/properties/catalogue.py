@@ -207,7 +207,7 @@ def _window_properties() -> None:
         ("W2", _not_causal, None),
         ("W3", _causal, _window),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 48}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 36}
         _register(
             clause,
             SLIDING,
@@ -239,7 +239,7 @@ def _compress_properties() -> None:
         ("C2", _causal, None),
         ("C3", _any, _memory_or_not_causal),
     ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 48}
+        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 36}
         _register(
             clause,
             COMPRESS,
@@ -298,7 +298,7 @@ def _fine_properties() -> None:
             "semantics": semantics,
             "adjust": adjust,
             "indices": indices,
-            "examples": 48,
+            "examples": 36,
         }
         _register(
             clause,
