@@ -36,12 +36,10 @@ from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImp
 from nsa_ref.testing.loading import check_declarations, one_line
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES, Outcome, Property, case_edges, judge
+from nsa_ref.testing.properties.masks import CONVENTION
 
 #: Seconds for making a broken case smaller; where a case takes seconds, it stays larger.
 SHRINKING_TIME = 60.0
-
-#: How properties.py begins a remark that the definition and the port may differ on purpose.
-CONVENTION = "This may be a difference of convention"
 
 #: A longer text of the implementation's is cut in its middle; the file of the finding has it whole.
 LONGEST_TEXT = 6000

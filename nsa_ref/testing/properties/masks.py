@@ -22,6 +22,7 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.pictures import side_by_side
 from nsa_ref.testing.properties.common import Check, Outcome
 
+#: How a remark begins that the definition and the port may differ on purpose.
 CONVENTION = "This may be a difference of convention"
 REMEDY = "If it is meant, declare it in `semantics`."
 
