@@ -107,7 +107,9 @@ def fine_mask_mod(
         token = row // rows_per_token_
         block = column // block_size_
         choice = (batch * heads_ + head // heads_per_choice_) * tokens_ + token
-        word = table[choice * words_ + block // WORD_BITS]
+        # what table[...] becomes in the end, without the custom Function that carries gradients to
+        # captured tensors and costs an eager call 5 ms
+        word = torch.ops.aten.index(table, [choice * words_ + block // WORD_BITS])
         chosen = ((word >> (block % WORD_BITS)) & 1) == 1
         position = token + offset_
         real = (position >= 0) & (column < kv_len_)

@@ -26,6 +26,10 @@ from nsa_ref.testing.properties.values import empty_rows, gradients, output
 from nsa_ref.testing.strategies import Adjust, Sizes
 
 
+#: Head dims of cases that are read out by one-hot vectors: one call per `head_dim` rows or columns.
+PROBED_DIMS = (16, 24, 32)
+
+
 def _any(semantics: Semantics) -> bool:
     return True
 
@@ -201,7 +205,7 @@ def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
 
 
 def _window_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
     for clause, semantics, adjust in (
         ("W1", _causal, None),
         ("W2", _not_causal, None),
@@ -234,7 +238,7 @@ def _window_properties() -> None:
 
 
 def _compress_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
     for clause, semantics, adjust in (
         ("C2", _causal, None),
         ("C3", _any, _memory_or_not_causal),
@@ -262,7 +266,7 @@ def _compress_properties() -> None:
         "C1_windows_as_read",
         method="pool",
         adjust=_mean_without_positions,
-        head_dims=(8, 16, 24),
+        head_dims=PROBED_DIMS,
     )
     _register(
         "C4",
@@ -286,7 +290,7 @@ def _compress_properties() -> None:
 
 
 def _fine_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": (8, 16, 24), "inputs": ("randn",)}
+    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
     for clause, semantics, adjust, indices in (
         ("F1", _causal, None, ("distinct", "few", "all")),
         ("F2", _causal, _short_last_block, ("distinct", "all")),
@@ -340,7 +344,7 @@ def _attention_properties() -> None:
             f"A1_{name}_heads",
             populated=True,
             inputs=("randn",),
-            head_dims=(8, 16, 24),
+            head_dims=PROBED_DIMS,
             adjust=_groups if branch is FINE else None,
             examples=15,
         )
@@ -405,7 +409,7 @@ def _attention_properties() -> None:
             f"A3_{name}_mask_as_read_backward",
             backward=True,
             adjust=_few_rows,
-            head_dims=(8, 16, 24),
+            head_dims=PROBED_DIMS,
             examples=20,
         )
         quiet: dict[str, Any] = {
