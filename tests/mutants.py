@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from nsa_ref.attention import Attention
+from nsa_ref.compress import compress_windows
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
     compress_probabilities,
@@ -26,6 +27,7 @@ from nsa_ref.selection import (
 )
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.case import DTYPES
 
 #: Conventions with empty rows of zero, so that arithmetic can be changed one step at a time.
 PLAIN = (
@@ -68,10 +70,16 @@ class Kernel(OracleImplementation):
     def stored_weights(self, weights: np.ndarray) -> np.ndarray:
         return weights
 
+    def over_values(self, case: Case, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return np.einsum("bhtj,bhjd->bhtd", weights, v)
+
+    def over_keys(self, case: Case, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        return np.einsum("bhtj,bhjd->bhtd", ds, k)
+
     def empty(self, out: np.ndarray, v: np.ndarray, empty: np.ndarray) -> np.ndarray:
         return np.where(empty, 0, out)
 
-    def lse(self, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
+    def lse(self, case: Case, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
             return (np.log(total) + peak)[..., 0]
 
@@ -111,8 +119,8 @@ class Kernel(OracleImplementation):
         weights, total, peak = self._weights(case, mask, q, k)
         v = v[:, self.kv_head_of_values(case)]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-            out = np.einsum("bhtj,bhjd->bhtd", self.stored_weights(weights), v) / total
-            return Attention(self.empty(out, v, total == 0), self.lse(total, peak))
+            out = self.over_values(case, self.stored_weights(weights), v) / total
+            return Attention(self.empty(out, v, total == 0), self.lse(case, total, peak))
 
     def attend_vjp(
         self,
@@ -134,7 +142,7 @@ class Kernel(OracleImplementation):
         keys, values = k[:, self.kv_head_of_keys(case)], v[:, self.kv_head_of_values(case)]
         dp = np.einsum("bhtd,bhjd->bhtj", d_out, values)
         ds = p * (dp - self.delta(d_out, out, d_lse))
-        dq = q.dtype.type(self.dq_scale(case)) * np.einsum("bhtj,bhjd->bhtd", ds, keys)
+        dq = q.dtype.type(self.dq_scale(case)) * self.over_keys(case, ds, keys)
         dk = q.dtype.type(self.scale(case)) * np.einsum("bhtj,bhtd->bhjd", self.for_keys(ds), q)
         dv = np.einsum("bhtj,bhtd->bhjd", p, d_out)
         return dq, self.over_group(case, dk), self.over_group(case, dv)
@@ -391,8 +399,8 @@ class NoMaximum(Kernel):
 
 @mutant("A1", "lse in base 2")
 class LseBaseTwo(Kernel):
-    def lse(self, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
-        return super().lse(total, peak) / math.log(2)
+    def lse(self, case: Case, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
+        return super().lse(case, total, peak) / math.log(2)
 
 
 @mutant("A1", "weights rounded to fp8 before they meet v")
@@ -405,6 +413,29 @@ class EightBitWeights(Kernel):
 class SlightlyTooLarge(Kernel):
     def stored_weights(self, weights: np.ndarray) -> np.ndarray:
         return weights * weights.dtype.type(1.003)
+
+
+def _accumulated(case: Case, weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Sums over keys, 8 at a time, in an accumulator of the case's dtype."""
+    total = np.zeros((*weights.shape[:3], vectors.shape[3]), DTYPES[case.dtype])
+    for start in range(0, weights.shape[3], 8):
+        keys = slice(start, start + 8)
+        part = np.einsum("bhtj,bhjd->bhtd", weights[..., keys], vectors[:, :, keys])
+        total = (total.astype(part.dtype) + part).astype(total.dtype)
+    return total.astype(vectors.dtype)
+
+
+@mutant("A1", "P V is accumulated in the dtype of the inputs")
+class NarrowAccumulator(Kernel):
+    def over_values(self, case: Case, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return _accumulated(case, weights, v)
+
+
+@mutant("A1", "lse is stored in the dtype of the inputs")
+class NarrowLse(Kernel):
+    def lse(self, case: Case, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
+        lse = super().lse(case, total, peak)
+        return lse.astype(DTYPES[case.dtype]).astype(lse.dtype)
 
 
 @mutant("A2", "a row without keys is 0 / 0")
@@ -421,8 +452,8 @@ class EmptyRowUniform(Kernel):
 
 @mutant("A2", "the lse of a row without keys is 0")
 class EmptyLseZero(Kernel):
-    def lse(self, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
-        return np.where(total[..., 0] == 0, 0.0, super().lse(total, peak))
+    def lse(self, case: Case, total: np.ndarray, peak: np.ndarray) -> np.ndarray:
+        return np.where(total[..., 0] == 0, 0.0, super().lse(case, total, peak))
 
 
 @mutant("A5", 'a finite "minus infinity" is added, and large logits leak through')
@@ -483,6 +514,18 @@ class DqWithoutScale(Kernel):
         return 1.0
 
 
+@mutant("A3", "dq is accumulated in the dtype of the inputs, block by block")
+class NarrowDq(Kernel):
+    def over_keys(self, case: Case, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        return _accumulated(case, ds, k)
+
+
+@mutant("A3", "the backward counts a block that is named twice once, where twice is declared")
+class DuplicatesOnceBackward(Kernel):
+    def backward_mask(self, case: Case, mask: np.ndarray) -> np.ndarray:
+        return np.minimum(mask, 1)
+
+
 @mutant("A3", "the backward loses each row's first key")
 class BackwardLosesAKey(Kernel):
     def backward_mask(self, case: Case, mask: np.ndarray) -> np.ndarray:
@@ -515,6 +558,31 @@ class MeanOfRealTokens(OracleImplementation):
 class WindowsLate(OracleImplementation):
     def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
         return super().pool(case, np.roll(x, -1, axis=2), weights)
+
+
+@mutant("C4", "means are accumulated in the dtype of the tokens")
+class NarrowMean(OracleImplementation):
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+        pooled = super().pool(case, x, weights)
+        if case.compress_map != "mean":
+            return pooled
+        positions = weights.get("positions")
+        size = case.compress_block_size
+        windows = compress_windows(
+            case.kv_len,
+            size,
+            case.compress_block_sliding_stride,
+            case.semantics.compress_alignment,
+        )
+        for i, (start, stop) in enumerate(windows):
+            total = np.zeros_like(pooled[:, :, i])
+            for j in range(start, stop):
+                token = x[:, :, j] if j >= 0 else np.zeros_like(total)
+                if positions is not None:
+                    token = token + positions[:, j - start]
+                total = (total + token).astype(x.dtype)
+            pooled[:, :, i] = total / x.dtype.type(size)
+        return pooled
 
 
 @mutant("C4", "intra-block positions are forgotten")
@@ -636,6 +704,22 @@ class FirstHeadOnly(Selector):
 class NothingForced(Selector):
     def forced(self, case: Case) -> np.ndarray:
         return np.zeros_like(super().forced(case))
+
+
+@mutant("I4", "blocks beyond the 128th are forced no more")
+class ForcedUpTo128(Selector):
+    def forced(self, case: Case) -> np.ndarray:
+        forced = super().forced(case).copy()
+        forced[..., 128:] = False
+        return forced
+
+
+@mutant("I2", "blocks beyond the 128th are no candidates")
+class CandidatesUpTo128(Selector):
+    def candidates(self, case: Case) -> np.ndarray:
+        candidates = super().candidates(case).copy()
+        candidates[..., 128:] = False
+        return candidates
 
 
 @mutant("I6", "causal by the block's index where its position is meant")

@@ -25,7 +25,6 @@ from nsa_ref.testing.properties.selection import selection
 from nsa_ref.testing.properties.values import empty_rows, gradients, output
 from nsa_ref.testing.strategies import Adjust, Sizes
 
-
 #: Head dims of cases that are read out by one-hot vectors: one call per `head_dim` rows or columns.
 PROBED_DIMS = (16, 24, 32)
 
@@ -176,6 +175,12 @@ def _rows_that_choose(draw: st.DrawFn, sizes: Sizes) -> None:
     sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], most))
 
 
+def _something_forced(draw: st.DrawFn, sizes: Sizes) -> None:
+    _rows_that_choose(draw, sizes)
+    forced = draw(st.sampled_from([(0, 1), (1, 1), (1, 0), (0, 2), (2, 1), (2, 2)]))
+    sizes["num_initial_blocks"], sizes["num_local_blocks"] = forced
+
+
 def _nothing_forced(draw: st.DrawFn, sizes: Sizes) -> None:
     _rows_that_choose(draw, sizes)
     sizes["num_initial_blocks"] = sizes["num_local_blocks"] = sizes["num_mem_kv"] = 0
@@ -267,6 +272,7 @@ def _compress_properties() -> None:
         method="pool",
         adjust=_mean_without_positions,
         head_dims=PROBED_DIMS,
+        examples=36,
     )
     _register(
         "C4",
@@ -276,7 +282,7 @@ def _compress_properties() -> None:
         method="pool",
         by_dtype=True,
         adjust=_small_maps,
-        examples=32,
+        examples=64,
     )
     _register(
         "C4",
@@ -454,7 +460,7 @@ def _selection_properties() -> None:
             },
         ),
         ("I3", {**generic, "adjust": _groups}),
-        ("I4", {"method": "select", "adjust": _rows_that_choose}),
+        ("I4", {"method": "select", "adjust": _something_forced}),
         (
             "I5",
             {"method": "select", "inputs": ("equal", "ties", "integers"), "adjust": _early_rows},

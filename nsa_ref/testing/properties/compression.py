@@ -69,6 +69,7 @@ def pooled(backward: bool) -> Check:
         weights = case.pool_weights()
         shape = (case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim)
         d_out = case.array("d_out", *shape)
+        which = f"pool ({case.compress_map})"
         bounds = pool_bounds(
             x.astype(np.float64),
             _float64(weights),
@@ -79,7 +80,7 @@ def pooled(backward: bool) -> Check:
         if not backward:
             actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
             expected = pool(x.astype(np.float64), _float64(weights), **_pool_sizes(case))
-            return settle([compare("C4", "pool", actual, expected, bounds.out)])
+            return settle([compare("C4", which, actual, expected, bounds.out)])
         dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
         want_dx, want_dweights = pool_vjp(
             x.astype(np.float64), _float64(weights), d_out.astype(np.float64), **_pool_sizes(case)
@@ -90,10 +91,12 @@ def pooled(backward: bool) -> Check:
                 f"{sorted(want_dweights)}"
             )
         assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
-        comparisons = [compare("C4", "pool dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)]
+        comparisons = [
+            compare("C4", f"{which} dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)
+        ]
         for name, want in want_dweights.items():
             have = as_float64(f"d{name}", dweights[name], want.shape)
-            comparisons.append(compare("C4", f"pool d{name}", have, want, bounds.dweights[name]))
+            comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
         return settle(comparisons)
 
     return check
