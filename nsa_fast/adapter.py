@@ -1,23 +1,29 @@
 """The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
 
-Eager and compiled FlexAttention are different code, so they are two implementations.
+Eager and compiled FlexAttention are different code, so they are two implementations; the Triton
+kernels in Triton's interpreter are a third.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import nsa_fast
-from nsa_fast import block_masks, branches
+from nsa_fast import block_masks, branches, flex, interpreter
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Attention, Implementation, TorchImplementation
-from nsa_ref.testing.probes import block_mask_readings
+from nsa_ref.testing.probes import block_mask_readings, exposed_readings
 
 #: Every combination of switches that the kernels read differently.
 SEMANTICS = (
@@ -227,23 +233,126 @@ class NsaFastCompiled(NsaFast):
     def offers(self, method: str) -> bool:
         # plain torch and the same masks: on a CPU judged beside the eager branches already
         alike = method in ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
-        return not (alike and self.device == "cpu") and super().offers(method)
+        return not (alike and not self._is_triton()) and super().offers(method)
 
     def offers_vjp(self, method: str) -> bool:
-        # FlexAttention compiled for a CPU has no backward
-        return self.device != "cpu" and super().offers_vjp(method)
+        # FlexAttention compiled to C++ has no backward
+        return self._is_triton() and super().offers_vjp(method)
+
+    def _is_triton(self) -> bool:
+        return flex.is_triton(torch.device(self.device))
+
+
+class NsaFastInterpreted(Implementation):
+    """The Triton kernels of `NsaFastCompiled` without a GPU, in a process of their own.
+
+    That process is started by the first call and again after one that it did not survive.
+    """
+
+    name = "nsa_fast interpreted"
+    device = "interpreter"
+    # a head that chooses for itself has the rows of a group of 1
+    semantics = tuple(semantics for semantics in SEMANTICS if semantics.share_selection)
+    numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16"}
+    # few graphs, as above, for groups of 1, 4 and 16; and few tokens: a call takes seconds
+    limits: Mapping[str, Collection[Any]] = {
+        "batch": (0, 2),
+        "q_heads": (2, 8, 16),
+        "kv_heads": (1, 2),
+        "group_size": (1, 4, 16),
+        "head_dim": (64,),
+        "value_dim": (32,),
+        "selection_block_size": (4, 16),
+        "q_len": range(21),
+        "kv_len": range(131),
+    }
+
+    def __init__(self, kernels: Callable[[str], NsaFast] = NsaFastCompiled) -> None:
+        """kernels : makes, from a device, what runs in the process; it is imported there by name"""
+        self.kernels = kernels
+        self._process: ProcessPoolExecutor | None = None
+
+    def offers(self, method: str) -> bool:
+        # pool and select are plain torch
+        return method in ("sliding", "compress", "fine") or method.endswith("_mask")
+
+    def offers_vjp(self, method: str) -> bool:
+        return method in ("sliding", "compress", "fine")
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        return self._run("run", method, case, arguments)
+
+    def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
+        return self._run("run_vjp", method, case, arguments)
+
+    def _run(self, call: str, method: str, case: Case, arguments: tuple[Any, ...]) -> Any:
+        if self._process is None:
+            self._process = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), _in_the_process
+            )
+            before = dict(os.environ)
+            os.environ.update(interpreter.ENVIRONMENT)
+            try:
+                self._process.submit(int).result()
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+        try:
+            return self._process.submit(
+                _interpreted, self.kernels, call, method, case, arguments
+            ).result()
+        except BrokenProcessPool:
+            self._process = None
+            raise
+
+
+def _in_the_process() -> None:
+    interpreter.install()
+    # a judge that is killed, for instance because a kernel hangs, leaves nothing running
+    threading.Thread(target=_end_with_the_judge, daemon=True).start()
+
+
+def _end_with_the_judge() -> None:
+    judge = multiprocessing.parent_process()
+    assert judge is not None
+    judge.join()
+    os._exit(1)
+
+
+def _interpreted(
+    make: Callable[[str], NsaFast],
+    call: str,
+    method: str,
+    case: Case,
+    arguments: tuple[Any, ...],
+) -> Any:
+    """In the process: NumPy in and out; a mask is read out here, where its tensors are."""
+    found = getattr(make("cpu"), call)(method, case, *arguments)
+    if not method.endswith("_mask"):
+        return found
+    columns = case.kv_len
+    if method == "compress_mask":
+        columns = case.num_mem_kv + case.num_compress_blocks
+    return exposed_readings(found, case.q_len, columns)
 
 
 def implementations(device: str) -> list[Implementation]:
     """What nsa_fast runs on a device: both kinds on "cpu", the compiled one on "cuda".
 
+    On "interpreter" it is the compiled one in Triton's interpreter.
+
     Raises
     ------
     ValueError : another device
+    RuntimeError : the interpreter does not run here
     """
     kind = device.partition(":")[0]
     if kind == "cpu":
         return [NsaFastEager(device), NsaFastCompiled(device)]
     if kind == "cuda":
         return [NsaFastCompiled(device)]
-    raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda'.")
+    if kind == "interpreter":
+        if reason := interpreter.missing():
+            raise RuntimeError(f"the interpreter does not run here: {reason}")
+        return [NsaFastInterpreted()]
+    raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda', 'interpreter'.")

@@ -242,7 +242,7 @@ def token_block_size(device: torch.device) -> tuple[int, int]:
     128 is what FlexAttention's Triton tiles divide. A CPU has no such need, and small blocks leave
     more of a window out.
     """
-    return (128, 128) if device.type == "cuda" else (16, 16)
+    return (128, 128) if flex.is_triton(device) else (16, 16)
 
 
 def fine_tile(rows: int, selection_block_size: int, device: torch.device) -> tuple[int, int]:
@@ -252,7 +252,7 @@ def fine_tile(rows: int, selection_block_size: int, device: torch.device) -> tup
     empty rows, and small selection blocks share a column block. On a CPU tiles are of any size,
     and 1 is enough.
     """
-    if device.type != "cuda":
+    if not flex.is_triton(device):
         return rows, 1
     least = 16
     power = 1 << (rows - 1).bit_length()

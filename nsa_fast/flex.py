@@ -7,6 +7,9 @@
                           alone, never the block lists
     "compiled"   CUDA     out, lse, gradients; float32, bfloat16, float16
     "compiled"   CPU      out alone, no gradients; float32, bfloat16, float16
+
+On a CPU "compiled" is C++, on CUDA it is Triton; in a process of `interpreter.py` it is Triton on a
+CPU as well, and everything below that speaks of Triton holds there.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ from nsa_fast.checks import check_choice, without_autocast
 BACKENDS = ("eager", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: `tl.dot` multiplies at least 16 x 16: shorter heads get zeros behind them on a GPU.
-LEAST_CUDA_DIM = 16
+#: Types of devices whose compiled kernels are Triton's.
+TRITON_DEVICES = {"cuda"}
+
+#: `tl.dot` multiplies at least 16 x 16: shorter heads get zeros behind them.
+LEAST_TRITON_DIM = 16
 
 
 class Attention(NamedTuple):
@@ -64,12 +70,17 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
             f"q has dtype {q.dtype}; backend='compiled' runs {listed}. "
             "backend='eager' runs torch.float64 too."
         )
-    if wants_grad(q, k, v) and q.device.type == "cpu":
+    if wants_grad(q, k, v) and not is_triton(q.device):
         raise ValueError(
             "backend='compiled' gives no gradients on a CPU, and an input has requires_grad=True. "
             "Use backend='eager', or call it under torch.no_grad()."
         )
     return backend
+
+
+def is_triton(device: torch.device) -> bool:
+    """Whether what is compiled for the device is Triton."""
+    return device.type in TRITON_DEVICES
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -151,12 +162,16 @@ def _compiled(
     options = kernel_options(block_mask.BLOCK_SIZE, q.device)
     # two sizes that happen to be equal are two sizes: else each coincidence is one more graph
     with shape_config.patch(use_duck_shape=False):
-        if q.device.type == "cpu":
+        if not is_triton(q.device):
             # one grad mode only: dynamo guards on it, and would compile everything twice
             with torch.no_grad():
                 q, k, v = q.detach(), k.detach(), v.detach()  # refused even here, if they want it
                 return _graph(f"{key}_out", _out_alone)(q, k, v, block_mask, scale, options), None
-        out, aux = _graph(f"{key}_lse", _out_and_lse)(q, k, v, block_mask, scale, options)
+        from nsa_fast.tiles import offered  # needs all of Inductor, which takes a second to load
+
+        name = f"{key}_grad" if wants_grad(q, k, v) else f"{key}_lse"
+        with offered(options or {}):
+            out, aux = _graph(name, _out_and_lse)(q, k, v, block_mask, scale, options)
         return out, aux.lse
 
 
@@ -197,11 +212,15 @@ def _graph(name: str, function: types.FunctionType) -> Callable[..., Any]:
 
 
 def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[str, Any] | None:
-    """Tiles of the Triton kernels that divide the blocks of the mask; None where any tile does."""
-    if device.type != "cuda" or (block_size[0] % 128 == 0 and block_size[1] % 128 == 0):
+    """What the Triton kernels are told: above all, tiles that divide the blocks of the mask."""
+    if not is_triton(device):
         return None
+    # one kernel for all lengths: FlexAttention has another for fewer than 128 rows
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if block_size[0] % 128 == 0 and block_size[1] % 128 == 0:
+        return options  # any tile does
     rows, columns = (min(64, size & -size) for size in block_size)  # largest power of two in it
-    return {
+    return options | {
         "fwd_BLOCK_M": rows,
         "fwd_BLOCK_N": columns,
         "bwd_BLOCK_M1": min(rows, columns),  # BLOCK_M1 must divide BLOCK_N1
@@ -257,20 +276,19 @@ def _of_no_query(q: Tensor, k: Tensor, v: Tensor) -> Attention:
 def _fitted(
     mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, backend: str
 ) -> tuple[BlockMask, Tensor, Tensor, Tensor]:
-    """Inputs and lists as the kernels take them: no length below 2, strides that they can walk.
+    """Inputs and lists as the kernels take them: no length below 2, one layout.
 
     What is added is invisible (zero keys that the predicate excludes) or cut off the result.
     """
     q, k, v = (padded(t, 2, LEAST_LENGTH) for t in (q, k, v))
-    if q.device.type == "cuda" and backend == "compiled":
-        q, k, v = (_walkable(padded(t, 3, LEAST_CUDA_DIM)) for t in (q, k, v))
-    else:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # one layout, one graph
+    if is_triton(q.device) and backend == "compiled":
+        q, k, v = (padded(t, 3, LEAST_TRITON_DIM) for t in (q, k, v))
+    q, k, v = (_plain(t) for t in (q, k, v))
     if backend == "eager":
         return _with(mask, seq_lengths=(q.shape[2], k.shape[2])), q, k, v
 
     # the C++ kernels want as many slots as there are blocks
-    blocks = count_blocks(k.shape[2], mask.BLOCK_SIZE[1]) if q.device.type == "cpu" else 0
+    blocks = 0 if is_triton(q.device) else count_blocks(k.shape[2], mask.BLOCK_SIZE[1])
     lists: dict[str, Tensor | None] = {}
     for side, slots in (("kv", blocks), ("q", 0)):
         for kind in (side, f"full_{side}"):
@@ -292,10 +310,12 @@ def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, missing))
 
 
-def _walkable(tensor: Tensor) -> Tensor:
-    """Any order of the outer axes will do for Triton, but rows without gaps and no overlap."""
-    walkable = tensor.stride(-1) == 1 and 0 not in tensor.stride()
-    return tensor if walkable else tensor.contiguous()
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, and a view of nothing: graphs are guarded on strides, and on those of a base.
+
+    Every layout of the caller's would be a graph of its own; a copy costs less than that.
+    """
+    return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
 
 
 def _with(mask: BlockMask, **changes: Any) -> BlockMask:

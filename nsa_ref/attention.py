@@ -216,6 +216,8 @@ def _checked(
             f"mask has shape {mask.shape}; it must broadcast to (batch={batch}, "
             f"q_heads={q_heads}, q_len={q_len}, columns={columns})."
         ) from None
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale={scale!r} must be a finite number. Try {head_dim**-0.5}.")
     if mask.size and mask.min() < 0:
         raise ValueError(
             f"mask holds the multiplicity {mask.min()}; multiplicities must be at least 0."

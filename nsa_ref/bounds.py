@@ -251,9 +251,18 @@ def attention_bounds(
     kv_heads, columns = k.shape[1:3]
     check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
     value_dim = v.shape[3]
+    check_at_least("kv_heads", kv_heads, 1)
     check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
     group = q_heads // kv_heads
-    mask = np.broadcast_to(np.asarray(mask, np.float64), (batch, q_heads, q_len, columns))
+    check_at_least("head_dim", head_dim, 1)
+    counts = np.asarray(mask, np.float64)
+    try:
+        mask = np.broadcast_to(counts, (batch, q_heads, q_len, columns))
+    except ValueError:
+        raise ValueError(
+            f"mask has shape {counts.shape}; it must broadcast to "
+            f"({batch}, {q_heads}, {q_len}, {columns})."
+        ) from None
     if scale is None:
         scale = head_dim**-0.5
     if d_out is None:
@@ -433,9 +442,11 @@ def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
         forward = _deterministic_forward(x, row)
     empty = np.asarray(x.n == 0)
     out = np.where(empty, 0.0, _overflow(x.out, forward.out, row))
-    if row.u_scores:  # eager kernels store q.k itself: in float16 it may be beyond 65504
-        out = np.where(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest, np.inf, out)
-    lse = np.where(empty, 0.0, forward.lse)
+    # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
+    lost = np.asarray(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest)
+    lost &= row.u_scores > 0
+    out = np.where(lost, np.inf, out)
+    lse = np.where(empty, 0.0, np.where(lost, np.inf, forward.lse))
     if x.d_out is None:
         return out, lse
     if form == "statistical":
@@ -445,9 +456,14 @@ def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
     # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
     stored = np.bool_(row.u_store > 0)
     over = stored & (np.abs(x.ds) + ds > row.largest)
+    # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
+    largest_dp = np.max(np.abs(x.d_out) @ np.abs(x.v).T, axis=1, keepdims=True, initial=0)
+    lost_back = lost | ((row.u_dp > 0) & (largest_dp > row.largest / 1.01))
+    over |= lost_back & (x.multiplicity > 0)
     dq = np.where(over.any(axis=1, keepdims=True), np.inf, _overflow(x.dq, dq, row))
     dk = np.where(np.any(over, axis=0)[:, None], np.inf, _overflow(x.dk, dk, row))
-    dv = _overflow(x.dv, dv, row)
+    unread = np.any(lost & (x.multiplicity > 0), axis=0)[:, None]
+    dv = np.where(unread, np.inf, _overflow(x.dv, dv, row))
     unseen = np.asarray(x.n_col == 0)
     return (
         out,
@@ -875,6 +891,7 @@ def pool_bounds(
     check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
     w = {key: np.asarray(value, dtype=np.float64) for key, value in weights.items()}
     length, stride = compress_block_size, compress_block_sliding_stride
+    _check_pool_weights(w, compress_map, x.shape[1], length, x.shape[3])
     kv_len = x.shape[2]
     if compress_alignment == "start":
         blocks = (kv_len - length) // stride + 1 if kv_len >= length else 0
@@ -895,6 +912,31 @@ def pool_bounds(
     assert of_kernel.dweights is not None and of_oracle.dweights is not None
     dweights = {key: of_kernel.dweights[key] + of_oracle.dweights[key] for key in w}
     return PoolBounds(out, of_kernel.dx + of_oracle.dx, dweights)
+
+
+def _check_pool_weights(
+    weights: Mapping[str, Array], compress_map: str, kv_heads: int, length: int, dim: int
+) -> None:
+    """Raise ValueError unless the weights are those of the map, positions being optional."""
+    hidden = weights["weight_in"].shape[0] if weights.get("weight_in", np.zeros(())).ndim else 0
+    maps: dict[str, dict[str, tuple[int | str, ...]]] = {
+        "mean": {},
+        "linear": {"weight": (dim, length * dim), "bias": (dim,)},
+        "mlp": {
+            "weight_in": ("hidden", length * dim),
+            "bias_in": (hidden,),
+            "weight_out": (dim, hidden),
+            "bias_out": (dim,),
+        },
+    }
+    shapes = maps[compress_map]
+    if set(weights) - {"positions"} != set(shapes):
+        raise ValueError(
+            f"weights has {sorted(weights)}; compress_map={compress_map!r} takes {sorted(shapes)}, "
+            "and positions or not."
+        )
+    for name, value in weights.items():
+        check_shape(f"weights[{name!r}]", value.shape, shapes.get(name, (kv_heads, length, dim)))
 
 
 class _Layer(NamedTuple):

@@ -95,7 +95,8 @@ class Semantics:
             row, lse = getattr(self.empty_row, branch), getattr(self.empty_lse, branch)
             check_one_of(f"empty_row.{branch}", row, ("zero", "nan", "uniform"))
             check_one_of(f"empty_lse.{branch}", lse, (-math.inf, 0.0, math.inf))
-        if not isinstance(self.forced_score, (int, float)) or not self.forced_score > 0:
+        number = isinstance(self.forced_score, (int, float)) and self.forced_score is not True
+        if not number or not self.forced_score > 0:
             raise ValueError(
                 f"forced_score={self.forced_score!r} must be a positive number: a forced block "
                 "competes with scores that are sums of probabilities. Try math.inf or 1.0."
@@ -124,14 +125,31 @@ class Semantics:
                 f"semantics has the switches {sorted(fields)}; they must be {sorted(known)}."
             )
         values = dict(fields)
+        for name in ("empty_row", "empty_lse"):
+            rows = values[name]
+            if not isinstance(rows, dict) or set(rows) != set(PerBranch._fields):
+                raise ValueError(
+                    f"{name}={rows!r} must have one value for each of "
+                    f"{', '.join(PerBranch._fields)}."
+                )
+        lse = {b: _number_from_json("empty_lse", x) for b, x in values["empty_lse"].items()}
         values["empty_row"] = PerBranch(**values["empty_row"])
-        values["empty_lse"] = PerBranch(**{b: float(x) for b, x in values["empty_lse"].items()})
-        values["forced_score"] = float(values["forced_score"])
+        values["empty_lse"] = PerBranch(**lse)
+        values["forced_score"] = _number_from_json("forced_score", values["forced_score"])
         return cls(**values)
 
 
 def _number_to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+def _number_from_json(name: str, value: object) -> float:
+    try:
+        if not isinstance(value, bool):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f'{name}={value!r} must be a number, "inf" or "-inf".')
 
 
 PAPER = Semantics()

@@ -9,10 +9,14 @@ itself were.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 from unittest import mock
+
+import torch
+import torch.nn.functional as F
 
 from nsa_fast import adapter, block_lists, block_masks, mask_mods
 from nsa_fast.block_lists import BlockLists
@@ -44,18 +48,31 @@ class _Broken(adapter.NsaFast):
             return super().run_vjp(method, case, *arguments)
 
 
+#: what is broken -> the mistakes
+MISTAKES: dict[str, tuple[Mistake, ...]] = {}
+
+
+def broken(what: str, kind: type[adapter.NsaFast], device: str) -> adapter.NsaFast:
+    """One kind of nsa_fast with the mistakes in place."""
+    name = f"{kind.name}, {what}"
+    attributes = {"name": name, "mistakes": MISTAKES[what]}
+    return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
+
+
+def _broken_kernels(what: str, device: str) -> adapter.NsaFast:
+    return broken(what, adapter.NsaFastCompiled, device)
+
+
 def _build(what: str, *mistakes: Mistake) -> Callable[[str], list[Implementation]]:
-    """A maker like `nsa_fast.adapter.implementations`: eager and compiled, with the mistakes."""
+    """A maker like `nsa_fast.adapter.implementations`: the same kinds, with the mistakes."""
+    MISTAKES[what] = mistakes
 
     def make(device: str = "cpu") -> list[Implementation]:
-        return [
-            type(
-                f"Broken{type(right).__name__}",
-                (_Broken, type(right)),
-                {"name": f"{right.name}, {what}", "mistakes": mistakes},
-            )(device)
-            for right in adapter.implementations(device)
-        ]
+        if device == "interpreter":  # the mistakes are made where the kernels are, in a process
+            interpreted = adapter.NsaFastInterpreted(functools.partial(_broken_kernels, what))
+            interpreted.name += f", {what}"
+            return [interpreted]
+        return [broken(what, type(right), device) for right in adapter.implementations(device)]
 
     return make
 
@@ -110,6 +127,47 @@ def _taken_for_each_other(lists: BlockLists) -> BlockLists:
     return BlockLists(lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices)
 
 
+def _only_in_the_forward(
+    change: Callable[[BlockLists], BlockLists],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`to_block_mask` with other kv lists; the transposes stay those of the right ones."""
+
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def to_block_mask(lists: BlockLists, *rest: Any, **keywords: Any) -> Any:
+            mask, changed = right(lists, *rest, **keywords), change(lists)
+            mask.kv_num_blocks, mask.kv_indices = changed.num_blocks, changed.indices
+            mask.full_kv_num_blocks = changed.full_num_blocks
+            mask.full_kv_indices = changed.full_indices
+            return mask
+
+        return to_block_mask
+
+    return wrong
+
+
+def _last_one_twice(lists: BlockLists) -> BlockLists:
+    """The last partial block of every row block is named a second time."""
+    last = (lists.num_blocks - 1).clamp(min=0)[..., None].long()
+    indices = F.pad(lists.indices, (0, 1))
+    indices = indices.scatter(-1, last + 1, indices.gather(-1, last))
+    more = lists.num_blocks + (lists.num_blocks > 0).to(lists.num_blocks.dtype)
+    return lists._replace(num_blocks=more, indices=indices)
+
+
+def _strides_of_the_partial(lists: BlockLists) -> BlockLists:
+    """Full lists one slot wider than the partial ones, as a kernel of PyTorch 2.11 reads them.
+
+    It walks full_indices with the strides of indices (https://github.com/pytorch/pytorch, read in
+    the sources): entry s of row r is found at r * slots + s, whatever the row's real length.
+    """
+    slots = lists.indices.shape[-1]
+    wide = F.pad(lists.full_indices, (0, 1))
+    flat = wide.flatten()
+    row = torch.arange(lists.full_num_blocks.numel(), device=flat.device)[:, None]
+    place = row * slots + torch.arange(slots, device=flat.device)
+    return lists._replace(full_indices=flat[place].view(lists.full_indices.shape))
+
+
 # --- right forward, wrong transposes --------------------------------------------------------------
 
 
@@ -139,10 +197,25 @@ PartialTakenForFull = _build(
 
 QueryBlockLost = _build("query block lost", (block_lists, "transposed", _one_query_block_lost))
 
+KvBlockLost = _build(
+    "kv block lost", (block_lists, "to_block_mask", _only_in_the_forward(_one_short))
+)
+
+BlockNamedTwice = _build(
+    "block named twice", (block_lists, "to_block_mask", _only_in_the_forward(_last_one_twice))
+)
+
+StridesConfused = _build(
+    "strides confused", (block_lists, "to_block_mask", _with_lists(_strides_of_the_partial))
+)
+
 BUILDS = {
     "WindowPlusOne": WindowPlusOne,
     "PredicateWrong": PredicateWrong,
     "ListsTooShort": ListsTooShort,
     "PartialTakenForFull": PartialTakenForFull,
     "QueryBlockLost": QueryBlockLost,
+    "KvBlockLost": KvBlockLost,
+    "BlockNamedTwice": BlockNamedTwice,
+    "StridesConfused": StridesConfused,
 }

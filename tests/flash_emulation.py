@@ -25,6 +25,7 @@ KINDS = (
     "one_hot_v",
     "equal",
     "flat",
+    "ties",
     "randn",
     "huge",
     "heavy",
@@ -89,11 +90,13 @@ def inputs(
     """Random input of one kind; sizes = kv_heads, G, q_len, columns, head_dim, value_dim."""
     if sizes is None:
         kv_heads = int(rng.integers(1, 3))
+        # one case in eight is long enough for several blocks of any size
+        columns = 110 if rng.random() < 0.125 else 25
         sizes = (
             kv_heads,
             int(rng.integers(1, 5 if kv_heads == 1 else 3)),
             int(rng.integers(0 if rng.random() < 0.05 else 1, 25)),
-            int(rng.integers(0 if rng.random() < 0.05 else 1, 25)),
+            int(rng.integers(0 if rng.random() < 0.05 else 1, columns)),
             int(rng.choice([1, 2, 3, 4, 8, 16])),
             int(rng.choice([1, 2, 4, 5, 8])),
         )
@@ -115,6 +118,8 @@ def inputs(
         v[..., np.arange(columns), np.arange(columns) % value_dim] = 1.0
     elif kind == "equal":
         k = np.broadcast_to(k[:, :, :1] if columns else k, k.shape)
+    elif kind == "ties":
+        q, k = (rng.integers(0, 2, x.shape).astype(float) for x in (q, k))
     elif kind == "flat":
         q = q * 0.2 / (head_dim**0.5 * scale)
     elif kind == "huge":

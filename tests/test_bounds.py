@@ -402,6 +402,22 @@ def test_bad_arguments_are_named() -> None:
         attention_bounds(
             q, k, k, mask, d_lse=np.zeros((1, 2, 3)), numerics="fp32", form="deterministic"
         )
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 2\); it must broadcast"):
+        attention_bounds(q, k, k, np.ones((2, 2)), numerics="fp32", form="deterministic")
+    with pytest.raises(ValueError, match="kv_heads=0 must be at least 1"):
+        attention_bounds(q, k[:, :0], k[:, :0], mask, numerics="fp32", form="deterministic")
+    sizes: dict[str, Any] = {
+        "numerics": "fp32",
+        "compress_block_size": 2,
+        "compress_block_sliding_stride": 1,
+        "compress_map": "linear",
+        "compress_alignment": "start",
+    }
+    with pytest.raises(ValueError, match=r"weights has \['bias'\]; compress_map='linear' takes"):
+        pool_bounds(k, {"bias": np.zeros(4)}, **sizes)
+    weights = {"weight": np.zeros((4, 7)), "bias": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"weights\['weight'\] has shape \(4, 7\).*\(4, 8\)"):
+        pool_bounds(k, weights, **sizes)
     with pytest.raises(ValueError, match="compress_map='max' must be one of 'mean'"):
         pool_bounds(
             k,

@@ -396,6 +396,20 @@ def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
     assert set(report.excused_edges(records, [[]])) == {"decode"}
 
 
+def test_edges_that_a_branch_never_has_are_excused() -> None:
+    """Eq. 9 needs d to divide l, so that only compress and pool draw l and d apart."""
+    apart = {"l no multiple of d", "l < d"}
+    met = {edge: 1 for edge in EDGES if edge not in apart}
+    for name, excused in (
+        ("F1_fine_mask_as_exposed", apart),
+        ("I2_selection", apart),
+        ("C2_compress_mask_as_exposed", set()),
+        ("C4_pool", set()),
+    ):
+        records = [record(name=name, edges=met)]
+        assert set(report.excused_edges(records, [[]])) == excused, name
+
+
 def test_a_field_that_a_branch_does_not_read_keeps_its_default(tmp_path: Path) -> None:
     """What READ_BY says, seen on the cases themselves."""
     for name, prop in PROPERTIES.items():

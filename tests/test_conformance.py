@@ -243,6 +243,7 @@ def test_the_suite_takes_instances() -> None:
         ({"numerics": {"float8": "fp32"}}, ValueError, "bfloat16"),
         ({"limits": {"heads": (1,)}}, ValueError, "'heads'.*q_heads"),
         ({"limits": {"q_heads": 8}}, ValueError, r"Try \(8,\)"),
+        ({"limits": {"inputs": ("randn",)}}, ValueError, "'inputs', which is what a property"),
         ({"name": ""}, TypeError, "name"),
     ],
 )

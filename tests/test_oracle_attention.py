@@ -225,6 +225,36 @@ def test_a1_a3_equal_logits_give_the_exact_rational_means(case, d_lse):
     assert abs(lse[0, 0, 0] - math.log(total)) <= 4 * U * math.log(total)
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["both keys", "and a hidden one"])
+def test_a3_a5_two_heads_over_two_keys_by_hand(hidden):
+    """Weights 1/4, 3/4 and 1/2, 1/2; a third key, which nobody sees, changes nothing.
+
+    ::
+
+        head  q  s        P           out  D  dS             lse
+        0     1  0, ln 3  1/4, 3/4    3    3  -3/4, 3/4      ln 4
+        1     0  0, 0     1/2, 1/2    2    2  -1,   1        ln 2
+    """
+    ln3 = math.log(3)
+    keys, values, mask = [0.0, ln3], [0.0, 4.0], [1, 1]
+    dk, dv = [-0.75, 0.75], [0.75, 1.25]
+    if hidden:
+        keys, values, mask = [*keys, 700.0], [*values, 1e300], [*mask, 0]
+        dk, dv = [*dk, 0.0], [*dv, 0.0]
+    q = np.array([1.0, 0.0]).reshape(1, 2, 1, 1)
+    k, v = (np.array(x).reshape(1, 1, -1, 1) for x in (keys, values))
+    mask = np.array(mask).reshape(1, 1, 1, -1)
+
+    found = attend(q, k, v, mask, scale=1.0)
+    np.testing.assert_allclose(found.out.ravel(), [3, 2], rtol=1e-15)
+    np.testing.assert_allclose(found.lse.ravel(), [math.log(4), math.log(2)], rtol=1e-15)
+    gradients = attend_vjp(q, k, v, mask, np.ones_like(q), scale=1.0)
+    for gradient, expected in zip(gradients, ([0.75 * ln3, ln3], dk, dv)):
+        np.testing.assert_allclose(gradient.ravel(), expected, rtol=1e-14)
+    if hidden:
+        assert gradients[1].ravel()[2] == gradients[2].ravel()[2] == 0
+
+
 def test_a1_halves_and_quarters_are_exact_to_the_last_bit():
     v = np.array([1.0, 2.0, 8.0, 1e300]).reshape(1, 1, 4, 1)
     zeros = np.zeros((1, 1, 4, 1))
@@ -419,6 +449,11 @@ Q, KEYS, MASK = np.ones((1, 4, 2, 3)), np.ones((1, 2, 5, 3)), np.ones((2, 5), dt
             lambda: attend(np.full(Q.shape, "x"), KEYS, KEYS, MASK),
             TypeError,
             r"q has dtype <U1; it must hold real or complex numbers",
+        ),
+        (
+            lambda: attend(Q, KEYS, KEYS, MASK, scale=math.nan),
+            ValueError,
+            r"scale=nan must be a finite number",
         ),
         (
             lambda: attend_vjp(Q, KEYS, KEYS, MASK, Q[:, :2]),

@@ -185,7 +185,7 @@ class Case:
         if isinstance(switches, str):
             check_one_of("semantics", switches, PRESETS)
             values["semantics"] = PRESETS[switches]
-        elif switches:
+        elif isinstance(switches, dict):
             values["semantics"] = Semantics.from_json(PAPER.to_json() | switches)
         return cls(**values)
 
@@ -212,7 +212,7 @@ class Case:
         `name` is one of q, k, v, k_cmp, v_cmp, mem_k, mem_v, x, d_out, d_lse, or "weights/...".
         """
         rng = self.generator(name)
-        shared = ("q", "k", "v", "d_out", "d_lse")
+        shared = ("q", "k", "v", "k_cmp", "v_cmp", "mem_k", "mem_v", "x", "d_out", "d_lse")
         if self.layout == "expanded" and name in shared and shape[0] > 1:
             # one batch entry, seen `batch` times: an expanded tensor has nothing else to show
             values = np.broadcast_to(self._fill(rng, name, (1, *shape[1:])), shape)

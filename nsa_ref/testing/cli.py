@@ -395,6 +395,9 @@ def _read_case(path: Path) -> tuple[Case, dict[str, Any]]:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("it must hold a JSON object")
+        for name in ("spec", "property", "implementation", "device"):
+            if not isinstance(data.get(name, ""), str):
+                raise ValueError(f"{name}={data[name]!r} must be a text")
         return load_case(text), data
     except FileNotFoundError:
         raise CannotRun(f"there is no file {path}") from None

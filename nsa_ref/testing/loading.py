@@ -24,7 +24,16 @@ SHORT_NAMES = {
     "nsa_fast": "nsa_fast.adapter:implementations",
     "oracle": "nsa_ref.testing.implementation:OracleImplementation",
 }
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "interpreter")
+
+
+#: Fields of a case that `limits` cannot restrict, and why.
+NO_LIMITS = {
+    "inputs": "which is what a property is about",
+    "seed": "which stands for all data of its kind",
+    "semantics": "which the attribute semantics declares",
+    "dtype": "which the attribute numerics declares",
+}
 
 
 class CannotRun(Exception):
@@ -35,7 +44,7 @@ def resolve_device(device: str) -> str:
     """`auto` becomes the best device that there is."""
     if device not in DEVICES:
         raise CannotRun(f"--device {device}: must be one of {', '.join(DEVICES)}")
-    if device == "cpu":
+    if device in ("cpu", "interpreter"):
         return device
     try:
         import torch
@@ -53,7 +62,7 @@ def resolve_device(device: str) -> str:
 
 
 def load(spec: str, device: str) -> list[Implementation]:
-    """The implementations that `spec` names, on a device ("cpu" or "cuda").
+    """The implementations that `spec` names, on a device ("cpu", "cuda" or "interpreter").
 
     The object may be an `Implementation`, a list of them, or a class or function that makes one
     or several; those are called with the device, or with nothing if they take nothing.
@@ -168,6 +177,11 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
         if not isinstance(one.limits, Mapping):
             raise TypeError(f"{where}limits={one.limits!r} must be a dict of field -> values.")
         for field, values in one.limits.items():
+            if field in NO_LIMITS:
+                raise ValueError(
+                    f"{where}limits has {field!r}, {NO_LIMITS[field]}. What cannot be run is "
+                    "refused by supports(case)."
+                )
             if field not in (*fields, "group_size"):
                 raise ValueError(
                     f"{where}limits has {field!r}, which is no field of a case. Valid are "
@@ -250,12 +264,12 @@ def _main(spec: str, device: str, answer_file: str) -> None:
     try:
         chosen = resolve_device(device)
         implementations = load(spec, chosen)
-        if chosen == "cuda" and all(i.device.startswith("cpu") for i in implementations):
+        if chosen != "cpu" and all(i.device.startswith("cpu") for i in implementations):
             # an instance was made before the device was known, and NumPy has no other
-            if device == "cuda":
+            if device != "auto":
                 raise CannotRun(
-                    f"--device cuda: {spec} is on the cpu. Name the class, which is then made "
-                    "with the device, or make the instance on cuda"
+                    f"--device {device}: {spec} is on the cpu. Name the class, which is then made "
+                    f"with the device, or make the instance on {device}"
                 )
             chosen = "cpu"
         answer: dict[str, Any] = {

@@ -80,7 +80,7 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """What `-n auto` means."""
-    if config.getoption("--device") == "cpu":
+    if config.getoption("--device") in ("cpu", "interpreter"):
         return None
     gpus = _gpus()
     return max_workers(os.cpu_count() or 1, gpus) if gpus else None
@@ -88,7 +88,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa-ref", "judging an implementation of Native Sparse Attention")
-    group.addoption("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    group.addoption("--device", default="auto", help="auto, cpu, cuda, interpreter (default auto)")
     group.addoption("--level", default="quick", help="quick or thorough (default quick)")
     group.addoption(
         "--branch",

@@ -37,6 +37,12 @@ READ_BY = {
     "indices": {"fine"},
 }
 
+#: The same of edges between fields; l and d are free of each other only where nothing needs eq. 9.
+EDGE_READ_BY = {
+    "l no multiple of d": {"compress", "pool"},
+    "l < d": {"compress", "pool"},
+}
+
 COLOURS = {
     "pass": "green",
     "fail": "bold red",
@@ -156,7 +162,9 @@ def excused_edges(
             excused[edge] = "outside of the declared limits"
         elif edge in refused:
             excused[edge] = "every such case was refused"
-        elif not all(asked & READ_BY.get(field, asked) for field in looked_at):
+        elif not all(asked & READ_BY.get(field, asked) for field in looked_at) or not (
+            asked & EDGE_READ_BY.get(edge, asked)
+        ):
             excused[edge] = "nothing that was asked reads it"
     return excused
 

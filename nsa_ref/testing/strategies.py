@@ -106,6 +106,8 @@ def cases(
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
+    if "q_len" in limits:
+        max_len = max(2, min(max_len, max(limits["q_len"])))
     rows = sizes["batch"] * sizes["q_heads"]
     shortest = 2 if populated else 1
     length = draw(st.integers(shortest, max_len if rows <= 16 else min(max_len, 20)))
@@ -171,14 +173,17 @@ def cases(
     sizes["compress_positions"] = pick("compress_positions", (False, True), "map")
     sizes["inputs"] = draw(st.sampled_from(list(inputs)))
     if "indices" in groups:
-        sizes["indices"] = draw(st.sampled_from(list(indices)))
+        sizes["indices"] = pick("indices", list(indices))
     sizes["layout"] = pick("layout", LAYOUTS)
     sizes["seed"] = draw(st.integers(0, 2**16))
     if adjust is not None:
         within = dict(sizes)
         adjust(draw, sizes)
-        heads = ("q_heads", "kv_heads") if "group_size" in limits else ()
-        sizes.update({field: within[field] for field in (*limits, *heads) if field in within})
+        heads = {"q_heads", "kv_heads", "group_size"}
+        now = sizes | {"group_size": sizes["q_heads"] // sizes["kv_heads"]}
+        beyond = {field for field in limits if field in now and now[field] not in limits[field]}
+        beyond |= heads if beyond & heads else set()
+        sizes.update({field: within[field] for field in beyond if field in within})
     return Case(**sizes)
 
 

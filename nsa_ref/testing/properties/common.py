@@ -29,12 +29,14 @@ from nsa_ref.testing.strategies import cases, shapes_of
 class Outcome:
     """budget : largest share of a bound that was used, None if nothing was compared with one
     ambiguous : rows whose choice of blocks cannot be decided (I5)
+    decided : False if that is all that there was
     powerless : tensors beside others whose bounds admit any value
     suspicion : what speaks against the implementation only statistically
     """
 
     budget: float | None = None
     ambiguous: int = 0
+    decided: bool = True
     powerless: int = 0
     suspicion: str = ""
 

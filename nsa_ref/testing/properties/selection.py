@@ -67,7 +67,8 @@ def selection(clause: str) -> Check:
         if found:
             at_fault = clause if clause in found else next(iter(found))
             raise Broken(at_fault, found[at_fault])
-        return Outcome(ambiguous=ambiguous)
+        rows = case.batch * case.selection_heads * case.q_len
+        return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
 
     return check
 

@@ -1,0 +1,194 @@
+"""FlexAttention's Triton kernels on a CPU, in Triton's interpreter: what torch must be told for it.
+
+`install()` changes the process that it is called in, for good, and so is called in processes of
+their own (`adapter.py`). Nothing on disk is changed. What the interpreter does not show: PTX,
+races, overflow of 32-bit offsets, TMA, the rounding of tensor cores.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+#: Versions of (torch, triton) under which every name below was seen to mean what it says.
+SUPPORTED = (("2.13", "3.7"),)
+
+#: The GPU that the interpreter stands for.
+CAPABILITY = (9, 0)
+
+
+def missing() -> str:
+    """What keeps the interpreter from running here, in words; empty if nothing does."""
+    found = []
+    for package in ("torch", "triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"it needs {package}, which is not installed"
+        found.append(".".join(version.split(".")[:2]))
+    if tuple(found) not in SUPPORTED:
+        known = " or ".join(f"torch {torch} with triton {triton}" for torch, triton in SUPPORTED)
+        return f"it needs {known}; here are torch {found[0]} and triton {found[1]}"
+    return ""
+
+
+#: Must be set when triton is imported: its functions are made for the interpreter, or they are not.
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
+def install() -> None:
+    """Let `backend="compiled"` be Triton on the CPU of this process.
+
+    Raises
+    ------
+    RuntimeError : the versions are not supported, or triton was imported without the interpreter
+    """
+    if reason := missing():
+        raise RuntimeError(f"the interpreter does not run here: {reason}.")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("TRITON_INTERPRET must be 1 before torch is imported.")
+    warnings.filterwarnings("ignore", "Could not find an active CPU backend")
+    inductor_writes_triton()
+    a_driver_answers()
+    triton_is_there()
+    the_cpu_has_no_lowering_of_its_own()
+    gradients_are_not_refused()
+    lse_is_written()
+    tiles_are_a_gpus()
+    scalars_stay_tensors()
+    bfloat16_is_rounded()
+
+    from nsa_fast import flex
+
+    flex.TRITON_DEVICES.add("cpu")
+
+
+def inductor_writes_triton() -> None:
+    """1. Inductor writes C++ for a CPU, and compiles in processes that are not told any of this.
+
+    What it writes here must not be mistaken for what others have in the same cache.
+    """
+    import torch.compiler.config
+    from torch._inductor import config
+
+    config.cpu_backend = "triton"
+    config.compile_threads = 1
+    torch.compiler.config.cache_key_tag = "nsa_ref interpreter"
+
+
+def a_driver_answers() -> None:
+    """2. Triton asks its driver what it compiles for, and without a GPU there is no driver."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    major, minor = CAPABILITY
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+            get_device_interface=lambda: torch.cpu,
+        )
+    )
+
+
+def triton_is_there() -> None:
+    """3. torch looks for a GPU that Triton can use, in many modules."""
+    import torch._inductor.scheduler
+    import torch.utils._triton
+
+    found = torch.utils._triton.has_triton
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("has_triton") is found:
+            vars(module)["has_triton"] = lambda: True
+
+
+def the_cpu_has_no_lowering_of_its_own() -> None:
+    """4. The lowering of FlexAttention leaves for C++ as soon as it sees a CPU.
+
+    It is registered once more, from its own source without that branch.
+    """
+    from torch._inductor.kernel.flex import flex_attention as module
+
+    source = inspect.getsource(module.flex_attention)
+    branch = 'query.get_device().type == "cpu"'
+    if source.count(branch) != 1:
+        raise RuntimeError("the lowering of flex_attention is not the one that is known here.")
+    exec(compile(source.replace(branch, "False"), module.__file__, "exec"), vars(module))
+
+
+def gradients_are_not_refused() -> None:
+    """5. FlexAttention refuses inputs that want gradients on a CPU."""
+    from torch.nn.attention import flex_attention as module
+
+    module._validate_device = lambda query, key, value: None
+
+
+def lse_is_written() -> None:
+    """6. FlexAttention switches lse off on a CPU, and the backward reads it."""
+    from torch.nn.attention import flex_attention as module
+
+    apply_options = module._apply_kernel_options
+
+    def with_lse(*args: Any, **kwargs: Any) -> Any:
+        return apply_options(*args, **kwargs) | {"OUTPUT_LOGSUMEXP": True}
+
+    module._apply_kernel_options = with_lse
+
+
+def tiles_are_a_gpus() -> None:
+    """7. Inductor's heuristics for a CPU know no tiles of FlexAttention: sm_90's are used."""
+    import torch
+    from torch._inductor.choices import InductorChoices
+
+    heuristics = InductorChoices.get_config_heuristics
+
+    def of_the_gpu(self: Any, device_type: str | None = "cuda") -> Any:
+        return heuristics(self, "cuda" if device_type == "cpu" else device_type)
+
+    InductorChoices.get_config_heuristics = of_the_gpu
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+
+
+def scalars_stay_tensors() -> None:
+    """8. Triton kernels get CPU tensors without axes as numbers, and FlexAttention's load them."""
+    from torch._inductor.graph import GraphLowering
+
+    GraphLowering.is_unspec_arg = lambda self, name: False
+
+
+def bfloat16_is_rounded() -> None:
+    """9. To the interpreter bfloat16 is an integer of 16 bits: a cast cuts where a GPU rounds to
+    nearest, and a dot multiplies the bits as they are.
+    """
+    import ml_dtypes
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounded_cast(self: Any, value: Any, to: Any) -> Any:
+        source, target = value.dtype.scalar, to.scalar
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return TensorHandle(value.data.astype(ml_dtypes.bfloat16).view(np.uint16), target)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return TensorHandle(value.data.view(ml_dtypes.bfloat16).astype(np.float32), target)
+        return cast(self, value, to)
+
+    def dot_of_values(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            rounded_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl = rounded_cast
+    InterpreterBuilder.create_dot = dot_of_values

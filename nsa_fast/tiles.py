@@ -1,0 +1,49 @@
+"""Tiles of the Triton kernels that Inductor would not offer by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch._functorch import config as functorch_config
+from torch._inductor.choices import InductorChoices
+from torch._inductor.virtualized import V
+
+
+class _Tiles(InductorChoices):
+    """Inductor's choices, but that the tile of a backward is the one of the kernel's options.
+
+    Inductor drops every tile of its own that does not divide the blocks of the mask before it looks
+    at the options of a backward: blocks of 16 rows in bfloat16 ended in NoValidChoicesError on
+    sm_90 (pytorch #176025).
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        # the names of FlexBwDConfig's fields
+        self.tile = {
+            name.removeprefix("bwd_").lower(): size
+            for name, size in options.items()
+            if name.startswith("bwd_BLOCK_")
+        }
+
+    def get_flex_attention_bwd_configs(self, *args: Any, **kwargs: Any) -> list[Any]:
+        configs = super().get_flex_attention_bwd_configs(*args, **kwargs)
+        if not self.tile:
+            return configs
+        return [dataclasses.replace(configs[0], **self.tile)]
+
+
+@contextlib.contextmanager
+def offered(options: dict[str, Any]) -> Iterator[None]:
+    """Compile with the tiles that the options of a kernel name.
+
+    Inductor looks for a handler of choices in the thread that compiles. A backward may be compiled
+    as late as in autograd's own thread, so it is compiled at once.
+    """
+    with (
+        V.set_choices_handler(_Tiles(options)),
+        functorch_config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield

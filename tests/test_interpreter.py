@@ -1,0 +1,194 @@
+"""FlexAttention's Triton kernels before the judge, in Triton's interpreter: no GPU needed.
+
+They walk the block lists in both directions, which nothing else does on a CPU:
+
+===================  =======  ========
+build                forward  backward
+===================  =======  ========
+KvBlockLost          wrong
+ListsTooShort        wrong
+PartialTakenForFull  wrong
+BlockNamedTwice      wrong
+StridesConfused      wrong
+QueryBlockLost       right    wrong
+===================  =======  ========
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+from broken_nsa_fast import BUILDS  # noqa: E402
+from nsa_fast import flex, interpreter, tiles  # noqa: E402
+from nsa_fast.adapter import NsaFast, NsaFastCompiled, NsaFastInterpreted  # noqa: E402
+from nsa_ref.testing import Case, conformance_suite  # noqa: E402
+from nsa_ref.testing.conformance import Options, run_property  # noqa: E402
+from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
+from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+
+#: Why nothing can be run here, if nothing can.
+MISSING = interpreter.missing()
+runs = pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
+
+#: What the kernels alone decide; `nsa-ref verify --device interpreter` asks everything.
+ASKED = [
+    name
+    for branch, clause in (("sliding", "W1"), ("compress", "C2"), ("fine", "F1"))
+    for name in (
+        f"{clause}_{branch}_mask_as_read",
+        f"A1_{branch}_output",
+        f"A2_{branch}_empty_rows",
+        f"A3_{branch}_gradients",
+        f"A3_{branch}_mask_as_read_backward",
+    )
+]
+
+INTERPRETED = NsaFastInterpreted()  # one process for all that can share it
+
+for _name, _test in conformance_suite(INTERPRETED).items():
+    if _name.removeprefix("test_") in ASKED:
+        globals()[_name] = runs(_test)
+
+#: Four selection blocks, three chosen: every row has full lists and a partial one.
+CASE = Case(
+    dtype="float32",
+    batch=2,
+    q_heads=2,
+    kv_heads=2,
+    q_len=6,
+    kv_len=60,
+    head_dim=64,
+    value_dim=32,
+    compress_block_sliding_stride=4,
+    selection_block_size=16,
+    num_selected_blocks=3,
+)
+FORWARD, BACKWARD = "F1_fine_mask_as_read", "A3_fine_mask_as_read_backward"
+
+
+def test_what_is_asked_exists() -> None:
+    assert set(ASKED) <= set(PROPERTIES)
+
+
+@runs
+@pytest.mark.parametrize(
+    "build",
+    ["KvBlockLost", "ListsTooShort", "PartialTakenForFull", "BlockNamedTwice", "StridesConfused"],
+)
+def test_a_forward_that_walks_wrong_lists_is_read_out(
+    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (broken,) = BUILDS[build]("interpreter")
+    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+    options = Options(case=CASE, findings=tmp_path)
+    found = run_property(PROPERTIES[FORWARD], INTERPRETED, options).finding
+    assert found is not None
+    assert found["clause"] == "F1"
+    assert "fine, forward read out by one-hot values: " in found["text"]
+
+
+@runs
+def test_a_backward_that_lost_a_query_block_is_read_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dk or dv misses a pair, though the forward is right."""
+    (broken,) = BUILDS["QueryBlockLost"]("interpreter")
+    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+    options = Options(case=CASE, findings=tmp_path)
+    record = run_property(PROPERTIES[FORWARD], INTERPRETED, options)
+    assert record.finding is None, record.finding["text"]
+    assert record.cases == 1
+    found = run_property(PROPERTIES[BACKWARD], INTERPRETED, options).finding
+    assert found is not None
+    assert found["clause"] == "A3"
+    assert re.match(r"fine, backward read out: d[kv] misses the pair", found["text"])
+
+
+def _inductors_own_tiles(device: str) -> NsaFast:
+    # in a process that ends with the test, and without what others have compiled
+    torch.compiler.config.force_disable_caches = True
+    tiles._Tiles.get_flex_attention_bwd_configs = (
+        tiles.InductorChoices.get_flex_attention_bwd_configs
+    )
+    return NsaFastCompiled(device)
+
+
+@runs
+def test_blocks_of_16_rows_need_tiles_of_our_own(tmp_path: Path) -> None:
+    """In bfloat16 sm_90's tile of 64 rows does not divide them, and there is no other."""
+    case = dataclasses.replace(CASE, dtype="bfloat16")
+    options = Options(case=case, findings=tmp_path)
+    found = run_property(
+        PROPERTIES["A3_fine_gradients"], NsaFastInterpreted(_inductors_own_tiles), options
+    ).finding
+    assert found is not None
+    assert "NoValidChoicesError" in found["text"]
+    record = run_property(PROPERTIES["A3_fine_gradients"], INTERPRETED, options)
+    assert record.finding is None, record.finding["text"]
+    assert record.cases == 1
+
+
+def _ends_its_process(device: str) -> NsaFast:
+    os._exit(3)
+
+
+@runs
+def test_kernels_that_end_their_process_are_a_finding(tmp_path: Path) -> None:
+    """And the next call has a process again."""
+    interpreted = NsaFastInterpreted(_ends_its_process)
+    case = dataclasses.replace(CASE, q_len=2, kv_len=16)
+    options = Options(case=case, findings=tmp_path)
+    found = run_property(PROPERTIES[FORWARD], interpreted, options).finding
+    assert found is not None
+    assert "BrokenProcessPool" in found["text"]
+    interpreted.kernels = NsaFastCompiled
+    record = run_property(PROPERTIES[FORWARD], interpreted, options)
+    assert record.finding is None, record.finding["text"]
+    # what holds in that process holds nowhere else
+    assert "TRITON_INTERPRET" not in os.environ
+    assert {"cuda"} == flex.TRITON_DEVICES
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ({"torch": "2.13.0+cpu", "triton": "3.7.1"}, ""),
+        ({"torch": "2.13.0+cpu"}, "it needs triton, which is not installed"),
+        (
+            {"torch": "2.11.0", "triton": "3.6.0"},
+            "it needs torch 2.13 with triton 3.7; here are torch 2.11 and triton 3.6",
+        ),
+    ],
+    ids=["supported", "no triton", "other versions"],
+)
+def test_what_is_missing_is_said(
+    versions: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert interpreter.missing() == reason
+    if reason:
+        with pytest.raises(CannotRun, match=f"the interpreter does not run here: {reason}"):
+            load("nsa_fast", "interpreter")
+        with pytest.raises(RuntimeError, match=reason):
+            interpreter.install()
+
+
+def test_install_wants_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes nothing before it has seen it."""
+    monkeypatch.setattr(interpreter, "missing", lambda: "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET must be 1"):
+        interpreter.install()

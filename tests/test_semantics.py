@@ -1,0 +1,88 @@
+"""Semantics: every switch is checked, every message names it, and JSON goes both ways."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from nsa_ref import Semantics
+from nsa_ref.semantics import LUCIDRAINS, PAPER, PRESETS, PerBranch
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_goes_both_ways(name: str) -> None:
+    assert Semantics.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_presets_say_what_the_table_says() -> None:
+    """SEMANTICS.md, "Switches and presets"; what is not listed is PAPER's."""
+    zero, fine_nan = PerBranch("zero", "zero", "zero"), PerBranch("zero", "nan", "zero")
+    upstream = {
+        "compress_alignment": "end",
+        "compress_strict": True,
+        "importance": "logit_mean",
+        "own_block_extra": True,
+        "score_floor": 1e-10,
+        "duplicates": "multiset",
+        "empty_row": PerBranch("uniform", "uniform", "uniform"),
+        "kv_per_branch": False,
+        "rotary": "fine_and_sliding",
+        "input_norm": True,
+        "output_projection": True,
+    }
+    multiset = {"duplicates": "multiset", "empty_row": fine_nan, "kv_per_branch": False}
+    expected: dict[str, dict[str, Any]] = {
+        "PAPER": {},
+        "LUCIDRAINS": upstream,
+        "LUCIDRAINS_FLEX": upstream | {"score_floor": None, "duplicates": "set", "empty_row": zero},
+        "FLA": multiset | {"window_closed": False, "forced_score": 1.0},
+        "XUNHAO": multiset | {"rotary": "all"},
+    }
+    assert set(PRESETS) == set(expected)
+    for name, switches in expected.items():
+        assert PRESETS[name] == Semantics(**switches), name
+    assert PAPER.empty_lse == PerBranch(-math.inf, -math.inf, -math.inf)
+    assert LUCIDRAINS.share_selection
+
+
+@pytest.mark.parametrize(
+    ("switches", "error", "words"),
+    [
+        ({"causal": 1}, TypeError, "causal=1 must be True or False, not int"),
+        ({"compress_alignment": "middle"}, ValueError, "'middle' must be one of 'start', 'end'"),
+        ({"importance": "mean"}, ValueError, "'mean' must be one of 'overlap', 'logit_mean'"),
+        ({"duplicates": "bag"}, ValueError, "'bag' must be one of 'set', 'multiset'"),
+        ({"rotary": "some"}, ValueError, "'some' must be one of 'none'"),
+        ({"forced_score": 0.0}, ValueError, "forced_score=0.0 must be a positive number"),
+        ({"forced_score": True}, ValueError, "forced_score=True must be a positive number"),
+        ({"score_floor": 1.0}, ValueError, r"score_floor=1.0 must be None or lie in \[0, 1\)"),
+        ({"empty_row": "nan"}, TypeError, r"empty_row='nan' must be a PerBranch"),
+        (
+            {"empty_row": PerBranch("zero", "one", "zero")},
+            ValueError,
+            "empty_row.fine='one' must be one of 'zero', 'nan', 'uniform'",
+        ),
+    ],
+)
+def test_a_wrong_switch_is_named(
+    switches: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        Semantics(**switches)
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        ({"empty_row": "nan"}, "empty_row='nan' must have one value for each of compress, fine"),
+        ({"empty_row": {"fine": "nan"}}, "empty_row=.*must have one value for each"),
+        ({"forced_score": "big"}, "forced_score='big' must be a number"),
+        ({"empty_lse": {"compress": 0, "fine": None, "sliding": 0}}, "empty_lse=None must be"),
+        ({"causality": True}, "semantics has the switches"),
+    ],
+)
+def test_a_wrong_switch_in_json_is_named(switches: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Semantics.from_json(PAPER.to_json() | switches)
