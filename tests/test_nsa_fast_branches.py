@@ -309,7 +309,9 @@ def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
 def test_tokens_on_a_gpu_are_in_blocks_that_every_triton_tile_divides() -> None:
     device = torch.device("cuda")
     assert branches.token_block_size(device) == (128, 128)
-    assert flex.kernel_options((128, 128), device) is None
+    # any tile does; one kernel, whatever the length
+    assert flex.kernel_options((128, 128), device) == {"FORCE_USE_FLEX_ATTENTION": True}
+    assert flex.kernel_options((128, 128), torch.device("cpu")) is None
 
 
 # --- what does not run says so --------------------------------------------------------------------

@@ -246,11 +246,11 @@ def test_a3_a5_two_heads_over_two_keys_by_hand(hidden):
     mask = np.array(mask).reshape(1, 1, 1, -1)
 
     found = attend(q, k, v, mask, scale=1.0)
-    np.testing.assert_allclose(found.out.ravel(), [3, 2], rtol=1e-15)
-    np.testing.assert_allclose(found.lse.ravel(), [math.log(4), math.log(2)], rtol=1e-15)
     gradients = attend_vjp(q, k, v, mask, np.ones_like(q), scale=1.0)
-    for gradient, expected in zip(gradients, ([0.75 * ln3, ln3], dk, dv)):
-        np.testing.assert_allclose(gradient.ravel(), expected, rtol=1e-14)
+    table = ([3, 2], [math.log(4), math.log(2)], [0.75 * ln3, ln3], dk, dv)
+    for array, expected in zip((*found, *gradients), table):
+        # exp(ln 3) is 3 but for a few roundings, and nothing here is larger than 4
+        assert np.abs(array.ravel() - expected).max() <= 16 * 4 * U
     if hidden:
         assert gradients[1].ravel()[2] == gradients[2].ravel()[2] == 0
 
