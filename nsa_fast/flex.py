@@ -105,32 +105,21 @@ def attend(
         if there is no query
     """
     with without_autocast(q.device):
-        return _attend(name, q, k, v, block_mask, backend, scale)
-
-
-def _attend(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_mask: Callable[[bool], BlockMask],
-    backend: str,
-    scale: float,
-) -> Attention:
-    if q.shape[0] == 0 or q.shape[2] == 0:
-        return _of_no_query(q, k, v)
-    q_len, value_dim = q.shape[2], v.shape[3]
-    needs_grad = wants_grad(q, k, v)
-    mask = block_mask(needs_grad)  # the eager operator asks for q lists too, though it reads none
-    mask, q, k, v = _fitted(mask, q, k, v, backend)
-    if needs_grad:
-        q, k, v = _Once.apply(q, k, v)
-    if backend == "eager":
-        out, lse = _eager(q, k, v, mask, scale)
-    else:
-        out, lse = _compiled(name, q, k, v, mask, scale)
-    out = out[:, :, :q_len, :value_dim]
-    return Attention(out, None if lse is None else lse[:, :, :q_len])
+        if q.shape[0] == 0 or q.shape[2] == 0:
+            return _of_no_query(q, k, v)
+        q_len, value_dim = q.shape[2], v.shape[3]
+        needs_grad = wants_grad(q, k, v)
+        # the eager operator asks for q lists too, though it reads none
+        mask = block_mask(needs_grad)
+        mask, q, k, v = _fitted(mask, q, k, v, backend)
+        if needs_grad:
+            q, k, v = _Once.apply(q, k, v)
+        if backend == "eager":
+            out, lse = _eager(q, k, v, mask, scale)
+        else:
+            out, lse = _compiled(name, q, k, v, mask, scale)
+        out = out[:, :, :q_len, :value_dim]
+        return Attention(out, None if lse is None else lse[:, :, :q_len])
 
 
 def _eager(

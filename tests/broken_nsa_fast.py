@@ -157,8 +157,8 @@ def _last_one_twice(lists: BlockLists) -> BlockLists:
 def _strides_of_the_partial(lists: BlockLists) -> BlockLists:
     """Full lists one slot wider than the partial ones, as a kernel of PyTorch 2.11 reads them.
 
-    It walks full_indices with the strides of indices (https://github.com/pytorch/pytorch, read in
-    the sources): entry s of row r is found at r * slots + s, whatever the row's real length.
+    It walks full_indices with the strides of indices (`block_lists.OWN_STRIDES`): entry s of row r
+    is found at r * slots + s, whatever the row's real length.
     """
     slots = lists.indices.shape[-1]
     wide = F.pad(lists.full_indices, (0, 1))

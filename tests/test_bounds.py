@@ -390,6 +390,26 @@ def test_slope_is_the_relative_size_of_a_systematic_error() -> None:
     assert unknown.limit == np.inf
 
 
+@pytest.mark.parametrize("large", ["logit", "dO.v"])
+def test_what_a_dtype_cannot_hold_has_no_bound(large: str) -> None:
+    """q.k or dO.v of 90000, which eager float16 stores, in the first of two rows."""
+    q, k, v = np.ones((1, 1, 2, 1)), np.ones((1, 1, 3, 1)), np.ones((1, 1, 3, 1))
+    d_out = np.ones((1, 1, 2, 1))
+    if large == "logit":
+        q[0, 0, 0], k[0, 0, 0] = 300.0, 300.0
+    else:
+        d_out[0, 0, 0], v[0, 0, 0] = 300.0, 300.0
+    mask, sizes = np.ones((2, 3), int), {"form": "deterministic", "scale": 1e-4}
+    found = attention_bounds(q, k, v, mask, d_out, numerics="fp16-eager", **sizes)
+    assert np.isinf(found.dq[0, 0, 0]).all() and np.isinf(found.dk).all()
+    if large == "logit":
+        assert np.isinf(found.lse[0, 0, 0]) and np.isinf(found.dv).all()
+    # the other row is its own, and a kernel that stores neither has a bound everywhere
+    assert np.isfinite(found.dq[0, 0, 1]).all() and np.isfinite(found.lse[0, 0, 1])
+    for bound in attention_bounds(q, k, v, mask, d_out, numerics="fp16", **sizes):
+        assert np.isfinite(bound).all()
+
+
 def test_bad_arguments_are_named() -> None:
     q, k, mask = np.zeros((1, 2, 3, 4)), np.zeros((1, 1, 5, 4)), np.ones((3, 5))
     with pytest.raises(ValueError, match="numerics='fp8' must be one of 'fp64', 'fp32'"):

@@ -127,7 +127,10 @@ def test_wrong_gradients_are_blamed_on_the_wrong_mask(tmp_path: Path) -> None:
     check_finding(name, broken, found, "W1", tmp_path)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA kernels walk the q lists")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no CUDA device; test_interpreter.py asks the same without one",
+)
 @pytest.mark.parametrize("branch", CLAUSES)
 def test_backward_that_lost_a_query_block_is_read_out(branch: str, tmp_path: Path) -> None:
     """A3: dk or dv misses a pair, though the forward is right."""

@@ -396,6 +396,26 @@ def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
     assert set(report.excused_edges(records, [[]])) == {"decode"}
 
 
+@pytest.mark.parametrize("field", ["spec", "property", "implementation", "device"])
+def test_a_file_to_replay_with_a_field_of_a_wrong_type(
+    place: Path, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = place / "case.json"
+    path.write_text(json.dumps({"case": Case().to_json(), "spec": "oracle", field: ["a"]}))
+    assert f"{field}=['a'] must be a text" in could_not_run(capsys, "replay", str(path))
+
+
+def test_nothing_but_ambiguous_rows_is_no_pass(tmp_path: Path) -> None:
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        return Outcome(ambiguous=3, decided=False)
+
+    prop = dataclasses.replace(PROPERTIES["I5_selection"], check=check)
+    result = run_property(prop, OracleImplementation(), Options(findings=tmp_path))
+    assert (result.cases, not result.edges) == (0, True)
+    (clause,) = report.clauses([result.to_json()], [])
+    assert clause.verdict == "ambiguous"
+
+
 def test_edges_that_a_branch_never_has_are_excused() -> None:
     """Eq. 9 needs d to divide l, so that only compress and pool draw l and d apart."""
     apart = {"l no multiple of d", "l < d"}
