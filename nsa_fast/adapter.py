@@ -36,6 +36,7 @@ SEMANTICS = (
     dataclasses.replace(PAPER, share_selection=False),
     dataclasses.replace(PAPER, forced_score=1.0, score_floor=1e-10),
 )
+SHARED_SELECTION = tuple(semantics for semantics in SEMANTICS if semantics.share_selection)
 
 
 class NsaFast(TorchImplementation):
@@ -230,6 +231,12 @@ class NsaFastCompiled(NsaFast):
         "selection_block_size": (4,),
     }
 
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        if not self._is_triton():
+            # that switch is one more graph for every dtype, and eager is asked about it
+            self.semantics = SHARED_SELECTION
+
     def offers(self, method: str) -> bool:
         # plain torch and the same masks: on a CPU judged beside the eager branches already
         alike = method in ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
@@ -252,7 +259,7 @@ class NsaFastInterpreted(Implementation):
     name = "nsa_fast interpreted"
     device = "interpreter"
     # a head that chooses for itself has the rows of a group of 1
-    semantics = tuple(semantics for semantics in SEMANTICS if semantics.share_selection)
+    semantics = SHARED_SELECTION
     numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16"}
     # few graphs, as above, for groups of 1, 4 and 16; and few tokens: a call takes seconds
     limits: Mapping[str, Collection[Any]] = {

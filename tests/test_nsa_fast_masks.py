@@ -542,6 +542,12 @@ def test_implementations_by_device() -> None:
     assert [i.name for i in implementations("cuda")] == ["nsa_fast compiled"]
     eager, compiled = implementations("cpu")
     assert eager.offers_vjp("fine") and not compiled.offers_vjp("fine")
-    assert implementations("cuda")[0].offers_vjp("fine")
+    (cuda,) = implementations("cuda")
+    assert cuda.offers_vjp("fine")
+    # compiled to C++, heads that choose for themselves are left to eager
+    unshared = dataclasses.replace(PAPER, share_selection=False)
+    asked = {i.name: unshared in i.semantics for i in (eager, compiled)}
+    assert asked == {"nsa_fast eager": True, "nsa_fast compiled": False}
+    assert unshared in cuda.semantics
     with pytest.raises(ValueError, match="device='tpu' must be one of 'cpu', 'cuda', 'int"):
         implementations("tpu")
