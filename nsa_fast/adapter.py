@@ -20,7 +20,7 @@ from torch import Tensor
 
 import nsa_fast
 from nsa_fast import block_masks, branches, flex, interpreter
-from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Attention, Implementation, TorchImplementation
 from nsa_ref.testing.probes import block_mask_readings, exposed_readings
@@ -43,7 +43,8 @@ class NsaFast(TorchImplementation):
     """What both kinds have in common: everything that `nsa_fast` exports."""
 
     backend: str
-    semantics = SEMANTICS
+    semantics: tuple[Semantics, ...] = SEMANTICS
+    deterministic = True
 
     # masks: what the branch uses, and upstream's call where it means the same
 
@@ -258,6 +259,7 @@ class NsaFastInterpreted(Implementation):
 
     name = "nsa_fast interpreted"
     device = "interpreter"
+    deterministic = True
     # a head that chooses for itself has the rows of a group of 1
     semantics = SHARED_SELECTION
     numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16"}

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 #: Versions of (torch, triton) under which every name below was seen to mean what it says.
-SUPPORTED = (("2.13", "3.7"),)
+SUPPORTED = (("2.13", "3.7"), ("2.11", "3.6"))
 
 #: The GPU that the interpreter stands for.
 CAPABILITY = (9, 0)
@@ -25,15 +25,18 @@ CAPABILITY = (9, 0)
 def missing() -> str:
     """What keeps the interpreter from running here, in words; empty if nothing does."""
     found = []
-    for package in ("torch", "triton"):
+    for package in ("torch", "triton", "numpy"):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"it needs {package}, which is not installed"
         found.append(".".join(version.split(".")[:2]))
-    if tuple(found) not in SUPPORTED:
+    torch, triton, numpy = found
+    if (torch, triton) not in SUPPORTED:
         known = " or ".join(f"torch {torch} with triton {triton}" for torch, triton in SUPPORTED)
-        return f"it needs {known}; here are torch {found[0]} and triton {found[1]}"
+        return f"it needs {known}; here are torch {torch} and triton {triton}"
+    if triton == "3.6" and tuple(map(int, numpy.split("."))) >= (2, 4):
+        return f"the interpreter of triton 3.6 needs a numpy below 2.4; here is numpy {numpy}"
     return ""
 
 

@@ -92,6 +92,9 @@ class Kernel(OracleImplementation):
     def for_keys(self, ds: np.ndarray) -> np.ndarray:
         return ds
 
+    def for_values(self, p: np.ndarray) -> np.ndarray:
+        return p
+
     def over_group(self, case: Case, gradient: np.ndarray) -> np.ndarray:
         grouped = gradient.reshape(case.batch, case.kv_heads, case.group_size, *gradient.shape[2:])
         return grouped.sum(2)
@@ -144,7 +147,7 @@ class Kernel(OracleImplementation):
         ds = p * (dp - self.delta(d_out, out, d_lse))
         dq = q.dtype.type(self.dq_scale(case)) * self.over_keys(case, ds, keys)
         dk = q.dtype.type(self.scale(case)) * np.einsum("bhtj,bhtd->bhjd", self.for_keys(ds), q)
-        dv = np.einsum("bhtj,bhtd->bhjd", p, d_out)
+        dv = np.einsum("bhtj,bhtd->bhjd", self.for_values(p), d_out)
         return dq, self.over_group(case, dk), self.over_group(case, dv)
 
 
@@ -222,6 +225,30 @@ class NoWindow(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
         w = case.sliding_window_size or case.kv_len
         return sliding_mask(case.q_len, case.kv_len, w, case.semantics)
+
+
+@mutant("W1", "distances are kept in 9 bits: the window is seen again 512 keys further back")
+class NarrowDistance(OracleImplementation):
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        mask = super().sliding_mask(case)
+        return mask | np.pad(mask[:, 512:], ((0, 0), (0, case.kv_len - mask[:, 512:].shape[1])))
+
+
+@mutant("C2", "the last token of a block is kept in 9 bits")
+class NarrowLastToken(OracleImplementation):
+    def compress_mask(self, case: Case) -> np.ndarray:
+        mask = _compress_mask(case, case.semantics).copy()
+        early = 512 // case.compress_block_sliding_stride + 1
+        mask[:, case.num_mem_kv + early :] = 1
+        return mask
+
+
+@mutant("F1", "blocks are told by the first token, which is kept in 9 bits")
+class NarrowFirstToken(OracleImplementation):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        mask = _fine_mask(case, block_indices)
+        mask[..., 512:] = 0
+        return mask
 
 
 @mutant("C2", "strictly before p where the last token may be p, and the other way round")
@@ -482,6 +509,35 @@ class MaximumOfAll(Kernel):
 # --- arithmetic, backward -------------------------------------------------------------------------
 
 
+@mutant("A3", "queries beyond the 512th are lost in dk and dv")
+class NarrowQueries(Kernel):
+    def for_keys(self, ds: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
+
+    def for_values(self, p: np.ndarray) -> np.ndarray:
+        return self.for_keys(p)
+
+
+@mutant("A1", "states to be deterministic, and adds in another order each time")
+class AnotherOrder(Kernel):
+    calls = 0
+
+    def over_values(self, case: Case, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        order = np.argsort(np.arange(v.shape[2]) * self.calls % 7, kind="stable")
+        return super().over_values(case, weights[..., order], v[:, :, order])
+
+
+@mutant("A3", "states to be deterministic, and adds up dq in another order each time")
+class AnotherOrderBackward(Kernel):
+    calls = 0
+
+    def over_keys(self, case: Case, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        order = np.argsort(np.arange(k.shape[2]) * self.calls % 7, kind="stable")
+        return super().over_keys(case, ds[..., order], k[:, :, order])
+
+
 @mutant("A3", "delta is dropped")
 class NoDelta(Kernel):
     def delta(self, d_out: np.ndarray, out: np.ndarray, d_lse: np.ndarray) -> np.ndarray:
@@ -496,6 +552,9 @@ class NoGradientThroughLse(Kernel):
 
 @mutant("A3", "dk and dv come from the first head of the group only")
 class GroupGradientOnce(Kernel):
+    def for_values(self, p: np.ndarray) -> np.ndarray:
+        return p
+
     def over_group(self, case: Case, gradient: np.ndarray) -> np.ndarray:
         return gradient[:, :: case.group_size]
 

@@ -160,14 +160,20 @@ def test_kernels_that_end_their_process_are_a_finding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("versions", "reason"),
     [
-        ({"torch": "2.13.0+cpu", "triton": "3.7.1"}, ""),
+        ({"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.4.6"}, ""),
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": "2.3.5"}, ""),
         ({"torch": "2.13.0+cpu"}, "it needs triton, which is not installed"),
         (
-            {"torch": "2.11.0", "triton": "3.6.0"},
-            "it needs torch 2.13 with triton 3.7; here are torch 2.11 and triton 3.6",
+            {"torch": "2.12.0", "triton": "3.7.0", "numpy": "2.4.6"},
+            "it needs torch 2.13 with triton 3.7 or torch 2.11 with triton 3.6; here are torch "
+            "2.12 and triton 3.7",
+        ),
+        (
+            {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.10.0"},
+            "the interpreter of triton 3.6 needs a numpy below 2.4; here is numpy 2.10",
         ),
     ],
-    ids=["supported", "no triton", "other versions"],
+    ids=["supported", "supported too", "no triton", "other versions", "numpy too new"],
 )
 def test_what_is_missing_is_said(
     versions: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch

@@ -141,7 +141,8 @@ class Branch:
 
     # the implementation under test
 
-    def _arguments(self, case: Case, inputs: Inputs) -> tuple[np.ndarray, ...]:
+    def arguments(self, case: Case, inputs: Inputs) -> tuple[np.ndarray, ...]:
+        """The inputs in the order of the plug's method."""
         if self.name == "compress":
             m = case.num_mem_kv
             k, v = inputs.k, inputs.v
@@ -153,7 +154,7 @@ class Branch:
 
     def forward(self, implementation: Implementation, case: Case, inputs: Inputs) -> Attention:
         """The implementation's out and lse, float64; lse None if it has none."""
-        result = call(implementation.run, self.name, case, *self._arguments(case, inputs))
+        result = call(implementation.run, self.name, case, *self.arguments(case, inputs))
         if not isinstance(result, tuple) or len(result) != 2:
             raise Raised(f"{self.name} returned {type(result).__name__}, not Attention(out, lse)")
         out, lse = result
@@ -172,7 +173,7 @@ class Branch:
         d_lse: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The implementation's dq, dk, dv over all columns, float64."""
-        arguments = (*self._arguments(case, inputs), d_out, d_lse)
+        arguments = (*self.arguments(case, inputs), d_out, d_lse)
         found = call(implementation.run_vjp, self.name, case, *arguments)
         expected = 5 if self.name == "compress" else 3
         if not isinstance(found, tuple) or len(found) != expected:

@@ -31,7 +31,7 @@ from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import excused_edges, show, to_json, unmet_edges
+from nsa_ref.testing.report import excused_edges, graphs, show, to_json, unmet_edges
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -46,8 +46,9 @@ STILLBORN = 3
 class Collector:
     """Runs beside pytest: gathers the records of all workers and shows the progress."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int | None) -> None:
         self.records: list[dict[str, Any]] = []
+        self.warmed: Counter[str] = Counter()
         self.findings: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.interrupted = False
@@ -71,7 +72,13 @@ class Collector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One property is done, or died with its worker."""
-        record: Any = dict(report.user_properties).get("nsa_ref")
+        properties: Any = dict(report.user_properties)
+        if "nsa_ref_warm" in properties and report.when == "call":
+            self._stillborn = 0
+            self.warmed.update(properties["nsa_ref_warm"])
+            self._progress.update(self._task, advance=1, description="compiling what will be run")
+            return
+        record = properties.get("nsa_ref")
         if record is not None and report.when in ("call", "???"):
             if report.when == "???" and record["finding"] is None:
                 record["lost"] = True
@@ -142,20 +149,38 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     _say(console, f"nsa-ref judges {names} on {device}, level {level}, seed {seed}")
     wanted = arguments.branch or ()
     properties = [p for p in PROPERTIES.values() if not wanted or p.branch in wanted]
+    options = [
+        f"--level={arguments.level}",
+        f"--seed={arguments.seed}",
+        f"--case-timeout={arguments.case_timeout}",
+        *(f"--branch={branch}" for branch in wanted),
+        *(f"--dtype={dtype}" for dtype in arguments.dtype or ()),
+    ]
+    workers, folder = arguments.n, Path(arguments.findings)
+    warmed: Counter[str] = Counter()
+    if arguments.warm:
+        warming = _run(
+            console,
+            arguments.implementation,
+            device,
+            total=None,
+            workers=workers,
+            findings=folder,
+            options=[*options, "--nsa-warm"],
+        )
+        if warming.interrupted:
+            raise KeyboardInterrupt
+        warmed = warming.warmed
+        took = time.monotonic() - started
+        _say(console, f"warmed up in {took:.0f} s: {graphs(warmed)}")
     collector = _run(
         console,
         arguments.implementation,
         device,
         total=len(properties) * len(chosen),
-        workers=arguments.n,
-        findings=Path(arguments.findings),
-        options=[
-            f"--level={arguments.level}",
-            f"--seed={arguments.seed}",
-            f"--case-timeout={arguments.case_timeout}",
-            *(f"--branch={branch}" for branch in wanted),
-            *(f"--dtype={dtype}" for dtype in arguments.dtype or ()),
-        ],
+        workers=workers,
+        findings=folder,
+        options=options,
     )
     seconds = time.monotonic() - started
     asked_for = Counter({p.clause: 0 for p in properties})
@@ -167,6 +192,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             findings,
             implementation=names,
             device=device,
+            device_name=found["device_name"],
+            warmed=warmed,
             versions=found["versions"],
             seed=arguments.seed,
             level=arguments.level,
@@ -232,7 +259,10 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
     timeout = _positive(data.get("timeout", 120.0))
     if timeout is None:
         raise CannotRun(f"{path}: timeout={data['timeout']!r} must be a number of seconds above 0")
-    found = try_loading(spec, arguments.device or data.get("device", "auto"), LOADING_TIMEOUT)
+    # "cuda:1" is an instance's own choice, and it makes it again
+    kind = data.get("device", "auto").partition(":")[0]
+    device = arguments.device or (kind if kind in DEVICES else "auto")
+    found = try_loading(spec, device, LOADING_TIMEOUT)
     chosen = [one["name"] for one in found["implementations"]]
     only = data.get("implementation") if data.get("implementation") in chosen else ""
     _say(console, f"replaying {name or 'all properties'} on {spec}, {found['device']}: ", case)
@@ -326,7 +356,7 @@ def _run(
     spec: str,
     device: str,
     *,
-    total: int,
+    total: int | None,
     workers: str,
     findings: Path,
     options: list[str],
@@ -497,6 +527,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--case-timeout", type=_seconds, default=120.0, help="seconds that one case may take"
+    )
+    command.add_argument(
+        "--warm", action="store_true", help="first fill the compiler's cache, each graph once"
     )
     command.add_argument("-n", type=_workers, default="auto", help="worker processes")
     command.set_defaults(run=verify)

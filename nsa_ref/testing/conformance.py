@@ -31,9 +31,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_ref.testing.branches import Broken, Inconclusive, Raised
+from nsa_ref.testing.branches import BRANCHES, Branch, Broken, Inconclusive, Raised
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.loading import check_declarations, one_line
 from nsa_ref.testing.profiles import SHARES, level_settings
@@ -87,6 +88,7 @@ class Record:
     reasons: Counter[str] = field(default_factory=Counter)
     edges: Counter[str] = field(default_factory=Counter)
     refused_edges: Counter[str] = field(default_factory=Counter)
+    compiled: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class Record:
             "reasons": dict(self.reasons),
             "edges": dict(self.edges),
             "refused_edges": dict(self.refused_edges),
+            "compiled": dict(self.compiled),
         }
 
 
@@ -116,6 +119,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         record.reasons[reason] += 1
         return record
 
+    compiled_before = Counter(implementation.compile_counts())
     broken_cases: dict[Case, Broken] = {}
     give_up = [0.0]
 
@@ -145,8 +149,16 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 give_up[0] = time.monotonic() + SHRINKING_TIME
             broken_cases.pop(case, None)
             broken_cases[case] = broken  # the last one is the smallest
+            device = device_of(implementation.device)
+            if fault := device.fault():
+                give_up[0] = -math.inf  # nothing runs here any more, smaller or not
+                broken = broken_cases[case] = _leave(
+                    prop, implementation, options, case, broken, fault
+                )
             record.finding = finding(prop, implementation, options, case, broken)
-            raise
+            _let_go(broken)
+            device.after_failure()
+            raise broken
         if not counting:
             return
         record.ambiguous += outcome.ambiguous
@@ -177,11 +189,48 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         record.finding = finding(prop, implementation, options, case, flaky)
     finally:
         done(options)
+    record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return record
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold: tensors, that the next case may want the room of."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+
+
+#: device -> why it answers no more in this process
+_lost_devices: dict[str, str] = {}
+
+
+def _leave(
+    prop: Property,
+    implementation: Implementation,
+    options: Options,
+    case: Case,
+    broken: Broken,
+    fault: str,
+) -> Broken:
+    """End this worker, if it is one: another takes over, on a device that answers.
+
+    `lost` reports the finding from what is written here.
+    """
+    text = f"{broken.text}\nThe device does not answer any more in this process: {fault}"
+    if (worker := worker_id()) is None:
+        _lost_devices[implementation.device] = fault
+        return Broken(broken.clause, text)
+    data = finding_data(prop, implementation, options, case)
+    data |= {"clause": broken.clause, "text": text, "ended": "device"}
+    folder = running_folder(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
+    _write(folder / f"{worker}.json", data)
+    os._exit(1)
 
 
 def _not_asked(prop: Property, implementation: Implementation, options: Options) -> str:
     """Why a property is not tried at all, or nothing."""
+    if fault := _lost_devices.get(implementation.device):
+        return f"not tried, {implementation.device} was lost to this process ({fault}): try -n 1"
     if reason := prop.offered(implementation):
         return reason
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
@@ -386,13 +435,17 @@ def lost(test: str, worker: str, run: str, findings: Path) -> tuple[Record | Non
     data = json.loads(path.read_text())
     path.unlink()
     last_words = trace.read_text(errors="replace") if trace.exists() else ""
-    if last_words.startswith("Timeout"):
+    if "ended" in data:
+        text = ""
+    elif last_words.startswith("Timeout"):
         data["ended"], text = "hang", f"it hangs: no answer after {data['timeout']:g} s"
     else:
         data["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
         if last_words.startswith("Fatal Python error"):
             text += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
-    data |= {"text": f"the implementation failed: {text}{_frames(last_words)}", "worst": {}}
+    if text:
+        data["text"] = f"the implementation failed: {text}{_frames(last_words)}"
+    data["worst"] = {}
     record.implementation, record.device = data["implementation"], data["device"]
     record.cases = 1
     record.finding = save_finding(data, findings)
@@ -519,6 +572,74 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 name += "_" + "".join(c if c.isalnum() else "_" for c in implementation.name)
             tests[name] = _as_test(name, prop, implementation)
     return tests
+
+
+def warming_suite(*implementations: Implementation) -> dict[str, Callable[..., None]]:
+    """Test functions that compile what `conformance_suite` will run, and judge nothing.
+
+    One for each branch, dtype and direction of each implementation: no two compile the same.
+    """
+    tests: dict[str, Callable[..., None]] = {}
+    for implementation in implementations:
+        for branch in BRANCHES:
+            for backward in (False, True):
+                offers = implementation.offers_vjp if backward else implementation.offers
+                if not offers(branch.name):
+                    continue
+                for dtype in implementation.numerics:
+                    parts = (branch.name, "backward" if backward else "forward", dtype)
+                    name = "_".join(("test_warm", *parts, implementation.name))
+                    name = "".join(c if c.isalnum() else "_" for c in name)
+                    tests[name] = _as_warming(name, implementation, branch, backward, dtype)
+    return tests
+
+
+def _as_warming(
+    name: str, implementation: Implementation, branch: Branch, backward: bool, dtype: str
+) -> Callable[[pytest.FixtureRequest], None]:
+    def test(request: pytest.FixtureRequest) -> None:
+        options = getattr(request.config, "nsa_ref_options", None) or Options()
+        if options.dtypes and dtype not in options.dtypes:
+            pytest.skip(f"{dtype} is not asked for")
+        before = Counter(implementation.compile_counts())
+        for prop, case in _kinds(implementation, branch, backward, dtype, options).values():
+            # whatever goes wrong here goes wrong again before the judge, and is reported there
+            with contextlib.suppress(Exception), announced(prop, implementation, options, case):
+                inputs = branch.inputs(case)
+                if backward:
+                    branch.backward(implementation, case, inputs, *case.upstream_gradients())
+                else:
+                    branch.forward(implementation, case, inputs)
+        done(options)
+        counts = Counter(implementation.compile_counts()) - before
+        request.node.user_properties.append(("nsa_ref_warm", dict(counts)))
+
+    test.__name__ = test.__qualname__ = name
+    test.nsa_ref_branch = branch.name  # type: ignore[attr-defined]
+    return test
+
+
+def _kinds(
+    implementation: Implementation, branch: Branch, backward: bool, dtype: str, options: Options
+) -> dict[tuple[Any, ...], tuple[Property, Case]]:
+    """One of the very cases that will be judged for every kind of graph.
+
+    What an implementation compiles for is what it has limits on, but for lengths.
+    """
+    fields = [f for f in implementation.limits if f not in ("q_len", "kv_len", "group_size")]
+    kinds: dict[tuple[Any, ...], tuple[Property, Case]] = {}
+
+    def keep(case: Case) -> None:
+        if case.batch and case.q_len and implementation.supports(case) is None:
+            kind = (case.semantics, *(getattr(case, field) for field in fields))
+            kinds.setdefault(kind, (prop, case))
+
+    asked = dataclasses.replace(options, dtypes=(dtype,))
+    for prop in PROPERTIES.values():
+        alike = prop.method == branch.name and prop.backward == backward and not prop.extent
+        if alike and not _not_asked(prop, implementation, asked):
+            _generate(prop, implementation, asked, keep)
+    return kinds
 
 
 def _as_test(

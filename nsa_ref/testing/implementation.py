@@ -25,6 +25,7 @@ from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.devices import compile_counts, device_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class Implementation:
     limits : Case field (or "group_size") -> allowed values; steers the generation of cases
     nonfinite_invisible : invisible keys may even hold inf and NaN (A5)
     lse_gradient : a gradient may arrive through lse; False if the backward takes none
+    deterministic : the same call gives the same bits again; if stated, it is tried
     """
 
     name: str = "unnamed"
@@ -53,6 +55,7 @@ class Implementation:
     limits: Mapping[str, Collection[Any]] = {}
     nonfinite_invisible: bool = False
     lse_gradient: bool = True
+    deterministic: bool = False
     device: str = "cpu"
 
     def supports(self, case: Case) -> str | None:
@@ -143,6 +146,10 @@ class Implementation:
         """Whether `run_vjp` can be called."""
         return self.offers(f"{method}_vjp")
 
+    def compile_counts(self) -> Mapping[str, int]:
+        """What was compiled so far where it runs, by kind, for the report."""
+        return {}
+
 
 class TorchImplementation(Implementation):
     """Tensors in and out on `self.device`; gradients come from autograd.
@@ -158,8 +165,8 @@ class TorchImplementation(Implementation):
         import torch
 
         if array.dtype == DTYPES["bfloat16"]:
-            # NumPy's bfloat16 is foreign to torch; float32 holds its values exactly
-            tensor = torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+            # NumPy's bfloat16 is foreign to torch: its bits are not
+            tensor = torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(np.array(array))
         tensor = tensor.to(self.device)
@@ -183,7 +190,8 @@ class TorchImplementation(Implementation):
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
             if value.dtype == torch.bfloat16:
-                return value.float().numpy().astype(DTYPES["bfloat16"])
+                bits = value.contiguous().view(torch.int16)
+                return bits.numpy().view(DTYPES["bfloat16"])
             return value.numpy()
         if isinstance(value, Attention):
             return Attention(self.array(value.out), self.array(value.lse))
@@ -205,17 +213,28 @@ class TorchImplementation(Implementation):
                 tensors.append(self.tensor(case, argument, grad=grad and floating))
         return tensors
 
+    def _before(self, case: Case) -> None:
+        """The numerics that are declared, and nothing of an earlier run in free memory."""
+        device = device_of(self.device)
+        device.set_tf32(self.numerics.get(case.dtype) == "tf32")
+        device.poison()
+
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        self._before(case)
         return self.array(super().run(method, case, *self._tensors(case, arguments, grad=False)))
 
     def offers_vjp(self, method: str) -> bool:
         return self.offers(method)
+
+    def compile_counts(self) -> Mapping[str, int]:
+        return compile_counts()
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
         import torch
 
         if not self.offers(method):
             raise NotOffered(method)
+        self._before(case)
         gradients = 1 if method == "pool" else 2
         inputs = self._tensors(case, arguments[:-gradients], grad=True)
         d_outputs = self._tensors(case, arguments[-gradients:], grad=False)
@@ -262,6 +281,7 @@ class OracleImplementation(Implementation):
 
     name = "oracle"
     nonfinite_invisible = True
+    deterministic = True
     semantics = (
         *PRESETS.values(),
         *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),

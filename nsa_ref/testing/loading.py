@@ -17,6 +17,7 @@ from typing import Any
 from nsa_ref.bounds import NUMERICS
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 
 #: Names that stand for an adapter.
@@ -217,8 +218,8 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
 
     Returns
     -------
-    {"device": the one chosen, "implementations": [{"name", "numerics", "limits": fields}],
-    "versions": {...}}
+    {"device": the one chosen, "device_name": what it calls itself, "implementations": [{"name",
+    "numerics", "limits": fields}], "versions": {...}}
 
     Raises
     ------
@@ -274,6 +275,7 @@ def _main(spec: str, device: str, answer_file: str) -> None:
             chosen = "cpu"
         answer: dict[str, Any] = {
             "device": chosen,
+            "device_name": device_of(chosen).describe(),
             "implementations": [
                 {"name": i.name, "numerics": dict(i.numerics), "limits": sorted(i.limits)}
                 for i in implementations
@@ -300,7 +302,24 @@ def versions(module_name: str = "") -> dict[str, str]:
         version = getattr(sys.modules.get(name), "__version__", None)
         if version is not None:
             found[name] = str(version)
+    if (commit := _commit()) is not None:
+        found["commit"] = commit
     return found
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in, with "+" if something in it is not committed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        of_it = [*git, "ls-files", "--error-unmatch", __file__]
+        subprocess.run(of_it, capture_output=True, timeout=30, check=True)
+        head, changes = (
+            subprocess.run(command, capture_output=True, timeout=30, check=True, text=True).stdout
+            for command in ([*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
 
 
 def own_version() -> str:

@@ -23,6 +23,9 @@ GPU_MEMORY_PER_WORKER = 6 * 1024
 implementations: list = []
 device = "auto"
 
+#: Whether they are only to be warmed up, from --nsa-warm.
+warming = False
+
 
 def _gpus() -> list[tuple[str, int]]:
     """(id, free MiB) of each GPU that this process may use, without starting CUDA."""
@@ -115,6 +118,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds that one case may take in a worker process (default 120)",
     )
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
+    group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
     group.addoption("--nsa-case", default="", help="for nsa-ref replay: run this case alone")
     group.addoption("--nsa-property", default="", help="for nsa-ref replay: this property alone")
     group.addoption("--nsa-only", default="", help="for nsa-ref replay: the implementation's name")
@@ -145,8 +149,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--case-timeout {config.getoption('--case-timeout')}: must be above 0 seconds"
         )
-    global device
-    device = config.getoption("--device")
+    global device, warming
+    device, warming = config.getoption("--device"), config.getoption("--nsa-warm")
     case_file, spec = config.getoption("--nsa-case"), config.getoption("--nsa-implementation")
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
         spec=spec,
@@ -163,6 +167,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if _distributes(config):
         # inherited by the workers, where NumPy reads it before this file is there
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # memory that a worker gets holds -1.7e38 or NaN, and not what an earlier run left there: an
+        # output that is not written shows (glibc; each byte becomes 0xFF ^ 1)
+        os.environ.setdefault("MALLOC_PERTURB_", "1")
         if config.option.testrunuid is None:  # xdist would draw one and keep it to itself
             config.option.testrunuid = uuid.uuid4().hex
     # only where tests run: the process that hands them out never loads the implementation

@@ -203,6 +203,8 @@ def to_json(
     *,
     implementation: str,
     device: str,
+    device_name: str = "",
+    warmed: Mapping[str, int] | None = None,
     versions: dict[str, str],
     seed: int,
     level: str,
@@ -216,6 +218,7 @@ def to_json(
         "spec_version": SPEC_VERSION,
         "implementation": implementation,
         "device": device,
+        "device_name": device_name,
         "versions": versions,
         "seed": seed,
         "level": level,
@@ -233,9 +236,26 @@ def to_json(
             for f in findings
         ],
         "unmet_edges": unmet_edges(records),
+        "compiled": {name: dict(counts) for name, counts in compiled(records).items()},
+        "warmed": dict(warmed or {}),
     }
     finite: dict[str, Any] = _finite(report)
     return finite
+
+
+def compiled(records: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """What each implementation compiled, over all processes that ran it."""
+    found: dict[str, Counter[str]] = {}
+    for record in records:
+        if counts := record.get("compiled"):
+            found.setdefault(record["implementation"], Counter()).update(counts)
+    return found
+
+
+def graphs(counts: Mapping[str, int]) -> str:
+    """Counts of `devices.compile_counts`, or of a port's own, in words."""
+    listed = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    return listed or "nothing was compiled"
 
 
 def _finite(value: Any) -> Any:
@@ -328,6 +348,8 @@ def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
                 for reason, count in sorted(absent.items())
             )
             lines.append(f"not offered by {name}: {'; '.join(what)}")
+    for name, counts in compiled(records).items():
+        lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
         if clause.verdict == "inconclusive":
             why = "; ".join(reason.removeprefix("inconclusive: ") for reason in clause.reasons)

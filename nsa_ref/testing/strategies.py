@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
+from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 
 Sizes = dict[str, Any]
@@ -39,6 +40,9 @@ ABOUT = {
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
 SHAPES = ("square", "decode", "short keys", "edge")
 LONG_SHAPES = ("around 128", "long", "many blocks")
+#: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
+#: whose offsets do not fit into 32 bits.
+EXTENTS = ("far", "large")
 
 
 def shapes_of(about: str) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ def cases(
 
     about : a key of ABOUT
     semantics, dtypes, inputs, indices, head_dims : further restrictions
-    shape : one of `shapes_of(about)`, default any
+    shape : one of `shapes_of(about)`, default any of them; or one of EXTENTS
     populated : at least one batch entry, and two rows and two keys before `adjust`
     max_len : q_len and kv_len in tokens, but for the long shapes
     adjust : changes the sizes to what a property is about
@@ -92,7 +96,7 @@ def cases(
     # an empty batch is worth a try, and no more than that
     batches = (1, 2, 3) * 5 + (() if populated else (0,))
     sizes["batch"] = pick("batch", batches)
-    if shape in LONG_SHAPES:
+    if shape == "far" or shape in LONG_SHAPES:
         # they stay cheap; the same draws as for the others, so that they can shrink to them
         group_size = group_size if "group_size" in limits else min(group_size, 2)
         sizes["kv_heads"] = sizes["kv_heads"] if "kv_heads" in limits else 1
@@ -103,6 +107,9 @@ def cases(
         groups_of = limits.get("group_size", range(1, sizes["q_heads"] + 1))
         divisors = [sizes["q_heads"] // g for g in groups_of if sizes["q_heads"] % g == 0]
         sizes["kv_heads"] = pick("kv_heads", divisors)
+    if shape == "large":
+        sizes["q_heads"], sizes["kv_heads"] = pick("q_heads", (16,)), pick("kv_heads", (1,))
+        head_dims = (64,)
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
@@ -126,8 +133,20 @@ def cases(
         sizes["kv_len"] = draw(st.integers(250, 270))
         sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
 
+    device = device_of(implementation.device)
+    if shape == "far":
+        most = device.longest
+        sizes["kv_len"] = draw(st.sampled_from([most // 8 + 1, most // 2 + 3, most - 1, most]))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], most // 16 + 1]))
+    elif shape == "large":
+        row = sizes["q_heads"] * sizes["head_dim"]
+        sizes["batch"] = pick("batch", (max(2, device.many // (512 * row)),))
+        sizes["q_len"] = sizes["kv_len"] = device.many // (sizes["batch"] * row) + 1
+
     # l, d and l' with d dividing both; l' first where the implementation limits it
-    strides = (1,) if shape == "many blocks" else (1, 2, 4, 3, 8)
+    strides: tuple[int, ...] = (1,) if shape == "many blocks" else (1, 2, 4, 3, 8)
+    if shape in EXTENTS:
+        strides = (16, 4, 8)  # as in the paper, or near it: the blocks of a mask are not tokens
     group = "compress" if "compress" in groups else "blocks"
     if "selection_block_size" in limits:
         size = sizes["selection_block_size"] = pick("selection_block_size", ())
@@ -174,7 +193,7 @@ def cases(
     sizes["inputs"] = draw(st.sampled_from(list(inputs)))
     if "indices" in groups:
         sizes["indices"] = pick("indices", list(indices))
-    sizes["layout"] = pick("layout", LAYOUTS)
+    sizes["layout"] = pick("layout", LAYOUTS[:1] if shape == "large" else LAYOUTS)
     sizes["seed"] = draw(st.integers(0, 2**16))
     if adjust is not None:
         within = dict(sizes)

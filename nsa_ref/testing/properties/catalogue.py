@@ -16,10 +16,19 @@ from nsa_ref.testing.branches import (
     Branch,
 )
 from nsa_ref.testing.case import GENERIC_INPUTS
+from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Check, Property
 from nsa_ref.testing.properties.compression import pooled, windows
+from nsa_ref.testing.properties.extent import large, long_backward, long_forward, not_far, not_large
 from nsa_ref.testing.properties.influence import canary_backward, canary_forward, heads
-from nsa_ref.testing.properties.laws import is_full_causal, linear_in_v, permutation, prefix
+from nsa_ref.testing.properties.laws import (
+    is_full_causal,
+    linear_in_v,
+    permutation,
+    prefix,
+    same_bits,
+    unstated,
+)
 from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
 from nsa_ref.testing.properties.selection import selection
 from nsa_ref.testing.properties.values import empty_rows, gradients, output
@@ -45,6 +54,8 @@ def _register(
     method: str | None = None,
     backward: bool = False,
     by_dtype: bool = False,
+    extent: str = "",
+    requires: Callable[[Implementation], str] = lambda implementation: "",
     semantics: Callable[[Semantics], bool] = _any,
     examples: int = 20,
     **options: Any,
@@ -60,6 +71,8 @@ def _register(
         check=check,
         semantics=semantics,
         options=options,
+        extent=extent,
+        requires=requires,
         by_dtype=by_dtype,
         examples=examples,
     )
@@ -153,6 +166,11 @@ def _rows_without_keys(branch: Branch) -> Adjust:
             sizes["q_len"] = sizes["kv_len"] + draw(st.integers(1, 4))
 
     return adjust
+
+
+def _several_keys(draw: st.DrawFn, sizes: Sizes) -> None:
+    """A row of a single key has no dq and no dk."""
+    sizes["sliding_window_size"], sizes["num_selected_blocks"] = 100, 4
 
 
 def _mean_without_positions(draw: st.DrawFn, sizes: Sizes) -> None:
@@ -371,6 +389,16 @@ def _attention_properties() -> None:
             populated=True,
             examples=10,
         )
+        for backward in (False, True):
+            _register(
+                "A3" if backward else "A1",
+                branch,
+                same_bits(branch, backward=backward),
+                f"{'A3' if backward else 'A1'}_{name}_same_bits_again",
+                backward=backward,
+                requires=unstated,
+                examples=10,
+            )
         _register(
             "A2",
             branch,
@@ -447,6 +475,54 @@ def _attention_properties() -> None:
         )
 
 
+def _extent_properties() -> None:
+    for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
+        name = branch.name
+        far: dict[str, Any] = {
+            "extent": "far",
+            "populated": True,
+            "requires": not_far,
+            "semantics": _causal,
+            "inputs": ("randn",),
+            "indices": ("mixed",),
+            "head_dims": PROBED_DIMS,
+            "examples": 6,
+        }
+        _register(
+            clause,
+            branch,
+            long_forward(branch, clause),
+            f"{clause}_{name}_mask_of_long_sequences",
+            **far,
+        )
+        _register(
+            "A3",
+            branch,
+            long_backward(branch),
+            f"A3_{name}_mask_of_long_sequences_backward",
+            backward=True,
+            **far,
+        )
+        huge: dict[str, Any] = {
+            "extent": "large",
+            "adjust": _several_keys,
+            "populated": True,
+            "requires": not_large,
+            "inputs": ("randn",),
+            "indices": ("mixed",),
+            "examples": 1,
+        }
+        _register("A1", branch, large(branch, backward=False), f"A1_{name}_large_tensors", **huge)
+        _register(
+            "A3",
+            branch,
+            large(branch, backward=True),
+            f"A3_{name}_large_tensors_backward",
+            backward=True,
+            **huge,
+        )
+
+
 def _selection_properties() -> None:
     generic: dict[str, Any] = {"inputs": GENERIC_INPUTS, "method": "select"}
     for clause, options in (
@@ -476,4 +552,5 @@ _window_properties()
 _compress_properties()
 _fine_properties()
 _attention_properties()
+_extent_properties()
 _selection_properties()

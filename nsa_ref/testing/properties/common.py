@@ -19,7 +19,7 @@ from nsa_ref.testing.branches import (
     Inconclusive,
     Inputs,
 )
-from nsa_ref.testing.case import GENERIC_INPUTS, INPUTS, Case
+from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INPUTS, Case
 from nsa_ref.testing.compare import Comparison
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.strategies import cases, shapes_of
@@ -53,6 +53,8 @@ class Property:
     method, backward : what the implementation must offer, and whether its gradients are needed
     semantics : which of the implementation's semantics it can be asked about
     options : further arguments of `strategies.cases`
+    extent : "far" or "large" if it is asked on such cases alone; their masks are too large to hold
+    requires : why an implementation cannot be asked, or nothing
     by_dtype : whether lots of cases go by dtype and kind of input, or by shape
     examples : at the quick level
     """
@@ -66,6 +68,8 @@ class Property:
     check: Check
     semantics: Callable[[Semantics], bool]
     options: dict[str, Any]
+    extent: str
+    requires: Callable[[Implementation], str]
     by_dtype: bool
     examples: int
 
@@ -77,7 +81,7 @@ class Property:
             return f"gradients of {self.method} are not offered"
         if not any(map(self.semantics, implementation.semantics)):
             return f"none of the declared semantics has what {self.clause} is about"
-        return None
+        return self.requires(implementation) or None
 
     def strata(
         self, implementation: Implementation, dtypes: Collection[str] | None = None
@@ -88,7 +92,10 @@ class Property:
         """
         allowed = [s for s in implementation.semantics if self.semantics(s)]
         declared = [d for d in implementation.numerics if d in (dtypes or [d])]
-        lots: list[dict[str, Any]] = [{"shape": shape} for shape in shapes_of(self.about)]
+        if self.extent == "large":
+            declared = [min(declared, key=lambda dtype: DTYPES[dtype].itemsize)]
+        shapes = (self.extent,) if self.extent else shapes_of(self.about)
+        lots: list[dict[str, Any]] = [{"shape": shape} for shape in shapes]
         if self.by_dtype:
             lots = [{"dtypes": [dtype]} for dtype in declared]
             kinds = self.options.get("inputs", INPUTS)

@@ -42,7 +42,8 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     except Raised as error:
         raise Broken(prop.clause, f"the implementation failed: {error}") from error
     except Broken as broken:
-        if broken.clause in ("A1", "A2", "A3", "A5") and prop.branch != "selection":
+        values = broken.clause in ("A1", "A2", "A3", "A5")
+        if values and prop.branch != "selection" and not prop.extent:
             _blame_the_mask(prop, implementation, case)
         raise
 
@@ -58,6 +59,8 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
 
 def case_edges(prop: Property, case: Case) -> list[str]:
     """The edges of `strategies.EDGES` that this case tries this property on."""
+    if prop.extent:
+        return []
     branch = next((b for b in BRANCHES if b.name == prop.branch), COMPRESS)
     indices = case.block_indices() if branch is FINE else None
     return edges(case, branch.mask(case, indices))

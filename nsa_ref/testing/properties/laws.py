@@ -9,6 +9,7 @@ import numpy as np
 from nsa_ref.testing.branches import (
     FINE,
     Branch,
+    Broken,
     Inconclusive,
     Inputs,
 )
@@ -16,6 +17,7 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, declared, settle
+from nsa_ref.testing.properties.values import has_lse
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -142,3 +144,42 @@ def prefix(branch: Branch) -> Check:
         return settle([compare(clause, name, other, out, bound[:, :, :rows])])
 
     return check
+
+
+def same_bits(branch: Branch, *, backward: bool) -> Check:
+    """What states to be deterministic gives the same bits for the same call."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+
+        def once() -> dict[str, np.ndarray | None]:
+            if not backward:
+                return branch.forward(implementation, case, inputs)._asdict()
+            d_out, d_lse = case.upstream_gradients()
+            if not has_lse(branch, implementation, case, inputs):
+                d_lse = np.zeros_like(d_lse)
+            gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
+            return dict(zip(("dq", "dk", "dv"), gradients))
+
+        first, second = once(), once()
+        for name, one in first.items():
+            other = second[name]
+            if one is None or other is None:
+                continue
+            differs = one.view(np.int64) != other.view(np.int64)
+            if differs.any():
+                at = tuple(int(i) for i in np.argwhere(differs)[0])
+                raise Broken(
+                    "A3" if backward else "A1",
+                    f"{branch.name} {name} differs when the same call is made twice, though "
+                    f"`deterministic` is stated: {differs.sum()} of {differs.size} elements, first "
+                    f"at {at}: {float(one[at])!r}, then {float(other[at])!r}",
+                )
+        return Outcome()
+
+    return check
+
+
+def unstated(implementation: Implementation) -> str:
+    """Why determinism is not tried."""
+    return "" if implementation.deterministic else "`deterministic` is not stated"

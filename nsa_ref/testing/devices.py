@@ -1,0 +1,134 @@
+"""What the judge must know of the device that an implementation runs on, and do to it.
+
+Everything that only a GPU has or suffers is behind `Device`; where there is no GPU, tests put a
+stand-in into `KINDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class Device:
+    """A CPU: nothing to look after.
+
+    Memory that a program gets there is poisoned by the C library (MALLOC_PERTURB_, see plugin.py).
+
+    longest : tokens of the longest sequence that is tried; attention on a CPU may be dense
+    many : elements beyond which an offset does not fit into 32 bits
+    """
+
+    longest = 1024
+    many = 2**31
+
+    def __init__(self, name: str) -> None:
+        """name : as torch writes it, for instance "cuda:1"."""
+        self.name = name
+
+    def describe(self) -> str:
+        """What the device calls itself, for reports; empty if nothing."""
+        return ""
+
+    def free_memory(self) -> int:
+        """Bytes that one case may take; 0 where huge cases do not belong."""
+        return 0
+
+    def poison(self) -> None:
+        """Fill memory that is free, so that an output which is not written shows."""
+
+    def set_tf32(self, allowed: bool) -> None:
+        """Whether products of float32 matrices may round their operands to tf32."""
+
+    def fault(self) -> str:
+        """Why every further call on this device fails in this process; empty if none has to."""
+        return ""
+
+    def after_failure(self) -> None:
+        """Give back what a failed case held."""
+
+
+class Cuda(Device):
+    """A GPU, as torch sees it; left alone in a process whose implementation does not use torch."""
+
+    longest = 2**16
+
+    #: What is filled before each run, (bytes, how many): more than usual cases write. torch keeps
+    #: pieces of up to 1 MiB apart from larger ones.
+    POISONED = ((2**20, 16), (16 * 2**20, 3))
+
+    def describe(self) -> str:
+        return str(cuda.get_device_name(self.name)) if (cuda := _cuda()) else ""
+
+    def free_memory(self) -> int:
+        cuda = _cuda()
+        if cuda is None:
+            return 0
+        cuda.empty_cache()
+        return int(cuda.mem_get_info(self.name)[0])
+
+    def poison(self) -> None:
+        if _cuda() is None:
+            return
+        torch = sys.modules["torch"]
+        # bytes of ones are NaN in every floating type. All pieces are held at once, and then handed
+        # back: torch's allocator gives the same memory out again, as it is
+        held = [
+            torch.full((size,), 0xFF, dtype=torch.uint8, device=self.name)
+            for size, count in self.POISONED
+            for _ in range(count)
+        ]
+        held.clear()
+
+    def set_tf32(self, allowed: bool) -> None:
+        if _cuda() is not None:
+            torch = sys.modules["torch"]
+            torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+    def fault(self) -> str:
+        cuda = _cuda()
+        if cuda is None:
+            return ""
+        try:
+            cuda.synchronize(self.name)
+        except RuntimeError as error:
+            # after an illegal access, for instance, every call raises, whoever makes it
+            return str(error).strip().partition("\n")[0]
+        return ""
+
+    def after_failure(self) -> None:
+        if (cuda := _cuda()) is not None:
+            cuda.empty_cache()
+
+
+def _cuda() -> Any:
+    """torch.cuda where torch is loaded and has such a device, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+#: type of a device -> what stands for it; any other is taken for a CPU
+KINDS: dict[str, type[Device]] = {"cuda": Cuda}
+
+
+def device_of(name: str) -> Device:
+    """The device that an implementation's `device` names."""
+    return KINDS.get(name.partition(":")[0], Device)(name)
+
+
+def compile_counts() -> dict[str, int]:
+    """What torch.compile has done in this process so far; empty if it was never used.
+
+    graphs : that dynamo has made
+    cached : asked of Inductor, which had them in its cache (a forward and its backward are two)
+    compiled : asked of Inductor, and compiled
+    """
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return {}
+    stats, inductor = utils.counters["stats"], utils.counters["inductor"]
+    return {
+        "graphs": stats["unique_graphs"],
+        "cached": inductor["fxgraph_cache_hit"],
+        "compiled": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+    }

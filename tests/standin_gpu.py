@@ -1,0 +1,159 @@
+"""A GPU without a GPU: what the judge asks of one, and implementations that suffer on it.
+
+Importing it registers the device "standin"; like `port_zoo`, it is imported by the processes that
+the command starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_ref.attention import Attention
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing import (
+    Case,
+    Implementation,
+    OracleImplementation,
+    TorchImplementation,
+    devices,
+)
+
+
+class Standin(devices.Device):
+    """Its context is lost once and for all in the process in which a kernel read where it must not.
+
+    An offset does not fit beyond 2^18 elements.
+    """
+
+    longest = 600
+    many = 2**18
+    #: What was done to it in this process, for tests.
+    done: ClassVar[list[Any]] = []
+    lost = ""
+
+    def describe(self) -> str:
+        return "Stand-in H0"
+
+    def free_memory(self) -> int:
+        return 2**40
+
+    def poison(self) -> None:
+        self.done.append("poison")
+
+    def set_tf32(self, allowed: bool) -> None:
+        self.done.append(("tf32", allowed))
+
+    def fault(self) -> str:
+        return Standin.lost
+
+    def after_failure(self) -> None:
+        self.done.append("after failure")
+
+
+devices.KINDS["standin"] = Standin
+
+
+class OnStandin(OracleImplementation):
+    """The definition, on that device."""
+
+    name = "on standin"
+    device = "standin:0"
+    semantics = (PAPER,)
+    numerics: ClassVar[dict[str, str]] = {"float32": "fp32"}
+
+
+class IllegalAccess(Implementation):
+    """Its windows lose the context in cases of more than 8 keys; after that nothing works."""
+
+    name = "illegal access"
+    device = "standin:0"
+    semantics = (PAPER,)
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        if Standin.lost or case.kv_len > 8:
+            Standin.lost = "CUDA error: an illegal memory access was encountered"
+            raise RuntimeError(f"{Standin.lost}\nCompile with TORCH_USE_CUDA_DSA ...")
+        return OracleImplementation().sliding_mask(case)
+
+    def compress_mask(self, case: Case) -> np.ndarray:
+        if Standin.lost:
+            raise RuntimeError(Standin.lost)
+        return OracleImplementation().compress_mask(case)
+
+
+class OutOfMemory(OnStandin):
+    """Runs out of memory for cases of more than 8 keys."""
+
+    name = "out of memory"
+
+    def sliding(self, case: Case, *arguments: Any) -> Attention:
+        if case.kv_len > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
+        return super().sliding(case, *arguments)
+
+
+class NarrowOffsets(OnStandin):
+    """Addresses q, and what has its shape, by an offset that wraps at 2^18 elements."""
+
+    name = "narrow offsets"
+
+    def _wrapped(self, array: np.ndarray) -> np.ndarray:
+        if array.size <= Standin.many:
+            return array
+        flat = array.reshape(-1)
+        return flat[np.arange(flat.size) % Standin.many].reshape(array.shape)
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        out, lse = super().sliding(case, q, k, v)
+        return Attention(self._wrapped(np.asarray(out)), lse)
+
+    def sliding_vjp(self, case: Case, *arguments: Any) -> tuple[Any, ...]:
+        dq, dk, dv = super().sliding_vjp(case, *arguments)
+        return self._wrapped(np.asarray(dq)), dk, dv
+
+
+class Unwritten(TorchImplementation):
+    """Writes every row but the last: there stands what freed memory held, often what is right."""
+
+    name = "unwritten"
+    numerics: ClassVar[dict[str, str]] = {"float32": "fp32"}
+
+    def offers_vjp(self, method: str) -> bool:
+        return False
+
+    def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+        k, v = (x.repeat_interleave(case.group_size, dim=1) for x in (k, v))
+        t = torch.arange(case.q_len)[:, None] + case.kv_len - case.q_len
+        j = torch.arange(case.kv_len)
+        hidden = (j > t) | (t - j > case.sliding_window_size)
+        s = (q @ k.mT * case.scale).masked_fill(hidden, -torch.inf)
+        right = (s.softmax(-1).nan_to_num() @ v).contiguous()
+        written = right[:, :, :-1].clone()
+        del right  # what comes next is likely to get its memory
+        out = torch.empty(*q.shape[:3], case.value_dim)
+        out[:, :, :-1] = written
+        return Attention(out, None)  # type: ignore[arg-type]
+
+
+class CountsCompilations(OnStandin):
+    """Says what it compiled: one graph for each number of query heads."""
+
+    name = "counts compilations"
+    limits: ClassVar[dict[str, Any]] = {"q_heads": (2, 4), "kv_heads": (2,)}
+
+    def __init__(self) -> None:
+        self.graphs: set[int] = set()
+
+    def offers(self, method: str) -> bool:
+        return method == "sliding"
+
+    def sliding(self, case: Case, *arguments: Any) -> Attention:
+        self.graphs.add(case.q_heads)
+        return super().sliding(case, *arguments)
+
+    def compile_counts(self) -> dict[str, int]:
+        return {"graphs": len(self.graphs), "cached": 0}
