@@ -520,6 +520,7 @@ class NarrowQueries(Kernel):
 
 @mutant("A1", "states to be deterministic, and adds in another order each time")
 class AnotherOrder(Kernel):
+    deterministic = True
     calls = 0
 
     def over_values(self, case: Case, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -530,6 +531,7 @@ class AnotherOrder(Kernel):
 
 @mutant("A3", "states to be deterministic, and adds up dq in another order each time")
 class AnotherOrderBackward(Kernel):
+    deterministic = True
     calls = 0
 
     def over_keys(self, case: Case, ds: np.ndarray, k: np.ndarray) -> np.ndarray:

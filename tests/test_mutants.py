@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mutants import ZOO, Kernel, Selector
+from mutants import ZOO, AnotherOrder, Kernel, Selector
 from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.conformance import Options, run_property
 from nsa_ref.testing.properties import PROPERTIES
@@ -31,7 +31,14 @@ def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
     assert "the implementation failed" not in found[-1]["text"], found[-1]["text"]
 
 
-@pytest.mark.parametrize("implementation", [Kernel(), Selector()], ids=lambda i: i.name)
+class Unsteady(AnotherOrder):
+    """Right, and never twice the same: what is not stated is no mistake."""
+
+    name = "unsteady"
+    deterministic = False
+
+
+@pytest.mark.parametrize("implementation", [Kernel(), Selector(), Unsteady()], ids=lambda i: i.name)
 @pytest.mark.parametrize("prop", PROPERTIES.values(), ids=lambda p: p.name)
 def test_what_the_mutants_are_made_from_is_right(
     prop: object, implementation: OracleImplementation, tmp_path: Path

@@ -281,7 +281,6 @@ class OracleImplementation(Implementation):
 
     name = "oracle"
     nonfinite_invisible = True
-    deterministic = True
     semantics = (
         *PRESETS.values(),
         *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),

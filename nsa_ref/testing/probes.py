@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsa_ref.testing.branches import Branch, Inputs, Raised
 from nsa_ref.testing.case import DTYPES, Case
@@ -252,11 +253,18 @@ def exposed_readings(value: Any, rows: int, columns: int) -> dict[str, np.ndarra
 
 
 def head_influence(
-    implementation: Implementation, branch: Branch, case: Case, inputs: Inputs, kv_head: int
+    implementation: Implementation,
+    branch: Branch,
+    case: Case,
+    inputs: Inputs,
+    kv_head: int,
+    apart: ArrayLike = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Query heads that change when the keys, or the values, of one kv head do: bool (q_heads,).
 
     `inputs` must not be degenerate: a row that sees a single key does not notice its logit.
+
+    apart : how far two results may be from each other, element by element, and count as the same
     """
     base = branch.forward(implementation, case, inputs).out
     changed = []
@@ -264,6 +272,6 @@ def head_influence(
         array = getattr(inputs, name).copy()
         array[:, kv_head] = -array[:, kv_head] + 1
         out = branch.forward(implementation, case, dataclasses.replace(inputs, **{name: array})).out
-        differs = (out != base) & ~(np.isnan(out) & np.isnan(base))
+        differs = ~(np.abs(out - base) <= apart) & ~(np.isnan(out) & np.isnan(base))
         changed.append(differs.any((0, 2, 3)))
     return changed[0], changed[1]
