@@ -33,7 +33,8 @@ def test_the_adapter_is_right(tmp_path: Path) -> None:
     for prop in PROPERTIES.values():
         record = run_property(prop, port, Options(findings=tmp_path))
         assert record.finding is None, record.finding["text"]
-        if prop.method == "sliding" and prop.clause in ("A1", "A3", "W1", "W3"):
+        about = prop.method == "sliding" and prop.clause in ("A1", "A3", "W1", "W3")
+        if about and not prop.requires(port):
             assert record.cases
 
 
