@@ -6,6 +6,8 @@ the command starts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,8 +52,14 @@ class Standin(devices.Device):
     def fault(self) -> str:
         return Standin.lost
 
-    def after_failure(self) -> None:
-        self.done.append("after failure")
+    def give_back(self) -> None:
+        self.done.append("give back")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        self.done.append("alone")
+        yield
+        self.done.append("not alone")
 
 
 devices.KINDS["standin"] = Standin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_out_of_memory_is_a_finding_and_its_room_is_given_back(tmp_path: Path) -
     assert found is not None
     assert found["case"]["kv_len"] == 9
     assert "OutOfMemoryError: CUDA out of memory" in found["text"]
-    assert "after failure" in Standin.done
+    assert "give back" in Standin.done
 
 
 def test_a_failed_case_holds_no_tensors(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_port_without_torch_is_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
     gpu = devices.device_of("cuda")
     gpu.poison()
     gpu.set_tf32(True)
-    gpu.after_failure()
+    gpu.give_back()
     assert (gpu.describe(), gpu.free_memory(), gpu.fault()) == ("", 0, "")
     assert "torch" not in sys.modules
 
@@ -251,6 +252,35 @@ def test_the_definition_passes_large_tensors(branch: str, backward: bool, tmp_pa
     record = judged(name, OnStandin(), tmp_path)
     assert record.finding is None, record.finding["text"]
     assert record.cases == 1
+
+
+def test_large_tensors_are_tried_once_and_alone(tmp_path: Path) -> None:
+    """At any level; the memory is given back before another worker comes in."""
+    Standin.done.clear()
+    options = Options(findings=tmp_path, level="thorough")
+    record = run_property(PROPERTIES["A1_sliding_large_tensors"], OnStandin(), options)
+    assert record.cases == 1
+    assert Standin.done == ["alone", "give back", "not alone"]
+
+
+def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
+    """Another process waits until the first lets go, or is killed."""
+    held = "import time; from nsa_ref.testing.devices import Cuda\n"
+    held += "with Cuda('cuda:7').alone():\n    print('in', flush=True)\n    time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "in\n"
+    second = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
+    assert second.stdout is not None
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(3)
+        assert not select.select([second.stdout], [], [], 0)[0]
+        first.kill()
+        assert second.stdout.readline() == "in\n"
+    finally:
+        first.kill()
+        second.kill()
 
 
 def test_large_tensors_wait_for_a_gpu_with_room(tmp_path: Path) -> None:

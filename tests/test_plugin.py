@@ -107,6 +107,7 @@ def test_options_are_checked(
         "--case-timeout": 1.0,
         "--findings": str(tmp_path),
         "--nsa-case": "",
+        "--nsa-warm": False,
         "--nsa-property": "",
         "--nsa-implementation": "",
     }

@@ -149,7 +149,6 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 give_up[0] = time.monotonic() + SHRINKING_TIME
             broken_cases.pop(case, None)
             broken_cases[case] = broken  # the last one is the smallest
-            device = device_of(implementation.device)
             if fault := device.fault():
                 give_up[0] = -math.inf  # nothing runs here any more, smaller or not
                 broken = broken_cases[case] = _leave(
@@ -157,7 +156,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 )
             record.finding = finding(prop, implementation, options, case, broken)
             _let_go(broken)
-            device.after_failure()
+            device.give_back()
             raise broken
         if not counting:
             return
@@ -173,11 +172,16 @@ def run_property(prop: Property, implementation: Implementation, options: Option
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(case_edges(prop, case))
 
+    device = device_of(implementation.device)
+    huge = prop.extent == "large"
     try:
-        if options.case is not None:
-            trial(options.case)
-        else:
-            _generate(prop, implementation, options, trial)
+        with device.alone() if huge else contextlib.nullcontext():
+            if options.case is not None:
+                trial(options.case)
+            else:
+                _generate(prop, implementation, options, trial)
+            if huge:
+                device.give_back()
     except Broken:
         pass
     except hypothesis.errors.Flaky:
@@ -320,7 +324,10 @@ def _generate(
         # too few for lots: the first case of each would be its smallest
         strata, examples = [st.one_of(strata)], math.ceil(examples * SHARES[implementation.device])
     settings = level_settings(options.level, math.ceil(examples / len(strata)))
-    if not options.shrink:
+    if prop.extent == "large":
+        # one takes a minute, and another one shows nothing else
+        settings = hypothesis.settings(settings, max_examples=1)
+    if not options.shrink or prop.extent == "large":
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
 
     def run(number: int, settings: hypothesis.settings) -> None:

@@ -6,7 +6,13 @@ stand-in into `KINDS`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -44,8 +50,13 @@ class Device:
         """Why every further call on this device fails in this process; empty if none has to."""
         return ""
 
-    def after_failure(self) -> None:
-        """Give back what a failed case held."""
+    def give_back(self) -> None:
+        """Let others have the memory that nothing here uses any more."""
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other worker is in here on this device at the same time."""
+        yield
 
 
 class Cuda(Device):
@@ -96,9 +107,22 @@ class Cuda(Device):
             return str(error).strip().partition("\n")[0]
         return ""
 
-    def after_failure(self) -> None:
+    def give_back(self) -> None:
         if (cuda := _cuda()) is not None:
             cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        import fcntl  # not on Windows, where nothing else is missing
+
+        # workers see one GPU each, under the same name
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") + self.name
+        path = (
+            Path(tempfile.gettempdir()) / f"nsa-ref-{zlib.crc32(gpu.encode())}-{os.getuid()}.lock"
+        )
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or the process dies
+            yield
 
 
 def _cuda() -> Any:

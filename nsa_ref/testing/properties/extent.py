@@ -168,12 +168,12 @@ def large(branch: Branch, *, backward: bool) -> Check:
         else:
             found = call(implementation.run, branch.name, case, *arguments)[:1]
         for name, tensor in zip(names, found):
-            first = tensor[0].astype(np.float64)
+            first = tensor[0].astype(np.float32)  # enough for a factor of 2
             size = np.abs(first).max(initial=0)
             for b in range(1, case.batch):
                 factor = FACTORS[name](f[b], g[b])
                 # right ones differ by roundings, wrong ones by a factor of 2 or more
-                off = np.abs(tensor[b].astype(np.float64) - factor * first)
+                off = np.abs(tensor[b].astype(np.float32) - factor * first)
                 if not (off <= factor * size / 8).all():
                     at = tuple(int(i) for i in np.argwhere(~(off <= factor * size / 8))[0])
                     raise Broken(
