@@ -147,12 +147,15 @@ def test_backward_that_lost_a_query_block_is_read_out(branch: str, tmp_path: Pat
 
 def test_the_command_finds_and_replays(tmp_path: Path) -> None:
     """`nsa-ref verify broken_nsa_fast:WindowPlusOne`, then `nsa-ref replay`: exit code 1 twice."""
+    here = Path(__file__).parent
 
     def nsa_ref(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
-            cwd=Path(__file__).parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            cwd=here,
+            # of the checkout, installed or not
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(here.parent)},
             capture_output=True,
             text=True,
         )

@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory to stand in, with this folder on the path and no trace of this pytest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parent))))
     for name in [n for n in os.environ if n.startswith("PYTEST_") or n == "MALLOC_PERTURB_"]:
         monkeypatch.delenv(name)
     return tmp_path
