@@ -309,8 +309,9 @@ class NsaFastInterpreted(Implementation):
         if self._process is None:
             return {}
         try:
-            counts: Mapping[str, int] = self._process.submit(compile_counts).result()
-        except BrokenProcessPool:
+            counts: Mapping[str, int] = self._process.submit(compile_counts).result(timeout=60)
+        except (BrokenProcessPool, TimeoutError):
+            self._process = None
             return {}
         return counts
 

@@ -16,6 +16,7 @@ from nsa_ref.semantics import LUCIDRAINS, PAPER
 from nsa_ref.testing import Case, OracleImplementation, probes
 from nsa_ref.testing.branches import BRANCHES, FINE, SLIDING, Branch, Raised
 from nsa_ref.testing.case import DTYPES
+from nsa_ref.testing.devices import Device
 from nsa_ref.testing.strategies import Sizes, cases, fresh_seeds
 
 few = settings(
@@ -66,7 +67,7 @@ def small_cases(branch: Branch, dtype: str) -> st.SearchStrategy[Case]:
     def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
         sizes["batch"] = max(1, min(2, sizes["batch"]))
         sizes["kv_heads"] = min(2, sizes["kv_heads"])
-        sizes["q_heads"] = sizes["kv_heads"] * draw(st.integers(1, probes.HEADS_PROBED))
+        sizes["q_heads"] = sizes["kv_heads"] * draw(st.integers(1, Device.heads_probed))
         sizes["q_len"] = max(1, min(10, sizes["q_len"]))
         sizes["kv_len"] = max(1, min(10, sizes["kv_len"]))
         sizes["num_mem_kv"] = max(1, min(3, sizes["num_mem_kv"]))
@@ -324,11 +325,11 @@ def test_at_most_four_heads_of_a_group_are_sent_one_hot_rows() -> None:
             OracleImplementation(), SLIDING, seeded, mask_of(SLIDING, case)
         )
         heads = np.flatnonzero(dv.decided.any((0, 2, 3)))
-        assert len(heads) == probes.HEADS_PROBED
+        assert len(heads) == Device.heads_probed
         assert set(np.flatnonzero(dk.decided.any((0, 2, 3)))) <= set(heads)
         assert dq.decided.any((0, 2, 3)).all()
         chosen |= set(heads.tolist())
-    assert len(chosen) > probes.HEADS_PROBED
+    assert len(chosen) > Device.heads_probed
 
 
 # --- heads ----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import excused_edges, graphs, show, to_json, unmet_edges
+from nsa_ref.testing.report import compiled, excused_edges, graphs, show, to_json, unmet_edges
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -48,7 +48,7 @@ class Collector:
 
     def __init__(self, console: Console, total: int | None) -> None:
         self.records: list[dict[str, Any]] = []
-        self.warmed: Counter[str] = Counter()
+        self.warmed: list[dict[str, Any]] = []
         self.findings: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.interrupted = False
@@ -75,7 +75,7 @@ class Collector:
         properties: Any = dict(report.user_properties)
         if "nsa_ref_warm" in properties and report.when == "call":
             self._stillborn = 0
-            self.warmed.update(properties["nsa_ref_warm"])
+            self.warmed.append(properties["nsa_ref_warm"])
             self._progress.update(self._task, advance=1, description="compiling what will be run")
             return
         record = properties.get("nsa_ref")
@@ -146,7 +146,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
                 f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(offered))}"
             )
     level, seed = arguments.level, arguments.seed
-    _say(console, f"nsa-ref judges {names} on {device}, level {level}, seed {seed}")
+    where = f"{device} ({found['device_name']})" if found["device_name"] else device
+    _say(console, f"nsa-ref judges {names} on {where}, level {level}, seed {seed}")
     wanted = arguments.branch or ()
     properties = [p for p in PROPERTIES.values() if not wanted or p.branch in wanted]
     options = [
@@ -157,7 +158,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         *(f"--dtype={dtype}" for dtype in arguments.dtype or ()),
     ]
     workers, folder = arguments.n, Path(arguments.findings)
-    warmed: Counter[str] = Counter()
+    warmed: list[dict[str, Any]] = []
     if arguments.warm:
         warming = _run(
             console,
@@ -172,7 +173,10 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             raise KeyboardInterrupt
         warmed = warming.warmed
         took = time.monotonic() - started
-        _say(console, f"warmed up in {took:.0f} s: {graphs(warmed)}")
+        counted = [f"{name} ({graphs(counts)})" for name, counts in compiled(warmed).items()]
+        _say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
+        if warming.errors:
+            _say(console, f"while warming up workers died {len(warming.errors)} times")
     collector = _run(
         console,
         arguments.implementation,
@@ -208,7 +212,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             console,
             records,
             findings,
-            title=f"{names} on {device}",
+            title=f"{names} on {where}",
             seconds=seconds,
             asked_for=asked_for,
         )

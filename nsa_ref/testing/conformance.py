@@ -37,7 +37,7 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.loading import check_declarations, one_line
-from nsa_ref.testing.profiles import SHARES, level_settings
+from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES, Outcome, Property, case_edges, judge
 from nsa_ref.testing.properties.masks import CONVENTION
 
@@ -149,7 +149,9 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 give_up[0] = time.monotonic() + SHRINKING_TIME
             broken_cases.pop(case, None)
             broken_cases[case] = broken  # the last one is the smallest
-            if fault := device.fault():
+            with announced(prop, implementation, options, case):  # a kernel may run for ever
+                fault = device.fault()
+            if fault:
                 give_up[0] = -math.inf  # nothing runs here any more, smaller or not
                 broken = broken_cases[case] = _leave(
                     prop, implementation, options, case, broken, fault
@@ -197,11 +199,14 @@ def run_property(prop: Property, implementation: Implementation, options: Option
     return record
 
 
-def _let_go(error: BaseException | None) -> None:
+def _let_go(error: BaseException) -> None:
     """Drop what the frames of an error hold: tensors, that the next case may want the room of."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__
+    left, seen = [error], []
+    while left:
+        one = left.pop()
+        traceback.clear_frames(one.__traceback__)
+        seen.append(one)
+        left += [e for e in (one.__cause__, one.__context__) if e is not None and e not in seen]
 
 
 #: device -> why it answers no more in this process
@@ -234,7 +239,8 @@ def _leave(
 def _not_asked(prop: Property, implementation: Implementation, options: Options) -> str:
     """Why a property is not tried at all, or nothing."""
     if fault := _lost_devices.get(implementation.device):
-        return f"not tried, {implementation.device} was lost to this process ({fault}): try -n 1"
+        worker = "-n 1 -p nsa_ref.testing.plugin goes on in a fresh process"
+        return f"not tried: {implementation.device} was lost to this process ({fault}); {worker}"
     if reason := prop.offered(implementation):
         return reason
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
@@ -320,13 +326,20 @@ def _generate(
 ) -> None:
     strata = prop.strata(implementation, options.dtypes or None)
     examples = prop.examples
-    if implementation.device in SHARES:
+    share = device_of(implementation.device).share
+    if share < 1:
         # too few for lots: the first case of each would be its smallest
-        strata, examples = [st.one_of(strata)], math.ceil(examples * SHARES[implementation.device])
+        strata, examples = [st.one_of(strata)], math.ceil(examples * share)
     settings = level_settings(options.level, math.ceil(examples / len(strata)))
     if prop.extent == "large":
-        # one takes a minute, and another one shows nothing else
-        settings = hypothesis.settings(settings, max_examples=1)
+        # one takes a minute, and another one shows little else; not the first, which is the
+        # smallest whatever the seed
+        settings, judged = hypothesis.settings(settings, max_examples=2), trial
+        first = iter([lambda case: None])
+
+        def trial(case: Case) -> None:
+            next(first, judged)(case)
+
     if not options.shrink or prop.extent == "large":
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
 
@@ -609,17 +622,25 @@ def _as_warming(
         if options.dtypes and dtype not in options.dtypes:
             pytest.skip(f"{dtype} is not asked for")
         before = Counter(implementation.compile_counts())
+        failed = 0
         for prop, case in _kinds(implementation, branch, backward, dtype, options).values():
-            # whatever goes wrong here goes wrong again before the judge, and is reported there
-            with contextlib.suppress(Exception), announced(prop, implementation, options, case):
-                inputs = branch.inputs(case)
-                if backward:
-                    branch.backward(implementation, case, inputs, *case.upstream_gradients())
-                else:
-                    branch.forward(implementation, case, inputs)
+            try:
+                with announced(prop, implementation, options, case):
+                    inputs = branch.inputs(case)
+                    if backward:
+                        branch.backward(implementation, case, inputs, *case.upstream_gradients())
+                    else:
+                        branch.forward(implementation, case, inputs)
+            except NotOffered:
+                continue
+            except Exception:  # what goes wrong here goes wrong again before the judge
+                failed += 1
         done(options)
         counts = Counter(implementation.compile_counts()) - before
-        request.node.user_properties.append(("nsa_ref_warm", dict(counts)))
+        if failed:
+            counts["cases that failed"] = failed
+        data = {"implementation": implementation.name, "compiled": dict(counts)}
+        request.node.user_properties.append(("nsa_ref_warm", data))
 
     test.__name__ = test.__qualname__ = name
     test.nsa_ref_branch = branch.name  # type: ignore[attr-defined]
@@ -629,22 +650,24 @@ def _as_warming(
 def _kinds(
     implementation: Implementation, branch: Branch, backward: bool, dtype: str, options: Options
 ) -> dict[tuple[Any, ...], tuple[Property, Case]]:
-    """One of the very cases that will be judged for every kind of graph.
+    """A case like those that will be judged for every kind of graph.
 
-    What an implementation compiles for is what it has limits on, but for lengths.
+    What an implementation compiles for is what it has limits on, but for lengths; and whatever
+    becomes of long ones.
     """
     fields = [f for f in implementation.limits if f not in ("q_len", "kv_len", "group_size")]
     kinds: dict[tuple[Any, ...], tuple[Property, Case]] = {}
 
     def keep(case: Case) -> None:
         if case.batch and case.q_len and implementation.supports(case) is None:
-            kind = (case.semantics, *(getattr(case, field) for field in fields))
+            sizes = (case.q_len, case.kv_len, case.num_selected_blocks) if prop.extent else ()
+            kind = (case.semantics, *sizes, *(getattr(case, field) for field in fields))
             kinds.setdefault(kind, (prop, case))
 
     asked = dataclasses.replace(options, dtypes=(dtype,))
     for prop in PROPERTIES.values():
-        alike = prop.method == branch.name and prop.backward == backward and not prop.extent
-        if alike and not _not_asked(prop, implementation, asked):
+        alike = prop.method == branch.name and prop.backward == backward
+        if alike and prop.extent != "large" and not _not_asked(prop, implementation, asked):
             _generate(prop, implementation, asked, keep)
     return kinds
 

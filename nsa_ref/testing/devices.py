@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,18 @@ class Device:
 
     Memory that a program gets there is poisoned by the C library (MALLOC_PERTURB_, see plugin.py).
 
+    share : of the examples that a level asks for; less where a case takes seconds
+    shortest : tokens that most sequences have at least
     longest : tokens of the longest sequence that is tried; attention on a CPU may be dense
     many : elements beyond which an offset does not fit into 32 bits
+    heads_probed : of a group in the backward read-out, where every head is a call of its own
     """
 
+    share = 1.0
+    shortest = 1
     longest = 1024
     many = 2**31
+    heads_probed = 4
 
     def __init__(self, name: str) -> None:
         """name : as torch writes it, for instance "cuda:1"."""
@@ -40,8 +46,11 @@ class Device:
         """Bytes that one case may take; 0 where huge cases do not belong."""
         return 0
 
-    def poison(self) -> None:
-        """Fill memory that is free, so that an output which is not written shows."""
+    def poison(self, sizes: Sequence[int]) -> None:
+        """Fill free memory, so that an output which is not written shows.
+
+        sizes : bytes of the tensors that go in, which what comes out is like
+        """
 
     def set_tf32(self, allowed: bool) -> None:
         """Whether products of float32 matrices may round their operands to tf32."""
@@ -64,8 +73,8 @@ class Cuda(Device):
 
     longest = 2**16
 
-    #: What is filled before each run, (bytes, how many): more than usual cases write. torch keeps
-    #: pieces of up to 1 MiB apart from larger ones.
+    #: Small pieces of free memory that are filled besides, (bytes, how many). torch keeps those of
+    #: up to 1 MiB apart from larger ones.
     POISONED = ((2**20, 16), (16 * 2**20, 3))
 
     def describe(self) -> str:
@@ -78,17 +87,19 @@ class Cuda(Device):
         cuda.empty_cache()
         return int(cuda.mem_get_info(self.name)[0])
 
-    def poison(self) -> None:
-        if _cuda() is None:
+    def poison(self, sizes: Sequence[int]) -> None:
+        cuda = _cuda()
+        if cuda is None:
             return
         torch = sys.modules["torch"]
+        # what an earlier run left goes back to the driver; the pieces below are then all there is.
         # bytes of ones are NaN in every floating type. All pieces are held at once, and then handed
         # back: torch's allocator gives the same memory out again, as it is
-        held = [
-            torch.full((size,), 0xFF, dtype=torch.uint8, device=self.name)
-            for size, count in self.POISONED
-            for _ in range(count)
-        ]
+        cuda.empty_cache()
+        pieces = [size for size, count in self.POISONED for _ in range(count)]
+        if 4 * sum(sizes) < cuda.mem_get_info(self.name)[0]:
+            pieces += [size for size in sizes for _ in range(2) if size]
+        held = [torch.full((size,), 0xFF, dtype=torch.uint8, device=self.name) for size in pieces]
         held.clear()
 
     def set_tf32(self, allowed: bool) -> None:
@@ -125,6 +136,17 @@ class Cuda(Device):
             yield
 
 
+class Interpreter(Device):
+    """Triton's interpreter: few cases, and none of a handful of tokens, which show little."""
+
+    share = 1 / 10
+    shortest = 16
+    heads_probed = 1
+
+    def describe(self) -> str:
+        return "Triton's interpreter, as sm_90"
+
+
 def _cuda() -> Any:
     """torch.cuda where torch is loaded and has such a device, else None."""
     torch = sys.modules.get("torch")
@@ -132,7 +154,7 @@ def _cuda() -> Any:
 
 
 #: type of a device -> what stands for it; any other is taken for a CPU
-KINDS: dict[str, type[Device]] = {"cuda": Cuda}
+KINDS: dict[str, type[Device]] = {"cuda": Cuda, "interpreter": Interpreter}
 
 
 def device_of(name: str) -> Device:

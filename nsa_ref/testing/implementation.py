@@ -166,9 +166,10 @@ class TorchImplementation(Implementation):
 
         if array.dtype == DTYPES["bfloat16"]:
             # NumPy's bfloat16 is foreign to torch: its bits are not
-            tensor = torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+            bits = np.array(array, order="C").view(np.int16)
+            tensor = torch.from_numpy(bits).view(torch.bfloat16)
         else:
-            tensor = torch.from_numpy(np.array(array))
+            tensor = torch.from_numpy(np.array(array, order="C"))
         tensor = tensor.to(self.device)
         if tensor.ndim >= 3:  # all but the weights of a map
             match case.layout:
@@ -213,15 +214,19 @@ class TorchImplementation(Implementation):
                 tensors.append(self.tensor(case, argument, grad=grad and floating))
         return tensors
 
-    def _before(self, case: Case) -> None:
+    def _before(self, case: Case, tensors: Sequence[Any]) -> None:
         """The numerics that are declared, and nothing of an earlier run in free memory."""
         device = device_of(self.device)
         device.set_tf32(self.numerics.get(case.dtype) == "tf32")
-        device.poison()
+        leaves: list[torch.Tensor] = []
+        for item in tensors:
+            leaves += item.values() if isinstance(item, dict) else [item]
+        device.poison([leaf.numel() * leaf.element_size() for leaf in leaves])
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
-        self._before(case)
-        return self.array(super().run(method, case, *self._tensors(case, arguments, grad=False)))
+        tensors = self._tensors(case, arguments, grad=False)
+        self._before(case, tensors)
+        return self.array(super().run(method, case, *tensors))
 
     def offers_vjp(self, method: str) -> bool:
         return self.offers(method)
@@ -234,10 +239,10 @@ class TorchImplementation(Implementation):
 
         if not self.offers(method):
             raise NotOffered(method)
-        self._before(case)
         gradients = 1 if method == "pool" else 2
         inputs = self._tensors(case, arguments[:-gradients], grad=True)
         d_outputs = self._tensors(case, arguments[-gradients:], grad=False)
+        self._before(case, [*inputs, *d_outputs])
         outputs: Any = getattr(self, method)(case, *inputs)
         if method == "pool":
             outputs = (outputs,)
@@ -260,6 +265,7 @@ class TorchImplementation(Implementation):
         for item in inputs:
             leaves += item.values() if isinstance(item, dict) else [item]
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        self._before(case, [*inputs, *d_outputs])
         found = torch.autograd.grad(
             outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
         )

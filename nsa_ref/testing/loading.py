@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -298,10 +299,14 @@ def versions(module_name: str = "") -> dict[str, str]:
 
     found = {"python": platform.python_version(), "nsa_ref": own_version()}
     package = module_name.partition(".")[0]
-    for name in ("numpy", "torch", "triton", "ml_dtypes", "hypothesis", package):
+    for name in ("numpy", "torch", "ml_dtypes", "hypothesis", package):
         version = getattr(sys.modules.get(name), "__version__", None)
         if version is not None:
             found[name] = str(version)
+    if "torch" in found:
+        # Inductor loads it in the workers only
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["triton"] = importlib.metadata.version("triton")
     if (commit := _commit()) is not None:
         found["commit"] = commit
     return found

@@ -16,10 +16,8 @@ from numpy.typing import ArrayLike
 
 from nsa_ref.testing.branches import Branch, Inputs, Raised
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
-
-#: One-hot rows are sent for at most this many heads of a group; more would only repeat them.
-HEADS_PROBED = 4
 
 
 def chunks(length: int, width: int) -> Iterator[slice]:
@@ -122,7 +120,8 @@ def backward_patterns(
     rows, columns, group = case.q_len, branch.columns(case), case.group_size
     dtype = DTYPES[case.dtype]
     rng = case.generator("backward_patterns")
-    heads = sorted(rng.permutation(group)[:HEADS_PROBED])
+    # one-hot rows are sent for some heads of a group; more would only repeat them
+    heads = sorted(rng.permutation(group)[: device_of(implementation.device).heads_probed])
     blank = zeros(case, branch)
     visible = mask != 0
     d_lse = np.zeros((case.batch, case.q_heads, rows), dtype)

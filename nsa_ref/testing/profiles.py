@@ -11,9 +11,6 @@ from hypothesis import HealthCheck, Phase, settings
 #: level -> examples, as a multiple of what the property asks for at quick
 LEVELS = {"quick": 1, "thorough": 10}
 
-#: device -> its share of the examples, where a case takes seconds and not milliseconds
-SHARES = {"interpreter": 1 / 10}
-
 
 def profile_name(level: str) -> str:
     """The name under which Hypothesis knows a level."""

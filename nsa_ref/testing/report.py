@@ -204,7 +204,7 @@ def to_json(
     implementation: str,
     device: str,
     device_name: str = "",
-    warmed: Mapping[str, int] | None = None,
+    warmed: Collection[dict[str, Any]] = (),
     versions: dict[str, str],
     seed: int,
     level: str,
@@ -237,14 +237,14 @@ def to_json(
         ],
         "unmet_edges": unmet_edges(records),
         "compiled": {name: dict(counts) for name, counts in compiled(records).items()},
-        "warmed": dict(warmed or {}),
+        "warmed": {name: dict(counts) for name, counts in compiled(warmed).items()},
     }
     finite: dict[str, Any] = _finite(report)
     return finite
 
 
-def compiled(records: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """What each implementation compiled, over all processes that ran it."""
+def compiled(records: Collection[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """What each implementation compiled, over all processes that ran it and came to an end."""
     found: dict[str, Counter[str]] = {}
     for record in records:
         if counts := record.get("compiled"):
@@ -254,7 +254,7 @@ def compiled(records: list[dict[str, Any]]) -> dict[str, Counter[str]]:
 
 def graphs(counts: Mapping[str, int]) -> str:
     """Counts of `devices.compile_counts`, or of a port's own, in words."""
-    listed = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    listed = ", ".join(f"{kind}: {number}" for kind, number in counts.items() if number)
     return listed or "nothing was compiled"
 
 
@@ -331,12 +331,16 @@ def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
     lines = []
     for name in dict.fromkeys(record["implementation"] for record in records):
         absent: Counter[str] = Counter()
+        untried: dict[str, None] = {}
         whole = set()
         for record in records:
             if record["implementation"] != name or not record["not_offered"]:
                 continue
             for reason, count in record["reasons"].items():
                 if reason.startswith("inconclusive: "):
+                    continue
+                if reason.startswith("not tried: "):
+                    untried[reason.removeprefix("not tried: ")] = None
                     continue
                 plain = _plain(reason)
                 absent[plain] += count
@@ -348,6 +352,8 @@ def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
                 for reason, count in sorted(absent.items())
             )
             lines.append(f"not offered by {name}: {'; '.join(what)}")
+        if untried:
+            lines.append(f"not tried with {name}: {'; '.join(untried)}")
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:

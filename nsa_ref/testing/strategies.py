@@ -43,6 +43,8 @@ LONG_SHAPES = ("around 128", "long", "many blocks")
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
 #: whose offsets do not fit into 32 bits.
 EXTENTS = ("far", "large")
+#: Tokens from which on a sequence is a long one.
+FAR = 512
 
 
 def shapes_of(about: str) -> tuple[str, ...]:
@@ -91,12 +93,17 @@ def cases(
     sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
 
     shape = shape or draw(st.sampled_from(shapes_of(about)))
-    group_size = pick("group_size", GROUP_SIZES)
-    sizes["kv_heads"] = pick("kv_heads", (1, 2, 3) if group_size < 5 else (1, 2))
+    group_size = pick("group_size", GROUP_SIZES[:3] if shape == "far" else GROUP_SIZES)
+    few_heads = (2, 1) if shape == "far" else (1, 2)
+    sizes["kv_heads"] = pick(
+        "kv_heads", (1, 2, 3) if shape != "far" and group_size < 5 else few_heads
+    )
     # an empty batch is worth a try, and no more than that
     batches = (1, 2, 3) * 5 + (() if populated else (0,))
+    if shape == "far":
+        batches = (2, 1)  # another entry's keys, or head's, must be there to be read
     sizes["batch"] = pick("batch", batches)
-    if shape == "far" or shape in LONG_SHAPES:
+    if shape in LONG_SHAPES:
         # they stay cheap; the same draws as for the others, so that they can shrink to them
         group_size = group_size if "group_size" in limits else min(group_size, 2)
         sizes["kv_heads"] = sizes["kv_heads"] if "kv_heads" in limits else 1
@@ -107,17 +114,17 @@ def cases(
         groups_of = limits.get("group_size", range(1, sizes["q_heads"] + 1))
         divisors = [sizes["q_heads"] // g for g in groups_of if sizes["q_heads"] % g == 0]
         sizes["kv_heads"] = pick("kv_heads", divisors)
-    if shape == "large":
-        sizes["q_heads"], sizes["kv_heads"] = pick("q_heads", (16,)), pick("kv_heads", (1,))
-        head_dims = (64,)
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
-    if "q_len" in limits:
+    device = device_of(implementation.device)
+    if "q_len" in limits and not device.shortest > 1:
         max_len = max(2, min(max_len, max(limits["q_len"])))
+    max_len = max(max_len, 4 * device.shortest)
     rows = sizes["batch"] * sizes["q_heads"]
     shortest = 2 if populated else 1
-    length = draw(st.integers(shortest, max_len if rows <= 16 else min(max_len, 20)))
+    least = max(shortest, device.shortest)
+    length = draw(st.integers(least, max(least, max_len if rows <= 16 else min(max_len, 20))))
     sizes["q_len"] = sizes["kv_len"] = length
     if shape == "decode":
         sizes["q_len"] = draw(st.integers(shortest, min(length, 3)))
@@ -133,15 +140,10 @@ def cases(
         sizes["kv_len"] = draw(st.integers(250, 270))
         sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
 
-    device = device_of(implementation.device)
     if shape == "far":
-        most = device.longest
-        sizes["kv_len"] = draw(st.sampled_from([most // 8 + 1, most // 2 + 3, most - 1, most]))
-        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], most // 16 + 1]))
+        sizes |= draw(st.sampled_from(far_lengths(implementation)))
     elif shape == "large":
-        row = sizes["q_heads"] * sizes["head_dim"]
-        sizes["batch"] = pick("batch", (max(2, device.many // (512 * row)),))
-        sizes["q_len"] = sizes["kv_len"] = device.many // (sizes["batch"] * row) + 1
+        sizes |= large_sizes(implementation) or {}
 
     # l, d and l' with d dividing both; l' first where the implementation limits it
     strides: tuple[int, ...] = (1,) if shape == "many blocks" else (1, 2, 4, 3, 8)
@@ -169,7 +171,7 @@ def cases(
         sizes["kv_len"] = sizes["selection_block_size"] * draw(st.integers(129, 170))
         sizes["kv_len"] += draw(st.integers(0, 1))
         sizes["q_len"] = draw(st.integers(shortest, 4))
-    if "q_len" in limits or "kv_len" in limits:
+    if shape not in EXTENTS and ("q_len" in limits or "kv_len" in limits):
         sizes["q_len"] = pick("q_len", (sizes["q_len"],))
         sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],))
 
@@ -204,6 +206,64 @@ def cases(
         beyond |= heads if beyond & heads else set()
         sizes.update({field: within[field] for field in beyond if field in within})
     return Case(**sizes)
+
+
+def far_lengths(implementation: Implementation) -> list[Sizes]:
+    """q_len and kv_len of long sequences, within the limits; none if those allow only short ones.
+
+    As long as each other, a chunk of a long prompt, or a few rows behind a long cache.
+    """
+    limits = implementation.limits
+    most = device_of(implementation.device).longest
+    allowed = [n for n in limits.get("kv_len", ()) if n <= most]
+    if "kv_len" not in limits:
+        allowed = [most // 8 + 1, most // 2 + 3, most - 1, most]
+    found = []
+    for kv_len in sorted(n for n in allowed if n >= FAR)[-4:]:
+        wanted = (kv_len, 33, most // 16 + 1, 1)
+        found += [
+            {"q_len": q_len, "kv_len": kv_len}
+            for q_len in dict.fromkeys(wanted)
+            if q_len <= kv_len and q_len in limits.get("q_len", (q_len,))
+        ]
+    return found
+
+
+def large_sizes(implementation: Implementation) -> Sizes | None:
+    """Sizes with which q has more elements than its device's offsets of 32 bits can tell apart.
+
+    None if the limits allow none with sequences short enough to be compared with the definition.
+    """
+    limits, many = implementation.limits, device_of(implementation.device).many
+    groups = limits.get("group_size", range(1, 17))
+
+    def widest(field: str, wished: int) -> int:
+        return max((n for n in limits.get(field, (wished,)) if n <= wished), default=0)
+
+    q_heads, head_dim = widest("q_heads", 16), widest("head_dim", 64)
+    kv_heads = [
+        n
+        for n in limits.get("kv_heads", range(1, q_heads + 1))
+        if n and q_heads % n == 0 and q_heads // n in groups
+    ]
+    row = q_heads * head_dim
+    if not row or not kv_heads:
+        return None
+    least = max(2, many // (512 * row))
+    batch = min((n for n in limits.get("batch", (least,)) if n >= least), default=0)
+    if not batch:
+        return None
+    length = many // (batch * row) + 1
+    if any(length not in limits.get(field, (length,)) for field in ("q_len", "kv_len")):
+        return None
+    return {
+        "batch": batch,
+        "q_heads": q_heads,
+        "kv_heads": max(kv_heads),
+        "head_dim": head_dim,
+        "q_len": length,
+        "kv_len": length,
+    }
 
 
 def fresh_seeds(case: Case, count: int) -> list[Case]:

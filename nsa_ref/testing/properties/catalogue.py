@@ -19,7 +19,14 @@ from nsa_ref.testing.case import GENERIC_INPUTS
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Check, Property
 from nsa_ref.testing.properties.compression import pooled, windows
-from nsa_ref.testing.properties.extent import large, long_backward, long_forward, not_far, not_large
+from nsa_ref.testing.properties.extent import (
+    large,
+    long_backward_mask,
+    long_mask,
+    long_values,
+    not_far,
+    not_large,
+)
 from nsa_ref.testing.properties.influence import canary_backward, canary_forward, heads
 from nsa_ref.testing.properties.laws import (
     is_full_causal,
@@ -491,18 +498,29 @@ def _extent_properties() -> None:
         _register(
             clause,
             branch,
-            long_forward(branch, clause),
+            long_mask(branch, clause),
             f"{clause}_{name}_mask_of_long_sequences",
             **far,
         )
         _register(
             "A3",
             branch,
-            long_backward(branch),
+            long_backward_mask(branch),
             f"A3_{name}_mask_of_long_sequences_backward",
             backward=True,
             **far,
         )
+        for backward in (False, True):
+            _register(
+                "A3" if backward else "A1",
+                branch,
+                long_values(branch, backward=backward),
+                f"A3_{name}_gradients_of_long_sequences"
+                if backward
+                else f"A1_{name}_output_of_long_sequences",
+                backward=backward,
+                **(far | {"inputs": ("randn", "flat", "offsets")}),
+            )
         huge: dict[str, Any] = {
             "extent": "large",
             "adjust": _several_keys,

@@ -7,23 +7,30 @@ finding: what it cannot do belongs into its `limits`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
 from nsa_ref.bounds import NUMERICS
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, Branch, Broken, Inconclusive, call
+from nsa_ref.testing.branches import COMPRESS, Branch, Broken, Inconclusive, Inputs, Raised, call
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.compare import compare
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome
+from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, gradient_bounds, settle
+from nsa_ref.testing.strategies import far_lengths, large_sizes
 
-#: Rows of a long sequence that are read out, besides its ends.
+#: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
 
+#: Pairs of a row of a group and a column whose values and bounds are computed at once.
+PAIRS = 2**20
+
 #: How a tensor scales in a batch entry whose v is f times and whose d_out is g times as large.
-FACTORS = {
+FACTORS: dict[str, Callable[[float, float], float]] = {
     "out": lambda f, g: f,
+    "lse": lambda f, g: 1,
     "dq": lambda f, g: f * g,
     "dk": lambda f, g: f * g,
     "dv": lambda f, g: g,
@@ -40,13 +47,19 @@ def _some_rows(case: Case) -> list[int]:
 
 
 def _row(branch: Branch, case: Case, block_indices: np.ndarray | None, t: int) -> np.ndarray:
-    """The oracle's multiplicities of one row, (batch, q_heads, columns): causal, so what follows it
-    is not needed.
+    """The oracle's multiplicities of one row, (batch, q_heads, columns).
+
+    The row is causal, so what follows it is not needed.
     """
-    alone = dataclasses.replace(case, q_len=1, kv_len=t + case.kv_len - case.q_len + 1)
-    indices = None if block_indices is None else block_indices[:, :, t : t + 1]
-    seen = branch.mask(alone, indices)[:, :, 0]
     row = np.zeros((case.batch, case.q_heads, branch.columns(case)), np.int64)
+    p = t + case.kv_len - case.q_len
+    # a row before every token sees memory at most, as if it stood there alone without any
+    q_len, kv_len = (1, p + 1) if p >= 0 else (1 - p, 1)
+    alone = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
+    indices = block_indices
+    if indices is not None:
+        indices = np.repeat(indices[:, :, t : t + 1], q_len, axis=2)
+    seen = branch.mask(alone, indices)[:, :, 0]
     row[..., : seen.shape[-1]] = seen
     return row
 
@@ -57,38 +70,59 @@ def _where(branch: Branch, case: Case, batch: int, head: int, t: int) -> str:
     return f"batch {batch}, query head {head}, row t={t} (p={p}), {columns} columns"
 
 
-def long_forward(branch: Branch, clause: str) -> Check:
+def long_mask(branch: Branch, clause: str) -> Check:
     """With q = k = 0 and v of random signs, out is S / n: S the sum of n signs that a row sees.
 
     A flash kernel adds whole numbers and divides once. One key more or less moves S by 1, and the
-    quotient by about 1 / n; a column says so where |S| times its rounding is below that.
+    quotient by about 1 / n; a column says so where |S| times its rounding is below that. And lse
+    is log n.
     """
 
     def check(implementation: Implementation, case: Case) -> Outcome:
         blank = probes.zeros(case, branch)
-        signs = case.generator("signs").integers(0, 2, blank.v.shape) * 2 - 1
+        signs = case.generator("signs").integers(0, 2, blank.v.shape) * 2.0 - 1
         inputs = dataclasses.replace(blank, v=signs.astype(blank.v.dtype))
-        out = branch.forward(implementation, case, inputs).out
-        row_of = NUMERICS[implementation.numerics[case.dtype]]
-        rounding = row_of.u_p + row_of.u_store + 2.0**-20
-        told = False
+        out, lse = branch.forward(implementation, case, inputs)
+        rounds = NUMERICS[implementation.numerics[case.dtype]]
+        seen = told = 0
         for t in _some_rows(case):
-            row = _row(branch, case, blank.block_indices, t)
-            for b, h in np.ndindex(case.batch, case.q_heads):
-                n = row[b, h].sum()
-                if n == 0:
-                    continue  # A2
-                expected = row[b, h] @ signs[b, h // case.group_size]
-                off = np.abs(out[b, h, t] * n - expected) - rounding * np.abs(expected)
-                told |= bool((rounding * np.abs(expected) < 0.25).any())
-                if not (off <= 0.25).all():
-                    c = int(np.argmax(~(off <= 0.25)))
+            row = _row(branch, case, blank.block_indices, t).astype(np.float64)
+            for b, g in np.ndindex(case.batch, case.kv_heads):
+                heads = slice(g * case.group_size, (g + 1) * case.group_size)
+                n = row[b, heads].sum(-1, keepdims=True)
+                total = row[b, heads] @ signs[b, g]  # whole numbers: exact
+                # P = 1 / n, if it is stored, may underflow, and n of it are added
+                slack = (rounds.u_p + rounds.u_store + 2.0**-20) * np.abs(total) + rounds.eta * n**2
+                off = np.abs(out[b, heads, t] * n - total)
+                wrong = (n > 0) & ~(off <= slack + 0.25)
+                seen += int((n > 0).sum())
+                told += int(((n > 0) & (slack < 0.25)).sum())
+                if wrong.any():
+                    h, c = (int(i) for i in np.argwhere(wrong)[0])
+                    head = g * case.group_size + h
                     raise Broken(
                         clause,
-                        f"{branch.name}, forward of a long sequence, read out by the sum of random "
-                        f"signs: {_where(branch, case, b, h, t)}: the {n} keys that the row sees "
-                        f"have the sum {expected[c]}, and not {out[b, h, t, c] * n:.6g}",
+                        f"{branch.name}, a long sequence read out by the sum of random signs: "
+                        f"{_where(branch, case, b, head, t)}: the {n[h, 0]:g} keys that the row "
+                        f"sees have the sum {total[h, c]:g}, and not "
+                        f"{out[b, head, t, c] * n[h, 0]:.6g}",
                     )
+                if lse is None:
+                    continue
+                with np.errstate(over="ignore"):
+                    count = np.exp(lse[b, heads, t])[:, None]
+                wrong = (n > 0) & ~(np.abs(count - n) <= 0.25 + 2.0**-17 * n)
+                if wrong.any():
+                    head = g * case.group_size + int(np.argwhere(wrong)[0][0])
+                    raise Broken(
+                        clause,
+                        f"{branch.name}, a long sequence of equal scores: "
+                        f"{_where(branch, case, b, head, t)}: exp(lse) must be the number of keys "
+                        f"that the row sees, {n[head - heads.start, 0]:g}, and is "
+                        f"{count[head - heads.start, 0]:.7g}",
+                    )
+        if not seen:
+            raise Inconclusive("none of the drawn rows sees a key")
         if not told:
             raise Inconclusive("every sum is too large for the rounding of this dtype")
         return Outcome()
@@ -96,7 +130,7 @@ def long_forward(branch: Branch, clause: str) -> Check:
     return check
 
 
-def long_backward(branch: Branch) -> Check:
+def long_backward_mask(branch: Branch) -> Check:
     """With q = k = 0 and d_out one-hot in some rows, dv has the mask of those rows, exactly."""
 
     def check(implementation: Implementation, case: Case) -> Outcome:
@@ -111,8 +145,10 @@ def long_backward(branch: Branch) -> Check:
             d_out[:, heads, t, c] = 1
         d_lse = np.zeros(shape, DTYPES[case.dtype])
         _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
+        told = False
         for c, t in enumerate(rows):
             visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
+            told |= bool(visible.any())
             seen = dv[..., c] != 0
             if getattr(case.semantics.empty_row, branch.name) != "zero":
                 # such a row reads all columns, or none
@@ -125,7 +161,73 @@ def long_backward(branch: Branch) -> Check:
                     f"{branch.name}, backward of a long sequence, read out by one-hot rows: dv "
                     f"{deed} column {j} in {_where(branch, case, b, int(heads[g]), t)}",
                 )
+        if not told:
+            raise Inconclusive("none of the drawn rows sees a key")
         return Outcome()
+
+    return check
+
+
+def long_values(branch: Branch, *, backward: bool) -> Check:
+    """out and lse of a few rows within their bounds; or all gradients, when d_out is 0 elsewhere.
+
+    Rows know nothing of each other, so the definition is asked about these alone.
+    """
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        inputs = branch.inputs(case)
+        most = max(2, PAIRS // (case.group_size * max(1, branch.columns(case))))
+        rng = case.generator("rows with values")
+        rows = sorted(rng.permutation(_some_rows(case))[: min(most, 16)].tolist())
+        masks = [_row(branch, case, inputs.block_indices, t) for t in rows]
+        # in an empty row A2 speaks
+        kept = [i for i, mask in enumerate(masks) if mask.any(-1).all()]
+        if not kept:
+            raise Inconclusive("none of the drawn rows sees a key in every head")
+        rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
+        few = dataclasses.replace(case, q_len=len(rows))
+        asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
+        which = f"of rows t={rows} in {case.q_len}"
+        if not backward:
+            found = branch.forward(implementation, case, inputs)
+            expected = branch.attend(few, mask, asked)
+            bounds = bounds_of(branch, implementation, few, asked, mask)
+            tensors = {
+                name: compare(
+                    "A1",
+                    f"{branch.name} {name} {which}",
+                    getattr(found, name)[:, :, rows],
+                    getattr(expected, name),
+                    getattr(bounds, name),
+                )
+                for name in ("out", "lse")
+                if getattr(found, name) is not None
+            }
+            return settle(list(tensors.values()))
+        d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
+        d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
+        d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
+        dq, dk, dv = branch.backward(implementation, case, inputs, d_out, d_lse)
+        others = np.ones(case.q_len, bool)
+        others[rows] = False
+        if (dq[:, :, others] != 0).any():
+            b, h, i, c = (int(n) for n in np.argwhere(dq[:, :, others] != 0)[0])
+            t = int(np.flatnonzero(others)[i])
+            raise Broken(
+                "A3",
+                f"{branch.name} dq[{b}, {h}, {t}, {c}] is not 0, though d_out is 0 in that row "
+                f"(kv_len {case.kv_len})",
+            )
+        there = (d_out[:, :, rows], d_lse[:, :, rows])
+        wanted = branch.attend_vjp(few, mask, asked, *there)
+        limits = gradient_bounds(branch, implementation, few, asked, mask, *there)
+        gradients = zip(("dq", "dk", "dv"), (dq[:, :, rows], dk, dv), wanted, limits)
+        return settle(
+            [
+                compare("A3", f"{branch.name} {name} {which}", have, want, limit)
+                for name, have, want, limit in gradients
+            ]
+        )
 
     return check
 
@@ -134,14 +236,14 @@ def large(branch: Branch, *, backward: bool) -> Check:
     """More elements than 32 bits can count: batch entries that are alike but for powers of two.
 
     v and d_out are f and g times those of the first entry, and so is all that comes back. An offset
-    that wraps reads, or writes, another entry.
+    that wraps reads, or writes, another entry. The first entry is held to its bounds.
     """
 
     def check(implementation: Implementation, case: Case) -> Outcome:
-        need = device_of(implementation.device).many
-        if case.batch * case.q_heads * case.q_len * case.head_dim <= need:
-            raise Inconclusive(f"no case of more than {need} elements lies within the limits")
-        once = branch.inputs(dataclasses.replace(case, batch=1))
+        if reason := not_large(implementation):  # others may hold the memory by now
+            raise NotOffered(reason)
+        alone = dataclasses.replace(case, batch=1)
+        once = branch.inputs(alone)
         rng = case.generator("factors")
         f, g = (2.0 ** rng.integers(0, 4, case.batch) for _ in range(2))
         f[0] = g[0] = 1
@@ -151,57 +253,112 @@ def large(branch: Branch, *, backward: bool) -> Check:
                 x = x * factor.astype(x.dtype)[:, None, None, None]
             return np.broadcast_to(x, (case.batch, *x.shape[1:]))
 
-        inputs = dataclasses.replace(
-            once,
+        indices = once.block_indices
+        inputs = Inputs(
             q=spread(once.q),
             k=spread(once.k),
             v=spread(once.v, f),
-            block_indices=None if once.block_indices is None else spread(once.block_indices),
+            block_indices=None if indices is None else spread(indices),
         )
         arguments = branch.arguments(case, inputs)
-        names: tuple[str, ...] = ("out",)
+        names: tuple[str, ...] = ("out", "lse")
+        gradients: tuple[np.ndarray, ...] = ()
         if backward:
-            d_out, d_lse = dataclasses.replace(case, batch=1).upstream_gradients()
-            arguments += (spread(d_out, g), spread(np.zeros_like(d_lse)))
+            d_out, d_lse = alone.upstream_gradients()
+            d_lse = np.zeros_like(d_lse)
+            arguments += (spread(d_out, g), spread(d_lse))
+            gradients = (d_out, d_lse)
             names = ("dq", "dk", "dv", "dk", "dv") if branch is COMPRESS else ("dq", "dk", "dv")
-            found = call(implementation.run_vjp, branch.name, case, *arguments)
-        else:
-            found = call(implementation.run, branch.name, case, *arguments)[:1]
+        run = implementation.run_vjp if backward else implementation.run
+        found = call(run, branch.name, case, *arguments)
+        if len(found) != len(names):
+            raise Raised(f"{branch.name} returned {len(found)} arrays, not {len(names)}")
+        clause = "A3" if backward else "A1"
         for name, tensor in zip(names, found):
-            first = tensor[0].astype(np.float32)  # enough for a factor of 2
-            size = np.abs(first).max(initial=0)
-            for b in range(1, case.batch):
-                factor = FACTORS[name](f[b], g[b])
-                # right ones differ by roundings, wrong ones by a factor of 2 or more
-                off = np.abs(tensor[b].astype(np.float32) - factor * first)
-                if not (off <= factor * size / 8).all():
-                    at = tuple(int(i) for i in np.argwhere(~(off <= factor * size / 8))[0])
-                    raise Broken(
-                        "A3" if backward else "A1",
-                        f"{branch.name}, {tensor.size} elements of {name}: batch entry {b} must be "
-                        f"{factor:g} times entry 0, and is not at {at}: {tensor[(b, *at)]} against "
-                        f"{tensor[(0, *at)]}",
-                    )
-        return Outcome()
+            if tensor is not None:
+                _entries_alike(clause, f"{branch.name} {name}", tensor, FACTORS[name], f, g)
+        return _first_entry(branch, implementation, alone, once, found, gradients)
 
     return check
 
 
+def _entries_alike(
+    clause: str,
+    name: str,
+    tensor: np.ndarray,
+    factor_of: Callable[[float, float], float],
+    f: np.ndarray,
+    g: np.ndarray,
+) -> None:
+    first = tensor[0].astype(np.float32)
+    finite = np.isfinite(first)
+    size = np.abs(first[finite]).max(initial=0)
+    for b in range(1, len(tensor)):
+        factor = factor_of(f[b], g[b])
+        other = tensor[b].astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            # right ones differ by roundings, wrong ones by a factor of 2 or more
+            near = np.abs(other - factor * first) <= factor * size / 8
+        alike = np.where(finite, near, (other == first) | (np.isnan(other) & np.isnan(first)))
+        if not alike.all():
+            at = tuple(int(i) for i in np.argwhere(~alike)[0])
+            raise Broken(
+                clause,
+                f"{name} of {tensor.size} elements: batch entry {b} must be {factor:g} times entry "
+                f"0, and is not at {at}: {other[at]:g} against {first[at]:g}",
+            )
+
+
+def _first_entry(
+    branch: Branch,
+    implementation: Implementation,
+    alone: Case,
+    once: Inputs,
+    found: tuple[np.ndarray, ...],
+    gradients: tuple[np.ndarray, ...],
+) -> Outcome:
+    mask = branch.mask(alone, once.block_indices)
+    first = [x[:1].astype(np.float64) for x in found if x is not None]
+    if not gradients:
+        bounds = bounds_of(branch, implementation, alone, once, mask)
+        expected = branch.attend(alone, mask, once)
+        pairs = [
+            compare("A1", f"{branch.name} {name}", have, getattr(expected, name), bound)
+            for name, have, bound in zip(("out", "lse"), first, (bounds.out, bounds.lse))
+        ]
+        return settle(pairs)
+    if branch is COMPRESS:
+        dq, dk, dv, dmem_k, dmem_v = first
+        first = [dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2)]
+    d_out, d_lse = gradients
+    if getattr(alone.semantics.empty_row, branch.name) == "nan" and not mask.any(-1).all():
+        raise Inconclusive("the gradient of a NaN row is nobody's business")
+    wanted = branch.attend_vjp(alone, mask, once, d_out, d_lse)
+    limits = gradient_bounds(branch, implementation, alone, once, mask, d_out, d_lse)
+    return settle(
+        [
+            compare("A3", f"{branch.name} {name}", have, want, limit)
+            for name, have, want, limit in zip(("dq", "dk", "dv"), first, wanted, limits)
+        ]
+    )
+
+
 def not_far(implementation: Implementation) -> str:
     """Why long sequences are not tried, if they are not."""
-    lengths = implementation.limits.get("kv_len")
-    if lengths is not None and max(lengths) < 512:
-        return f"long sequences: kv_len is limited to {max(lengths)}"
+    if not far_lengths(implementation):
+        return "not tried: long sequences, which its limits exclude"
     if not any(semantics.causal for semantics in implementation.semantics):
-        return "long sequences are causal ones, and no declared semantics is"
+        return "not tried: long sequences, which are causal ones, and it declares none"
     return ""
 
 
 def not_large(implementation: Implementation) -> str:
     """Why tensors of more than 2^31 elements are not tried, if they are not."""
     device = device_of(implementation.device)
-    free, need = device.free_memory(), 32 * device.many
-    if free < need:
-        elements = f"2^{device.many.bit_length() - 1}"
-        return f"tensors beyond {elements} elements (a GPU with {need / 2**30:.3g} GiB free)"
+    what = f"not tried: tensors beyond 2^{device.many.bit_length() - 1} elements, which"
+    if large_sizes(implementation) is None:
+        return f"{what} its limits exclude"
+    need = 32 * device.many
+    if device.free_memory() < need:
+        return f"{what} take a GPU with {need / 2**30:.3g} GiB free"
     return ""

@@ -182,4 +182,6 @@ def same_bits(branch: Branch, *, backward: bool) -> Check:
 
 def unstated(implementation: Implementation) -> str:
     """Why determinism is not tried."""
-    return "" if implementation.deterministic else "`deterministic` is not stated"
+    if implementation.deterministic:
+        return ""
+    return "not tried: whether it is deterministic, which it does not state"
