@@ -127,7 +127,7 @@ def _taken_for_each_other(lists: BlockLists) -> BlockLists:
     return BlockLists(lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices)
 
 
-def _only_in_the_forward(
+def _kv_lists(
     change: Callable[[BlockLists], BlockLists],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`to_block_mask` with other kv lists; the transposes stay those of the right ones."""
@@ -155,29 +155,34 @@ def _last_one_twice(lists: BlockLists) -> BlockLists:
 
 
 def _strides_of_the_partial(lists: BlockLists) -> BlockLists:
-    """Full lists one slot wider than the partial ones, as a kernel of PyTorch 2.11 reads them.
+    """Full lists wider than the partial ones, as a kernel of PyTorch 2.11 reads them.
 
     It walks full_indices with the strides of indices (`block_lists.OWN_STRIDES`): entry s of row r
     is found at r * slots + s, whatever the row's real length.
     """
-    slots = lists.indices.shape[-1]
-    wide = F.pad(lists.full_indices, (0, 1))
-    flat = wide.flatten()
+    slots, width = lists.indices.shape[-1], lists.full_indices.shape[-1]
+    flat = F.pad(lists.full_indices, (0, max(0, slots + 1 - width))).flatten()
     row = torch.arange(lists.full_num_blocks.numel(), device=flat.device)[:, None]
-    place = row * slots + torch.arange(slots, device=flat.device)
-    return lists._replace(full_indices=flat[place].view(lists.full_indices.shape))
+    place = row * slots + torch.arange(width, device=flat.device)
+    found = flat[place.clamp(max=flat.numel() - 1)]
+    return lists._replace(full_indices=found.view(lists.full_indices.shape))
 
 
 # --- right forward, wrong transposes --------------------------------------------------------------
 
 
-def _one_query_block_lost(right: Callable[..., Any]) -> Callable[..., Any]:
-    """dk and dv of a column block do not hear of the last row block that asks cell by cell."""
+def _transposes(
+    change: Callable[[BlockLists], BlockLists],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The row blocks that dk and dv of a column block hear of, changed."""
 
-    def transposed(lists: BlockLists, columns: int) -> BlockLists:
-        return _one_short(right(lists, columns))
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def transposed(lists: BlockLists, columns: int) -> BlockLists:
+            return change(right(lists, columns))
 
-    return transposed
+        return transposed
+
+    return wrong
 
 
 WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more))
@@ -195,14 +200,26 @@ PartialTakenForFull = _build(
     "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
 )
 
-QueryBlockLost = _build("query block lost", (block_lists, "transposed", _one_query_block_lost))
+QueryBlockLost = _build("query block lost", (block_lists, "transposed", _transposes(_one_short)))
 
-KvBlockLost = _build(
-    "kv block lost", (block_lists, "to_block_mask", _only_in_the_forward(_one_short))
+QueryBlockNamedTwice = _build(
+    "query block named twice", (block_lists, "transposed", _transposes(_last_one_twice))
 )
 
+QueryPartialTakenForFull = _build(
+    "partial taken for full by dk and dv",
+    (block_lists, "transposed", _transposes(_taken_for_each_other)),
+)
+
+QueryStridesConfused = _build(
+    "strides confused by dk and dv",
+    (block_lists, "transposed", _transposes(_strides_of_the_partial)),
+)
+
+KvBlockLost = _build("kv block lost", (block_lists, "to_block_mask", _kv_lists(_one_short)))
+
 BlockNamedTwice = _build(
-    "block named twice", (block_lists, "to_block_mask", _only_in_the_forward(_last_one_twice))
+    "block named twice", (block_lists, "to_block_mask", _kv_lists(_last_one_twice))
 )
 
 StridesConfused = _build(
@@ -215,6 +232,9 @@ BUILDS = {
     "ListsTooShort": ListsTooShort,
     "PartialTakenForFull": PartialTakenForFull,
     "QueryBlockLost": QueryBlockLost,
+    "QueryBlockNamedTwice": QueryBlockNamedTwice,
+    "QueryPartialTakenForFull": QueryPartialTakenForFull,
+    "QueryStridesConfused": QueryStridesConfused,
     "KvBlockLost": KvBlockLost,
     "BlockNamedTwice": BlockNamedTwice,
     "StridesConfused": StridesConfused,

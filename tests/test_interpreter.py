@@ -1,17 +1,23 @@
 """FlexAttention's Triton kernels before the judge, in Triton's interpreter: no GPU needed.
 
-They walk the block lists in both directions, which nothing else does on a CPU:
+They walk the block lists in both directions, which nothing else does on a CPU: out and dq the kv
+lists, dk and dv the query lists, their transposes. What reads other keys than it should:
 
-===================  =======  ========
-build                forward  backward
-===================  =======  ========
-KvBlockLost          wrong
-ListsTooShort        wrong
-PartialTakenForFull  wrong
-BlockNamedTwice      wrong
-StridesConfused      wrong
-QueryBlockLost       right    wrong
-===================  =======  ========
+========================  =======  ==========
+build                     forward  backward
+========================  =======  ==========
+KvBlockLost               wrong    dq
+ListsTooShort             wrong    dq, dk, dv
+PartialTakenForFull       wrong    dq, dk, dv
+BlockNamedTwice           wrong    (no other keys, but twice)
+StridesConfused           wrong    dq, dk, dv
+QueryBlockLost            right    dk, dv
+QueryBlockNamedTwice      right    (no other keys, but twice)
+QueryPartialTakenForFull  right    dk, dv
+QueryStridesConfused      right    dk, dv
+========================  =======  ==========
+
+Where the lists of the backward alone are wrong, so are the values of dk and dv alone.
 """
 
 from __future__ import annotations
@@ -29,10 +35,12 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from broken_nsa_fast import BUILDS  # noqa: E402
 from nsa_fast import flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import NsaFast, NsaFastCompiled, NsaFastInterpreted  # noqa: E402
-from nsa_ref.testing import Case, conformance_suite  # noqa: E402
+from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
+from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.conformance import Options, run_property  # noqa: E402
 from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+from nsa_ref.testing.properties.common import gradient_bounds  # noqa: E402
 
 #: Why nothing can be run here, if nothing can.
 MISSING = interpreter.missing()
@@ -80,12 +88,19 @@ def test_what_is_asked_exists() -> None:
 
 @runs
 @pytest.mark.parametrize(
-    "build",
-    ["KvBlockLost", "ListsTooShort", "PartialTakenForFull", "BlockNamedTwice", "StridesConfused"],
+    ("build", "misread"),
+    [
+        ("KvBlockLost", {"dq"}),
+        ("ListsTooShort", {"dq", "dk", "dv"}),
+        ("PartialTakenForFull", {"dq", "dk", "dv"}),
+        ("BlockNamedTwice", set()),
+        ("StridesConfused", {"dq", "dk", "dv"}),
+    ],
 )
-def test_a_forward_that_walks_wrong_lists_is_read_out(
-    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wrong_kv_lists_are_read_out(
+    build: str, misread: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the forward, and in what of the backward walks the same lists."""
     (broken,) = BUILDS[build]("interpreter")
     monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
     options = Options(case=CASE, findings=tmp_path)
@@ -93,23 +108,80 @@ def test_a_forward_that_walks_wrong_lists_is_read_out(
     assert found is not None
     assert found["clause"] == "F1"
     assert "fine, forward read out by one-hot values: " in found["text"]
+    mask = FINE.mask(CASE, CASE.block_indices())
+    patterns = probes.backward_patterns(INTERPRETED, FINE, CASE, mask)
+    assert {pattern.gradient for pattern in patterns if pattern.wrong().any()} == misread
+
+
+@runs
+@pytest.mark.parametrize(
+    "build",
+    [
+        "QueryBlockLost",
+        "QueryBlockNamedTwice",
+        "QueryPartialTakenForFull",
+        "QueryStridesConfused",
+    ],
+)
+def test_wrong_query_lists_are_wrong_in_dk_and_dv_alone(
+    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (broken,) = BUILDS[build]("interpreter")
+    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+    record = run_property(PROPERTIES[FORWARD], INTERPRETED, Options(case=CASE, findings=tmp_path))
+    assert record.finding is None, record.finding["text"]
+    assert record.cases == 1
+    inputs, d = FINE.inputs(CASE), CASE.upstream_gradients()
+    mask = FINE.mask(CASE, inputs.block_indices)
+    found = FINE.backward(INTERPRETED, CASE, inputs, *d)
+    right = FINE.attend_vjp(CASE, mask, inputs, *d)
+    limits = gradient_bounds(FINE, INTERPRETED, CASE, inputs, mask, *d)
+    wrong = {
+        name
+        for name, have, want, limit in zip(("dq", "dk", "dv"), found, right, limits)
+        if not (abs(have - want) <= limit).all()
+    }
+    assert wrong == {"dk", "dv"}
 
 
 @runs
 def test_a_backward_that_lost_a_query_block_is_read_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """dk or dv misses a pair, though the forward is right."""
+    """And reported as the backward's, though the forward is right."""
     (broken,) = BUILDS["QueryBlockLost"]("interpreter")
     monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
     options = Options(case=CASE, findings=tmp_path)
-    record = run_property(PROPERTIES[FORWARD], INTERPRETED, options)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
     found = run_property(PROPERTIES[BACKWARD], INTERPRETED, options).finding
     assert found is not None
     assert found["clause"] == "A3"
     assert re.match(r"fine, backward read out: d[kv] misses the pair", found["text"])
+
+
+@runs
+@pytest.mark.parametrize("branch", [SLIDING, COMPRESS], ids=lambda b: b.name)
+def test_lists_of_several_blocks_are_walked(branch: Branch, tmp_path: Path) -> None:
+    """Blocks of these branches are 128 tokens: two of rows, two of columns, one pair empty."""
+    case = dataclasses.replace(
+        CASE,
+        q_len=130,
+        kv_len=132 if branch is SLIDING else 300,
+        compress_block_size=2,
+        compress_block_sliding_stride=2,
+        sliding_window_size=3,
+    )
+    mask = branch.mask(case, None)[0, 0]
+    blocks = [
+        mask[rows, columns].any()
+        for rows in (slice(128), slice(128, None))
+        for columns in (slice(128), slice(128, None))
+    ]
+    assert mask.shape[1] > 128
+    assert sum(blocks) == 3 if branch is SLIDING else sum(blocks) >= 3
+    options = Options(case=case, findings=tmp_path)
+    record = run_property(PROPERTIES[f"A3_{branch.name}_gradients"], INTERPRETED, options)
+    assert record.finding is None, record.finding["text"]
+    assert record.cases == 1
 
 
 def _inductors_own_tiles(device: str) -> NsaFast:
