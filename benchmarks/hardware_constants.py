@@ -16,17 +16,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if any("interpreter" in argument for argument in sys.argv):
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "interpreter"), default="cuda")
+    parser.add_argument("--output", type=Path, help="default: a file in benchmarks/results/")
+    parser.add_argument("--size", type=int, default=2**22, help="arguments of exp2 and of log2")
+    return parser.parse_args()
+
+
+ARGUMENTS = _arguments()
+if ARGUMENTS.device == "interpreter":
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
+try:
+    import triton
+    from triton import language as tl
+except ImportError:
+    sys.exit("triton is not installed here, and this script is about its kernels")
 
-import numpy as np
-import torch
-import triton
-from triton import language as tl
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from nsa_fast import interpreter, sliding_attention
-from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.loading import versions
+from nsa_fast import interpreter, sliding_attention  # noqa: E402
+from nsa_ref.testing.devices import device_of  # noqa: E402
+from nsa_ref.testing.loading import versions  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 U = 2.0**-24
@@ -46,15 +59,17 @@ def log2_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def dot_kernel(a, b, c, STEPS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """c (16, 16) += a (16, STEPS K) @ b (STEPS K, 16), K columns at a time, as flash kernels do."""
-    i, k = tl.arange(0, 16), tl.arange(0, K)
-    total = tl.load(c + i[:, None] * 16 + i[None, :])
+def dot_kernel(
+    a, b, c, SIZE: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """c (SIZE, SIZE) += a @ b, K columns of a at a time, as flash kernels do."""
+    i, k = tl.arange(0, SIZE), tl.arange(0, K)
+    total = tl.load(c + i[:, None] * SIZE + i[None, :])
     for step in tl.static_range(STEPS):
         left = tl.load(a + i[:, None] * (STEPS * K) + step * K + k[None, :])
-        right = tl.load(b + (step * K + k[:, None]) * 16 + i[None, :])
+        right = tl.load(b + (step * K + k[:, None]) * SIZE + i[None, :])
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    tl.store(c + i[:, None] * 16 + i[None, :], total)
+    tl.store(c + i[:, None] * SIZE + i[None, :], total)
 
 
 def elementwise(kernel: Any, x: np.ndarray, device: str) -> np.ndarray:
@@ -68,17 +83,19 @@ def elementwise(kernel: Any, x: np.ndarray, device: str) -> np.ndarray:
 
 
 def dot(row: str, a: np.ndarray, b: np.ndarray, start: float, device: str) -> np.ndarray:
-    """start + a @ b as the matrix units add it up, (16, 16) float64; K = 16 at a time."""
+    """start + a @ b as the matrix units add it up, (SIZE, SIZE) float64; K = 16 at a time."""
     left, right = (torch.from_numpy(x).to(device, DTYPES[row]).contiguous() for x in (a, b))
-    total = torch.full((16, 16), start, dtype=torch.float32, device=device)
+    size = len(a)
+    total = torch.full((size, size), start, dtype=torch.float32, device=device)
     precision = "tf32" if row == "tf32" else "ieee"
-    dot_kernel[(1,)](left, right, total, STEPS=a.shape[1] // 16, K=16, PRECISION=precision)
+    steps = a.shape[1] // 16
+    dot_kernel[(1,)](left, right, total, SIZE=size, STEPS=steps, K=16, PRECISION=precision)
     return total.cpu().numpy().astype(np.float64)
 
 
-def one_product(row: str, x: float, y: float, start: float, device: str) -> float:
+def one_product(row: str, size: int, x: float, y: float, start: float, device: str) -> float:
     """start + x y."""
-    a, b = np.zeros((16, 16)), np.zeros((16, 16))
+    a, b = np.zeros((size, 16)), np.zeros((16, size))
     a[:, 0], b[0] = x, y
     return float(dot(row, a, b, start, device)[0, 0])
 
@@ -106,20 +123,20 @@ def functions(device: str, size: int) -> dict[str, Any]:
     }
 
 
-def accumulation(row: str, device: str) -> dict[str, Any]:
-    """How the matrix units add, and what they read."""
+def accumulation(row: str, size: int, device: str) -> dict[str, Any]:
+    """How the matrix units add. Tiles of 64 rows and more are other instructions on sm_90."""
     rng = np.random.default_rng(1)
     steps = 32
-    a, b = rng.random((16, 16 * steps)) + 0.5, rng.random((16 * steps, 16)) + 0.5
+    a, b = rng.random((size, 16 * steps)) + 0.5, rng.random((16 * steps, size)) + 0.5
     a, b = (torch.from_numpy(x).to(DTYPES[row]).double().numpy() for x in (a, b))
     if row == "tf32":
         # operands of 11 bits, which are read as they are
         a, b = (np.round(x * 2**10) / 2**10 for x in (a, b))
     found, exact = dot(row, a, b, 0.0, device), a @ b
     error = (found - exact) / exact / U
-    small = one_product(row, 1.5 * 2.0**-12, 2.0**-12, 1.0, device)
-    many = np.full((16, 16), 2.0**-12)
-    together = float(dot(row, many, many, 1.0, device)[0, 0])
+    small = one_product(row, size, 1.5 * 2.0**-12, 2.0**-12, 1.0, device)
+    many = np.full((size, 16), 2.0**-12)
+    together = float(dot(row, many, many.T, 1.0, device)[0, 0])
     return {
         "1 + 0.75 x 2^-23, in units of 2^-23 above 1 (nearest 1, truncated 0)": (small - 1)
         / 2**-23,
@@ -150,12 +167,7 @@ def delta(dtype: torch.dtype, device: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "interpreter"), default="cuda")
-    parser.add_argument("--output", type=Path, help="default: a file in benchmarks/results/")
-    parser.add_argument("--size", type=int, default=2**22, help="arguments of exp2 and of log2")
-    arguments = parser.parse_args()
-    device = arguments.device
+    device = ARGUMENTS.device
     if device == "interpreter":
         interpreter.install()
         device = "cpu"
@@ -164,10 +176,14 @@ def main() -> None:
     rows = ("fp32", "tf32", "bf16", "fp16")
     if device == "cpu":
         rows = ("fp32", "bf16")  # what the interpreter computes as a GPU would
-    measured: dict[str, Any] = {"functions": functions(device, arguments.size)}
-    measured |= {f"accumulation, {row}": accumulation(row, device) for row in rows}
+    measured: dict[str, Any] = {"functions": functions(device, ARGUMENTS.size)}
+    measured |= {
+        f"accumulation, {row}, tiles of {size}": accumulation(row, size, device)
+        for row in rows
+        for size in (16, 64)
+    }
     if "tf32" in rows:
-        read = one_product("tf32", 1 + 0.75 * 2.0**-10, 1.0, 0.0, device)
+        read = one_product("tf32", 16, 1 + 0.75 * 2.0**-10, 1.0, 0.0, device)
         measured["tf32 operands"] = "truncated" if read == 1 else "rounded to nearest"
     halves = (
         {"bf16": torch.bfloat16}
@@ -180,7 +196,7 @@ def main() -> None:
     text = json.dumps(report, indent=1)
     print(text)
     slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    output = arguments.output or RESULTS / f"hardware-constants-{slug}.json"
+    output = ARGUMENTS.output or RESULTS / f"hardware-constants-{slug}.json"
     output.write_text(text + "\n")
 
 

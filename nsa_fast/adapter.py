@@ -383,6 +383,9 @@ def implementations(device: str) -> list[Implementation]:
         return [NsaFastCompiled(device)]
     if kind == "interpreter":
         if reason := interpreter.missing():
-            raise RuntimeError(f"the interpreter does not run here: {reason}")
+            raise RuntimeError(
+                f"the interpreter does not run here: {reason}. What it needs is in the extra "
+                "[interpreter], at the versions of constraints.txt"
+            )
         return [NsaFastInterpreted()]
     raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda', 'interpreter'.")

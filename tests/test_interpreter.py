@@ -1,7 +1,8 @@
 """FlexAttention's Triton kernels before the judge, in Triton's interpreter: no GPU needed.
 
 They walk the block lists in both directions, which nothing else does on a CPU: out and dq the kv
-lists, dk and dv the query lists, their transposes. What reads other keys than it should, or the same ones twice:
+lists, dk and dv the query lists, their transposes. What reads other keys than it should, or the
+same ones twice:
 
 ========================  =======  ==========
 build                     forward  backward

@@ -188,12 +188,14 @@ def test_an_nvidia_smi_without_gpus_is_no_gpu(answer: str, machine: Path) -> Non
 def test_worker_n_gets_gpu_n_modulo_their_count(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+    for name in threads:
+        monkeypatch.delenv(name, raising=False)
     for worker, gpu in (("gw0", "0"), ("gw1", "1"), ("gw2", "2"), ("gw10", "1")):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         plugin.assign_resources(worker)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
-        assert os.environ["OMP_NUM_THREADS"] == "1"
+        assert {os.environ[name] for name in threads} == {"1"}
 
 
 def test_threads_that_somebody_has_chosen_stay(

@@ -56,6 +56,8 @@ def assign_resources(worker: str) -> None:
     Must run before torch is imported: neither is read again afterwards.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Inductor would start as many processes as there are cores, in every worker
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     gpus = _gpus()
     if gpus:
         number = int(worker.removeprefix("gw"))
