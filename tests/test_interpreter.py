@@ -117,12 +117,7 @@ def test_wrong_kv_lists_are_read_out(
 @runs
 @pytest.mark.parametrize(
     "build",
-    [
-        "QueryBlockLost",
-        "QueryBlockNamedTwice",
-        "QueryPartialTakenForFull",
-        "QueryStridesConfused",
-    ],
+    ["QueryBlockNamedTwice", "QueryPartialTakenForFull", "QueryStridesConfused"],
 )
 def test_wrong_query_lists_are_wrong_in_dk_and_dv_alone(
     build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
