@@ -9,7 +9,7 @@ import pytest
 from mutants import ZOO, AnotherOrder, Kernel, Selector
 from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.conformance import Options, run_property
-from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.properties import PROPERTIES, Property
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -38,10 +38,16 @@ class Unsteady(AnotherOrder):
     deterministic = False
 
 
-@pytest.mark.parametrize("implementation", [Kernel(), Selector(), Unsteady()], ids=lambda i: i.name)
-@pytest.mark.parametrize("prop", PROPERTIES.values(), ids=lambda p: p.name)
+RIGHT = [(Kernel(), prop) for prop in PROPERTIES.values()]
+RIGHT += [(Selector(), prop) for prop in PROPERTIES.values()]
+RIGHT += [(Unsteady(), prop) for prop in PROPERTIES.values() if prop.clause in ("A1", "A3", "A5")]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "prop"), RIGHT, ids=[f"{i.name}-{p.name}" for i, p in RIGHT]
+)
 def test_what_the_mutants_are_made_from_is_right(
-    prop: object, implementation: OracleImplementation, tmp_path: Path
+    implementation: OracleImplementation, prop: Property, tmp_path: Path
 ) -> None:
     """A mutant dies of its one mistake: without it, nothing is found."""
     record = run_property(prop, implementation, Options(findings=tmp_path))
