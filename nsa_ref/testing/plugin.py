@@ -56,10 +56,10 @@ def assign_resources(worker: str) -> None:
     Must run before torch is imported: neither is read again afterwards.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Inductor would start as many processes as there are cores, in every worker
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     gpus = _gpus()
     if gpus:
+        # Inductor would start as many processes as there are cores, in every worker
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         number = int(worker.removeprefix("gw"))
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)][0]
 

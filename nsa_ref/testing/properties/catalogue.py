@@ -493,7 +493,7 @@ def _extent_properties() -> None:
             "inputs": ("randn",),
             "indices": ("mixed",),
             "head_dims": PROBED_DIMS,
-            "examples": 6,
+            "examples": 4,
         }
         _register(
             clause,
