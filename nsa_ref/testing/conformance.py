@@ -44,6 +44,10 @@ from nsa_ref.testing.properties.masks import CONVENTION
 #: Seconds for making a broken case smaller; where a case takes seconds, it stays larger.
 SHRINKING_TIME = 60.0
 
+#: So many times the time of another case may be taken by tensors of more than 2^31 elements, most
+#: of it by the judge.
+LARGE = 5
+
 #: A longer text of the implementation's is cut in its middle; the file of the finding has it whole.
 LONGEST_TEXT = 6000
 
@@ -388,11 +392,16 @@ def announced(
     _write(folder / f"{worker}.json", finding_data(prop, implementation, options, case))
     trace = _last_words(folder / f"{worker}.trace") if options.last_words else sys.__stderr__
     assert trace is not None
-    faulthandler.dump_traceback_later(options.timeout, exit=True, file=trace)
+    faulthandler.dump_traceback_later(_time(prop, options.timeout), exit=True, file=trace)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _time(prop: Property, timeout: float) -> float:
+    """Seconds that a case of this property may take."""
+    return timeout * (LARGE if prop.extent == "large" else 1)
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
@@ -458,7 +467,8 @@ def lost(test: str, worker: str, run: str, findings: Path) -> tuple[Record | Non
     if "ended" in data:
         text = ""
     elif last_words.startswith("Timeout"):
-        data["ended"], text = "hang", f"it hangs: no answer after {data['timeout']:g} s"
+        seconds = _time(prop, data["timeout"])
+        data["ended"], text = "hang", f"it hangs: no answer after {seconds:g} s"
     else:
         data["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
         if last_words.startswith("Fatal Python error"):
