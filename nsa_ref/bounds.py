@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -217,6 +217,10 @@ def attention_bounds(
     numerics: str,
     form: str,
     scale: float | None = None,
+    q_error: ArrayLike | None = None,
+    k_error: ArrayLike | None = None,
+    v_error: ArrayLike | None = None,
+    d_out_error: ArrayLike | None = None,
 ) -> AttentionBounds:
     """Bounds on the error of attention through a mask, forward and (with d_out) backward.
 
@@ -232,11 +236,14 @@ def attention_bounds(
     d_out : like out, (batch, q_heads, q_len, value_dim); d_lse : like lse, default 0
     numerics : a key of NUMERICS
     form : "deterministic", "statistical" (for generic data only) or "shared" (for `slope_test`)
+    q_error, k_error, v_error, d_out_error : like q, k, v, d_out; how far the kernel's own inputs
+        may be from them, default 0. With form "deterministic" only
     returns : AttentionBounds; dq, dk, dv are None without d_out
 
     Raises
     ------
-    ValueError : an unknown row or form, shapes that do not fit, d_lse without d_out
+    ValueError : an unknown row or form, shapes that do not fit, d_lse without d_out, errors of
+        inputs with another form than "deterministic"
 
     Source
     ------
@@ -274,6 +281,21 @@ def attention_bounds(
         check_shape("d_out", d_out_.shape, (batch, q_heads, q_len, value_dim))
     d_lse_ = np.zeros(q.shape[:3]) if d_lse is None else np.asarray(d_lse, dtype=np.float64)
     check_shape("d_lse", d_lse_.shape, (batch, q_heads, q_len))
+    wrong: dict[str, Array] = {}
+    for name, of, given in (
+        ("q_error", q, q_error),
+        ("k_error", k, k_error),
+        ("v_error", v, v_error),
+        ("d_out_error", d_out_, d_out_error),
+    ):
+        if given is None:
+            continue
+        if form != "deterministic":
+            raise ValueError(f"{name} was given with form={form!r}; it takes 'deterministic'.")
+        if of is None:
+            raise ValueError(f"{name} was given without d_out: pass zeros for d_out.")
+        wrong[name] = np.asarray(given, dtype=np.float64)
+        check_shape(name, wrong[name].shape, of.shape)
 
     out, lse = np.zeros((batch, q_heads, q_len, value_dim)), np.zeros((batch, q_heads, q_len))
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
@@ -288,6 +310,10 @@ def attention_bounds(
                 None if d_out_ is None else d_out_[b, heads],
                 d_lse_[b, heads],
                 float(scale),
+                **{
+                    name: each[b, g if name in ("k_error", "v_error") else heads]
+                    for name, each in wrong.items()
+                },
             )
             of_kernel = _group_bounds(exact, NUMERICS[numerics], form)
             # the reference is float64 arithmetic too, and may err by its own bound
@@ -311,6 +337,11 @@ class _Exact:
 
     Per pair (rows, columns): multiplicity, s, a (= sum_c |q_c| |k_c|), log_p, p (both with the
     multiplicity), dp, r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta, d_lse.
+
+    Inputs that are off by *_error are largest at *_size, and a is made of those. They move a
+    logit by at most `moved` (rows, columns), and the maximum and lse of a row by `moved_row`.
+    `perturbed` is 1 if there are such errors, else 0: it multiplies what is of second order
+    where inputs are exact.
     """
 
     group: int
@@ -337,6 +368,17 @@ class _Exact:
     dq: Array
     dk: Array
     dv: Array
+    q_error: Array
+    k_error: Array
+    v_error: Array
+    d_out_error: Array
+    q_size: Array
+    k_size: Array
+    v_size: Array
+    d_out_size: Array
+    moved: Array
+    moved_row: Array
+    perturbed: float
 
     @classmethod
     def of(
@@ -348,18 +390,33 @@ class _Exact:
         d_out: Array | None,
         d_lse: Array,
         scale: float,
+        *,
+        q_error: Array | None = None,
+        k_error: Array | None = None,
+        v_error: Array | None = None,
+        d_out_error: Array | None = None,
     ) -> _Exact:
         group, q_len, head_dim = q.shape
         columns, value_dim = v.shape
+        exact_inputs = all(e is None for e in (q_error, k_error, v_error, d_out_error))
         q, mask = q.reshape(group * q_len, head_dim), mask.reshape(group * q_len, columns)
+        q_error = np.zeros_like(q) if q_error is None else q_error.reshape(q.shape)
+        k_error = np.zeros_like(k) if k_error is None else k_error
+        v_error = np.zeros_like(v) if v_error is None else v_error
         visible = np.asarray(mask > 0)
         # keys that nobody sees have no influence, not even as 0 * inf (A5)
         seen = np.any(visible, axis=0)[:, None]
         k, v = np.where(seen, k, 0.0), np.where(seen, v, 0.0)
+        k_error, v_error = np.where(seen, k_error, 0.0), np.where(seen, v_error, 0.0)
+        q_size, k_size = np.abs(q) + q_error, np.abs(k) + k_error
         empty = ~visible.any(axis=1, keepdims=True)
 
         s = np.where(visible, scale * (q @ k.T), 0.0)
-        a = np.where(visible, np.abs(q) @ np.abs(k).T, 0.0)
+        a = np.where(visible, q_size @ k_size.T, 0.0)
+        moved = np.zeros_like(s)
+        if not exact_inputs:
+            moved = abs(scale) * (q_error @ k_size.T + np.abs(q) @ k_error.T)
+            moved = np.where(visible, moved, 0.0)
         m = np.max(s, axis=1, keepdims=True, initial=-np.inf, where=visible)
         m = np.where(empty, 0.0, m)
         weight = np.where(visible, mask * np.exp(np.minimum(s - m, 0.0)), 0.0)
@@ -374,8 +431,13 @@ class _Exact:
         pairs, nothing = np.zeros_like(p), np.zeros_like
         dp, delta, r, ds = pairs, np.zeros_like(m), pairs, pairs
         dq, dk, dv = nothing(q), nothing(k), nothing(v)
+        wrong = d_out_size = np.zeros((group * q_len, value_dim))
         if d_out is not None:
             d_out = d_out.reshape(group * q_len, value_dim)
+            d_out_size = np.abs(d_out)
+            if d_out_error is not None:
+                wrong = d_out_error.reshape(d_out.shape)
+                d_out_size = d_out_size + wrong
             dp = np.where(visible, d_out @ v.T, 0.0)
             delta = np.sum(d_out * out, axis=1, keepdims=True)
             r = np.where(visible, dp - delta + d_lse, 0.0)
@@ -406,6 +468,17 @@ class _Exact:
             dq=dq,
             dk=dk,
             dv=dv,
+            q_error=q_error,
+            k_error=k_error,
+            v_error=v_error,
+            d_out_error=wrong,
+            q_size=q_size,
+            k_size=k_size,
+            v_size=np.abs(v) + v_error,
+            d_out_size=d_out_size,
+            moved=moved,
+            moved_row=np.max(moved, axis=1, keepdims=True, initial=0.0),
+            perturbed=0.0 if exact_inputs else 1.0,
         )
 
     def by_head(self, left: Array, right: Array) -> Array:
@@ -445,6 +518,8 @@ def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
     # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
     lost = np.asarray(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest)
     lost &= row.u_scores > 0
+    # what the kernel was given may be inf or NaN
+    lost |= ~np.isfinite(x.moved_row)
     out = np.where(lost, np.inf, out)
     lse = np.where(empty, 0.0, np.where(lost, np.inf, forward.lse))
     if x.d_out is None:
@@ -457,7 +532,7 @@ def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
     stored = np.bool_(row.u_store > 0)
     over = stored & (np.abs(x.ds) + ds > row.largest)
     # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
-    largest_dp = np.max(np.abs(x.d_out) @ np.abs(x.v).T, axis=1, keepdims=True, initial=0)
+    largest_dp = np.max(x.d_out_size @ x.v_size.T, axis=1, keepdims=True, initial=0)
     lost_back = lost | ((row.u_dp > 0) & (largest_dp > row.largest / 1.01))
     over |= lost_back & (x.multiplicity > 0)
     dq = np.where(over.any(axis=1, keepdims=True), np.inf, _overflow(x.dq, dq, row))
@@ -475,8 +550,11 @@ def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
 
 
 def _overflow(reference: Array, bound: Array, row: Numerics) -> Array:
-    """inf where a right result may lie beyond the dtype's largest number, else the bound."""
-    return np.where(np.abs(reference) + bound > row.largest, np.inf, bound)
+    """inf where a right result may lie beyond the dtype's largest number, else the bound.
+
+    A bound that is NaN came from 0 * inf, of something that overflowed before.
+    """
+    return np.where(np.abs(reference) + bound <= row.largest, bound, np.inf)
 
 
 def _weight_error(x: _Exact, d: Array, c: float) -> Array:
@@ -501,11 +579,12 @@ def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
     d = (
         x.scale * (row.accumulate(head_dim) + row.u_operands) * x.a  # the dot product q.k
         + x.scale * head_dim * row.eta_accumulate  # products that underflow
-        + row.u_scores * np.abs(x.s)  # logits stored in 16 bits
-        + C_SCALE * u_e * np.abs(x.s)  # scale and log2 e: constants and products
+        + row.u_scores * (np.abs(x.s) + x.moved)  # logits stored in 16 bits
+        + C_SCALE * u_e * (np.abs(x.s) + x.moved)  # scale and log2 e: constants and products
         # s - m, and its product with log2 e where that is not folded into the scale (the
         # constant's own error is a common factor of s, above, and a shift that cancels)
-        + 2.0 * u_e * np.abs(x.s - x.m)
+        + 2.0 * u_e * (np.abs(x.s - x.m) + x.moved + x.moved_row)
+        + x.moved  # q and k that are off already
     ) * (x.multiplicity > 0)
     pe = _weight_error(x, d, c_exp)
     d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
@@ -523,16 +602,20 @@ def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
         first[part] = (pe[part, None, :] @ deviation)[:, 0]
         furthest[part] = np.max(np.where(visible[part], deviation, 0.0), axis=1, initial=0.0)
     # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
-    core = (first + (u_v + acc) * ((x.p + pe) @ np.abs(x.v))) / z
+    core = (first + (u_v + acc) * ((x.p + pe) @ x.v_size)) / z
+    if x.perturbed:  # v that is off already: the same mean of its errors
+        core += ((x.p + pe) @ x.v_error) / z
+        furthest += _largest_visible(x, x.v_error)
     # whatever the weights, o^ is a mean of visible v: no further off than the furthest
-    cap = furthest + (u_v + acc) * np.maximum(x.p @ np.abs(x.v), np.abs(x.out) + furthest)
+    cap = furthest + (u_v + acc) * np.maximum(x.p @ x.v_size, np.abs(x.out) + furthest)
     error = np.minimum(core, cap)
+    error *= 1.0 + x.perturbed * (acc + C_DIV * u_e)
     error += (acc + C_DIV * u_e) * np.abs(x.out)  # the row total and the division by it
-    error += row.eta * (x.multiplicity @ np.abs(x.v))  # P that underflows, and
+    error += row.eta * (x.multiplicity @ x.v_size)  # P that underflows, and
     error += x.n * row.eta_accumulate  # P v that does
     out = error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta  # storing
 
-    log_terms = row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
+    log_terms = row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse) + 2.0 * x.moved_row)
     from_weights = (
         np.maximum(np.log1p(np.sum(pe, axis=1, keepdims=True)), -np.log(z))
         + acc  # adding the weights up
@@ -545,6 +628,14 @@ def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
     return _Forward(out, lse, d)
 
 
+def _largest_visible(x: _Exact, of_key: Array) -> Array:
+    """The largest of the visible keys' values: (rows, value_dim)."""
+    columns = [
+        np.max(np.where(x.multiplicity > 0, each, 0.0), axis=1, initial=0.0) for each in of_key.T
+    ]
+    return np.stack(columns, axis=1) if columns else np.zeros_like(x.out)
+
+
 def _largest_p(x: _Exact, row: Numerics, lse_noise: Array) -> Array:
     """What a recomputed P = exp(s - lse) can reach: 1, but for s and lse rounded twice.
 
@@ -552,7 +643,7 @@ def _largest_p(x: _Exact, row: Numerics, lse_noise: Array) -> Array:
     product up in another order. Operand and score rounding are the same both times.
     """
     u_e, head_dim = row.u_elementwise, x.q.shape[1]
-    twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * np.abs(x.s)
+    twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * (np.abs(x.s) + x.moved)
     return np.exp(np.minimum(2.0 * twice + lse_noise, LARGEST_EXPONENT))
 
 
@@ -563,7 +654,7 @@ def _lse_noise(x: _Exact, row: Numerics) -> Array:
         row.accumulate(x.n + _blocks(x))
         + C_EXP * (_blocks(x) + 3) * u_e
         + row.u_lse
-        + (C_SCALE + 2.0) * u_e * (np.abs(x.m) + np.abs(x.lse))
+        + (C_SCALE + 2.0) * u_e * (np.abs(x.m) + np.abs(x.lse) + 2.0 * x.moved_row)
     )
 
 
@@ -572,9 +663,10 @@ def _deterministic_backward(
 ) -> tuple[Array, Array, Array, Array]:
     assert x.d_out is not None
     u_e, value_dim = row.u_elementwise, x.v.shape[1]
-    d_out, visible = np.abs(x.d_out), x.multiplicity > 0
+    d_out, visible = x.d_out_size, x.multiplicity > 0
     # P again, from the rounded logits and the rounded lse
-    off = (forward.d + forward.lse + 2.0 * u_e * np.abs(x.s - x.lse)) * visible
+    distance = np.abs(x.s - x.lse) + x.moved + x.moved_row
+    off = (forward.d + forward.lse + 2.0 * u_e * distance) * visible
     pe = _weight_error(x, off, C_EXP * u_e)
     largest = np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))  # |P^ - P| <= max(P, P^)
     pe = np.minimum(pe, largest) * visible
@@ -586,15 +678,19 @@ def _deterministic_backward(
     pb = x.p + pe
 
     ddp = (
-        (row.accumulate(value_dim) + row.u_operands) * (d_out @ np.abs(x.v).T)  # dO . v
+        (row.accumulate(value_dim) + row.u_operands) * (d_out @ x.v_size.T)  # dO . v
         + value_dim * row.eta_accumulate
         + row.u_dp * np.abs(x.dp)  # stored, where every operation is
     ) * visible
+    if x.perturbed:  # dO and v that are off already
+        moved = x.d_out_error @ x.v_size.T + np.abs(x.d_out) @ x.v_error.T
+        ddp += (1.0 + row.u_dp) * moved * visible
     # delta as dO . O, from the stored O
     through_out = np.sum(d_out * forward.out, axis=1, keepdims=True)
     d_delta = through_out + row.accumulate(value_dim) * np.sum(
         d_out * (np.abs(x.out) + forward.out), axis=1, keepdims=True
     )
+    d_delta += np.sum(x.d_out_error * np.abs(x.out), axis=1, keepdims=True)
     # delta as sum P dP (autograd's softmax): (P^ - P) (dP - D) + D (sum P^ - 1) + P (dP^ - dP)
     by_p = np.sum(
         pe * (np.abs(x.dp - x.delta) * visible + np.abs(x.delta))
@@ -610,23 +706,27 @@ def _deterministic_backward(
 
     r = np.abs(x.r)
     error = pe * (r + d_delta) + pb * (ddp + 3.0 * u_e * r)  # P (dP - D + d_lse), three roundings
+    error *= 1.0 + x.perturbed * 3.0 * u_e
     u_ds = row.u_ds + row.u_operands
     ds = error + u_ds * (np.abs(x.ds) + error) + _eta_ds(x, row) * visible  # dS, stored
     through_delta = x.p * d_delta
     ds_all = ds + through_delta * (1.0 + u_ds)
 
     # dq: the delta error is one number per row, so it meets the *signed* sum of P k
-    abs_k, abs_q = np.abs(x.k), np.abs(x.q)
+    abs_k, abs_q, abs_ds = x.k_size, x.q_size, np.abs(x.ds)
     dq = ds @ abs_k + d_delta * (np.abs(x.p @ x.k) + u_ds * (x.p @ abs_k))
-    dq += row.accumulate(x.n) * ((np.abs(x.ds) + ds + through_delta) @ abs_k)
+    dq += (abs_ds + through_delta) @ x.k_error
+    dq += row.accumulate(x.n) * ((abs_ds + ds + through_delta) @ abs_k)
     dq += x.n * row.eta_accumulate
     dq = _store(x.scale * dq, x.dq, row)
     # dk, dv: summed over the queries and the heads of the group
     acc = row.accumulate(x.n_col)
-    dk = ds_all.T @ abs_q + acc * ((np.abs(x.ds) + ds_all).T @ abs_q)
+    dk = ds_all.T @ abs_q + acc * ((abs_ds + ds_all).T @ abs_q)
+    dk += abs_ds.T @ x.q_error
     dk += x.n_col * row.eta_accumulate
     dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q), row)
     dv = pe_dv.T @ d_out + acc * ((x.p + pe_dv).T @ d_out)
+    dv += x.p.T @ x.d_out_error
     dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate  # P underflows
     dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out), row)
     return dq, dk, dv, ds_all
@@ -902,16 +1002,16 @@ def pool_bounds(
     tokens = first[:, None] + np.arange(length)[None, :]  # (blocks, l); < 0 is padding
     g = None
     if d_out is not None:
-        g = np.asarray(d_out, dtype=np.float64)
-        check_shape("d_out", g.shape, (*x.shape[:2], blocks, x.shape[3]))
-    of_kernel = _pool_bounds(x, w, g, tokens, compress_map, NUMERICS[numerics])
-    of_oracle = _pool_bounds(x, w, g, tokens, compress_map, NUMERICS["fp64"])
-    out = of_kernel.out + of_oracle.out
+        g = _exactly(np.asarray(d_out, dtype=np.float64))
+        check_shape("d_out", g.value.shape, (*x.shape[:2], blocks, x.shape[3]))
+    rows = NUMERICS[numerics], NUMERICS["fp64"]
+    of_kernel, of_oracle = (_pool(_exactly(x), w, g, tokens, compress_map, row) for row in rows)
+    out = _final(of_kernel.out, rows[0]) + _final(of_oracle.out, rows[1])
     if of_kernel.dx is None or of_oracle.dx is None:
         return PoolBounds(out, None, None)
-    assert of_kernel.dweights is not None and of_oracle.dweights is not None
+    dx = _final(of_kernel.dx, rows[0]) + _final(of_oracle.dx, rows[1])
     dweights = {key: of_kernel.dweights[key] + of_oracle.dweights[key] for key in w}
-    return PoolBounds(out, of_kernel.dx + of_oracle.dx, dweights)
+    return PoolBounds(out, dx, dweights)
 
 
 def _check_pool_weights(
@@ -940,14 +1040,29 @@ def _check_pool_weights(
 
 
 class _Layer(NamedTuple):
+    """An intermediate result and how far a right kernel may be from it."""
+
     value: Array
     error: Array
+
+    @property
+    def size(self) -> Array:
+        return np.abs(self.value) + self.error
+
+    def map(self, change: Callable[[Array], Array]) -> _Layer:
+        """The same reshaping, transposition or choice of both."""
+        return _Layer(change(self.value), change(self.error))
+
+
+def _exactly(value: Array) -> _Layer:
+    return _Layer(value, np.zeros_like(value))
 
 
 def _stored(value: Array, error: Array, row: Numerics, times: int = 1) -> _Layer:
     """An intermediate or final result, stored `times` times on its way."""
     u = math.expm1(times * math.log1p(row.u_store))
-    return _Layer(value, error + u * (np.abs(value) + error) + times * row.eta)
+    error = error + u * (np.abs(value) + error) + times * row.eta
+    return _Layer(value, _overflow(value, error, row))
 
 
 def _product(y: _Layer, matrix: Array, row: Numerics) -> _Layer:
@@ -993,33 +1108,42 @@ def _final(result: _Layer, row: Numerics) -> Array:
     return _overflow(result.value, result.error, row)
 
 
-def _pool_bounds(
-    x: Array,
+class _Pool(NamedTuple):
+    out: _Layer
+    dx: _Layer | None
+    dweights: dict[str, Array]
+
+
+def _pool(
+    x: _Layer,
     w: dict[str, Array],
-    d_out: Array | None,
+    g: _Layer | None,
     tokens: NDArray[np.int64],
     compress_map: str,
     row: Numerics,
-) -> PoolBounds:
-    batch, kv_heads, kv_len, dim = x.shape
+) -> _Pool:
+    """A compression map and, with the gradient g of its blocks, that of its tokens and weights."""
+    batch, kv_heads, kv_len, dim = x.value.shape
     blocks, length = tokens.shape
     inside = (tokens >= 0)[:, :, None]
-    if blocks:
-        window = np.where(inside, x[:, :, np.maximum(tokens, 0)], 0.0)
-    else:
-        window = np.zeros((batch, kv_heads, 0, length, dim))
-    y = _Layer(window, np.zeros_like(window))
+
+    def windows_of(part: Array) -> Array:
+        if not blocks:
+            return np.zeros((batch, kv_heads, 0, length, dim))
+        return np.where(inside, part[:, :, np.maximum(tokens, 0)], 0.0)
+
+    y = x.map(windows_of)
     if "positions" in w:
-        value = window + w["positions"][None, :, None]
-        y = _stored(value, row.u_accumulate * np.abs(value), row)
-    flat = _Layer(*(part.reshape(batch, kv_heads, blocks, length * dim) for part in y))
+        value = y.value + w["positions"][None, :, None]
+        y = _stored(value, y.error + row.u_accumulate * (np.abs(value) + y.error), row)
+    flat = y.map(lambda part: part.reshape(batch, kv_heads, blocks, length * dim))
 
     hidden: _Layer | None = None
     if compress_map == "mean":
         size = (np.abs(y.value) + y.error).sum(axis=3)
         error = y.error.sum(axis=3) + row.accumulate(length) * size  # the sum
         summed = _stored(y.value.sum(axis=3), error, row)
-        error = summed.error + 2.0 * row.u_elementwise * np.abs(summed.value)  # 1 / l, times
+        error = summed.error + 2.0 * row.u_elementwise * summed.size  # 1 / l, times
         out = _stored(summed.value / length, error / length, row)
     elif compress_map == "linear":
         out = _affine(flat, w["weight"], w.get("bias"), row)
@@ -1028,14 +1152,13 @@ def _pool_bounds(
         # |relu(a) - relu(b)| <= |a - b|
         hidden = _Layer(np.maximum(before.value, 0.0), before.error)
         out = _affine(hidden, w["weight_out"], w.get("bias_out"), row)
-    if d_out is None:
-        return PoolBounds(_final(out, row), None, None)
+    if g is None:
+        return _Pool(out, None, {})
 
     dweights: dict[str, Array] = {}
-    g = _Layer(d_out, np.zeros_like(d_out))
     if compress_map == "mean":
-        share = np.broadcast_to(d_out[:, :, :, None] / length, window.shape)
-        dy = _stored(share, 2.0 * row.u_elementwise * np.abs(share), row)
+        share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
+        dy = _stored(share.value, share.error + 2.0 * row.u_elementwise * share.size, row)
     else:
         if compress_map == "mlp":
             assert hidden is not None
@@ -1053,11 +1176,11 @@ def _pool_bounds(
         dweights[name] = _weight_gradient(g, flat, row)
         if bias in w:
             dweights[bias] = _sum_gradient(g, (0, 1, 2), row)
-        dy = _Layer(*(part.reshape(window.shape) for part in _product(g, w[name], row)))
+        dy = _Layer(*(part.reshape(y.value.shape) for part in _product(g, w[name], row)))
     if "positions" in w:
         dweights["positions"] = _sum_gradient(dy, (0, 2), row)
 
-    dx, error, size = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    dx, error, size = (np.zeros_like(x.value) for _ in range(3))
     windows = np.zeros(kv_len)
     for block, token in np.argwhere(tokens >= 0):
         j = tokens[block, token]
@@ -1069,8 +1192,8 @@ def _pool_bounds(
     # one rounding per addition
     u_sum = np.expm1(windows * math.log1p(row.u_store + row.u_accumulate))[None, None, :, None]
     error = error + u_sum * (size + error) + (windows * row.eta)[None, None, :, None]
-    dx_bound = np.where(windows[None, None, :, None] > 0, _overflow(dx, error, row), 0.0)
-    return PoolBounds(_final(out, row), dx_bound, {key: dweights[key] for key in w})
+    error = np.where(windows[None, None, :, None] > 0, error, 0.0)
+    return _Pool(out, _Layer(dx, error), {key: dweights[key] for key in w})
 
 
 def score_bounds(
@@ -1084,6 +1207,7 @@ def score_bounds(
     scale: float | None = None,
     share_selection: bool = True,
     k_cmp_error: ArrayLike | None = None,
+    q_error: ArrayLike | None = None,
 ) -> Array:
     """Bounds of the scores of the selection blocks by overlap (I1-I3, eq. 9 and 10).
 
@@ -1100,7 +1224,8 @@ def score_bounds(
     mem_k : (batch, kv_heads, num_mem_kv, head_dim)
     visible : (q_len, num_mem_kv + blocks), memory columns first
     counts : (blocks, selection_blocks), strides that window i and selection block b share
-    k_cmp_error : like k_cmp, what is already wrong with it; enters as scale |q| . |error|
+    k_cmp_error, q_error : like k_cmp and q, what is already wrong with them; enter as
+        scale (|q| . |k_cmp_error| + |q_error| . (|k_cmp| + |k_cmp_error|))
     returns : (batch, kv_heads, q_len, selection_blocks); with share_selection=False one score
         per query head, (batch, q_heads, ...)
 
@@ -1123,8 +1248,7 @@ def score_bounds(
     check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
     group = q_heads // kv_heads
     scale = head_dim**-0.5 if scale is None else float(scale)
-    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
-    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
+    wrong, q_wrong = _score_errors(q, k_cmp, q_error, k_cmp_error)
 
     k = np.concatenate([mem_k, k_cmp], axis=2)
     wrong = np.concatenate([np.zeros_like(mem_k), wrong], axis=2)
@@ -1136,10 +1260,10 @@ def score_bounds(
         for g in range(kv_heads):
             heads = slice(g * group, (g + 1) * group)
             d_lse = np.zeros((group, q_len))
-            x = _Exact.of(q[b, heads], k[b, g], no_v, rows, None, d_lse, scale)
-            extra = abs(scale) * (np.abs(x.q) @ wrong[b, g].T) * (x.multiplicity > 0)
-            bound = _score_bound(x, NUMERICS[numerics], extra, counts, terms, memory)
-            bound += _score_bound(x, NUMERICS["fp64"], 0.0 * extra, counts, terms, memory)
+            of = q[b, heads], k[b, g], no_v, rows, None, d_lse, scale
+            x = _Exact.of(*of, q_error=q_wrong[b, heads], k_error=wrong[b, g])
+            bound = _score_bound(x, NUMERICS[numerics], counts, terms, memory)
+            bound += _score_bound(_Exact.of(*of), NUMERICS["fp64"], counts, terms, memory)
             bound = bound.reshape(group, q_len, counts.shape[1])
             if share_selection:
                 result[b, g] = bound.sum(axis=0)
@@ -1148,15 +1272,25 @@ def score_bounds(
     return result
 
 
+def _score_errors(
+    q: Array, k_cmp: Array, q_error: ArrayLike | None, k_cmp_error: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Errors of k_cmp and of q, 0 unless given."""
+    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
+    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
+    q_wrong = np.zeros_like(q) if q_error is None else np.asarray(q_error, np.float64)
+    check_shape("q_error", q_wrong.shape, q.shape)
+    return wrong, q_wrong
+
+
 def _score_bound(
-    x: _Exact, row: Numerics, extra: Array, counts: Array, terms: Array, memory: int
+    x: _Exact, row: Numerics, counts: Array, terms: Array, memory: int
 ) -> Array:
     """Bound of every query head's part of the scores: (rows, selection_blocks)."""
     visible = x.multiplicity > 0
     forward = _deterministic_forward(x, row)
-    # lse moves by no more than the largest extra error of a logit
-    lse = forward.lse + np.max(extra, axis=1, keepdims=True, initial=0.0)
-    off = (forward.d + extra + lse + 2.0 * row.u_elementwise * np.abs(x.s - x.lse)) * visible
+    distance = np.abs(x.s - x.lse) + x.moved + x.moved_row
+    off = (forward.d + forward.lse + 2.0 * row.u_elementwise * distance) * visible
     pe = _weight_error(x, off, C_EXP * row.u_elementwise)
     pe = np.minimum(pe, np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))) * visible
     error = pe + row.u_p * (x.p + pe) + row.eta * visible  # P, perhaps stored
@@ -1180,6 +1314,7 @@ def logit_mean_bounds(
     scale: float | None = None,
     share_selection: bool = True,
     k_cmp_error: ArrayLike | None = None,
+    q_error: ArrayLike | None = None,
 ) -> Array:
     """Bounds of upstream's scores before their softmax: means of logits (I3, "logit_mean").
 
@@ -1214,13 +1349,13 @@ def logit_mean_bounds(
     check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
     group = q_heads // kv_heads
     scale = head_dim**-0.5 if scale is None else float(scale)
-    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
-    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
+    wrong, q_wrong = _score_errors(q, k_cmp, q_error, k_cmp_error)
 
     heads = np.arange(q_heads) // group
     k, wrong = np.swapaxes(k_cmp[:, heads], 2, 3), np.swapaxes(wrong[:, heads], 2, 3)
-    s, a = scale * (q @ k), abs(scale) * (np.abs(q) @ np.abs(k))
-    extra = np.where(visible, abs(scale) * (np.abs(q) @ wrong), 0.0)
+    s, a = scale * (q @ k), abs(scale) * (np.abs(q) + q_wrong) @ (np.abs(k) + wrong)
+    extra = abs(scale) * (np.abs(q) @ wrong + q_wrong @ (np.abs(k) + wrong))
+    extra = np.where(visible, extra, 0.0)
     selection_blocks = blocks // strides_per_block
     terms = strides_per_block * (group if share_selection else 1)
 
@@ -1235,9 +1370,10 @@ def logit_mean_bounds(
     total = mean(extra)
     for row in (NUMERICS[numerics], NUMERICS["fp64"]):
         far = NUMERICS[numerics].largest / 10.0
-        size = np.where(visible, np.abs(s), far)
+        size = np.where(visible, np.abs(s) + extra, far)
         d = (row.accumulate(head_dim) + row.u_operands) * a  # the dot product
-        d = d + (C_SCALE * row.u_elementwise + row.u_scores) * np.abs(s)  # scaled, stored
+        # scaled, stored
+        d = d + (C_SCALE * row.u_elementwise + row.u_scores) * (np.abs(s) + extra)
         d = np.where(visible, d, 0.0)
         bound = mean(d)
         if row.u_scores:  # every operation rounded: two means are stored
