@@ -1283,9 +1283,7 @@ def _score_errors(
     return wrong, q_wrong
 
 
-def _score_bound(
-    x: _Exact, row: Numerics, counts: Array, terms: Array, memory: int
-) -> Array:
+def _score_bound(x: _Exact, row: Numerics, counts: Array, terms: Array, memory: int) -> Array:
     """Bound of every query head's part of the scores: (rows, selection_blocks)."""
     visible = x.multiplicity > 0
     forward = _deterministic_forward(x, row)
