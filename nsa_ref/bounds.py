@@ -503,6 +503,9 @@ class _Forward(NamedTuple):
     out: Array
     lse: Array  # (rows, 1)
     d: Array  # |error of a logit|, (rows, columns)
+    pe: Array  # |error of P| before the division, relative to the true total
+    z: Array  # the smallest row total, relative to the true one
+    by_logits: Array  # the part of out that is sum P_j e_j (v_j - o); 0 in rows with a cap
 
 
 def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
@@ -625,7 +628,8 @@ def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
     from_logits = np.max(d, axis=1, keepdims=True, initial=0.0) + acc
     from_logits += (C_EXP * (_blocks(x) + 2) + 1) * u_e
     lse = np.minimum(from_weights, from_logits) + log_terms  # log, log2 e, adding m back
-    return _Forward(out, lse, d)
+    by_logits = np.where(np.all(core < cap, axis=1, keepdims=True), first / z, 0.0)
+    return _Forward(out, lse, d, pe, z, by_logits)
 
 
 def _largest_visible(x: _Exact, of_key: Array) -> Array:
@@ -645,6 +649,19 @@ def _largest_p(x: _Exact, row: Numerics, lse_noise: Array) -> Array:
     u_e, head_dim = row.u_elementwise, x.q.shape[1]
     twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * (np.abs(x.s) + x.moved)
     return np.exp(np.minimum(2.0 * twice + lse_noise, LARGEST_EXPONENT))
+
+
+def _not_one(x: _Exact, row: Numerics, pb: Array, distance: Array) -> Array:
+    """How far the P of one kernel may be from adding up to 1: (rows, 1).
+
+    pb : the largest |P| it may have; distance : the largest |s - lse|
+    """
+    u_e = row.u_elementwise
+    each = _largest_p(x, row, _lse_noise(x, row) + 2.0 * u_e * distance)  # s and lse twice
+    error = pb * (each * (1.0 + C_EXP * u_e) - 1.0)
+    if row.keeps_p:
+        error = error + row.u_p * pb + row.eta * (x.multiplicity > 0)
+    return np.sum(error, axis=1, keepdims=True)
 
 
 def _lse_noise(x: _Exact, row: Numerics) -> Array:
@@ -690,15 +707,26 @@ def _deterministic_backward(
     d_delta = through_out + row.accumulate(value_dim) * np.sum(
         d_out * (np.abs(x.out) + forward.out), axis=1, keepdims=True
     )
-    d_delta += np.sum(x.d_out_error * np.abs(x.out), axis=1, keepdims=True)
+    deviation = np.abs(x.dp - x.delta) * visible
+    if x.perturbed:
+        # errors of the logits are large here, and move O by sum P e (v - o): dO of that is
+        # sum P e (dP - D), which is less than dO of its size
+        less = np.sum(d_out * forward.by_logits, axis=1, keepdims=True)
+        moved = np.sum(forward.pe * deviation, axis=1, keepdims=True) / forward.z
+        moved += np.sum(x.d_out_error * forward.by_logits, axis=1, keepdims=True)
+        d_delta -= np.maximum(less - moved, 0.0)
+        d_delta += np.sum(x.d_out_error * np.abs(x.out), axis=1, keepdims=True)
     # delta as sum P dP (autograd's softmax): (P^ - P) (dP - D) + D (sum P^ - 1) + P (dP^ - dP)
     by_p = np.sum(
-        pe * (np.abs(x.dp - x.delta) * visible + np.abs(x.delta))
+        pe * (deviation + np.abs(x.delta))
         + pb * ddp
         + row.accumulate(x.n) * pb * (np.abs(x.dp) + ddp),
         axis=1,
         keepdims=True,
     )
+    if x.perturbed:  # whatever the logits, P sums to 1 but for rounding
+        too_much = np.sum(pe, axis=1, keepdims=True) - _not_one(x, row, pb, distance)
+        by_p -= np.maximum(too_much, 0.0) * np.abs(x.delta)
     d_delta = np.maximum(d_delta, by_p)
     d_delta += row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse) + d_delta)  # stored
     d_delta += 4.0 * u_e * np.abs(x.d_lse)  # ln 2, and d_lse joins delta or dP
@@ -800,7 +828,7 @@ def _statistical_forward(x: _Exact, row: Numerics) -> _Forward:
     lse += LAMBDA * (acc + c_exp * (_blocks(x) + 1))
     lse += row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
     lse += common * np.abs(mean_s)
-    return _Forward(out, lse, d)
+    return _Forward(out, lse, d, pe, z, np.zeros_like(out))
 
 
 def _statistical_backward(

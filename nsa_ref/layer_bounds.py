@@ -16,8 +16,8 @@ makes all that reads it unknown: its bound is inf.
   gradients of their common input add up in one accumulator, or each is stored and they add up
   in the dtype, in any order.
 - *RMSNorm.* The mean of x^2, plus eps, is off by a relative error t: its inverse square root by
-  ``(1 - t)^(-1/2) - 1``. The gradient's second term is taken both ways: with the normalised x
-  and with r^3.
+  ``(1 - t)^(-1/2) - 1``. That is one factor of a whole row, and stays one through W. The
+  gradient's second term is taken both ways: with the normalised x, and with r^3.
 - *Rotary.* Frequencies and angles are float32 at least, whatever the dtype. With e the logarithm
   of the base times 2i / head_dim, a frequency exp(-e) is off by ``(3 e + C_EXP) u_e`` (e is made
   in three roundings, and exp or pow adds its own), the angle by one more; the first frequency
@@ -319,6 +319,17 @@ def _worse(a: _Layer, b: _Layer) -> _Layer:
     return _Layer(a.value, np.maximum(a.error, b.error))
 
 
+def _projected(given: _Input, weight: Array, bias: Array | None, row: Numerics) -> _Layer:
+    """h W^T + b. A common factor of h is one of h W^T: it does not add up over |h| |W|."""
+    product = _product(given.rest, weight.T, row)
+    product = _Layer(product.value, product.error + given.common * product.size)
+    if bias is None:
+        return product
+    value = product.value + bias
+    error = product.error + row.u_accumulate * (np.abs(value) + product.error)
+    return _stored(value, error, row)
+
+
 def _common_input_gradient(parts: Sequence[tuple[_Layer, Array]], row: Numerics) -> _Layer:
     """sum of g W over projections of one input, as one matrix product or one by one."""
     width = sum(weight.shape[0] for _, weight in parts)
@@ -337,6 +348,15 @@ class _Norm(NamedTuple):
     r: _Layer  # (batch, seq_len, 1): 1 / root mean square
     normal: _Layer  # x r
     out: _Layer  # x r weight
+    given_r: _Layer  # x r weight, from the r that the layer has
+
+
+class _Input(NamedTuple):
+    """h, and the part of its error that is one factor (1 + common) of a whole row."""
+
+    h: _Layer
+    rest: _Layer  # h without that factor
+    common: Array  # (batch, seq_len, 1)
 
 
 def _norm(x: Array, weight: Array, row: Numerics) -> _Norm:
@@ -350,8 +370,9 @@ def _norm(x: Array, weight: Array, row: Numerics) -> _Norm:
     error = root * ((1.0 - t) ** -0.5 - 1.0)  # inf where the mean may be 0 or less
     error += (C_DIV + 2) * row.u_elementwise * (root + error)
     r = _stored(root, error, row, times=2)  # the root, and its inverse
-    normal = _times(given, r, row)
-    return _Norm(r, normal, _times(normal, _exactly(weight), row))
+    normal, given_r = _times(given, r, row), _times(given, _exactly(root), row)
+    factor = _exactly(weight)
+    return _Norm(r, normal, _times(normal, factor, row), _times(given_r, factor, row))
 
 
 def _norm_gradient(
@@ -537,16 +558,19 @@ class _Pass(NamedTuple):
         row, sizes, w = self.row, self.sizes, self.weights
         norm = _norm(x, w["norm.weight"], row) if self.semantics.input_norm else None
         h = _exactly(x) if norm is None else norm.out
+        given = _Input(h, h, np.zeros((*x.shape[:2], 1)))
+        if norm is not None:
+            given = _Input(h, norm.given_r, norm.r.error / norm.r.value)
         turn, block_turn = self._turns()
         turned = self.semantics.rotary != "none"
         everywhere = self.semantics.rotary == "all"
 
-        q_plain = self._project(h, "to_q.weight", sizes.q_heads)
+        q_plain = self._project(given, "to_q.weight", sizes.q_heads)
         q_turned = _rotated(q_plain, turn, row)
         k, v = (
             {
                 branch: self._project(
-                    h, _projection(letter, branch, self.semantics), sizes.kv_heads
+                    given, _projection(letter, branch, self.semantics), sizes.kv_heads
                 )
                 for branch in BRANCHES
             }
@@ -566,7 +590,7 @@ class _Pass(NamedTuple):
             branch: self._attend(branch, q[branch], keys[branch], values[branch])
             for branch in BRANCHES
         }
-        logits = _affine(h, w["gates.weight"], w["gates.bias"], row)
+        logits = _projected(given, w["gates.weight"], w["gates.bias"], row)
         gates = _sigmoid(logits, row).map(self._split_gates)  # (3, batch, q_heads, seq_len)
         gate = {
             branch: _Layer(gates.value[i, ..., None], gates.error[i, ..., None])
@@ -664,8 +688,8 @@ class _Pass(NamedTuple):
             self.semantics.compress_alignment,
         )
 
-    def _project(self, h: _Layer, name: str, heads: int) -> _Layer:
-        flat = _affine(h, self.weights[name], None, self.row)
+    def _project(self, given: _Input, name: str, heads: int) -> _Layer:
+        flat = _projected(given, self.weights[name], None, self.row)
         return flat.map(lambda part: _split_heads(part, heads))
 
     def _pool_weights(self, letter: str) -> dict[str, Array]:
