@@ -31,8 +31,8 @@ makes all that reads it unknown: its bound is inf.
 - *Reuse.* Gradients of weights and products read forward values with their errors. The gradient of
   a ReLU that may be on or off is unknown by its whole size.
 
-Where an operation of the forward pass may overflow, or a row is NaN by definition, everything
-that depends on it has bound inf.
+Where an operation may overflow, or a row is NaN by definition, everything that reads it has bound
+inf: also a query that does not see the key, for a kernel may multiply it by 0.
 
 Source: NUMERICS 2 "Gates and combine"; G1, G2, C1, C4, A1-A3.
 """

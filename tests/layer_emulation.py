@@ -86,6 +86,7 @@ def draw_case(
     semantics: Semantics,
     *,
     seq_len: int | None = None,
+    batch: int | None = None,
     **sizes: Any,
 ) -> LayerCase:
     """A random small layer."""
@@ -110,7 +111,7 @@ def draw_case(
         "num_mem_kv": int(rng.choice([0, 1, 3])),
     }
     geometry = LayerSizes(**(chosen | sizes))
-    batch = int(rng.integers(1, 3))
+    batch = int(rng.integers(1, 3)) if batch is None else batch
     x = rng.standard_normal((batch, seq_len, geometry.model_dim)) * rng.choice([0.3, 1.0, 2.0])
     size = float(rng.choice([0.5, 1.0, 2.0]))
     weights = {}
@@ -227,6 +228,11 @@ def _forward(
     else:
         projected = {name: _linear(h, w[name], way) for name in names}
 
+    if bug == "weight gradient without the last token":
+        flat = projected["to_q.weight"]
+        last = _linear(h[:, -1:], w["to_q.weight"].detach(), way)
+        projected["to_q.weight"] = torch.cat([flat[:, :-1], last], dim=1)
+
     def heads(y: Tensor, count: int) -> Tensor:
         return y.reshape(batch, seq_len, count, y.shape[-1] // count).transpose(1, 2)
 
@@ -259,6 +265,8 @@ def _forward(
     block_positions = torch.arange(pooled["k"].shape[2]) * sizes.compress_block_sliding_stride
     k_cmp = turned(pooled["k"], "compress", block_positions)
     memory = {letter: w[f"mem_{letter}"].expand(batch, -1, -1, -1) for letter in ("k", "v")}
+    if bug == "memory takes one batch entry's gradient":
+        memory = {key: torch.cat([y[:1], y[1:].detach()]) for key, y in memory.items()}
     ks["compress"] = torch.cat([memory["k"], k_cmp], dim=2)
     vs = {branch: of("v", branch) for branch in ("fine", "sliding")}
     vs["compress"] = torch.cat([memory["v"], pooled["v"]], dim=2)

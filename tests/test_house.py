@@ -15,12 +15,22 @@ from types import ModuleType
 import pytest
 
 import nsa_ref
-from nsa_ref import bounds
+from nsa_ref import bounds, layer_bounds
 
 ROOT = Path(nsa_ref.__file__).parents[1]
 
 #: nsa_ref from the ground up; a room may import those before it.
-ROOMS = ("checks", "semantics", "masks", "attention", "compress", "selection", "bounds")
+ROOMS = (
+    "checks",
+    "semantics",
+    "masks",
+    "attention",
+    "compress",
+    "selection",
+    "bounds",
+    "layer",
+    "layer_bounds",
+)
 HEAVY = ("torch", "hypothesis", "pytest", "ml_dtypes", "matplotlib", "rich", "xdist")
 
 
@@ -175,7 +185,7 @@ def test_everything_that_is_exported_exists() -> None:
 
 DEFINITIONS = [
     *((nsa_ref, name) for name in nsa_ref.__all__ if inspect.isfunction(getattr(nsa_ref, name))),
-    *((bounds, name) for name in public(bounds)),
+    *((module, name) for module in (bounds, layer_bounds) for name in public(module)),
 ]
 
 

@@ -1,0 +1,352 @@
+"""`nsa_ref.layer_bounds`: no right layer exceeds it, and in float32 every wrong one does by far.
+
+Right layers are emulated in torch (`layer_emulation`), in several ways and every dtype. The
+budget they use is printed: see it with ``-s``, or with ``-rP`` under pytest-xdist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flash_emulation
+import layer_emulation as emulation
+from flash_emulation import Array, generator
+from layer_emulation import LayerCase, Results, Way
+from nsa_ref.bounds import NUMERICS, attention_bounds
+from nsa_ref.layer_bounds import LayerBounds, layer_bounds
+from nsa_ref.selection import importance
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, PerBranch
+
+ROWS = tuple(emulation.TORCH_DTYPES)
+CASES = 10  # per row, two of each preset; half of them as small as can be
+TINY = {
+    "seq_len": 3,
+    "model_dim": 1,
+    "q_heads": 1,
+    "kv_heads": 1,
+    "head_dim": 2,
+    "value_dim": 1,
+    "sliding_window_size": 1,
+}
+
+
+def bounds_of(case: LayerCase, row: str) -> LayerBounds:
+    return layer_bounds(
+        case.x,
+        case.weights,
+        case.block_indices,
+        case.d_out,
+        sizes=case.sizes,
+        semantics=case.semantics,
+        numerics=row,
+    )
+
+
+def budget_used(got: Array, right: Array, bound: Array) -> float:
+    """The largest |error| / bound; an exact agreement uses nothing, not even of a bound of 0."""
+    assert bound.shape == right.shape == got.shape
+    assert not np.isnan(bound).any()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        used = np.abs(got - right) / bound
+    used = np.where(np.isnan(used) | np.isnan(got), np.inf, used)
+    return float(np.max(np.where((got == right) | np.isinf(bound), 0.0, used), initial=0.0))
+
+
+def judged(case: LayerCase, got: Results, right: Results, bounds: LayerBounds) -> dict[str, float]:
+    assert bounds.dx is not None and bounds.dweights is not None
+    used = {
+        "out": budget_used(got.out, right.out, bounds.out),
+        "dx": budget_used(got.dx, right.dx, bounds.dx),
+    }
+    for name in case.weights:
+        used[name] = budget_used(got.dweights[name], right.dweights[name], bounds.dweights[name])
+    return used
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_right_layers_stay_within_their_bounds(row: str) -> None:
+    """out and all gradients, of every preset, causal or not, with every rotary and map."""
+    largest: dict[str, float] = {}
+    for seed in range(CASES):
+        rng = generator(40, ROWS.index(row), seed)
+        preset = list(PRESETS)[seed % len(PRESETS)]
+        semantics = emulation.with_semantics(PRESETS[preset], rng)
+        sizes: dict[str, Any] = dict(TINY) if seed % 2 else {}
+        case = emulation.draw_case(rng, row, semantics, **sizes)
+        way = Way.draw(rng, row)
+        got, right = emulation.layer(case, row, way), emulation.reference(case)
+        for name, used in judged(case, got, right, bounds_of(case, row)).items():
+            assert used <= 1, f"{row}, {preset}, seed {seed}, {way}: {name} uses {used}"
+            kind = name if name in ("out", "dx") else "weights"
+            largest[kind] = max(used, largest.get(kind, 0.0))
+    cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items())
+    print(f"\nbudget used by right layers, {row}: {cells}")
+
+
+@pytest.mark.parametrize("row", ["fp64", "fp32", "bf16-eager"])
+def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
+    """I1-I3: what q and k_cmp are off by on their way through the layer."""
+    largest = 0.0
+    for seed in range(4):
+        rng = generator(41, seed)
+        semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary="all")
+        case = emulation.draw_case(rng, row, semantics, seq_len=12)
+        got, right = emulation.layer(case, row, Way()), emulation.reference(case)
+        memory = case.weights["mem_k"]
+        memory = np.broadcast_to(memory, (case.x.shape[0], *memory.shape))
+        sizes = case.sizes
+        scores = [
+            importance(
+                each.q,
+                each.k_cmp,
+                memory,
+                kv_len=12,
+                compress_block_size=sizes.compress_block_size,
+                compress_block_sliding_stride=sizes.compress_block_sliding_stride,
+                selection_block_size=sizes.selection_block_size,
+                semantics=semantics,
+            )
+            for each in (got, right)
+        ]
+        bound = bounds_of(case, row).scores
+        assert bound is not None
+        mine, other = (each[..., : bound.shape[-1]] for each in scores)
+        finite = np.isfinite(other)
+        assert (finite == np.isfinite(mine)).all()
+        used = budget_used(np.where(finite, mine, 0.0), np.where(finite, other, 0.0), bound)
+        assert used <= 1, f"seed {seed} uses {used}"
+        largest = max(used, largest)
+    print(f"\nbudget used by scores of right layers, {row}: {largest:.3f}")
+
+
+BUGS = (
+    "gates permuted",
+    "gates by softmax",
+    "window one longer",
+    "compressed keys detached",
+    "rotary missing",
+    "rotary on one branch only",
+    "norm eps 1e-2",
+    "one gate 0.3 % off",
+    "one gate detached",
+    "positions dropped",
+    "memory takes one batch entry's gradient",
+    "weight gradient without the last token",
+)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_every_single_bug_exceeds_a_bound_in_float32_by_far(bug: str) -> None:
+    """Ten times the bound and more, in a layer as a judge draws it."""
+    for seed in range(2):
+        rng = generator(42, seed)
+        case = emulation.draw_case(
+            rng,
+            "fp32",
+            LUCIDRAINS if seed else LUCIDRAINS_FLEX,
+            batch=2,
+            seq_len=24,
+            model_dim=16,
+            q_heads=4,
+            kv_heads=2,
+            head_dim=8,
+            value_dim=8,
+            num_mem_kv=1,
+            compress_block_size=4,
+            compress_block_sliding_stride=2,
+            selection_block_size=4,
+            compress_positions=True,
+            num_selected_blocks=2,
+            sliding_window_size=4,
+        )
+        way, bounds = Way.draw(rng, "fp32"), bounds_of(case, "fp32")
+        right = emulation.reference(case)
+        alright = judged(case, emulation.layer(case, "fp32", way), right, bounds)
+        wrong = judged(case, emulation.layer(case, "fp32", way, bug), right, bounds)
+        assert max(alright.values()) <= 1, f"without the bug: {alright}"
+        assert max(wrong.values()) > 10, f"seed {seed}, {way} lets it through: {wrong}"
+
+
+def test_finer_arithmetic_has_smaller_bounds() -> None:
+    case = emulation.draw_case(generator(43), "bf16", LUCIDRAINS, seq_len=12)
+    tensors = []
+    for row in ("fp64", "fp32", "bf16", "bf16-head", "bf16-eager"):
+        found = bounds_of(case, row)
+        assert found.dweights is not None and found.dx is not None
+        tensors.append([found.out, found.dx, *found.dweights.values()])
+    for finer, coarser in itertools.pairwise(tensors):
+        assert all((mine <= other).all() for mine, other in zip(finer, coarser))
+
+
+def test_only_what_reads_a_row_of_nan_is_unbounded() -> None:
+    """A2: with `empty_row="nan"` a row that selects nothing is NaN in the fine branch."""
+    semantics = dataclasses.replace(PAPER, empty_row=PerBranch("zero", "nan", "zero"))
+    case = emulation.draw_case(generator(44), "fp32", semantics, seq_len=8, num_selected_blocks=1)
+    case.block_indices[...] = 0
+    case.block_indices[0, :, 5] = -1
+    bounds = bounds_of(case, "fp32")
+    nothing = np.zeros(case.x.shape[:2], bool)
+    nothing[0, 5] = True
+    assert (np.isinf(bounds.out) == nothing[..., None]).all()
+    assert bounds.dweights is not None and np.isfinite(bounds.dweights["to_k_fine.weight"]).all()
+    filled = dataclasses.replace(case, block_indices=np.maximum(case.block_indices, 0))
+    found = bounds_of(filled, "fp32")
+    assert found.dx is not None and np.isfinite(found.out).all() and np.isfinite(found.dx).all()
+
+
+def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
+    """float16 ends at 65504: x^2 of one token may overflow in its norm."""
+    case = emulation.draw_case(generator(45), "fp16", LUCIDRAINS_FLEX, seq_len=6)
+    loud = case.x.copy()
+    loud[0, -1] = 300.0
+    louder = dataclasses.replace(case, x=loud)
+    assert np.isinf(bounds_of(louder, "fp16").out[0, -1]).all()
+    for row, wide in (("fp16", case), ("bf16", louder), ("fp32", louder)):
+        found = bounds_of(wide, row)
+        assert found.dx is not None
+        assert np.isfinite(found.out).all() and np.isfinite(found.dx).all()
+
+
+def test_scores_are_none_where_the_sizes_have_none() -> None:
+    """I2 counts whole strides: l = 3 and d = 2 have no scores by overlap."""
+    case = emulation.draw_case(
+        generator(46), "fp32", PAPER, compress_block_size=3, compress_block_sliding_stride=2
+    )
+    assert bounds_of(case, "fp32").scores is None
+
+
+def test_without_d_out_there_are_no_gradients() -> None:
+    case = emulation.draw_case(generator(47), "fp32", PAPER)
+    how: dict[str, Any] = {"sizes": case.sizes, "semantics": PAPER, "numerics": "fp32"}
+    found = layer_bounds(case.x, case.weights, case.block_indices, **how)
+    assert found.dx is None and found.dweights is None
+    assert np.array_equal(found.out, bounds_of(case, "fp32").out)
+
+
+# ---- attention of inputs that are off
+
+
+@pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16", "bf16-eager"])
+def test_attention_bounds_hold_for_inputs_that_are_off(row: str) -> None:
+    """A right kernel of any inputs within their errors, against the exact inputs' attention."""
+    largest: dict[str, float] = {}
+    for seed in range(40):
+        rng = generator(48, ROWS.index(row), seed)
+        kind = str(rng.choice(["integers", "randn", "heavy", "offsets", "tiny", "equal", "flat"]))
+        x = flash_emulation.inputs(kind, row, rng)
+        x = x._replace(d_lse=None)
+        size = 2.0 ** -float(rng.integers(1, 20))
+        names = ("q", "k", "v", "d_out")
+        errors = {name: np.abs(getattr(x, name)) * size for name in names}
+        kept = {name: rng.random() < 0.7 for name in names}
+        moved = {
+            name: flash_emulation.rounded(
+                getattr(x, name)
+                + kept[name] * errors[name] * rng.choice([-1.0, 1.0, 0.5], errors[name].shape),
+                row,
+            )
+            for name in names
+        }
+        # rounding to the dtype moves them again
+        errors = {name: np.abs(moved[name] - getattr(x, name)) for name in names}
+        kernel = flash_emulation.Kernel.draw(rng, row)
+        right, y = flash_emulation.exact_attention(x), x._replace(**moved)
+        if row.endswith("-eager"):
+            got = flash_emulation.eager_attention(y, row, kernel)
+        else:
+            got = flash_emulation.flash_attention(y, row, kernel)
+        bounds = attention_bounds(
+            x.q,
+            x.k,
+            x.v,
+            x.mask,
+            x.d_out,
+            numerics=row,
+            form="deterministic",
+            scale=x.scale,
+            **{f"{name}_error": error for name, error in errors.items()},
+        )
+        for name, g, r, bound in zip(right._fields, got, right, bounds):
+            assert bound is not None
+            used = budget_used(g, r, bound)
+            assert used <= 1, f"{kind}, seed {seed}, {kernel}: {name} uses {used}"
+            largest[name] = max(used, largest.get(name, 0.0))
+    cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items())
+    print(f"\nbudget used by kernels of inputs that are off, {row}: {cells}")
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "d_out"])
+def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str) -> None:
+    """The bound without it is too small: errors of one input alone, in float64."""
+    x = flash_emulation.inputs(
+        "randn", "fp64", generator(49), sizes=(1, 2, 6, 8, 4, 4), mask=np.ones((1, 2, 6, 8), int)
+    )
+    x = x._replace(d_lse=None)
+    error = 1e-3 * np.abs(getattr(x, which))
+    y = x._replace(**{which: getattr(x, which) + error})
+    right, moved = flash_emulation.exact_attention(x), flash_emulation.exact_attention(y)
+    arrays = x.q, x.k, x.v, x.mask, x.d_out
+    how: dict[str, Any] = {"numerics": "fp64", "form": "deterministic", "scale": x.scale}
+    without = attention_bounds(*arrays, **how)
+    bounds = attention_bounds(*arrays, **how, **{f"{which}_error": error})
+    count = 0
+    for g, r, small, bound in zip(moved, right, without, bounds):
+        assert small is not None and bound is not None
+        assert budget_used(g, r, bound) <= 1
+        count += budget_used(g, r, small) > 1
+    # v enters neither lse nor dv, dO neither lse nor out
+    assert count == {"q": 5, "k": 5, "v": 3, "d_out": 3}[which]
+
+
+def test_errors_of_zero_change_nothing_but_the_second_order() -> None:
+    x = flash_emulation.inputs("randn", "bf16", generator(50))
+    arrays = x.q, x.k, x.v, x.mask, x.d_out
+    how: dict[str, Any] = {"numerics": "bf16", "form": "deterministic", "scale": x.scale}
+    zeros = {f"{name}_error": 0.0 * getattr(x, name) for name in ("q", "k", "v", "d_out")}
+    exact, off = (attention_bounds(*arrays, **how, **errors) for errors in ({}, zeros))
+    for mine, other in zip(exact, off):
+        assert mine is not None and other is not None
+        assert (other <= mine * (1 + 2.0**-18)).all()
+
+
+# ---- arguments
+
+
+def test_bad_arguments_are_named() -> None:
+    x = flash_emulation.inputs("randn", "fp32", generator(51))
+    arrays = x.q, x.k, x.v, x.mask
+    with pytest.raises(ValueError, match="q_error was given with form='statistical'"):
+        attention_bounds(*arrays, numerics="fp32", form="statistical", q_error=x.q)
+    with pytest.raises(ValueError, match="d_out_error was given without d_out"):
+        attention_bounds(*arrays, numerics="fp32", form="deterministic", d_out_error=x.d_out)
+    with pytest.raises(ValueError, match="q_error has shape"):
+        attention_bounds(*arrays, numerics="fp32", form="deterministic", q_error=x.q[..., :0])
+
+    case = emulation.draw_case(generator(52), "fp32", LUCIDRAINS)
+    how: dict[str, Any] = {"sizes": case.sizes, "semantics": LUCIDRAINS}
+
+    def bound(numerics: str = "fp32", **changes: Any) -> None:
+        arguments = {"x": case.x, "weights": case.weights, "block_indices": case.block_indices}
+        layer_bounds(**(arguments | how | changes), numerics=numerics)
+
+    bound()
+    with pytest.raises(ValueError, match="numerics='fp8' must be one of"):
+        bound("fp8")
+    with pytest.raises(ValueError, match="x has shape"):
+        bound(x=case.x[..., :-1])
+    fewer = {name: weight for name, weight in case.weights.items() if name != "to_q.weight"}
+    with pytest.raises(ValueError, match=r"this layer takes .*'to_q.weight'"):
+        bound(weights=fewer)
+    with pytest.raises(ValueError, match=r"weights\['to_q.weight'\] has shape"):
+        bound(weights=case.weights | {"to_q.weight": np.zeros((1, 1))})
+    with pytest.raises(ValueError, match="d_out has shape"):
+        bound(d_out=case.d_out[:, :0])
+    odd = dataclasses.replace(case.sizes, head_dim=3)
+    with pytest.raises(ValueError, match="head_dim=3 must be a positive multiple of 2"):
+        bound(sizes=odd)
+    assert set(ROWS) <= set(NUMERICS)
