@@ -492,6 +492,8 @@ def _attention(
     # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k
     mask = np.where(uniform[..., None], 1.0, mask)
     q = q.map(lambda part: np.where(uniform[..., None], 0.0, part))
+    if row.u_scores:  # every operation is stored: q may be scaled, and stored, on its own
+        q = _stored(*q, row)
     out, dq, dk, dv = (
         _exactly(np.zeros(shape))
         for shape in (
@@ -529,6 +531,8 @@ def _attention(
                 dk.error[b, g], dv.error[b, g] = bounds[3], bounds[4]
     if empty_row == "nan":
         out.error[empty] = np.inf
+    if row.u_scores:
+        dq = _stored(*dq, row)
     dq.value[uniform], dq.error[uniform] = 0.0, 0.0
     return _Attended(out, dq, dk, dv)
 

@@ -42,6 +42,7 @@ class Way:
     wide : RMSNorm, rotary and combine in float32, each stored once
     turn_once : one k for all branches is rotated once, not for each branch
     reverse : features are added up in the other order
+    scale_first : without a fused attention, q is scaled before it meets k
     """
 
     kernel: Kernel | None = None
@@ -49,10 +50,11 @@ class Way:
     wide: bool = False
     turn_once: bool = False
     reverse: bool = False
+    scale_first: bool = False
 
     @classmethod
     def draw(cls, rng: Generator, row: str) -> Way:
-        flags = (bool(flag) for flag in rng.random(4) < 0.5)
+        flags = (bool(flag) for flag in rng.random(5) < 0.5)
         fused = row in ("bf16", "bf16-head", "fp16") or (
             row in ("fp32", "fp64") and rng.random() < 0.4
         )
@@ -391,7 +393,9 @@ def _attention(
         for y in (k, v)
     )
     times = torch.tensor(mask)
-    s = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
+    keys = k.transpose(-1, -2)
+    s = (q * scale) @ keys if way.scale_first else (q @ keys) * scale
     if mask.max() > 1:  # a key counted twice stands there twice
         s, times = torch.cat([s, s], dim=-1), torch.cat([times, times - 1], dim=-1)
         v = torch.cat([v, v], dim=2)
