@@ -17,7 +17,7 @@ import flash_emulation
 import layer_emulation as emulation
 from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
-from nsa_ref.bounds import NUMERICS, attention_bounds
+from nsa_ref.bounds import NUMERICS, _Layer, _pool, attention_bounds
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, PerBranch
@@ -278,6 +278,52 @@ def test_attention_bounds_hold_for_inputs_that_are_off(row: str) -> None:
             largest[name] = max(used, largest.get(name, 0.0))
     cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items())
     print(f"\nbudget used by kernels of inputs that are off, {row}: {cells}")
+
+
+@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16"])
+def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
+    row: str, compress_map: str
+) -> None:
+    """C1, C4: the tokens and the gradient of the blocks are both off, units of the MLP may flip."""
+    largest = 0.0
+    length, dim, first = 3, 2, [-1, 1, 3]
+    tokens = np.array(first)[:, None] + np.arange(length)[None, :]
+    for seed in range(12):
+        rng = generator(53, ROWS.index(row), seed)
+        shapes: dict[str, tuple[int, ...]] = {
+            "positions": (2, length, dim),
+            **{"linear": {"weight": (dim, length * dim), "bias": (dim,)}, "mean": {}, "mlp": {}}[
+                compress_map
+            ],
+        }
+        if compress_map == "mlp":
+            shapes |= {"weight_in": (4, length * dim), "bias_in": (4,)}
+            shapes |= {"weight_out": (dim, 4), "bias_out": (dim,)}
+        x, d_out, *values = (
+            flash_emulation.rounded(rng.standard_normal(shape), row)
+            for shape in ((2, 2, 7, dim), (2, 2, 3, dim), *shapes.values())
+        )
+        weights = dict(zip(shapes, values))
+        moved = [
+            flash_emulation.rounded(y * (1 + 0.1 * rng.choice([-1.0, 1.0], y.shape)), row)
+            for y in (x, d_out)
+        ]
+        given, g = (_Layer(y, np.abs(z - y)) for y, z in zip((x, d_out), moved))
+        found = _pool(given, weights, g, tokens, compress_map, NUMERICS[row])
+        assert found.dx is not None
+        where: dict[str, Any] = {"first": first, "length": length}
+        order = str(rng.choice(flash_emulation.ORDERS))
+        got = flash_emulation.pool(moved[0], weights, moved[1], row, order, **where)
+        right = flash_emulation.pool(x, weights, d_out, "fp64", "sequential", **where)
+        used = [
+            budget_used(got[0], right[0], found.out.error),
+            budget_used(got[1], right[1], found.dx.error),
+            *(budget_used(got[2][key], right[2][key], found.dweights[key]) for key in weights),
+        ]
+        assert max(used) <= 1, f"seed {seed}: {used}"
+        largest = max(largest, *used)
+    assert largest > 1 / 2
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "d_out"])

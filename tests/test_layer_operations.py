@@ -1,0 +1,222 @@
+"""Every operation of `nsa_ref.layer_bounds` apart: few roundings, so that none can be missing.
+
+In a whole layer errors hide behind larger ones. Here each operation is done by torch 3000 times
+over, on inputs that are off by what is stated and on exact ones, and compared with extended
+precision. The largest budget used is printed (``-s``, ``-rP``), and must not be small: a bound
+cannot become generous unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import flash_emulation
+from flash_emulation import Array, Generator, generator
+from layer_emulation import TORCH_DTYPES, _rotated
+from nsa_ref import layer_bounds
+from nsa_ref.bounds import NUMERICS, Numerics, _Layer
+
+ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
+MANY = 3000
+wide = np.longdouble
+
+
+class Drawn:
+    """Inputs of one operation: exact values with errors, and tensors that are off by them."""
+
+    def __init__(self, rng: Generator, row: str, size: float) -> None:
+        self.rng, self.row, self.size = rng, row, size
+        self.dtype = TORCH_DTYPES[row]
+        self.numerics: Numerics = NUMERICS[row]
+
+    def normal(
+        self, *shape: int, spread: float = 1.0, exact: bool = False
+    ) -> tuple[Tensor, _Layer]:
+        """A tensor that requires a gradient, and what it was meant to be."""
+        value = flash_emulation.rounded(self.rng.standard_normal(shape) * spread, self.row)
+        moved = value
+        if self.size and not exact:
+            off = self.size * self.rng.choice([-1.0, 0.3, 1.0], shape)
+            moved = flash_emulation.rounded(value * (1.0 + off), self.row)
+        layer = _Layer(value, np.abs(moved - value))
+        return torch.tensor(moved, dtype=self.dtype, requires_grad=True), layer
+
+    def upcast(self, y: Tensor) -> Tensor:
+        """float32 inside, where a right implementation may keep it."""
+        return y if self.dtype == torch.float64 else y.float()
+
+
+#: An operation: what a right implementation returns, the exact result, and its bound.
+Case = tuple[Tensor, Array, _Layer]
+
+
+def times(d: Drawn) -> Case:
+    (a, x), (b, y) = d.normal(MANY), d.normal(MANY)
+    return a * b, x.value.astype(wide) * y.value, layer_bounds._times(x, y, d.numerics)
+
+
+def total(d: Drawn) -> Case:
+    drawn = [d.normal(MANY) for _ in range(3)]
+    (a, x), (b, y), (c, z) = drawn
+    exact = x.value.astype(wide) + y.value + z.value
+    return a + b + c, exact, layer_bounds._total([x, y, z], d.numerics)
+
+
+def inner(d: Drawn) -> Case:
+    (a, x), (b, y) = d.normal(MANY, 2), d.normal(MANY, 2)
+    exact = (x.value.astype(wide) * y.value).sum(axis=-1)
+    return (a * b).sum(dim=-1), exact, layer_bounds._inner(x, y, d.numerics)
+
+
+def projected(d: Drawn) -> Case:
+    """h off as a whole row, too."""
+    (_, h), (weight, w) = d.normal(MANY, 2), d.normal(2, 2, exact=True)
+    (bias, b) = d.normal(2, exact=True)
+    common = d.size * d.rng.choice([-1.0, 1.0], (MANY, 1))
+    signs = d.rng.choice([-1.0, 1.0], h.value.shape)
+    moved = flash_emulation.rounded((h.value + signs * h.error) * (1.0 + common), d.row)
+    rest = _Layer(h.value, np.abs(moved / (1.0 + common) - h.value) * (1 + 2.0**-50))
+    given = layer_bounds._Input(h, rest, np.abs(common))
+    exact = h.value.astype(wide) @ w.value.T.astype(wide) + b.value
+    bound = layer_bounds._projected(given, w.value, b.value, d.numerics)
+    return torch.tensor(moved, dtype=d.dtype) @ weight.T + bias, exact, bound
+
+
+def common_input(d: Drawn, *, fused: bool) -> Case:
+    (g, x), (f, y) = d.normal(MANY, 1), d.normal(MANY, 2)
+    (v, left), (w, right) = d.normal(1, 2, exact=True), d.normal(2, 2, exact=True)
+    got = torch.cat([g, f], dim=1) @ torch.cat([v, w]) if fused else g @ v + f @ w
+    exact = x.value.astype(wide) @ left.value.astype(wide)
+    exact = exact + y.value.astype(wide) @ right.value.astype(wide)
+    parts = [(x, left.value), (y, right.value)]
+    return got, exact, layer_bounds._common_input_gradient(parts, d.numerics)
+
+
+def weight_gradient(d: Drawn) -> Case:
+    (g, x), (h, y) = d.normal(2, MANY), d.normal(2, 2)
+    exact = x.value.T.astype(wide) @ y.value.astype(wide)
+    error = layer_bounds._weight_gradient(x, y, d.numerics)
+    return g.T @ h, exact, _Layer(exact.astype(np.float64), error)
+
+
+def sum_gradient(d: Drawn) -> Case:
+    g, x = d.normal(3, MANY)
+    exact = x.value.astype(wide).sum(axis=0)
+    error = layer_bounds._sum_gradient(x, (0,), d.numerics)
+    return g.sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
+
+
+def normed(x: Tensor, weight: Tensor, d: Drawn, way: str) -> Tensor:
+    if way == "wide":
+        y = d.upcast(x)
+        y = y * torch.rsqrt((y * y).mean(dim=-1, keepdim=True) + 2.0**-23)
+        return y.to(x.dtype) * weight
+    mean = (x * x).sum(dim=-1, keepdim=True) / x.shape[-1]
+    root = torch.sqrt(mean + 2.0**-23)
+    return x / root * weight if way == "divides" else x * (1.0 / root) * weight
+
+
+def norm(d: Drawn, *, way: str) -> Case:
+    (x, given), (weight, w) = (d.normal(MANY, 2, exact=True), d.normal(2, exact=True))
+    y = given.value.astype(wide)
+    exact = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 2.0**-23) * w.value
+    bound = layer_bounds._norm(given.value[None], w.value, d.numerics)
+    h = _Layer(*(part[0] for part in bound.out))
+    return normed(x, weight, d, way), exact, h
+
+
+def norm_gradient(d: Drawn, *, way: str) -> Case:
+    (x, given), (weight, w) = d.normal(MANY, 2, exact=True), d.normal(2, exact=True)
+    dh, g = d.normal(MANY, 2)
+    (got,) = torch.autograd.grad(normed(x, weight, d, way), x, dh)
+    y, dn = given.value.astype(wide), g.value.astype(wide) * w.value
+    r = 1.0 / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 2.0**-23)
+    exact = r * dn - r**3 * y * (dn * y).mean(axis=-1, keepdims=True)
+    forward = layer_bounds._norm(given.value[None], w.value, d.numerics)
+    batched = _Layer(g.value[None], g.error[None])
+    dx, _ = layer_bounds._norm_gradient(batched, forward, given.value[None], w.value, d.numerics)
+    return got, exact, _Layer(dx.value[0], dx.error[0])
+
+
+def rotary(d: Drawn, *, back: bool, upcast: bool) -> Case:
+    """Positions up to 3000; the gradient turns back."""
+    (y, given), (g, dy) = d.normal(MANY, 4), d.normal(MANY, 4)
+    dtype = torch.float32 if upcast and d.dtype != torch.float64 else d.dtype
+    got = _rotated(y, torch.arange(MANY), dtype)
+    if back:
+        (got,) = torch.autograd.grad(got, y, g)
+        given = dy
+    frequency = wide(10000) ** (-np.arange(0, 4, 2).astype(wide) / 4)
+    angle = np.arange(MANY).astype(wide)[:, None] * frequency
+    cosine, sine = np.cos(angle), np.sin(angle) * (-1 if back else 1)
+    a, b = given.value[:, 0::2].astype(wide), given.value[:, 1::2].astype(wide)
+    exact = np.stack([a * cosine - b * sine, a * sine + b * cosine], -1).reshape(MANY, 4)
+    turn = layer_bounds._turn(np.arange(MANY).astype(float), 4, d.numerics)
+    turn = turn.back() if back else turn
+    return got, exact, layer_bounds._rotated(given, turn, d.numerics)
+
+
+def sigmoid(d: Drawn, *, spread: float) -> Case:
+    z, given = d.normal(MANY, spread=spread)
+    exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
+    return torch.sigmoid(z), exact, layer_bounds._sigmoid(given, d.numerics)
+
+
+def sigmoid_gradient(d: Drawn, *, by_hand: bool) -> Case:
+    (z, given), (g, dg) = d.normal(MANY, spread=3.0), d.normal(MANY)
+    gate = torch.sigmoid(z)
+    got = g * gate * (1 - gate) if by_hand else torch.autograd.grad(gate, z, g)[0]
+    exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
+    exact = dg.value * exact * (1.0 - exact)
+    bound = layer_bounds._sigmoid(given, d.numerics)
+    return got, exact, layer_bounds._sigmoid_gradient(dg, bound, d.numerics)
+
+
+OPERATIONS: dict[str, Callable[[Drawn], Case]] = {
+    "times": times,
+    "total": total,
+    "inner": inner,
+    "projected": projected,
+    "projections apart": lambda d: common_input(d, fused=False),
+    "projections as one": lambda d: common_input(d, fused=True),
+    "weight gradient": weight_gradient,
+    "sum gradient": sum_gradient,
+    **{f"norm {w}": lambda d, w=w: norm(d, way=w) for w in ("wide", "divides", "inverse")},
+    **{
+        f"norm gradient {w}": lambda d, w=w: norm_gradient(d, way=w)
+        for w in ("wide", "divides", "inverse")
+    },
+    "rotary": lambda d: rotary(d, back=False, upcast=False),
+    "rotary in float32": lambda d: rotary(d, back=False, upcast=True),
+    "rotary gradient": lambda d: rotary(d, back=True, upcast=False),
+    "sigmoid": lambda d: sigmoid(d, spread=1.0),
+    "sigmoid far out": lambda d: sigmoid(d, spread=6.0),
+    "sigmoid gradient": lambda d: sigmoid_gradient(d, by_hand=False),
+    "sigmoid gradient by hand": lambda d: sigmoid_gradient(d, by_hand=True),
+}
+
+
+def used(row: str, operation: str, size: float) -> float:
+    """The largest |error| / bound of an operation whose inputs are off by size, relatively."""
+    d = Drawn(generator(60, ROWS.index(row), list(OPERATIONS).index(operation)), row, size)
+    got, exact, bound = OPERATIONS[operation](d)
+    error = np.abs(got.detach().to(torch.float64).numpy().astype(wide) - exact)
+    assert error.shape == bound.error.shape and (bound.error > 0).all()
+    # 1 / |x|^3 of a small x may overflow in float16, and hardly ever does
+    assert np.isfinite(bound.error).mean() > 0.99
+    assert row == "fp64" or (np.abs(bound.value - exact) <= bound.error).all()
+    return float(np.max(error / bound.error))
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_of_exact_inputs_and_of_inputs_that_are_off(operation: str, row: str) -> None:
+    exact, off = used(row, operation, 0.0), used(row, operation, 0.1)
+    assert exact <= 1 and off <= 1, f"{operation}, {row}: {exact}, {off}"
+    assert max(exact, off) > 1 / 8, f"{operation}, {row}: {exact}, {off}"
+    print(f"\nbudget used, {operation}, {row}: {exact:.2f}, of inputs that are off {off:.3f}")
