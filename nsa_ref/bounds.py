@@ -22,6 +22,10 @@ result underflows.
   adds the rounded P has lost half the digits of lse, and is not right here.
 - *Elementwise* float32: scale and log2 e cost at most ``C_SCALE`` roundings of a logit, exp
   ``C_EXP`` units in its result (ex2.approx), division ``C_DIV``.
+- *Inputs.* They are exact, unless their errors are given (the layer gives them). Then every size
+  above includes them, a logit moves by ``scale (|dq| (|k| + |dk|) + |q| |dk|)``, out by a mean of
+  |dv|, dP by ``|ddO| (|v| + |dv|) + |dO| |dv|``, and results that read an input once more take
+  its error with them.
 
 Two forms of bound. **Deterministic**: every rounding at its worst at once; never excused.
 **Statistical**: independent roundings add in quadrature, at LAMBDA = 6 standard bounds, which by

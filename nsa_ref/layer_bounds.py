@@ -205,7 +205,7 @@ def _masks(
     sizes: LayerSizes,
     semantics: Semantics,
 ) -> PerBranch[Array]:
-    """Multiplicities of each branch, (batch, q_heads, seq_len, columns)."""
+    """Multiplicities of each branch: (seq_len, columns), with (batch, q_heads) before for fine."""
     fine = fine_mask(
         seq_len, seq_len, sizes.selection_block_size, block_indices, sizes.q_heads, semantics
     )
@@ -219,13 +219,7 @@ def _masks(
         semantics,
     )
     sliding = sliding_mask(seq_len, seq_len, sizes.sliding_window_size, semantics)
-    every = batch, sizes.q_heads
-    return PerBranch(
-        *(
-            np.broadcast_to(each.astype(np.float64), (*every, *each.shape[-2:]))
-            for each in (compress, fine, sliding)
-        )
-    )
+    return PerBranch(*(each.astype(np.float64) for each in (compress, fine, sliding)))
 
 
 def _scores(
@@ -241,7 +235,6 @@ def _scores(
     q, k_cmp = of_kernel.q, of_kernel.k_cmp
     stride, block = sizes.compress_block_sliding_stride, sizes.selection_block_size
     batch, _, seq_len, _ = q.value.shape
-    visible = masks.compress[0, 0] if batch else np.zeros((seq_len, 0))
     q_error = _known(q.error + of_oracle.q.error)
     k_cmp_error = _known(k_cmp.error + of_oracle.k_cmp.error)
     if semantics.importance == "logit_mean":
@@ -250,7 +243,7 @@ def _scores(
         return logit_mean_bounds(
             q.value,
             k_cmp.value,
-            visible=visible[:, sizes.num_mem_kv :],
+            visible=masks.compress[:, sizes.num_mem_kv :],
             strides_per_block=block // stride,
             numerics=numerics,
             share_selection=semantics.share_selection,
@@ -266,7 +259,7 @@ def _scores(
         q.value,
         k_cmp.value,
         np.broadcast_to(mem_k, (batch, *mem_k.shape)),
-        visible=visible,
+        visible=masks.compress,
         counts=counts,
         numerics=numerics,
         share_selection=semantics.share_selection,
@@ -487,6 +480,7 @@ def _attention(
     batch, q_heads, q_len, head_dim = q.value.shape
     kv_heads, columns, value_dim = v.value.shape[1:]
     group = q_heads // kv_heads
+    mask = np.broadcast_to(mask, (batch, q_heads, q_len, columns))
     empty = ~np.any(mask > 0, axis=-1)
     uniform = empty & (empty_row == "uniform") & (columns > 0)
     # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k

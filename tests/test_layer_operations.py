@@ -161,6 +161,22 @@ def rotary(d: Drawn, *, back: bool, upcast: bool) -> Case:
     return got, exact, layer_bounds._rotated(given, turn, d.numerics)
 
 
+def joined(d: Drawn) -> Case:
+    """The gradient of a tensor that is read as it is and by two readers of its rotation."""
+    drawn = [d.normal(MANY, 2) for _ in range(3)]
+    (a, plain), *turned = drawn
+    y, _ = d.normal(MANY, 2)
+    both = turned[0][0] + turned[1][0]
+    (back,) = torch.autograd.grad(_rotated(y, torch.arange(MANY), d.dtype), y, both)
+    angle = np.arange(MANY).astype(wide)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    u, v = (sum(part.value[:, i].astype(wide) for _, part in turned) for i in (0, 1))
+    exact = np.stack([u * cosine + v * sine, v * cosine - u * sine], axis=-1) + plain.value
+    turn = layer_bounds._turn(np.arange(MANY).astype(float), 2, d.numerics)
+    parts = [part for _, part in turned]
+    return a + back, exact, layer_bounds._joined([plain], parts, turn, d.numerics)
+
+
 def sigmoid(d: Drawn, *, spread: float) -> Case:
     z, given = d.normal(MANY, spread=spread)
     exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
@@ -194,6 +210,7 @@ OPERATIONS: dict[str, Callable[[Drawn], Case]] = {
     "rotary": lambda d: rotary(d, back=False, upcast=False),
     "rotary in float32": lambda d: rotary(d, back=False, upcast=True),
     "rotary gradient": lambda d: rotary(d, back=True, upcast=False),
+    "rotary gradient of a sum": joined,
     "sigmoid": lambda d: sigmoid(d, spread=1.0),
     "sigmoid far out": lambda d: sigmoid(d, spread=6.0),
     "sigmoid gradient": lambda d: sigmoid_gradient(d, by_hand=False),
