@@ -8,6 +8,15 @@ from nsa_ref.compress import (
     pool_vjp,
     pool_weight_shapes,
 )
+from nsa_ref.layer import (
+    LayerSizes,
+    decode,
+    layer,
+    layer_block_indices,
+    layer_vjp,
+    layer_weight_shapes,
+    varlen,
+)
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
     AMBIGUOUS,
@@ -22,6 +31,7 @@ from nsa_ref.selection import (
     selection_probability,
     shared_strides,
     top_blocks,
+    undecided_rows,
     valid_selection,
 )
 from nsa_ref.semantics import (
@@ -46,6 +56,7 @@ __all__ = [
     "VALID",
     "XUNHAO",
     "Attention",
+    "LayerSizes",
     "PerBranch",
     "SelectionVerdict",
     "Semantics",
@@ -54,9 +65,14 @@ __all__ = [
     "compress_mask",
     "compress_probabilities",
     "compress_windows",
+    "decode",
     "fine_mask",
     "forced_blocks",
     "importance",
+    "layer",
+    "layer_block_indices",
+    "layer_vjp",
+    "layer_weight_shapes",
     "num_compress_blocks",
     "pool",
     "pool_vjp",
@@ -67,5 +83,7 @@ __all__ = [
     "shared_strides",
     "sliding_mask",
     "top_blocks",
+    "undecided_rows",
     "valid_selection",
+    "varlen",
 ]

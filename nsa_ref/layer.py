@@ -1,13 +1,49 @@
-"""Stand-in for the layer: its sizes alone. Replaced by the oracle of the layer."""
+"""The whole layer: projections, three branches, gates; and its decoding, step by step (G1 to G4).
+
+Paper's letters: l = compress_block_size, d = compress_block_sliding_stride, g_c = the gate of
+branch c, in the order compress, fine, sliding. Complex inputs pass through, as in `attend`, so that
+any derivative can be read off an imaginary step.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nsa_ref.attention import Attention, as_float64, attend, attend_vjp
+from nsa_ref.checks import (
+    check_at_least,
+    check_bool,
+    check_integer,
+    check_multiple,
+    check_one_of,
+    check_shape,
+)
+from nsa_ref.compress import COMPRESS_MAPS, pool, pool_vjp, pool_weight_shapes
+from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
+from nsa_ref.selection import select
+from nsa_ref.semantics import BRANCHES, PAPER, Semantics
+
+#: Added to the mean square that `input_norm` divides by: float32's epsilon, in every dtype.
+NORM_EPS = 2.0**-23
+
+#: The angle of pair i at position p is p * ROTARY_BASE ** (-2 i / head_dim).
+ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """The geometry of one layer."""
+    """The geometry of a layer, in tokens unless the name says blocks, heads or dim.
+
+    Raises
+    ------
+    ValueError, TypeError : a size that no layer could have, named with what would be right
+    """
 
     model_dim: int
     q_heads: int
@@ -24,3 +60,706 @@ class LayerSizes:
     num_local_blocks: int
     sliding_window_size: int
     num_mem_kv: int
+
+    def __post_init__(self) -> None:
+        least_of = {
+            "num_selected_blocks": 0,
+            "num_initial_blocks": 0,
+            "num_local_blocks": 0,
+            "sliding_window_size": 0,
+            "num_mem_kv": 0,
+        }
+        for field in dataclasses.fields(self):
+            if field.type == "int":
+                check_at_least(field.name, getattr(self, field.name), least_of.get(field.name, 1))
+        check_multiple(
+            "q_heads",
+            self.q_heads,
+            "kv_heads",
+            self.kv_heads,
+            why="every kv head serves a group of equally many query heads",
+        )
+        check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
+        check_bool("compress_positions", self.compress_positions)
+
+
+def layer_weight_shapes(
+    sizes: LayerSizes, semantics: Semantics = PAPER
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of the layer.
+
+    ::
+
+        norm.weight                (model_dim,)                         with input_norm
+        to_q.weight                (q_heads head_dim, model_dim)
+        to_k.weight, to_v.weight   (kv_heads head_dim or value_dim, model_dim); with kv_per_branch
+                                   to_k_compress.weight, to_k_fine.weight, ... in their place
+        gates.weight, gates.bias   (3 q_heads, model_dim), (3 q_heads,): branch by branch
+        mem_k, mem_v               (kv_heads, num_mem_kv, head_dim or value_dim)
+        compress_k.*, compress_v.* what `pool_weight_shapes` lists
+        to_out.weight              (model_dim, q_heads value_dim)       with output_projection
+
+    Raises
+    ------
+    TypeError : sizes that are no LayerSizes, semantics that is no Semantics
+
+    Source
+    ------
+    G1, C3, C4; arXiv 2502.11089, eq. 5
+    """
+    if not isinstance(sizes, LayerSizes):
+        raise TypeError(f"sizes={sizes!r} must be a nsa_ref.LayerSizes.")
+    check_semantics(semantics)
+    dim, heads, kv_heads = sizes.model_dim, sizes.q_heads, sizes.kv_heads
+    dims = {"k": sizes.head_dim, "v": sizes.value_dim}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if semantics.input_norm:
+        shapes["norm.weight"] = (dim,)
+    shapes["to_q.weight"] = (heads * sizes.head_dim, dim)
+    for kind in ("k", "v"):
+        for branch in BRANCHES:
+            shapes[_projection(kind, branch, semantics)] = (kv_heads * dims[kind], dim)
+    shapes["gates.weight"] = (len(BRANCHES) * heads, dim)
+    shapes["gates.bias"] = (len(BRANCHES) * heads,)
+    for kind in ("k", "v"):
+        shapes[f"mem_{kind}"] = (kv_heads, sizes.num_mem_kv, dims[kind])
+    for kind in ("k", "v"):
+        of_map = pool_weight_shapes(
+            sizes.compress_map,
+            sizes.compress_positions,
+            kv_heads,
+            sizes.compress_block_size,
+            dims[kind],
+        )
+        shapes |= {f"compress_{kind}.{name}": shape for name, shape in of_map.items()}
+    if semantics.output_projection:
+        shapes["to_out.weight"] = (dim, heads * sizes.value_dim)
+    return shapes
+
+
+def _projection(kind: str, branch: str, semantics: Semantics) -> str:
+    """The name of the weight that makes the keys ("k") or values ("v") of a branch."""
+    return f"to_{kind}_{branch}.weight" if semantics.kv_per_branch else f"to_{kind}.weight"
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rotary embedding: every pair of features turned by an angle that grows with the position.
+
+    ::
+
+        (x[2i], x[2i + 1])  turned by  p * 10000 ** (-2 i / head_dim)
+
+    Turning back is `rotate(x, -positions)`, and so is the gradient.
+
+    Shapes
+    ------
+    x : (..., len, head_dim), head_dim even      positions : (len,), in tokens
+    returns : the shape of x
+
+    Raises
+    ------
+    ValueError : an odd head_dim, positions of another length
+
+    Source
+    ------
+    G2; RoFormer, arXiv 2104.09864, eq. 34
+    """
+    x, positions = as_float64("x", x), as_float64("positions", positions)
+    length, dim = x.shape[-2:]
+    check_shape("positions", positions.shape, (length,))
+    if dim % 2:
+        raise ValueError(
+            f"head_dim={dim} must be even: rotary embedding turns pairs of features. Try {dim + 1}."
+        )
+    turned = np.zeros(x.shape, dtype=x.dtype)
+    for t in range(length):
+        for i in range(dim // 2):
+            angle = positions[t] * ROTARY_BASE ** (-2 * i / dim)
+            a, b = x[..., t, 2 * i], x[..., t, 2 * i + 1]
+            turned[..., t, 2 * i] = a * np.cos(angle) - b * np.sin(angle)
+            turned[..., t, 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+    return turned
+
+
+def _normed(x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """h: x over its root mean square, times a weight; x itself without input_norm."""
+    if "norm.weight" not in weights:
+        return x
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS) * weights["norm.weight"]
+
+
+def _split(flat: np.ndarray, heads: int) -> np.ndarray:
+    """(batch, len, heads dim) -> (batch, heads, len, dim): a head's features stand together."""
+    batch, length, width = flat.shape
+    return flat.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _merge(x: np.ndarray) -> np.ndarray:
+    """The way back."""
+    batch, heads, length, dim = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * dim)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    # both forms are the same function; neither exp can overflow where it is used
+    e = np.exp(np.where(x.real > 0, -x, x))
+    result: np.ndarray = np.where(x.real > 0, 1 / (1 + e), e / (1 + e))
+    return result
+
+
+def _turns(semantics: Semantics, branch: str) -> bool:
+    """Whether a branch's q and k are rotated (G2)."""
+    if branch == "compress":
+        return semantics.rotary == "all"
+    return semantics.rotary != "none"
+
+
+class _Branches(NamedTuple):
+    """What the branches attend with: one entry each for compress, fine, sliding.
+
+    Keys and values of compress are the memory and then the compressed blocks.
+    """
+
+    q: dict[str, np.ndarray]
+    k: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]
+    mask: dict[str, np.ndarray]
+    block_indices: np.ndarray
+
+
+class _Tokens(NamedTuple):
+    """h, q, k and v of all tokens, nothing rotated; k and v by branch."""
+
+    h: np.ndarray
+    q: np.ndarray
+    k: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]
+
+
+def _tokens(
+    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: LayerSizes, semantics: Semantics
+) -> _Tokens:
+    h = _normed(x, weights)
+    q = _split(h @ weights["to_q.weight"].T, sizes.q_heads)
+    k, v = (
+        {
+            branch: _split(h @ weights[_projection(kind, branch, semantics)].T, sizes.kv_heads)
+            for branch in BRANCHES
+        }
+        for kind in ("k", "v")
+    )
+    return _Tokens(h, q, k, v)
+
+
+def _pooled(
+    tokens: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    kind: str,
+    sizes: LayerSizes,
+    semantics: Semantics,
+) -> np.ndarray:
+    return pool(tokens, _of_map(weights, kind), **_pool_sizes(sizes, semantics))
+
+
+def _of_map(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    """The weights of the compression map of keys ("k") or values ("v")."""
+    prefix = f"compress_{kind}."
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def _pool_sizes(sizes: LayerSizes, semantics: Semantics) -> dict[str, Any]:
+    return {
+        "compress_block_size": sizes.compress_block_size,
+        "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
+        "compress_map": sizes.compress_map,
+        "compress_alignment": semantics.compress_alignment,
+    }
+
+
+def _branches(
+    q: np.ndarray,
+    tokens: _Tokens,
+    k_cmp: np.ndarray,
+    v_cmp: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    sizes: LayerSizes,
+    semantics: Semantics,
+    block_indices: np.ndarray | None,
+) -> _Branches:
+    """q of the last rows, keys and values of all tokens: rotated, selected, masked.
+
+    k_cmp, v_cmp : the compressed blocks, nothing rotated
+    """
+    batch, q_len, kv_len = q.shape[0], q.shape[2], tokens.k["fine"].shape[2]
+    p = np.arange(q_len) + kv_len - q_len
+    rows = {b: rotate(q, p) if _turns(semantics, b) else q for b in BRANCHES}
+    keys, values = dict(tokens.k), dict(tokens.v)
+    for branch in ("fine", "sliding"):
+        if _turns(semantics, branch):
+            keys[branch] = rotate(keys[branch], np.arange(kv_len))
+    if _turns(semantics, "compress"):
+        # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
+        i = np.arange(k_cmp.shape[2])
+        k_cmp = rotate(k_cmp, i * sizes.compress_block_sliding_stride)
+
+    def memory(name: str) -> np.ndarray:
+        return np.broadcast_to(weights[name], (batch, *weights[name].shape))
+
+    if block_indices is None:
+        block_indices = select(
+            rows["compress"], k_cmp, memory("mem_k"), kv_len=kv_len, semantics=semantics,
+            **_selection_sizes(sizes),
+        )  # fmt: skip
+    keys["compress"] = np.concatenate([memory("mem_k"), k_cmp], axis=2)
+    values["compress"] = np.concatenate([memory("mem_v"), v_cmp], axis=2)
+    mask = {
+        "compress": compress_mask(
+            q_len,
+            kv_len,
+            sizes.compress_block_size,
+            sizes.compress_block_sliding_stride,
+            sizes.num_mem_kv,
+            semantics,
+        ),
+        "fine": fine_mask(
+            q_len, kv_len, sizes.selection_block_size, block_indices, sizes.q_heads, semantics
+        ),
+        "sliding": sliding_mask(q_len, kv_len, sizes.sliding_window_size, semantics),
+    }
+    return _Branches(rows, keys, values, mask, block_indices)
+
+
+def _selection_sizes(sizes: LayerSizes) -> dict[str, int]:
+    return {
+        "compress_block_size": sizes.compress_block_size,
+        "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
+        "selection_block_size": sizes.selection_block_size,
+        "num_selected_blocks": sizes.num_selected_blocks,
+        "num_initial_blocks": sizes.num_initial_blocks,
+        "num_local_blocks": sizes.num_local_blocks,
+    }
+
+
+def _attended(branches: _Branches, semantics: Semantics) -> dict[str, Attention]:
+    return {
+        branch: attend(
+            branches.q[branch],
+            branches.k[branch],
+            branches.v[branch],
+            branches.mask[branch],
+            empty_row=getattr(semantics.empty_row, branch),
+        )
+        for branch in BRANCHES
+    }
+
+
+def _gates(h: np.ndarray, weights: Mapping[str, np.ndarray], q_heads: int) -> dict[str, np.ndarray]:
+    """g_c = sigmoid(gates(h)), one number per branch, query head and token: (batch, heads, len)."""
+    gates = _sigmoid(h @ weights["gates.weight"].T + weights["gates.bias"])
+    of_branch = np.split(gates, len(BRANCHES), axis=2)
+    return {branch: g.transpose(0, 2, 1) for branch, g in zip(BRANCHES, of_branch)}
+
+
+def _combined(
+    gates: dict[str, np.ndarray], attended: dict[str, Attention], weights: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Eq. 5, heads merged, projected if there is a projection."""
+    out = _merge(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
+    return out @ weights["to_out.weight"].T if "to_out.weight" in weights else out
+
+
+# --- the layer ------------------------------------------------------------------------------------
+
+
+def layer(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+    block_indices: np.ndarray | None = None,
+) -> np.ndarray:
+    """The gated layer, all rows in parallel.
+
+    ::
+
+        h      = x, or with input_norm x / sqrt(mean x^2 + 2^-23) times norm.weight
+        q      = to_q h, k_c = to_k h, v_c = to_v h         one q; k, v for each branch or for all
+        k_cmp  = the compression map over k_compress, v_cmp over v_compress; never of rotated keys
+        rotary   "fine_and_sliding": q and k of these two at their positions
+                 "all": the compressed branch too, block i at position i d
+        blocks = top-n by q and k_cmp as the compress branch sees them
+        out    = sum over c of sigmoid(gates_c h) * Attn_c(q, k_c, v_c), then to_out
+
+    Shapes
+    ------
+    x : (batch, seq_len, model_dim)
+    weights : the names and shapes of `layer_weight_shapes`
+    block_indices : None to select, or the selection to use, (batch, selection heads, seq_len, n)
+    returns : (batch, seq_len, model_dim), or without output_projection
+        (batch, seq_len, q_heads value_dim); float64, or complex128
+
+    Raises
+    ------
+    ValueError : wrong shapes, missing or unknown weights, an odd head_dim with rotary
+    TypeError : arrays that hold no numbers, sizes or semantics of another type
+
+    Source
+    ------
+    G1, G2; arXiv 2502.11089, eq. 5
+    """
+    x, weights = _checked(x, weights, sizes, semantics)
+    tokens = _tokens(x, weights, sizes, semantics)
+    branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
+    attended = _attended(branches, semantics)
+    return _combined(_gates(tokens.h, weights, sizes.q_heads), attended, weights)
+
+
+def layer_block_indices(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """The blocks that `layer` selects: (batch, selection heads, seq_len, n) int64.
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`
+
+    Source
+    ------
+    I1 to I6
+    """
+    x, weights = _checked(x, weights, sizes, semantics)
+    tokens = _tokens(x, weights, sizes, semantics)
+    return _of_all_rows(tokens, weights, sizes, semantics, None).block_indices
+
+
+def selection_inputs(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k_cmp and mem_k as the layer's selection sees them: rotated if the switch says so.
+
+    Shapes
+    ------
+    returns : (batch, q_heads, seq_len, head_dim), (batch, kv_heads, blocks, head_dim),
+        (batch, kv_heads, num_mem_kv, head_dim)
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`
+
+    Source
+    ------
+    I1, G2
+    """
+    x, weights = _checked(x, weights, sizes, semantics)
+    tokens = _tokens(x, weights, sizes, semantics)
+    branches = _of_all_rows(tokens, weights, sizes, semantics, None)
+    mem_k, k_cmp = np.split(branches.k["compress"], [sizes.num_mem_kv], axis=2)
+    return branches.q["compress"], k_cmp, mem_k
+
+
+def _of_all_rows(
+    tokens: _Tokens,
+    weights: Mapping[str, np.ndarray],
+    sizes: LayerSizes,
+    semantics: Semantics,
+    block_indices: np.ndarray | None,
+) -> _Branches:
+    k_cmp = _pooled(tokens.k["compress"], weights, "k", sizes, semantics)
+    v_cmp = _pooled(tokens.v["compress"], weights, "v", sizes, semantics)
+    return _branches(tokens.q, tokens, k_cmp, v_cmp, weights, sizes, semantics, block_indices)
+
+
+def layer_vjp(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    d_out: np.ndarray,
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+    block_indices: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Gradients of <d_out, layer(x, weights)> with respect to x and every weight.
+
+    ::
+
+        dO_c     = g_c dO                    dg_c = sum_c' dO O_c, and dlogit = dg g (1 - g)
+        branches   `attend_vjp`; what was rotated is turned back
+        k_cmp, v_cmp   through the compression map to the tokens of the compress branch (C4)
+        h          the sum over everything that was projected from it
+        norm       with r = 1 / sqrt(mean x^2 + eps): dx = r (dh w - x r^2 mean(x dh w))
+
+    No gradient flows through the choice of blocks (A4).
+
+    Shapes
+    ------
+    d_out : as `layer` returns
+    returns : (dx, dweights), of the shapes of x and of each of the weights
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`; d_out of a wrong shape
+
+    Source
+    ------
+    G1, A3, A4, C4; derived by hand from `layer`
+    """
+    x, weights = _checked(x, weights, sizes, semantics)
+    tokens = _tokens(x, weights, sizes, semantics)
+    branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
+    attended = _attended(branches, semantics)
+    gates = _gates(tokens.h, weights, sizes.q_heads)
+    d_out = as_float64("d_out", d_out)
+    check_shape("d_out", d_out.shape, _combined(gates, attended, weights).shape)
+    dtype = np.result_type(x, d_out, *weights.values())
+    dweights = {name: np.zeros(weight.shape, dtype=dtype) for name, weight in weights.items()}
+    dh = np.zeros(tokens.h.shape, dtype=dtype)
+
+    def through(name: str, d_projected: np.ndarray) -> np.ndarray:
+        """Gradient of h from that of h W^T; the gradient of W is noted."""
+        dweights[name] += np.einsum("bto,bti->oi", d_projected, tokens.h)
+        return d_projected @ weights[name]
+
+    d_heads = d_out
+    if "to_out.weight" in weights:
+        combined = _merge(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
+        dweights["to_out.weight"] += np.einsum("bto,bti->oi", d_out, combined)
+        d_heads = d_out @ weights["to_out.weight"]
+    d_heads = _split(d_heads, sizes.q_heads)
+
+    d_logits = []
+    dq = np.zeros(tokens.q.shape, dtype=dtype)
+    p = np.arange(x.shape[1])
+    for branch in BRANCHES:
+        g, out = gates[branch], attended[branch].out
+        dg = (d_heads * out).sum(axis=3)
+        d_logits.append((dg * g * (1 - g)).transpose(0, 2, 1))
+        dq_c, dk_c, dv_c = attend_vjp(
+            branches.q[branch],
+            branches.k[branch],
+            branches.v[branch],
+            branches.mask[branch],
+            g[..., None] * d_heads,
+            empty_row=getattr(semantics.empty_row, branch),
+        )
+        if branch == "compress":
+            dk_c, dv_c = _through_pool(dk_c, dv_c, tokens, weights, sizes, semantics, dweights)
+        elif _turns(semantics, branch):
+            dk_c = rotate(dk_c, -p)
+        dq += rotate(dq_c, -p) if _turns(semantics, branch) else dq_c
+        dh += through(_projection("k", branch, semantics), _merge(dk_c))
+        dh += through(_projection("v", branch, semantics), _merge(dv_c))
+    dh += through("to_q.weight", _merge(dq))
+    d_logit = np.concatenate(d_logits, axis=2)
+    dh += through("gates.weight", d_logit)
+    dweights["gates.bias"] += d_logit.sum(axis=(0, 1))
+
+    if "norm.weight" not in weights:
+        return dh, dweights
+    r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS)
+    dweights["norm.weight"] += (dh * x * r).sum(axis=(0, 1))
+    d_normed = dh * weights["norm.weight"]
+    dx = r * (d_normed - x * r**2 * (x * d_normed).mean(axis=-1, keepdims=True))
+    return dx, dweights
+
+
+def _through_pool(
+    dk: np.ndarray,
+    dv: np.ndarray,
+    tokens: _Tokens,
+    weights: Mapping[str, np.ndarray],
+    sizes: LayerSizes,
+    semantics: Semantics,
+    dweights: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of the tokens from those of the compress branch's columns: memory, then blocks."""
+    memory = sizes.num_mem_kv
+    dweights["mem_k"] += dk[:, :, :memory].sum(axis=0)
+    dweights["mem_v"] += dv[:, :, :memory].sum(axis=0)
+    dk_cmp, dv_cmp = dk[:, :, memory:], dv[:, :, memory:]
+    if _turns(semantics, "compress"):
+        i = np.arange(dk_cmp.shape[2])
+        dk_cmp = rotate(dk_cmp, -i * sizes.compress_block_sliding_stride)
+    found = []
+    for kind, of_tokens, d_cmp in (("k", tokens.k, dk_cmp), ("v", tokens.v, dv_cmp)):
+        d_tokens, d_map = pool_vjp(
+            of_tokens["compress"],
+            _of_map(weights, kind),
+            d_cmp,
+            **_pool_sizes(sizes, semantics),
+        )
+        for name, gradient in d_map.items():
+            dweights[f"compress_{kind}.{name}"] += gradient
+        found.append(d_tokens)
+    return found[0], found[1]
+
+
+# --- decoding, and batches of sequences -----------------------------------------------------------
+
+
+def decode(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """The same rows as `layer`, one token after the other through a cache.
+
+    The cache holds h's projections of all tokens so far, and the compressed blocks that are
+    complete. A token is appended, then the blocks that it completes, then its one row attends to
+    what is there. Memory stands before the blocks from the first token on.
+
+    Shapes
+    ------
+    x, weights, returns : as `layer`
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`; non-causal semantics, where a row would need later tokens
+
+    Source
+    ------
+    G3
+    """
+    x, weights = _checked(x, weights, sizes, semantics)
+    if not semantics.causal:
+        raise ValueError(
+            "semantics.causal=False must be True to decode: a row would need later tokens."
+        )
+    batch, seq_len, _ = x.shape
+    dtype = np.result_type(x, *weights.values())
+
+    def none(dim: int) -> np.ndarray:
+        return np.zeros((batch, sizes.kv_heads, 0, dim), dtype=dtype)
+
+    k = dict.fromkeys(BRANCHES, none(sizes.head_dim))
+    v = dict.fromkeys(BRANCHES, none(sizes.value_dim))
+    k_cmp, v_cmp = none(sizes.head_dim), none(sizes.value_dim)
+    d = sizes.compress_block_sliding_stride
+    # the first window ends with token l - 1, or "end" with token d - 1; then one every d tokens
+    first = sizes.compress_block_size if semantics.compress_alignment == "start" else d
+    width = sizes.model_dim if semantics.output_projection else sizes.q_heads * sizes.value_dim
+    out = np.zeros((batch, seq_len, width), dtype=dtype)
+    for t in range(seq_len):
+        new = _tokens(x[:, t : t + 1], weights, sizes, semantics)
+        k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
+        v = {c: np.concatenate([v[c], new.v[c]], axis=2) for c in BRANCHES}
+        if t + 1 >= first and (t + 1 - first) % d == 0:
+            k_cmp = np.concatenate(
+                [k_cmp, _last_window(k["compress"], weights, "k", sizes)], axis=2
+            )
+            v_cmp = np.concatenate(
+                [v_cmp, _last_window(v["compress"], weights, "v", sizes)], axis=2
+            )
+        cache = _Tokens(new.h, new.q, k, v)
+        branches = _branches(new.q, cache, k_cmp, v_cmp, weights, sizes, semantics, None)
+        attended = _attended(branches, semantics)
+        out[:, t : t + 1] = _combined(_gates(new.h, weights, sizes.q_heads), attended, weights)
+    return out
+
+
+def _last_window(
+    tokens: np.ndarray, weights: Mapping[str, np.ndarray], kind: str, sizes: LayerSizes
+) -> np.ndarray:
+    """The one block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
+    size = sizes.compress_block_size
+    missing = max(0, size - tokens.shape[2])
+    window = np.pad(tokens, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
+    return pool(
+        window,
+        _of_map(weights, kind),
+        compress_block_size=size,
+        compress_block_sliding_stride=size,
+        compress_map=sizes.compress_map,
+        compress_alignment="start",
+    )
+
+
+def varlen(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    cu_seqlens: np.ndarray,
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """Sequences of different lengths, packed one behind the other: `layer` of each by itself.
+
+    Shapes
+    ------
+    x : (total tokens, model_dim)
+    cu_seqlens : (sequences + 1,) integers, in tokens; sequence i is the rows from cu_seqlens[i] on,
+        before cu_seqlens[i + 1]
+    returns : (total tokens, what `layer` returns per token)
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`; cu_seqlens that do not start at 0, that decrease, or that do
+        not end at the number of tokens
+
+    Source
+    ------
+    G4
+    """
+    x = as_float64("x", x)
+    check_shape("x", x.shape, ("total tokens", sizes.model_dim))
+    bounds = check_cu_seqlens(cu_seqlens, x.shape[0])
+    rows = [
+        layer(x[None, start:stop], weights, sizes=sizes, semantics=semantics)[0]
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    none = layer(x[None, :0], weights, sizes=sizes, semantics=semantics)[0]
+    return np.concatenate([none, *rows], axis=0)
+
+
+def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
+    """The offsets as a list, if they start at 0, never decrease and end at `tokens`.
+
+    Raises
+    ------
+    ValueError, TypeError : otherwise
+    """
+    array = np.asarray(cu_seqlens)
+    check_shape("cu_seqlens", array.shape, ("sequences + 1",))
+    offsets = array.tolist()
+    for offset in offsets:
+        check_integer("cu_seqlens", offset)
+    rising = all(start <= stop for start, stop in itertools.pairwise(offsets))
+    if not offsets or offsets[0] != 0 or offsets[-1] != tokens or not rising:
+        raise ValueError(
+            f"cu_seqlens={offsets} must start at 0, never decrease and end at the number of "
+            f"tokens, {tokens}."
+        )
+    return offsets
+
+
+def _checked(
+    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: LayerSizes, semantics: Semantics
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """x and the weights as float64, of the right names and shapes."""
+    shapes = layer_weight_shapes(sizes, semantics)
+    x = as_float64("x", x)
+    check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))
+    if set(weights) != set(shapes):
+        missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+        raise ValueError(
+            f"weights lacks {missing} and has the unknown names {unknown}; it must have "
+            f"{sorted(shapes)}."
+        )
+    checked = {}
+    for name, shape in shapes.items():
+        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
+        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
+    return x, checked

@@ -8,6 +8,7 @@ of the query at p is p // l'. A stride is d tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -601,6 +602,64 @@ def valid_selection(
             verdict[b, g, t], clause, sentence = found
             reasons[b, g, t] = (clause, sentence)
     return SelectionVerdict(verdict, reasons)
+
+
+def undecided_rows(
+    scores: np.ndarray,
+    score_bounds: np.ndarray,
+    *,
+    candidates: np.ndarray,
+    forced: np.ndarray,
+    num_selected_blocks: int,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """Rows for which more than one choice of blocks is valid, given the scores' bounds.
+
+    ::
+
+        some block of the top n and some candidate left out differ in score by no more than the sum
+        of their bounds; or the score of a candidate lies within its bound of `score_floor`
+
+    Shapes
+    ------
+    scores, score_bounds, candidates, forced : as in `valid_selection`
+    returns : (batch, heads, q_len) bool
+
+    Raises
+    ------
+    ValueError, TypeError : as `valid_selection`
+
+    Source
+    ------
+    I5
+    """
+    chosen = top_blocks(
+        scores,
+        candidates=candidates,
+        forced=forced,
+        num_selected_blocks=num_selected_blocks,
+        semantics=dataclasses.replace(semantics, score_floor=None),
+    )
+    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
+    bounds = as_float64("score_bounds", score_bounds)
+    check_shape("score_bounds", bounds.shape, scores.shape)
+    ranked = _with_forced_score(scores, forced, semantics)
+    rank_bounds = np.where(forced, _bound_of_forced(bounds, semantics), bounds)
+    low, high = _floored_range(scores, bounds, forced, semantics)
+    floor = semantics.score_floor
+    undecided = np.zeros(scores.shape[:3], dtype=bool)
+    for row in np.ndindex(scores.shape[:3]):
+        taken = [int(block) for block in chosen[row] if block >= 0]
+        left = [int(block) for block in np.flatnonzero(candidates[row[2]]) if block not in taken]
+        for better in taken:
+            for worse in left:
+                if math.isinf(ranked[row][better]):
+                    continue  # forced: where even those are too many, the lowest are taken (I4)
+                gap = ranked[row][better] - ranked[row][worse]
+                undecided[row] |= gap <= rank_bounds[row][better] + rank_bounds[row][worse]
+        if floor is not None:
+            undecided[row] |= any(low[row][block] <= floor < high[row][block] for block in taken)
+    return undecided
 
 
 def _judge_row(

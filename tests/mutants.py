@@ -26,7 +26,7 @@ from nsa_ref.selection import (
     selection_candidates,
 )
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
-from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing import Case, Implementation, OracleImplementation
 from nsa_ref.testing.case import DTYPES
 
 #: Conventions with empty rows of zero, so that arithmetic can be changed one step at a time.
@@ -160,7 +160,7 @@ def _as_computed(case: Case, *arrays: np.ndarray) -> list[np.ndarray]:
 class Mutant:
     """implementation : what is judged; clause : what must fail; mistake : in words"""
 
-    implementation: OracleImplementation
+    implementation: Implementation
     clause: str
     mistake: str
 

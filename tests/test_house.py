@@ -27,8 +27,8 @@ ROOMS = (
     "attention",
     "compress",
     "selection",
-    "bounds",
     "layer",
+    "bounds",
     "layer_bounds",
 )
 HEAVY = ("torch", "hypothesis", "pytest", "ml_dtypes", "matplotlib", "rich", "xdist")

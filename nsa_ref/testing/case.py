@@ -18,6 +18,7 @@ import numpy as np
 
 from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
 from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
+from nsa_ref.layer import LayerSizes, layer_weight_shapes
 from nsa_ref.semantics import PAPER, PRESETS, Semantics
 
 DTYPES: dict[str, np.dtype] = {
@@ -77,6 +78,7 @@ class Case:
     num_local_blocks: int = 0
     sliding_window_size: int = 0
     num_mem_kv: int = 0
+    model_dim: int = 1
     inputs: str = "randn"
     indices: str = "distinct"
     layout: str = "contiguous"
@@ -102,6 +104,7 @@ class Case:
             ("num_local_blocks", 0),
             ("sliding_window_size", 0),
             ("num_mem_kv", 0),
+            ("model_dim", 1),
             ("seed", 0),
         ):
             check_at_least(name, getattr(self, name), least)
@@ -151,6 +154,20 @@ class Case:
     def num_selection_blocks(self) -> int:
         """Blocks of l' tokens, the last of which may be short (F2)."""
         return -(-self.kv_len // self.selection_block_size)
+
+    @property
+    def layer_sizes(self) -> LayerSizes:
+        """The geometry of the whole layer (G1)."""
+        return LayerSizes(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LayerSizes)}
+        )
+
+    @property
+    def layer_width(self) -> int:
+        """Features of a token as the layer returns it."""
+        if self.semantics.output_projection:
+            return self.model_dim
+        return self.q_heads * self.value_dim
 
     @property
     def scale(self) -> float:
@@ -289,6 +306,30 @@ class Case:
                 values = values / max(1, shape[-1]) ** 0.5
             weights[name] = values.astype(DTYPES[self.dtype])
         return weights
+
+    def layer_weights(self) -> dict[str, np.ndarray]:
+        """Weights of the layer (G1), scaled to keep q, k, v, gates and outputs near one."""
+        weights = {}
+        for name, shape in layer_weight_shapes(self.layer_sizes, self.semantics).items():
+            values = self.generator(f"weights/{name}").standard_normal(shape)
+            if name == "norm.weight":
+                values = 1 + values / 4
+            elif len(shape) == 2:
+                values = values / shape[1] ** 0.5
+            if name == "to_q.weight" and self.inputs == "flat":
+                values = values / 5
+            weights[name] = values.astype(DTYPES[self.dtype])
+        return weights
+
+    def tokens(self) -> np.ndarray:
+        """x, what the layer reads: (batch, kv_len, model_dim)."""
+        return self.array("x", self.batch, self.kv_len, self.model_dim)
+
+    def sequence_lengths(self) -> list[int]:
+        """Lengths of the sequences that are packed for G4: kv_len and shorter, none among them."""
+        rng = self.generator("sequence_lengths")
+        lengths = [self.kv_len, 0, *rng.integers(0, self.kv_len + 1, 2).tolist()]
+        return [lengths[i] for i in rng.permutation(len(lengths))]
 
     def block_indices(self) -> np.ndarray:
         """Indices for the fine branch, int64 (batch, selection_heads, q_len, n), by `indices`.

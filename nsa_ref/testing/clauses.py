@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Changes whenever a clause is added, removed or means something else.
-SPEC_VERSION = "1"
+SPEC_VERSION = "2"
 
 CLAUSES = {
     "A1": "out = sum_j P_j v_j and lse = log sum_j mult_j exp(s_j), where P_j = mult_j "
@@ -12,6 +12,7 @@ CLAUSES = {
     "empty_row and empty_lse say), and all of its gradients are exactly 0.",
     "A3": "dq = scale sum_j dS_j k_j, dk = scale sum dS q and dv = sum P dO over the group's heads "
     "and all queries that see the key, with dS = P (dP - D + dlse).",
+    "A4": "No gradient flows through the choice of blocks.",
     "A5": "A key that is invisible has no influence: whatever finite values it holds, nothing else "
     "changes, and its own gradients are exactly 0.",
     "W1": "Causal sliding window: key j is visible iff 0 <= p - j <= w, that is w + 1 keys "
@@ -40,4 +41,11 @@ CLAUSES = {
     "I5": "Between equal scores any choice is right, but only among the candidates.",
     "I6": "Fewer than n candidates: all of them, -1 in the slots left over; indices < 0 or >= the "
     "number of blocks are ignored.",
+    "G1": "The layer is the sum over compress, fine and sliding of sigmoid(gate) times attention, "
+    "one gate per branch, token and query head (eq. 5), with gradients to x and every weight.",
+    "G2": "Rotary embedding turns q and k of the fine and sliding branches, and of the compressed "
+    "one only if the switch says so.",
+    "G3": "Decoding with a cache equals the same row of the parallel form, at every step, from the "
+    "first token, with memory.",
+    "G4": "Sequences of different lengths in one batch (cu_seqlens) equal each of them by itself.",
 }

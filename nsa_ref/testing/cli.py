@@ -518,7 +518,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--branch",
         action="append",
-        choices=(*(branch.name for branch in BRANCHES), "selection"),
+        choices=(*(branch.name for branch in BRANCHES), "selection", "layer"),
         help="this branch only; may be repeated",
     )
     command.add_argument(

@@ -21,6 +21,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention, attend, attend_vjp
 from nsa_ref.compress import pool, pool_vjp
+from nsa_ref.layer import decode, layer, layer_vjp, varlen
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
@@ -125,6 +126,37 @@ class Implementation:
 
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> Any:
         raise NotOffered("select")
+
+    # the whole layer: weights is one flat dict, with the names and shapes of
+    # `nsa_ref.layer_weight_shapes`; x and what comes back are (batch, kv_len, ...)
+
+    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+        """All rows in parallel."""
+        raise NotOffered("layer")
+
+    def layer_with_blocks(
+        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
+    ) -> Any:
+        """The same with a choice of blocks that is handed in, in place of its own."""
+        raise NotOffered("layer_with_blocks")
+
+    def decode(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+        """All rows, one token after the other through a cache."""
+        raise NotOffered("decode")
+
+    def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> Any:
+        """Sequences one behind the other: x (tokens, model_dim), cu_seqlens (sequences + 1,)."""
+        raise NotOffered("varlen")
+
+    def layer_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        raise NotOffered("layer_vjp")
+
+    def layer_with_blocks_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        raise NotOffered("layer_with_blocks_vjp")
 
     # how the judge calls them: NumPy in, NumPy out
 
@@ -239,12 +271,13 @@ class TorchImplementation(Implementation):
 
         if not self.offers(method):
             raise NotOffered(method)
-        gradients = 1 if method == "pool" else 2
+        attention = method in ("sliding", "compress", "fine")
+        gradients = 2 if attention else 1
         inputs = self._tensors(case, arguments[:-gradients], grad=True)
         d_outputs = self._tensors(case, arguments[-gradients:], grad=False)
         self._before(case, [*inputs, *d_outputs])
         outputs: Any = getattr(self, method)(case, *inputs)
-        if method == "pool":
+        if not attention:
             outputs = (outputs,)
         elif outputs.lse is None or not self.lse_gradient:
             if np.any(arguments[-1].astype(np.float64)):
@@ -276,7 +309,9 @@ class TorchImplementation(Implementation):
                 return {name: gradients_of[id(leaf)] for name, leaf in item.items()}
             return gradients_of[id(item)]
 
-        return tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
+        gathered = tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
+        # the layer takes its weights first, and its gradients come as those of pool do
+        return gathered[::-1] if method.startswith("layer") else gathered
 
 
 class OracleImplementation(Implementation):
@@ -424,6 +459,41 @@ class OracleImplementation(Implementation):
             num_local_blocks=case.num_local_blocks,
             semantics=case.semantics,
         )
+
+    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
+        weights, x = _float64(weights, x)
+        return _stored(case, layer(x, weights, **_layer_sizes(case)))
+
+    def layer_with_blocks(
+        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
+    ) -> np.ndarray:
+        weights, x = _float64(weights, x)
+        return _stored(case, layer(x, weights, block_indices=block_indices, **_layer_sizes(case)))
+
+    def decode(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
+        weights, x = _float64(weights, x)
+        return _stored(case, decode(x, weights, **_layer_sizes(case)))
+
+    def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> np.ndarray:
+        weights, x = _float64(weights, x)
+        return _stored(case, varlen(x, weights, cu_seqlens, **_layer_sizes(case)))
+
+    def layer_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        weights, x, d_out = _float64(weights, x, d_out)
+        return _stored(case, layer_vjp(x, weights, d_out, **_layer_sizes(case)))
+
+    def layer_with_blocks_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        weights, x, d_out = _float64(weights, x, d_out)
+        forced = {"block_indices": block_indices, **_layer_sizes(case)}
+        return _stored(case, layer_vjp(x, weights, d_out, **forced))
+
+
+def _layer_sizes(case: Case) -> dict[str, Any]:
+    return {"sizes": case.layer_sizes, "semantics": case.semantics}
 
 
 def _pool_sizes(case: Case) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--branch",
         action="append",
         default=None,
-        help="compress, fine, sliding or selection; may be repeated (default all)",
+        help="compress, fine, sliding, selection or layer; may be repeated (default all)",
     )
     group.addoption(
         "--dtype",
@@ -137,7 +137,7 @@ def pytest_configure(config: pytest.Config) -> None:
     known = {
         "--device": DEVICES,
         "--level": tuple(LEVELS),
-        "--branch": (*(branch.name for branch in BRANCHES), "selection"),
+        "--branch": (*(branch.name for branch in BRANCHES), "selection", "layer"),
         "--dtype": tuple(DTYPES),
     }
     for option, allowed in known.items():

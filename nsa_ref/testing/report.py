@@ -27,13 +27,13 @@ SCHEMA = "nsa-ref-report-1"
 #: Fields that only some properties read (`Property.about`); the others keep the default, so that an
 #: edge of such a field cannot be met by them.
 READ_BY = {
-    "sliding_window_size": {"sliding"},
-    "num_mem_kv": {"compress", "pool", "selection"},
+    "sliding_window_size": {"sliding", "layer"},
+    "num_mem_kv": {"compress", "pool", "selection", "layer"},
     # these are multiples of one another, so whoever reads one varies all
-    "compress_block_size": {"compress", "pool", "selection", "fine"},
-    "compress_block_sliding_stride": {"compress", "pool", "selection", "fine"},
-    "selection_block_size": {"compress", "pool", "selection", "fine"},
-    "num_selected_blocks": {"fine", "selection"},
+    "compress_block_size": {"compress", "pool", "selection", "fine", "layer"},
+    "compress_block_sliding_stride": {"compress", "pool", "selection", "fine", "layer"},
+    "selection_block_size": {"compress", "pool", "selection", "fine", "layer"},
+    "num_selected_blocks": {"fine", "selection", "layer"},
     "indices": {"fine"},
 }
 

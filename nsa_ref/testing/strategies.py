@@ -33,6 +33,7 @@ ABOUT = {
     "fine": ("blocks", "indices"),
     "pool": ("compress", "map"),
     "selection": ("compress", "blocks", "forced"),
+    "layer": ("window", "compress", "map", "blocks", "forced", "model"),
 }
 
 
@@ -40,6 +41,8 @@ ABOUT = {
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
 SHAPES = ("square", "decode", "short keys", "edge")
 LONG_SHAPES = ("around 128", "long", "many blocks")
+#: A layer reads its own keys: as many as queries, some tokens or hardly any.
+LAYER_SHAPES = ("square", "few tokens")
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
 #: whose offsets do not fit into 32 bits.
 EXTENTS = ("far", "large")
@@ -49,6 +52,8 @@ FAR = 512
 
 def shapes_of(about: str) -> tuple[str, ...]:
     """The shapes of cases about this; many blocks only where blocks are chosen."""
+    if about == "layer":
+        return LAYER_SHAPES
     return SHAPES + (LONG_SHAPES if "blocks" in ABOUT[about] else LONG_SHAPES[:2])
 
 
@@ -93,7 +98,8 @@ def cases(
     sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
 
     shape = shape or draw(st.sampled_from(shapes_of(about)))
-    group_size = pick("group_size", GROUP_SIZES[:3] if shape == "far" else GROUP_SIZES)
+    groups_tried = {"far": 3, "layer": 4}.get("layer" if about == "layer" else shape)
+    group_size = pick("group_size", GROUP_SIZES[:groups_tried])
     few_heads = (2, 1) if shape == "far" else (1, 2)
     sizes["kv_heads"] = pick(
         "kv_heads", (1, 2, 3) if shape != "far" and group_size < 5 else few_heads
@@ -117,6 +123,13 @@ def cases(
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
+    if about == "layer":
+        # it is all branches at once, and the definition takes its time
+        max_len = min(max_len, 24)
+        sizes["batch"] = sizes["batch"] if "batch" in limits else min(sizes["batch"], 2)
+    dims = (8, 6, 3, 16) if "model" in groups else (1,)
+    sizes["model_dim"] = pick("model_dim", dims)
+
     device = device_of(implementation.device)
     if "q_len" in limits and not device.shortest > 1:
         max_len = max(2, min(max_len, max(limits["q_len"])))
@@ -133,6 +146,8 @@ def cases(
     elif shape == "edge":
         sizes["q_len"] = length + draw(st.sampled_from([1, -1, 1, -1, -length]))
         sizes["q_len"] = max(2 if populated else 0, sizes["q_len"])
+    elif shape == "few tokens":
+        sizes["q_len"] = sizes["kv_len"] = draw(st.integers(shortest, 3))
     elif shape == "around 128":
         sizes["kv_len"] = draw(st.integers(127, 130))
         sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))

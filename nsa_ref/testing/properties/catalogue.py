@@ -36,6 +36,13 @@ from nsa_ref.testing.properties.laws import (
     same_bits,
     unstated,
 )
+from nsa_ref.testing.properties.layer import (
+    layer_gradients,
+    layer_output,
+    mask_through_the_layer,
+    packed,
+    rotation,
+)
 from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
 from nsa_ref.testing.properties.selection import selection
 from nsa_ref.testing.properties.values import empty_rows, gradients, output
@@ -87,6 +94,10 @@ def _register(
 
 def _causal(semantics: Semantics) -> bool:
     return semantics.causal
+
+
+def _rotary(semantics: Semantics) -> bool:
+    return semantics.rotary != "none"
 
 
 def _not_causal(semantics: Semantics) -> bool:
@@ -232,6 +243,46 @@ def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
     _nothing_forced(draw, sizes)
     if sizes["q_heads"] == sizes["kv_heads"]:
         sizes["q_heads"] *= 2
+
+
+def _whole_layer(draw: st.DrawFn, sizes: Sizes) -> None:
+    """No row without keys where the definition has no number for it; affordable maps."""
+    empty = sizes["semantics"].empty_row
+    if empty.compress == "uniform":
+        # the mean over all columns would know how many are to come
+        sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
+    if empty.fine == "nan":
+        sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
+    if sizes["compress_block_size"] * max(sizes["head_dim"], sizes["value_dim"]) > 64:
+        sizes["compress_map"] = draw(st.sampled_from(["linear", "mean"]))
+
+
+def _layer_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
+    """More candidates than n: scores decide, and could be differentiated."""
+    _whole_layer(draw, sizes)
+    _rows_that_choose(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"]
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
+
+
+def _layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
+    """Heads of a group that weigh the same blocks differently."""
+    _layer_that_chooses(draw, sizes)
+    if sizes["q_heads"] == sizes["kv_heads"]:
+        sizes["q_heads"] *= 2
+
+
+def _rotated(draw: st.DrawFn, sizes: Sizes) -> None:
+    _whole_layer(draw, sizes)
+    sizes["sliding_window_size"] = max(2, sizes["sliding_window_size"])
+
+
+def _read_through_the_layer(draw: st.DrawFn, sizes: Sizes) -> None:
+    """A one-hot row for every token, a linear map, and room for all heads in the output."""
+    _whole_layer(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"] = min(sizes["kv_len"], 24)
+    sizes["compress_map"], sizes["compress_positions"] = "linear", False
+    sizes["model_dim"] = max(sizes["q_heads"] * sizes["value_dim"], sizes["kv_len"])
 
 
 def _window_properties() -> None:
@@ -541,6 +592,67 @@ def _extent_properties() -> None:
         )
 
 
+def _layer_properties() -> None:
+    common: dict[str, Any] = {
+        "head_dims": (8, 4, 2, 16),  # even: rotary embedding turns pairs
+        "inputs": ("randn", "flat"),
+        "by_dtype": True,
+        "adjust": _whole_layer,
+    }
+    for method, how in (("layer", ""), ("layer_with_blocks", "_with_blocks")):
+        _register(
+            "G1", "layer", layer_output(method), f"G1_layer_output{how}", method=method, **common
+        )
+        rotated = {"semantics": _rotary, "adjust": _rotated, "examples": 12}
+        _register(
+            "G2",
+            "layer",
+            rotation(method),
+            f"G2_layer_rotation{how}",
+            method=method,
+            **(common | rotated),
+        )
+        clause = "A4" if method == "layer" else "G1"
+        chooses = {"adjust": _layer_that_chooses} if method == "layer" else {}
+        _register(
+            clause,
+            "layer",
+            layer_gradients(method, clause),
+            f"{clause}_layer_gradients{how}",
+            method=method,
+            backward=True,
+            **(common | chooses),
+        )
+    for name, adjust in (
+        ("G3_decode", _whole_layer),
+        ("G3_decode_where_scores_decide", _layer_of_groups_that_chooses),
+    ):
+        _register(
+            "G3",
+            "layer",
+            layer_output("decode", "G3"),
+            name,
+            method="decode",
+            semantics=_causal,
+            **(common | {"adjust": adjust}),
+        )
+    _register("G4", "layer", packed, "G4_varlen", method="varlen", **(common | {"examples": 12}))
+    for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
+        _register(
+            clause,
+            "layer",
+            mask_through_the_layer(branch, clause),
+            f"{clause}_{branch.name}_mask_through_the_layer",
+            method="layer_with_blocks" if branch is FINE else "layer",
+            semantics=_causal,
+            populated=True,
+            adjust=_read_through_the_layer,
+            inputs=("randn",),
+            head_dims=(8, 16),
+            examples=10,
+        )
+
+
 def _selection_properties() -> None:
     generic: dict[str, Any] = {"inputs": GENERIC_INPUTS, "method": "select"}
     for clause, options in (
@@ -572,3 +684,4 @@ _fine_properties()
 _attention_properties()
 _extent_properties()
 _selection_properties()
+_layer_properties()

@@ -18,6 +18,8 @@ from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.properties.masks import forward_mask
 from nsa_ref.testing.strategies import edges, fresh_seeds
 
+BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
+
 
 def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """Run one property on one case.
@@ -43,7 +45,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
         raise Broken(prop.clause, f"the implementation failed: {error}") from error
     except Broken as broken:
         values = broken.clause in ("A1", "A2", "A3", "A5")
-        if values and prop.branch != "selection" and not prop.extent:
+        if values and prop.branch in BRANCH_NAMES and not prop.extent:
             _blame_the_mask(prop, implementation, case)
         raise
 

@@ -27,7 +27,7 @@ CONVENTION = "This may be a difference of convention"
 REMEDY = "If it is meant, declare it in `semantics`."
 
 
-def _mask_broken(
+def mask_broken(
     branch: Branch, clause: str, case: Case, expected: np.ndarray, actual: np.ndarray, how: str
 ) -> Broken:
     """The first wrong cell in the clause's terms, the masks side by side, the likely switch."""
@@ -101,7 +101,7 @@ def exposed_mask(branch: Branch, clause: str) -> Check:
                 ) from None
             if (actual != expected).any():
                 how = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
-                raise _mask_broken(branch, clause, case, expected, actual, how)
+                raise mask_broken(branch, clause, case, expected, actual, how)
         return Outcome()
 
     return check
@@ -114,7 +114,7 @@ def forward_mask(branch: Branch, clause: str) -> Check:
         actual = probes.forward_mask(implementation, branch, case, expected)
         if (actual != expected).any():
             how = f"{branch.name}, forward read out by one-hot values"
-            raise _mask_broken(branch, clause, case, expected, actual, how)
+            raise mask_broken(branch, clause, case, expected, actual, how)
         return Outcome()
 
     return check

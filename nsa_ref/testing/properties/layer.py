@@ -1,0 +1,410 @@
+"""The whole layer: output, gradients, rotation, decoding, packed sequences (G1 to G4, A4).
+
+A layer chooses its blocks itself. Where scores lie so close together that a right layer may choose
+otherwise, a row is *undecided*: it is counted, its output is not compared, and no gradient is sent
+through it. A layer that takes blocks from outside is asked with the definition's choice as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nsa_ref.attention import Attention
+from nsa_ref.compress import compress_windows
+from nsa_ref.layer import layer, layer_block_indices, layer_vjp, selection_inputs
+from nsa_ref.layer_bounds import LayerBounds, layer_bounds
+from nsa_ref.selection import forced_blocks, importance, selection_candidates, undecided_rows
+from nsa_ref.semantics import BRANCHES
+from nsa_ref.testing import probes
+from nsa_ref.testing.branches import (
+    COMPRESS,
+    FINE,
+    Branch,
+    Broken,
+    Inconclusive,
+    Raised,
+    as_float64,
+    call,
+)
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.compare import compare
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties.common import Check, Outcome, settle
+from nsa_ref.testing.properties.masks import CONVENTION, REMEDY, mask_broken
+
+#: A gate's bias beyond which its sigmoid is exactly 1 or 0, in every dtype.
+SHUT = 1e4
+
+Weights = dict[str, np.ndarray]
+
+
+class _Truth(NamedTuple):
+    """The definition's side of a case, in float64.
+
+    undecided : bool (batch, kv_len), rows for which another choice of blocks may be right
+    """
+
+    x: np.ndarray
+    weights: Weights
+    block_indices: np.ndarray
+    undecided: np.ndarray
+
+
+def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: Weights) -> _Truth:
+    x, weights = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
+    sizes, semantics = case.layer_sizes, case.semantics
+    block_indices = layer_block_indices(x, weights, sizes=sizes, semantics=semantics)
+    truth = _Truth(x, weights, block_indices, np.zeros(x.shape[:2], dtype=bool))
+    bounds = _bounds(implementation, case, truth)
+    q, k_cmp, mem_k = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
+    strides = {
+        "compress_block_size": case.compress_block_size,
+        "compress_block_sliding_stride": case.compress_block_sliding_stride,
+    }
+    tokens = x.shape[1]
+    lengths = (tokens, tokens, case.selection_block_size)
+    scores = importance(
+        q,
+        k_cmp,
+        mem_k,
+        kv_len=tokens,
+        selection_block_size=case.selection_block_size,
+        semantics=semantics,
+        **strides,
+    )
+    undecided = undecided_rows(
+        scores,
+        _finite(bounds.scores, scores.shape),
+        candidates=selection_candidates(*lengths, semantics, **strides),
+        forced=forced_blocks(
+            *lengths, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
+        ),
+        num_selected_blocks=case.num_selected_blocks,
+        semantics=semantics,
+    )
+    return truth._replace(undecided=np.asarray(undecided.any(axis=1)))
+
+
+def _finite(bounds: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The bounds over all blocks; an incomplete trailing block is no candidate and needs none."""
+    assert bounds is not None
+    whole = np.zeros(shape)
+    whole[..., : bounds.shape[-1]] = np.minimum(bounds, np.finfo(np.float64).max)
+    return whole
+
+
+def _bounds(
+    implementation: Implementation, case: Case, truth: _Truth, d_out: np.ndarray | None = None
+) -> LayerBounds:
+    return layer_bounds(
+        truth.x,
+        truth.weights,
+        truth.block_indices,
+        d_out,
+        sizes=case.layer_sizes,
+        semantics=case.semantics,
+        numerics=implementation.numerics[case.dtype],
+    )
+
+
+def _expected(case: Case, truth: _Truth) -> np.ndarray:
+    return layer(
+        truth.x,
+        truth.weights,
+        sizes=case.layer_sizes,
+        semantics=case.semantics,
+        block_indices=truth.block_indices,
+    )
+
+
+def _run(
+    implementation: Implementation, method: str, case: Case, weights: Weights, truth: _Truth
+) -> np.ndarray:
+    """What the implementation makes of the case, float64 (batch, tokens, width)."""
+    x = truth.x.astype(DTYPES[case.dtype])
+    extra = (truth.block_indices,) if method == "layer_with_blocks" else ()
+    found = call(implementation.run, method, case, weights, x, *extra)
+    return as_float64(method, found, (*x.shape[:2], case.layer_width))
+
+
+def _rows_compared(clause: str, name: str, actual: Any, expected: Any, bound: Any, out: Any) -> Any:
+    """`compare`, with the rows of `out` admitted whatever they hold."""
+    return compare(clause, name, actual, expected, np.where(out[..., None], np.inf, bound))
+
+
+def layer_output(method: str, clause: str = "G1") -> Check:
+    """G1 by `layer` and `layer_with_blocks`, G3 by `decode`: every row is the definition's."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        x, weights = case.tokens(), case.layer_weights()
+        return _compared(implementation, method, case, x, weights, clause)
+
+    return check
+
+
+def _compared(
+    implementation: Implementation,
+    method: str,
+    case: Case,
+    x: np.ndarray,
+    weights: Weights,
+    clause: str,
+) -> Outcome:
+    truth = _truth(implementation, case, x, weights)
+    undecided = truth.undecided & (method != "layer_with_blocks")
+    try:
+        actual = _run(implementation, method, case, weights, truth)
+        expected, bounds = _expected(case, truth), _bounds(implementation, case, truth)
+        compared = _rows_compared(clause, method, actual, expected, bounds.out, undecided)
+    except (Broken, Raised) as error:
+        if clause != "G1" and implementation.offers("layer"):
+            # what is wrong in parallel as well is not this clause's
+            _compared(implementation, "layer", case, x, weights, "G1")
+        if clause == "G1" and isinstance(error, Broken):
+            _blame_the_rotation(implementation, method, case, x, weights)
+        raise error
+    settled = settle([compared])
+    rows = int(undecided.sum())
+    return dataclasses.replace(settled, ambiguous=rows, decided=not rows or rows < undecided.size)
+
+
+def rotation(method: str) -> Check:
+    """G2: the layer with rotary embedding is right, and if not, it is for another reason.
+
+    Raises Broken for G2 where rotation is to blame, for G1 else.
+    """
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        x, weights = case.tokens(), case.layer_weights()
+        return _compared(implementation, method, case, x, weights, "G1")
+
+    return check
+
+
+def _blame_the_rotation(
+    implementation: Implementation, method: str, case: Case, x: np.ndarray, weights: Weights
+) -> None:
+    """Raise Broken for G2 if another value of `rotary` explains what is wrong with the output.
+
+    Or if wrong logits of rotated branches do: with to_q = 0 all logits are 0, turned or not. The
+    compressed branch is shut, unless it is turned as well: its keys may be wrong by themselves.
+    """
+
+    def wrong(case: Case, weights: Weights, clause: str) -> Broken | None:
+        truth = _truth(implementation, case, x, weights)
+        undecided = truth.undecided & (method != "layer_with_blocks")
+        actual = _run(implementation, method, declared, weights, truth)
+        expected, bounds = _expected(case, truth), _bounds(implementation, case, truth)
+        try:
+            _rows_compared(clause, method, actual, expected, bounds.out, undecided)
+        except Broken as broken:
+            return broken
+        return None
+
+    declared = case
+    found = wrong(case, weights, "G2")
+    if found is None:
+        return
+    for value in ("none", "fine_and_sliding", "all"):
+        other = dataclasses.replace(case.semantics, rotary=value)
+        if value == case.semantics.rotary or case.head_dim % 2:
+            continue
+        if wrong(dataclasses.replace(case, semantics=other), weights, "G2") is None:
+            hint = f"{CONVENTION}: rotary={value!r} would explain it. {REMEDY}"
+            raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+    if case.semantics.rotary == "none":
+        return
+    if case.semantics.rotary == "fine_and_sliding":
+        weights = _with_gates(case, weights, (branch != "compress" for branch in BRANCHES))
+    flat = {**weights, "to_q.weight": np.zeros_like(weights["to_q.weight"])}
+    found = wrong(case, weights, "G2")
+    if found is not None and wrong(case, flat, "G1") is None:
+        hint = "with to_q = 0, which no rotation changes, the same rows are right"
+        raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+
+
+def _with_gates(case: Case, weights: Weights, opened: Any) -> Weights:
+    """The weights with every branch's gate fully open or shut, whatever x is."""
+    bias = np.repeat([SHUT if is_open else -SHUT for is_open in opened], case.q_heads)
+    dtype = DTYPES[case.dtype]
+    return {
+        **weights,
+        "gates.weight": np.zeros_like(weights["gates.weight"]),
+        "gates.bias": bias.astype(dtype),
+    }
+
+
+def layer_gradients(method: str, clause: str) -> Check:
+    """G1: gradients of x and of every weight with the choice handed in; A4: with its own."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        x, weights = case.tokens(), case.layer_weights()
+        truth = _truth(implementation, case, x, weights)
+        d_out = case.array("d_out", case.batch, case.kv_len, case.layer_width)
+        undecided = truth.undecided & (method != "layer_with_blocks")
+        d_out = np.where(undecided[..., None], 0, d_out).astype(d_out.dtype)
+        extra = (truth.block_indices,) if method == "layer_with_blocks" else ()
+        arguments = (weights, x, *extra, d_out)
+        found = call(implementation.run_vjp, method, case, *arguments)
+        if not isinstance(found, tuple) or len(found) != 2 or set(found[1]) != set(weights):
+            raise Raised(
+                f"{method}_vjp must return (dx, dweights), with a gradient of each of "
+                f"{sorted(weights)}"
+            )
+        dx, dweights = layer_vjp(
+            truth.x,
+            truth.weights,
+            d_out.astype(np.float64),
+            sizes=case.layer_sizes,
+            semantics=case.semantics,
+            block_indices=truth.block_indices,
+        )
+        bounds = _bounds(implementation, case, truth, d_out.astype(np.float64))
+        assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
+        try:
+            compared = [
+                compare(clause, "dx", as_float64("dx", found[0], x.shape), dx, bounds.dx),
+                *(
+                    compare(
+                        clause,
+                        f"d{name}",
+                        as_float64(f"d{name}", found[1][name], want.shape),
+                        want,
+                        bounds.dweights[name],
+                    )
+                    for name, want in dweights.items()
+                ),
+            ]
+        except Broken:
+            if clause == "A4" and implementation.offers_vjp("layer_with_blocks"):
+                # wrong with the choice handed in, too: nothing to do with the choice
+                layer_gradients("layer_with_blocks", "G1")(implementation, case)
+            raise
+        rows = int(undecided.sum())
+        decided = not rows or rows < undecided.size
+        return dataclasses.replace(settle(compared), ambiguous=rows, decided=decided)
+
+    return check
+
+
+def packed(implementation: Implementation, case: Case) -> Outcome:
+    """G4: sequences one behind the other are what each is by itself."""
+    case = dataclasses.replace(case, batch=1)
+    lengths, weights = case.sequence_lengths(), case.layer_weights()
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int64)
+    x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
+    actual = as_float64(
+        "varlen",
+        call(implementation.run, "varlen", case, weights, x, cu_seqlens),
+        (len(x), case.layer_width),
+    )
+    compared, undecided = [], 0
+    for i, length in enumerate(lengths):
+        rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
+        alone = dataclasses.replace(case, q_len=length, kv_len=length)
+        truth = _truth(implementation, alone, x[None, rows], weights)
+        expected, bounds = _expected(alone, truth), _bounds(implementation, alone, truth)
+        name = f"varlen, sequence {i} of lengths {lengths}"
+        try:
+            have = actual[None, rows]
+            out = truth.undecided
+            compared.append(_rows_compared("G4", name, have, expected, bounds.out, out))
+        except Broken:
+            if implementation.offers("layer"):
+                _compared(implementation, "layer", alone, x[None, rows], weights, "G1")
+            raise
+        undecided += int(truth.undecided.sum())
+    decided = not undecided or undecided < len(x)
+    return dataclasses.replace(settle(compared), ambiguous=undecided, decided=decided)
+
+
+class _ThroughTheLayer(Implementation):
+    """One branch of somebody's layer, as an implementation of that branch alone.
+
+    x is a one-hot row for each token, so that `to_v` holds the values; its gate is open, the others
+    are shut. A linear map that picks the last token of a window makes compressed values of them.
+    """
+
+    def __init__(self, implementation: Implementation) -> None:
+        self.numerics = implementation.numerics
+        self.implementation = implementation
+
+    def offers(self, method: str) -> bool:
+        return method in ("sliding", "compress", "fine")
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        return self._through(case, "sliding", v)
+
+    def compress(
+        self, case: Case, q: Any, k_cmp: Any, v_cmp: Any, mem_k: Any, mem_v: Any
+    ) -> Attention:
+        v = np.zeros((case.batch, case.kv_heads, case.kv_len, case.value_dim), v_cmp.dtype)
+        for i, (_, stop) in enumerate(
+            compress_windows(
+                case.kv_len,
+                case.compress_block_size,
+                case.compress_block_sliding_stride,
+                case.semantics.compress_alignment,
+            )
+        ):
+            v[:, :, stop - 1] = v_cmp[:, :, i]
+        return self._through(case, "compress", v, mem_v[0])
+
+    def fine(self, case: Case, q: Any, k: Any, v: Any, block_indices: Any) -> Attention:
+        return self._through(case, "fine", v, block_indices=block_indices)
+
+    def _through(
+        self,
+        case: Case,
+        branch: str,
+        v: np.ndarray,
+        mem_v: np.ndarray | None = None,
+        block_indices: np.ndarray | None = None,
+    ) -> Attention:
+        dtype = DTYPES[case.dtype]
+        weights = {name: np.zeros_like(weight) for name, weight in case.layer_weights().items()}
+        weights = _with_gates(case, weights, (b == branch for b in BRANCHES))
+        values = np.swapaxes(v[0], 1, 2).reshape(case.kv_heads * case.value_dim, case.kv_len)
+        for name in ("to_v.weight", f"to_v_{branch}.weight"):
+            if name in weights:
+                weights[name][:, : case.kv_len] = values
+        if "norm.weight" in weights:
+            # a one-hot row has the root mean square model_dim ** -0.5
+            weights["norm.weight"] = np.full(case.model_dim, case.model_dim**-0.5, dtype)
+        if "to_out.weight" in weights:
+            weights["to_out.weight"] = np.eye(*weights["to_out.weight"].shape, dtype=dtype)
+        weights["compress_v.weight"][:, -case.value_dim :] = np.eye(case.value_dim, dtype=dtype)
+        if mem_v is not None:
+            weights["mem_v"] = mem_v
+        x = np.zeros((case.batch, case.kv_len, case.model_dim), dtype)
+        x[:, :, : case.kv_len] = np.eye(case.kv_len, dtype=dtype)
+        method, extra = ("layer", ()) if block_indices is None else (
+            "layer_with_blocks",
+            (block_indices,),
+        )  # fmt: skip
+        found = call(self.implementation.run, method, case, weights, x, *extra)
+        shape = (case.batch, case.kv_len, case.layer_width)
+        out = as_float64(method, found, shape)[..., : case.q_heads * case.value_dim]
+        out = out.reshape(case.batch, case.kv_len, case.q_heads, case.value_dim)
+        return Attention(out.transpose(0, 2, 1, 3), None)  # type: ignore[arg-type]
+
+
+def mask_through_the_layer(branch: Branch, clause: str) -> Check:
+    """A branch's mask, bit by bit, read through the whole layer with one gate open."""
+
+    def check(implementation: Implementation, case: Case) -> Outcome:
+        indices = case.block_indices() if branch is FINE else None
+        expected = branch.mask(case, indices)
+        if branch is COMPRESS and not expected.any():
+            raise Inconclusive("no row with a visible key")
+        through = _ThroughTheLayer(implementation)
+        actual = probes.forward_mask(through, branch, case, expected)
+        if (actual != expected).any():
+            how = f"{branch.name} mask read through the layer"
+            raise mask_broken(branch, clause, case, expected, actual, how)
+        return Outcome()
+
+    return check
