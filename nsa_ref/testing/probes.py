@@ -38,7 +38,12 @@ def zeros(case: Case, branch: Branch) -> Inputs:
 
 
 def forward_mask(
-    implementation: Implementation, branch: Branch, case: Case, expected: np.ndarray
+    implementation: Implementation,
+    branch: Branch,
+    case: Case,
+    expected: np.ndarray,
+    *,
+    roundings: int = 2,
 ) -> np.ndarray:
     """The multiplicities that the forward really uses, (batch, q_heads, q_len, columns).
 
@@ -48,6 +53,8 @@ def forward_mask(
     A row that reads more than the real columns (padding) sums to less than 1 and is marked by -1
     in the columns it should see. A row of NaN is 0 / 0: it sees nothing. So does a row that should
     see nothing and weighs all columns alike: what it must hold is A2's question.
+
+    roundings : how often a weight is rounded to the dtype on its way: P and out, if no more
     """
     inputs = zeros(case, branch)
     columns = branch.columns(case)
@@ -68,11 +75,12 @@ def forward_mask(
     seen = weights != 0  # NaN counts as seen
     same = (seen == (expected != 0)).all(-1, keepdims=True)
     # P and out rounded move a weight by at most 2 u, a ratio of two by 4 u (and a bit)
+    slack = (2 * roundings + 1) * unit_roundoff
     with np.errstate(invalid="ignore", over="ignore"):
         share = np.abs(weights) / np.maximum(expected, 1)
         most = np.where(seen, share, 0).max(-1, initial=0, keepdims=True)
         fewest = np.where(seen, share, np.inf).min(-1, initial=np.inf, keepdims=True)
-        right = same & ((total == 0) | (most <= fewest * (1 + 5 * unit_roundoff)))
+        right = same & ((total == 0) | (most <= fewest * (1 + slack)))
         least = np.where(seen, np.abs(weights), np.inf).min(-1, initial=np.inf, keepdims=True)
         counts = np.where(seen, np.maximum(np.rint(weights / least), 1), 0)
     counts = np.where(right, expected, np.where(np.isnan(counts), -1, counts))
@@ -82,7 +90,7 @@ def forward_mask(
 
     # one key too many in the denominator takes 1 / (n + 1) of the sum; a rounded weight is off by
     # at most u (2^-8 in bf16), so rows short enough to tell the two apart are judged
-    short = 4 * unit_roundoff * (total + 1) < 1
+    short = 2 * roundings * unit_roundoff * (total + 1) < 1
     padding = right & short & (total > 0) & (weights.sum(-1, keepdims=True) < 1 - 0.5 / (total + 1))
     counts = np.where(padding & (expected != 0), -1, counts)
     return counts.astype(np.int64)
