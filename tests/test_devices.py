@@ -23,7 +23,7 @@ from nsa_ref.bounds import NUMERICS  # noqa: E402
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, OracleImplementation, devices  # noqa: E402
 from nsa_ref.testing.case import DTYPES  # noqa: E402
-from nsa_ref.testing.conformance import Options, Record, run_property  # noqa: E402
+from nsa_ref.testing.conformance import Options, Record, _time, run_property  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
 from nsa_ref.testing.strategies import far_lengths, large_sizes  # noqa: E402
 from standin_gpu import (  # noqa: E402
@@ -563,3 +563,10 @@ def test_warm_compiles_each_kind_once_and_then_judges(place: Path) -> None:
     assert "compiled by counts compilations: graphs: 2" in done.stdout
     report = json.loads(Path("report.json").read_text())
     assert report["warmed"] == report["compiled"] == {"counts compilations": {"graphs": 2}}
+
+
+def test_a_case_in_the_interpreter_may_take_longer():
+    """A gradient's read-out of some 130 keys takes a minute there, on a machine of its own."""
+    prop = PROPERTIES["A3_sliding_mask_as_read_backward"]
+    times = [_time(prop, device, 120.0) for device in ("cpu", "cuda", "interpreter")]
+    assert times == [120.0, 120.0, 600.0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +88,22 @@ def test_a_wrong_switch_is_named(
 def test_a_wrong_switch_in_json_is_named(switches: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Semantics.from_json(PAPER.to_json() | switches)
+
+
+def test_the_table_of_presets_is_the_code() -> None:
+    """docs/presets.md, one row for each switch, one column for each preset."""
+
+    def shown(value: object) -> str:
+        if not isinstance(value, PerBranch):
+            return str(value)
+        if len(set(value)) == 1:
+            return str(value[0])
+        return ", ".join(f"{branch} {one}" for branch, one in value._asdict().items())
+
+    text = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("| `"): [cell.strip(" |") for cell in row[2:]] for row in table}
+    assert found == {
+        field.name: [shown(getattr(preset, field.name)) for preset in PRESETS.values()]
+        for field in dataclasses.fields(Semantics)
+    }

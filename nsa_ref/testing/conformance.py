@@ -392,16 +392,17 @@ def announced(
     _write(folder / f"{worker}.json", finding_data(prop, implementation, options, case))
     trace = _last_words(folder / f"{worker}.trace") if options.last_words else sys.__stderr__
     assert trace is not None
-    faulthandler.dump_traceback_later(_time(prop, options.timeout), exit=True, file=trace)
+    seconds = _time(prop, implementation.device, options.timeout)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _time(prop: Property, timeout: float) -> float:
-    """Seconds that a case of this property may take."""
-    return timeout * (LARGE if prop.extent == "large" else 1)
+def _time(prop: Property, device: str, timeout: float) -> float:
+    """Seconds that a case of this property may take on this device."""
+    return timeout * device_of(device).patience * (LARGE if prop.extent == "large" else 1)
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
@@ -467,7 +468,7 @@ def lost(test: str, worker: str, run: str, findings: Path) -> tuple[Record | Non
     if "ended" in data:
         text = ""
     elif last_words.startswith("Timeout"):
-        seconds = _time(prop, data["timeout"])
+        seconds = _time(prop, data["device"], data["timeout"])
         data["ended"], text = "hang", f"it hangs: no answer after {seconds:g} s"
     else:
         data["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
