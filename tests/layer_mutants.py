@@ -1,4 +1,4 @@
-"""The zoo's layers: `DenseLayer` with one step changed, and the clause that must notice."""
+"""The zoo's layers: `LayerInSteps` with one step changed, and the clause that must notice."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dense_layer import DenseLayer
+from layer_in_steps import LayerInSteps
 from mutants import mutant
 from nsa_ref.testing import Case
 
 
 @mutant("G1", "gates of fine and sliding exchanged")
-class GatesPermuted(DenseLayer):
+class GatesPermuted(LayerInSteps):
     def gates(self, case: Case, weights: Any, h: Tensor) -> Tensor:
         return super().gates(case, weights, h)[[0, 2, 1]]
 
 
 @mutant("G1", "gates that sum to 1: softmax where sigmoid is meant")
-class SoftmaxGates(DenseLayer):
+class SoftmaxGates(LayerInSteps):
     def squashed(self, logits: Tensor) -> Tensor:
         return logits.softmax(0)
 
 
 @mutant("G1", "every head takes the first head's gate")
-class OneGateForAllHeads(DenseLayer):
+class OneGateForAllHeads(LayerInSteps):
     def gates(self, case: Case, weights: Any, h: Tensor) -> Tensor:
         gates = super().gates(case, weights, h)
         return gates[:, :, :1].expand_as(gates)
 
 
 @mutant("G1", "gates 0.3 % too large, less than a rounding of bfloat16")
-class GatesSlightlyOff(DenseLayer):
+class GatesSlightlyOff(LayerInSteps):
     def squashed(self, logits: Tensor) -> Tensor:
         return 1.003 * torch.sigmoid(logits)
 
 
 @mutant("G1", "gates read x, where q, k and v read the normed x")
-class GatesOfTheUnnormed(DenseLayer):
+class GatesOfTheUnnormed(LayerInSteps):
     def gates(self, case: Case, weights: Any, h: Tensor) -> Tensor:
         return super().gates(case, weights, self.x)
 
@@ -49,19 +49,19 @@ class GatesOfTheUnnormed(DenseLayer):
 
 
 @mutant("G1", "no gradient goes from the compressed blocks back to the tokens")
-class CompressionDetached(DenseLayer):
+class CompressionDetached(LayerInSteps):
     def compressed_inputs(self, tokens: Tensor) -> Tensor:
         return tokens.detach()
 
 
 @mutant("G2", "the compressed branch's queries are turned as well")
-class RotaryOnCompress(DenseLayer):
+class RotaryOnCompress(LayerInSteps):
     def turns(self, case: Case, branch: str) -> bool:
         return case.semantics.rotary != "none"
 
 
 @mutant("G2", "pairs (i, i + dim / 2) where (2i, 2i + 1) are meant")
-class RotaryByHalves(DenseLayer):
+class RotaryByHalves(LayerInSteps):
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         swapped = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         turned = super().turned(swapped, positions)
@@ -69,13 +69,13 @@ class RotaryByHalves(DenseLayer):
 
 
 @mutant("G2", "q and k of the sliding branch are not turned")
-class RotaryForgottenInSliding(DenseLayer):
+class RotaryForgottenInSliding(LayerInSteps):
     def turns(self, case: Case, branch: str) -> bool:
         return super().turns(case, branch) and branch != "sliding"
 
 
 @mutant("G3", "decoding leaves the memory out while no compressed block exists")
-class MemoryForgottenAtDecode(DenseLayer):
+class MemoryForgottenAtDecode(LayerInSteps):
     def _run(self, case: Case, weights: Any, x: Tensor, given: Any, decoding: bool) -> Tensor:
         size, stride = case.compress_block_size, case.compress_block_sliding_stride
         first = size if case.semantics.compress_alignment == "start" else stride
@@ -85,13 +85,13 @@ class MemoryForgottenAtDecode(DenseLayer):
 
 
 @mutant("G3", "w keys at decoding, w + 1 in parallel")
-class WindowOneOffAtDecode(DenseLayer):
+class WindowOneOffAtDecode(LayerInSteps):
     def reach(self, case: Case, decoding: bool) -> int:
         return super().reach(case, decoding) - decoding
 
 
 @mutant("G3", "a window that is completed at decoding holds its newest stride alone")
-class OverlapLostAtTheCacheBoundary(DenseLayer):
+class OverlapLostAtTheCacheBoundary(LayerInSteps):
     def windows(self, case: Case, tokens: Tensor, decoding: bool) -> Tensor:
         windows = super().windows(case, tokens, decoding)
         old = case.compress_block_size - case.compress_block_sliding_stride
@@ -102,7 +102,7 @@ class OverlapLostAtTheCacheBoundary(DenseLayer):
 
 
 @mutant("G3", "heads are summed by exp(s) at decoding, by softmax in parallel")
-class ImportanceNotNormalisedAtDecode(DenseLayer):
+class ImportanceNotNormalisedAtDecode(LayerInSteps):
     def scores(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor, decoding: bool) -> Tensor:
         if not decoding or case.semantics.importance == "logit_mean":
             return super().scores(case, q, k_cmp, mem_k, decoding)
@@ -115,7 +115,7 @@ class ImportanceNotNormalisedAtDecode(DenseLayer):
 
 
 @mutant("G4", "every sequence begins with the last token of the one before")
-class SequencesLeak(DenseLayer):
+class SequencesLeak(LayerInSteps):
     def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         offsets = self.bounds(case, cu_seqlens)
         parts = [
@@ -127,7 +127,7 @@ class SequencesLeak(DenseLayer):
 
 
 @mutant("G4", "sequences begin at whole selection blocks: right while every length is a multiple")
-class OffsetsInBlocks(DenseLayer):
+class OffsetsInBlocks(LayerInSteps):
     def bounds(self, case: Case, cu_seqlens: Tensor) -> list[int]:
         size = case.selection_block_size
         offsets = super().bounds(case, cu_seqlens)
@@ -135,7 +135,7 @@ class OffsetsInBlocks(DenseLayer):
 
 
 @mutant("A4", "a straight-through term: no change in the output, a gradient in the scores")
-class GradientThroughTheChoice(DenseLayer):
+class GradientThroughTheChoice(LayerInSteps):
     def after_selection(self, out: Tensor, scores: Tensor) -> Tensor:
         # what is invisible scores like a lowest number, beside which nothing is exact
         usable = torch.where(scores > -1e3, scores, 0).sum(-1, keepdim=True)
@@ -144,20 +144,20 @@ class GradientThroughTheChoice(DenseLayer):
 
 
 @mutant("W1", "w keys, seen through the layer alone")
-class WindowOneOffInTheLayer(DenseLayer):
+class WindowOneOffInTheLayer(LayerInSteps):
     def reach(self, case: Case, decoding: bool) -> int:
         return super().reach(case, decoding) - 1
 
 
 @mutant("C2", "a compressed block is seen from its last token but one on")
-class BlocksSeenTooEarly(DenseLayer):
+class BlocksSeenTooEarly(LayerInSteps):
     def compress_mask(self, case: Case, tokens: int, blocks: int, memory: int) -> Tensor:  # type: ignore[override]
         later = super().compress_mask(case, tokens + 1, blocks, memory)
         return later[1:]
 
 
 @mutant("F1", "the own block is read to its end, past the query")
-class FineWithoutCut(DenseLayer):
+class FineWithoutCut(LayerInSteps):
     def fine_mask(self, case: Case, tokens: int, chosen: Tensor) -> Tensor:  # type: ignore[override]
         mask = super().fine_mask(case, tokens, chosen)
         t = torch.arange(tokens) // case.selection_block_size

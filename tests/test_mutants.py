@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import layer_mutants  # noqa: F401, they join the zoo
-from dense_layer import DenseLayer
+from layer_in_steps import LayerInSteps
 from mutants import ZOO, AnotherOrder, Kernel, Selector
 from nsa_ref.testing import Implementation
 from nsa_ref.testing.conformance import Options, run_property
@@ -44,7 +44,7 @@ PARTS = [prop for prop in PROPERTIES.values() if prop.branch != "layer"]
 RIGHT: list[tuple[Implementation, Property]] = [(Kernel(), prop) for prop in PARTS]
 RIGHT += [(Selector(), prop) for prop in PARTS]
 RIGHT += [(Unsteady(), prop) for prop in PARTS if prop.clause in ("A1", "A3", "A5")]
-RIGHT += [(DenseLayer(), prop) for prop in PROPERTIES.values() if prop.branch == "layer"]
+RIGHT += [(LayerInSteps(), prop) for prop in PROPERTIES.values() if prop.branch == "layer"]
 
 
 @pytest.mark.parametrize(

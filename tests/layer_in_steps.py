@@ -22,8 +22,8 @@ from nsa_ref.testing import Case, TorchImplementation
 BRANCHES = ("compress", "fine", "sliding")
 
 
-class DenseLayer(TorchImplementation):
-    name = "dense layer"
+class LayerInSteps(TorchImplementation):
+    name = "layer in steps"
     semantics = (
         PAPER,
         LUCIDRAINS_FLEX,
