@@ -206,6 +206,61 @@ class NsaFast(TorchImplementation):
             semantics=case.semantics,
         )
 
+    # the whole layer
+
+    def layer(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return self._layer(case, weights, x)
+
+    def layer_with_blocks(
+        self, case: Case, weights: dict[str, Tensor], x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        return self._layer(case, weights, x, block_indices=block_indices)
+
+    def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Token by token through a cache, from the first one on."""
+        cache = nsa_fast.Cache(x.shape[0])
+        rows = [self._layer(case, weights, x[:, :0], cache=cache)]
+        for t in range(x.shape[1]):
+            rows.append(self._layer(case, weights, x[:, t : t + 1], cache=cache))
+        return torch.cat(rows, dim=1)
+
+    def varlen(
+        self, case: Case, weights: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        return self._layer(case, weights, x, cu_seqlens=cu_seqlens)
+
+    def _layer(self, case: Case, weights: dict[str, Tensor], x: Tensor, **how: Any) -> Tensor:
+        return nsa_fast.native_sparse_attention(
+            x,
+            weights,
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            value_dim=case.value_dim,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            compress_map=case.compress_map,
+            selection_block_size=case.selection_block_size,
+            num_selected_blocks=case.num_selected_blocks,
+            num_initial_blocks=case.num_initial_blocks,
+            num_local_blocks=case.num_local_blocks,
+            sliding_window_size=case.sliding_window_size,
+            semantics=case.semantics,
+            backend=self.backend,
+            **how,
+        )
+
+    def offers_vjp(self, method: str) -> bool:
+        # a cache records no gradients
+        return method != "decode" and super().offers_vjp(method)
+
+
+#: The layer as a whole.
+LAYER = ("layer", "layer_with_blocks", "decode", "varlen")
+
+#: Plain torch around the branches and their masks: on a CPU the eager kind is asked about it.
+ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask", *LAYER)
+
 
 def _judged(found: nsa_fast.Attention) -> Attention:
     """The judge's own pair; tensors in it become arrays later."""
@@ -256,9 +311,7 @@ class NsaFastCompiled(NsaFast):
             self.semantics = SHARED_SELECTION
 
     def offers(self, method: str) -> bool:
-        # plain torch and the same masks: on a CPU judged beside the eager branches already
-        alike = method in ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
-        return not (alike and not self._is_triton()) and super().offers(method)
+        return (self._is_triton() or method not in ALIKE) and super().offers(method)
 
     def offers_vjp(self, method: str) -> bool:
         # FlexAttention compiled to C++ has no backward

@@ -1,0 +1,111 @@
+"""What decoding keeps of the tokens that it has seen (G3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_fast.checks import check_size
+
+
+class Cache:
+    """Keys and values of the tokens so far, for `native_sparse_attention(..., cache=...)`.
+
+    Kept of every token: k and v of every branch, rotated where the branch rotates them, and what
+    branches have in common only once. Kept of every complete window: its compressed k and v.
+    Tokens that the sliding branch will not read again, or that are pooled already, are kept too:
+    without them `truncate` could only go back as far as they reach.
+
+    A call with a cache records no gradients, neither to the weights nor through what is cached.
+    Memory grows by doubling and is taken when the first tokens come, with their dtype and device.
+
+    Shapes
+    ------
+    batch : sequences that are decoded together; all have the same length
+
+    Raises
+    ------
+    ValueError, TypeError : batch below 0, or no integer
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = check_size("batch", batch, 0)
+        self._length = 0
+        #: (batch, kv_heads, capacity, dim) by name; what stands behind the length is not valid
+        self._buffers: dict[str, Tensor] = {}
+        #: sizes and switches of the layer that filled it, by name
+        self._layer: dict[str, object] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        """Forget the newest tokens, all but the first `length`.
+
+        Raises
+        ------
+        ValueError, TypeError : length outside [0, self.length], or no integer
+        """
+        length = check_size("length", length, 0)
+        if length > self._length:
+            raise ValueError(
+                f"length={length} must be at most {self._length}, the tokens that the cache holds."
+            )
+        self._length = length
+
+    def copy(self) -> Cache:
+        """A cache of its own with the same tokens: what happens to one is not seen by the other."""
+        other = Cache(self.batch)
+        other._length = self._length
+        other._layer = dict(self._layer)
+        with torch.inference_mode(False):
+            other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return other
+
+    def __repr__(self) -> str:
+        return f"Cache(batch={self.batch}, length={self._length})"
+
+    # for the layer
+
+    def check(self, layer: dict[str, object], dtype: torch.dtype, device: torch.device) -> None:
+        """ValueError unless tokens of this layer, dtype and device can be added."""
+        if not self._layer:
+            self._buffers = {}  # of a first call that failed
+            return
+        for name, value in layer.items():
+            if value != self._layer[name]:
+                raise ValueError(
+                    f"cache was filled by a layer with {name}={self._layer[name]!r}, and this one "
+                    f"has {name}={value!r}; a cache belongs to one layer."
+                )
+        buffer = next(iter(self._buffers.values()))
+        for name, have, new in (("dtype", buffer.dtype, dtype), ("device", buffer.device, device)):
+            if have != new:
+                raise ValueError(
+                    f"cache holds keys of {name} {have}, and the new ones have {name} {new}; "
+                    "they must be the same."
+                )
+
+    def write(self, name: str, start: int, rows: Tensor) -> Tensor:
+        """Put rows (batch, kv_heads, rows, dim) at `start`; everything up to their end.
+
+        Nothing is lost and the length stays: until `commit`, the cache is what it was.
+        """
+        stop = start + rows.shape[2]
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[2] < stop:
+            old, capacity = buffer, stop if buffer is None else max(stop, 2 * buffer.shape[2])
+            # a tensor that is born in inference mode could not be written to outside of it
+            with torch.inference_mode(False):
+                buffer = rows.new_empty((*rows.shape[:2], capacity, rows.shape[3]))
+            if old is not None:
+                buffer[:, :, :start] = old[:, :, :start]
+            self._buffers[name] = buffer
+        buffer[:, :, start:stop] = rows
+        return buffer[:, :, :stop]
+
+    def commit(self, length: int, layer: dict[str, object]) -> None:
+        """What was written up to `length` tokens is valid from now on."""
+        self._length, self._layer = length, layer

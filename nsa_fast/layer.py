@@ -1,0 +1,560 @@
+"""The whole layer: projections, three branches, gates; in parallel, with a cache, or packed.
+
+Paper's letters: w = sliding_window_size, l = compress_block_size,
+d = compress_block_sliding_stride, l' = selection_block_size, n = num_selected_blocks. Branches
+stand in the order compress, fine, sliding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_fast.branches import compress_attention, fine_attention, sliding_attention
+from nsa_fast.cache import Cache
+from nsa_fast.checks import (
+    MAX_LENGTH,
+    check_alike,
+    check_choice,
+    check_indices,
+    check_length,
+    check_semantics,
+    check_size,
+    check_tensor,
+)
+from nsa_fast.pool import MAP_WEIGHTS, compress_pool, num_compress_blocks
+from nsa_fast.rotary import rotate, wide_dtype
+from nsa_fast.selection import select_blocks
+from nsa_ref.semantics import BRANCHES, PAPER, Semantics
+
+#: Of the input norm, in every dtype: float32's machine epsilon.
+NORM_EPS = 2.0**-23
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Sizes and switches of a layer, checked."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    compress_block_size: int
+    compress_block_sliding_stride: int
+    compress_map: str
+    selection_block_size: int
+    num_selected_blocks: int
+    num_initial_blocks: int
+    num_local_blocks: int
+    sliding_window_size: int
+    semantics: Semantics
+    backend: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("q_heads", "kv_heads", "head_dim", "value_dim"):
+            check_size(name, getattr(self, name), 1)
+        for name in ("compress_block_size", "compress_block_sliding_stride"):
+            check_size(name, getattr(self, name), 1, MAX_LENGTH)
+        check_size("selection_block_size", self.selection_block_size, 1, MAX_LENGTH)
+        for name in ("num_selected_blocks", "num_initial_blocks", "num_local_blocks"):
+            check_size(name, getattr(self, name), 0)
+        check_length("sliding_window_size", self.sliding_window_size)
+        for branch in BRANCHES:
+            check_semantics(self.semantics, branch)
+        check_choice("compress_map", self.compress_map, tuple(MAP_WEIGHTS))
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"q_heads={self.q_heads} must be a multiple of kv_heads={self.kv_heads}: query "
+                f"head h reads kv head h // G. Try {self.q_heads // self.kv_heads * self.kv_heads} "
+                f"or {(self.q_heads // self.kv_heads + 1) * self.kv_heads}."
+            )
+        if self.semantics.rotary != "none" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even: semantics.rotary="
+                f"{self.semantics.rotary!r} turns pairs of channels. "
+                f"Try {self.head_dim - 1} or {self.head_dim + 1}."
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Its fields by name, as `native_sparse_attention` takes them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def selection_heads(self) -> int:
+        return self.kv_heads if self.semantics.share_selection else self.q_heads
+
+    @property
+    def suffixes(self) -> list[str]:
+        """What the names of the projections to k and v end in."""
+        return [f"_{branch}" for branch in BRANCHES] if self.semantics.kv_per_branch else [""]
+
+    @property
+    def compress_sizes(self) -> dict[str, Any]:
+        return {
+            "compress_block_size": self.compress_block_size,
+            "compress_block_sliding_stride": self.compress_block_sliding_stride,
+        }
+
+    def num_compress_blocks(self, kv_len: int) -> int:
+        return num_compress_blocks(kv_len, **self.compress_sizes, semantics=self.semantics)
+
+    def name(self, kind: str, branch: str) -> str:
+        """Under which name `_project` leaves a branch's keys ("k") or values ("v")."""
+        if self.semantics.kv_per_branch:
+            return f"{kind}_{branch}"
+        rotated = kind == "k" and branch != "compress" and self.semantics.rotary != "none"
+        return "k_rotated" if rotated else kind
+
+
+def native_sparse_attention(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    compress_block_size: int,
+    compress_block_sliding_stride: int,
+    compress_map: str,
+    selection_block_size: int,
+    num_selected_blocks: int,
+    num_initial_blocks: int,
+    num_local_blocks: int,
+    sliding_window_size: int,
+    semantics: Semantics = PAPER,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Native Sparse Attention from tokens to tokens (G1 to G4).
+
+    ::
+
+        h            = x, or x / sqrt(mean x^2 + 2^-23) * norm.weight with input_norm
+        q, k, v      = h W^T, by heads; of fine and sliding rotated at their position, as
+                       semantics.rotary says
+        k_cmp, v_cmp = pool(k of compress), pool(v of compress)
+        out          = sum over compress, fine, sliding of sigmoid(h Wg^T + bg) * Attn        eq. 5
+        returns        out, or out to_out^T with output_projection
+
+    Gradients go to x and to every weight; none through the choice of blocks (A4), and none at all
+    if there is a cache. With a cache, x holds the tokens after those that the cache has seen, and
+    the cache holds them too afterwards; the rows are those of all tokens in one call.
+
+    Under torch.autocast projections and branches run in its dtype, norm, rotation, sigmoid and the
+    sum over branches in float32, and the result is in its dtype.
+
+    Shapes
+    ------
+    x : (batch, seq_len, model_dim), or (total_tokens, model_dim) with cu_seqlens
+    weights : "norm.weight" (model_dim,) with input_norm; "to_q.weight" (q_heads * head_dim,
+        model_dim); "to_k.weight" (kv_heads * head_dim, model_dim) and "to_v.weight" (kv_heads *
+        value_dim, model_dim), or with kv_per_branch "to_k_compress.weight", "to_k_fine.weight",
+        "to_k_sliding.weight" and the same of v; "gates.weight" (3 * q_heads, model_dim) and
+        "gates.bias" (3 * q_heads,), branch by branch; "mem_k" (kv_heads, num_mem_kv, head_dim),
+        "mem_v" (kv_heads, num_mem_kv, value_dim); "compress_k.X", "compress_v.X" for the X that
+        `compress_pool` takes; "to_out.weight" (model_dim, q_heads * value_dim) with
+        output_projection
+    block_indices : the blocks to read instead of a selection, integers (batch, heads, seq_len, n),
+        or (heads, total_tokens, n) with cu_seqlens; heads = kv_heads, or q_heads without
+        share_selection
+    cu_seqlens : integers (sequences + 1,), where the sequences in x begin, and total_tokens; each
+        attends to itself alone
+    cache : see `Cache`; only where semantics.causal
+    backend : as `sliding_attention`
+    returns : (batch, seq_len, out_dim) or (total_tokens, out_dim), with out_dim = model_dim with
+        output_projection, else q_heads * value_dim; in the dtype of x
+
+    Raises
+    ------
+    ValueError : shapes, sizes, names or devices that do not fit, a switch that does not run here;
+        the cache is then what it was
+    TypeError : dtypes or kinds that do not fit
+    """
+    layer = Layer(
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        compress_block_size=compress_block_size,
+        compress_block_sliding_stride=compress_block_sliding_stride,
+        compress_map=compress_map,
+        selection_block_size=selection_block_size,
+        num_selected_blocks=num_selected_blocks,
+        num_initial_blocks=num_initial_blocks,
+        num_local_blocks=num_local_blocks,
+        sliding_window_size=sliding_window_size,
+        semantics=semantics,
+        backend=backend,
+    )
+    model_dim = _check_weights(weights, layer)
+    packed = cu_seqlens is not None
+    check_tensor("x", x, ("total_tokens" if packed else "batch", "seq_len", model_dim)[packed:])
+    _check_dtypes(x, weights)
+    spans = [(0, x.shape[-2])] if cu_seqlens is None else _spans(cu_seqlens, x.shape[0])
+    if packed:
+        x = x[None]
+    if block_indices is not None:
+        shape = (layer.selection_heads, x.shape[1], "n")
+        check_indices("block_indices", block_indices, shape if packed else (x.shape[0], *shape))
+        if block_indices.device != x.device:
+            raise ValueError(
+                f"block_indices is on {block_indices.device} and x on {x.device}; "
+                "they must be on one device."
+            )
+        block_indices = block_indices[None] if packed else block_indices
+    if cache is None:
+        out = _parallel(x, weights, layer, spans, block_indices)
+        return out[0] if packed else out
+    _check_cache(cache, x, layer, packed)
+    with torch.no_grad():
+        return _appended(x, weights, layer, cache, block_indices)
+
+
+def _parallel(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    layer: Layer,
+    spans: list[tuple[int, int]],
+    block_indices: Tensor | None,
+) -> Tensor:
+    """All rows of every span of tokens, each span by itself."""
+    h = _normed(x, weights, layer)
+    position = torch.cat([torch.arange(stop - start, device=x.device) for start, stop in spans])
+    tokens = _project(h, weights, layer, position)
+    parts = []
+    for start, stop in spans:
+        part = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
+        for kind in ("k", "v"):
+            pooled = _pool(kind, part[layer.name(kind, "compress")], weights, layer)
+            part[f"{kind}_cmp"] = _rotated_blocks(kind, pooled, 0, layer)
+        indices = None if block_indices is None else block_indices[:, :, start:stop]
+        parts.append(_attend(part, weights, layer, indices))
+    return _combined(h, [torch.cat(outs, dim=2) for outs in zip(*parts)], weights, layer)
+
+
+def _appended(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    layer: Layer,
+    cache: Cache,
+    block_indices: Tensor | None,
+) -> Tensor:
+    """The rows of new tokens, which the cache holds afterwards."""
+    before, after = cache.length, cache.length + x.shape[1]
+    h = _normed(x, weights, layer)
+    position = torch.arange(before, after, device=x.device)
+    tokens = _project(h, weights, layer, position)
+    key = _cached_with(layer)
+    cache.check(key, tokens["q"].dtype, x.device)
+    for name in tokens.keys() - {"q", "q_rotated"}:
+        tokens[name] = cache.write(name, before, tokens[name])
+    old, new = layer.num_compress_blocks(before), layer.num_compress_blocks(after)
+    for kind in ("k", "v"):
+        seen = tokens[layer.name(kind, "compress")]
+        pooled = _pool(kind, seen, weights, layer, skip=old) if new > old else seen[:, :, :0]
+        pooled = _rotated_blocks(kind, pooled, old, layer)
+        tokens[f"{kind}_cmp"] = cache.write(f"{kind}_cmp", old, pooled)
+    out = _combined(h, _attend(tokens, weights, layer, block_indices), weights, layer)
+    cache.commit(after, key)
+    return out
+
+
+# --- from tokens to q, k and v --------------------------------------------------------------------
+
+
+def _normed(x: Tensor, weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
+    if not layer.semantics.input_norm:
+        return x
+    wide = x.to(wide_dtype(x.dtype))
+    root = (wide.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    return (wide / root * weights["norm.weight"].to(wide.dtype)).to(x.dtype)
+
+
+def _project(
+    h: Tensor, weights: Mapping[str, Tensor], layer: Layer, position: Tensor
+) -> dict[str, Tensor]:
+    """Every q, k, v that a branch reads, (batch, heads, tokens, dim), by `Layer.name`.
+
+    "q" is what compress and the selection read, "q_rotated" what fine and sliding read.
+    """
+    rotary = layer.semantics.rotary
+
+    def heads(name: str, count: int) -> Tensor:
+        return F.linear(h, weights[f"{name}.weight"]).unflatten(-1, (count, -1)).transpose(1, 2)
+
+    q = heads("to_q", layer.q_heads)
+    q_rotated = q if rotary == "none" else rotate(q, position)
+    tokens = {"q": q_rotated if rotary == "all" else q, "q_rotated": q_rotated}
+    for kind in ("k", "v"):
+        for branch in BRANCHES:
+            name = layer.name(kind, branch)
+            if name in tokens:
+                continue
+            again = name == "k_rotated"
+            projected = tokens["k"] if again else heads(f"to_{name}", layer.kv_heads)
+            if kind == "k" and branch != "compress" and rotary != "none":
+                projected = rotate(projected, position)
+            tokens[name] = projected
+    return tokens
+
+
+def _pool(
+    kind: str, tokens: Tensor, weights: Mapping[str, Tensor], layer: Layer, *, skip: int = 0
+) -> Tensor:
+    """Compressed keys or values from block `skip` on (C1, C4)."""
+    prefix = f"compress_{kind}."
+    own = {
+        name.removeprefix(prefix): weight.to(tokens.dtype)
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+    }
+    semantics = layer.semantics
+    if skip:
+        # the windows that are left are those of tokens of their own, which start with one
+        size, stride = layer.compress_block_size, layer.compress_block_sliding_stride
+        start = semantics.compress_alignment == "start"
+        first = skip * stride if start else (skip + 1) * stride - size
+        tokens = F.pad(tokens, (0, 0, -first, 0)) if first < 0 else tokens[:, :, first:]
+        semantics = dataclasses.replace(semantics, compress_alignment="start")
+    return compress_pool(
+        tokens, own, **layer.compress_sizes, compress_map=layer.compress_map, semantics=semantics
+    )
+
+
+def _rotated_blocks(kind: str, pooled: Tensor, first: int, layer: Layer) -> Tensor:
+    """Compressed keys, block i turned by i d where rotary is "all"; values as they are."""
+    if kind == "v" or layer.semantics.rotary != "all":
+        return pooled
+    block = torch.arange(first, first + pooled.shape[2], device=pooled.device)
+    return rotate(pooled, block * layer.compress_block_sliding_stride)
+
+
+# --- branches -------------------------------------------------------------------------------------
+
+
+def _attend(
+    tokens: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    layer: Layer,
+    block_indices: Tensor | None,
+) -> list[Tensor]:
+    """Compress, fine, sliding: (batch, q_heads, q_len, value_dim), for the last q_len tokens."""
+    q, q_rotated = tokens["q"], tokens["q_rotated"]
+    k, v = ([tokens[layer.name(kind, branch)] for branch in BRANCHES] for kind in ("k", "v"))
+    kv_len = k[0].shape[2]
+    mem_k, mem_v = (
+        weights[name].to(q.dtype).expand(q.shape[0], -1, -1, -1) for name in ("mem_k", "mem_v")
+    )
+    run: dict[str, Any] = {"semantics": layer.semantics, "backend": layer.backend}
+    if block_indices is None:
+        block_indices = select_blocks(
+            q,
+            tokens["k_cmp"],
+            mem_k,
+            kv_len=kv_len,
+            **layer.compress_sizes,
+            selection_block_size=layer.selection_block_size,
+            num_selected_blocks=layer.num_selected_blocks,
+            num_initial_blocks=layer.num_initial_blocks,
+            num_local_blocks=layer.num_local_blocks,
+            semantics=layer.semantics,
+        )
+    compressed = compress_attention(
+        q, tokens["k_cmp"], tokens["v_cmp"], mem_k, mem_v, kv_len=kv_len, **layer.compress_sizes,
+        **run,
+    )  # fmt: skip
+
+    k_fine, v_fine = k[1], v[1]
+    size, chosen = layer.selection_block_size, block_indices.shape[-1]
+    if layer.semantics.causal and q.shape[2] == 1 and (chosen + 1) * size < kv_len:
+        k_fine, v_fine, block_indices = _gathered(k_fine, v_fine, block_indices, layer)
+    fine = fine_attention(
+        q_rotated, k_fine, v_fine, block_indices, selection_block_size=size, **run
+    )
+
+    near = 0
+    if layer.semantics.causal:
+        near = max(0, kv_len - q.shape[2] - layer.sliding_window_size)
+    sliding = sliding_attention(
+        q_rotated,
+        k[2][:, :, near:],
+        v[2][:, :, near:],
+        sliding_window_size=layer.sliding_window_size,
+        **run,
+    )
+    return [compressed.out, fine.out, sliding.out]
+
+
+def _gathered(
+    k: Tensor, v: Tensor, block_indices: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Only the blocks that the one query, the last token, may read, and their new numbers.
+
+    The own block, which may be short, stands behind the n others, so that the query is the last
+    token here too.
+    """
+    size, last = layer.selection_block_size, k.shape[2] - 1
+    own = last // size
+    chosen = block_indices[:, :, 0].to(torch.int64).sort(dim=-1).values
+    batch, heads, n = chosen.shape
+    again = F.pad(chosen[..., 1:] == chosen[..., :-1], (1, 0)) if n else chosen.bool()
+    usable = (chosen >= 0) & (chosen < own) & ~again
+    slot = torch.arange(n, device=k.device)
+    renumbered = F.pad(torch.where(usable, slot, -1), (0, 1), value=-1)
+    renumbered[..., n] = torch.where((chosen == own).any(dim=-1), n, -1)
+
+    inside = torch.arange(size, device=k.device)
+    token = torch.where(usable, chosen, 0)[..., None] * size + inside
+    behind = torch.arange(own * size, last + 1, device=k.device).expand(batch, heads, -1)
+    token = torch.cat([token.flatten(2), behind], dim=-1)
+    sequence = torch.arange(batch, device=k.device)[:, None, None]
+    head = torch.arange(heads, device=k.device)[:, None] // (heads // layer.kv_heads)
+    return k[sequence, head, token], v[sequence, head, token], renumbered[:, :, None]
+
+
+def _combined(h: Tensor, outs: list[Tensor], weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
+    """Eq. 5, the heads merged, and the output projection."""
+    logits = F.linear(h, weights["gates.weight"], weights["gates.bias"])
+    wide = wide_dtype(outs[0].dtype)
+    gates = logits.to(wide).sigmoid().unflatten(-1, (len(BRANCHES), layer.q_heads))
+    total = sum(
+        gates[:, :, branch, :, None] * out.transpose(1, 2).to(wide)
+        for branch, out in enumerate(outs)
+    )
+    assert isinstance(total, Tensor)
+    merged = total.to(outs[0].dtype).flatten(-2)
+    if not layer.semantics.output_projection:
+        return merged
+    return F.linear(merged, weights["to_out.weight"])
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_weights(weights: Mapping[str, Tensor], layer: Layer) -> int:
+    """Names and shapes; the model_dim."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must be a mapping from name to tensor, not {type(weights).__name__}."
+        )
+    shapes = weight_shapes(layer)
+    missing = sorted(name for name in shapes if name not in weights and "positions" not in name)
+    unknown = sorted(set(weights) - set(shapes))
+    if missing or unknown:
+        raise ValueError(
+            f"weights lacks {missing} and has {unknown}, which this layer does not know; the names "
+            f"are {sorted(shapes)}, of which 'positions' may be left out."
+        )
+    to_q = check_tensor("weights['to_q.weight']", weights["to_q.weight"], shapes["to_q.weight"])
+    mem_k = check_tensor("weights['mem_k']", weights["mem_k"], shapes["mem_k"])
+    sizes: dict[int | str, int] = {"model_dim": to_q.shape[1], "num_mem_kv": mem_k.shape[1]}
+    for name, weight in weights.items():
+        shape = tuple(sizes.get(size, size) for size in shapes[name])
+        check_tensor(f"weights[{name!r}]", weight, shape)
+    return to_q.shape[1]
+
+
+def weight_shapes(layer: Layer) -> dict[str, tuple[int | str, ...]]:
+    """Name and shape of every weight; a string names a free size."""
+    semantics, size = layer.semantics, layer.compress_block_size
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    if semantics.input_norm:
+        shapes["norm.weight"] = ("model_dim",)
+    shapes["to_q.weight"] = (layer.q_heads * layer.head_dim, "model_dim")
+    for kind, dim in (("k", layer.head_dim), ("v", layer.value_dim)):
+        for suffix in layer.suffixes:
+            shapes[f"to_{kind}{suffix}.weight"] = (layer.kv_heads * dim, "model_dim")
+        shapes[f"mem_{kind}"] = (layer.kv_heads, "num_mem_kv", dim)
+        shapes[f"compress_{kind}.positions"] = (layer.kv_heads, size, dim)
+        of_map: dict[str, tuple[int | str, ...]] = {
+            "weight": (dim, size * dim),
+            "bias": (dim,),
+            "weight_in": ("hidden", size * dim),
+            "bias_in": ("hidden",),
+            "weight_out": (dim, "hidden"),
+            "bias_out": (dim,),
+        }
+        for name in MAP_WEIGHTS[layer.compress_map]:
+            shapes[f"compress_{kind}.{name}"] = of_map[name]
+    shapes["gates.weight"] = (len(BRANCHES) * layer.q_heads, "model_dim")
+    shapes["gates.bias"] = (len(BRANCHES) * layer.q_heads,)
+    if semantics.output_projection:
+        shapes["to_out.weight"] = ("model_dim", layer.q_heads * layer.value_dim)
+    return shapes
+
+
+def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; it must be a floating point type.")
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return  # which brings them together
+    check_alike(x=x, **{f"weights[{name!r}]": weight for name, weight in weights.items()})
+
+
+def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
+    """First token and end of every sequence that has tokens; of one without, if none has."""
+    check_indices("cu_seqlens", cu_seqlens, ("sequences + 1",))
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0:
+        raise ValueError(f"cu_seqlens={ends} must start with 0, where the first sequence begins.")
+    for index, (start, stop) in enumerate(pairwise(ends)):
+        if stop < start:
+            raise ValueError(
+                f"cu_seqlens[{index + 1}]={stop} must be at least cu_seqlens[{index}]={start}: "
+                "sequences stand one behind the other."
+            )
+    if ends[-1] != total_tokens:
+        raise ValueError(
+            f"cu_seqlens[-1]={ends[-1]} must be {total_tokens}, the number of tokens in x."
+        )
+    return [(a, b) for a, b in pairwise(ends) if b > a] or [(0, 0)]
+
+
+def _check_cache(cache: Cache, x: Tensor, layer: Layer, packed: bool) -> None:
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a nsa_fast.Cache, not {type(cache).__name__}.")
+    if packed:
+        raise ValueError(
+            "cu_seqlens and cache must not be given together: a cache holds sequences of one "
+            "length. Use a cache for each sequence."
+        )
+    if x.shape[0] != cache.batch:
+        raise ValueError(f"x has batch {x.shape[0]}; it must be {cache.batch}, that of the cache.")
+    semantics = layer.semantics
+    if not semantics.causal:
+        raise ValueError(
+            "semantics.causal=False does not run with a cache: a later token would change the rows "
+            "that were returned already. Call it without a cache."
+        )
+    # I3: a block is a candidate once its windows are complete, in the length of the call
+    complete = semantics.compress_alignment == "end" and (
+        semantics.own_block_extra
+        or layer.selection_block_size != layer.compress_block_sliding_stride
+    )
+    if semantics.importance == "logit_mean" and not complete:
+        raise ValueError(
+            "semantics.importance='logit_mean' runs with a cache only for "
+            "compress_alignment='end' with own_block_extra=True (or selection_block_size above "
+            "compress_block_sliding_stride): else later tokens decide whether a block is a "
+            "candidate (I3), and rows that were returned already would change."
+        )
+
+
+def _cached_with(layer: Layer) -> dict[str, object]:
+    """What the contents of a cache depend on."""
+    names = ("kv_heads", "head_dim", "value_dim", "compress_map", *layer.compress_sizes)
+    found = {name: getattr(layer, name) for name in names}
+    for switch in ("compress_alignment", "kv_per_branch", "rotary"):
+        found[f"semantics.{switch}"] = getattr(layer.semantics, switch)
+    return found
