@@ -198,7 +198,8 @@ def native_sparse_attention(
     )
     model_dim = _check_weights(weights, layer)
     packed = cu_seqlens is not None
-    check_tensor("x", x, ("total_tokens" if packed else "batch", "seq_len", model_dim)[packed:])
+    axes = ("total_tokens",) if packed else ("batch", "seq_len")
+    check_tensor("x", x, (*axes, model_dim))
     _check_dtypes(x, weights)
     spans = [(0, x.shape[-2])] if cu_seqlens is None else _spans(cu_seqlens, x.shape[0])
     if packed:
