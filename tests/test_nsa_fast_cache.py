@@ -1,0 +1,292 @@
+"""Decoding with a cache, clause G3: every row is the same row of the parallel form.
+
+The parallel form is compared with the definition in test_nsa_fast_layer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+from torch import Tensor  # noqa: E402
+
+import nsa_fast  # noqa: E402
+import nsa_fast.layer  # noqa: E402
+from dense_layer import weights_of  # noqa: E402
+from nsa_fast import Cache, native_sparse_attention  # noqa: E402
+from test_nsa_fast_layer import (  # noqa: E402
+    KINDS,
+    MODEL_DIM,
+    SIZES,
+    assert_same,
+    module,
+    replace,
+    some_blocks,
+    tokens,
+)
+
+CAUSAL = {kind: parts for kind, parts in KINDS.items() if parts[0].causal}
+
+
+class Layer:
+    """A layer with weights, in float64 and with memory that is not zero."""
+
+    def __init__(self, semantics: Semantics, compress_map: str, num_mem_kv: int) -> None:
+        self.weights = weights_of(
+            MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=num_mem_kv
+        )
+        self.how: dict[str, Any] = SIZES | {"semantics": semantics, "compress_map": compress_map}
+
+    def __call__(self, x: Tensor, cache: Cache | None = None, **how: Any) -> Tensor:
+        return native_sparse_attention(x, self.weights, **(self.how | how), cache=cache)
+
+
+class Decoding(RuleBasedStateMachine):
+    """Caches that grow, forget and branch, each beside the tokens that it should have seen.
+
+    The choice of blocks is the same on both sides: windows and blocks have two strides each, so
+    that no two blocks have the same score but for rounding, and random scores that differ by less
+    than float64's rounding do not come up.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[Cache, Tensor]] = []
+
+    @initialize(
+        kind=st.sampled_from(["PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all"]),
+        batch=st.integers(1, 2),
+        prefill=st.integers(0, 22),
+    )
+    def begin(self, kind: str, batch: int, prefill: int) -> None:
+        self.layer, self.seed = Layer(*CAUSAL[kind]), 0
+        self.held = [(Cache(batch), tokens(batch, 0))]
+        self.append(0, prefill)
+
+    @rule(which=st.integers(0, 2), count=st.one_of(st.just(1), st.integers(0, 9)))
+    def append(self, which: int, count: int) -> None:
+        cache, seen = self.held[which % len(self.held)]
+        self.seed += 1
+        seen = torch.cat([seen, tokens(len(seen), count, seed=self.seed)], dim=1)
+        rows = self.layer(seen[:, cache.length :], cache)
+        # the tokens to come change nothing
+        future = torch.cat([seen, tokens(len(seen), 3, seed=1000)], dim=1)
+        expected = self.layer(future)[:, seen.shape[1] - count : seen.shape[1]]
+        assert_same(f"rows {seen.shape[1] - count} to {seen.shape[1]}", rows, expected)
+        self.held[which % len(self.held)] = cache, seen
+
+    @rule(which=st.integers(0, 2), back=st.integers(0, 9))
+    def truncate(self, which: int, back: int) -> None:
+        cache, seen = self.held[which % len(self.held)]
+        length = max(0, seen.shape[1] - back)
+        cache.truncate(length)
+        self.held[which % len(self.held)] = cache, seen[:, :length]
+
+    @precondition(lambda self: 0 < len(self.held) < 3)
+    @rule(which=st.integers(0, 2))
+    def branch(self, which: int) -> None:
+        cache, seen = self.held[which % len(self.held)]
+        self.held.append((cache.copy(), seen))
+
+    @rule(which=st.integers(0, 2))
+    def fail(self, which: int) -> None:
+        """In the last of the branches, when everything before has run."""
+        cache, seen = self.held[which % len(self.held)]
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(nsa_fast.layer, "sliding_attention", lambda *_, **__: 1 // 0)
+            self.layer(tokens(len(seen), 5, seed=2000), cache)
+
+    @invariant()
+    def every_cache_has_seen_its_tokens(self) -> None:
+        for cache, seen in self.held:
+            assert (cache.batch, cache.length) == seen.shape[:2]
+
+
+TestDecoding = Decoding.TestCase
+TestDecoding.settings = settings(max_examples=25, stateful_step_count=14, deadline=None)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_decoding_token_by_token_is_the_parallel_form(kind: str) -> None:
+    """G3: at every step, from the first token on; the choice of blocks is decode's own."""
+    layer, x = Layer(*CAUSAL[kind]), tokens(2, 27)
+    cache = Cache(2)
+    rows = [layer(x[:, t : t + 1], cache) for t in range(27)]
+    assert_same("rows", torch.cat(rows, dim=1), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["PAPER", "LUCIDRAINS_FLEX", "a choice for each query head"])
+def test_blocks_that_are_handed_in_are_read_once_in_any_order(kind: str) -> None:
+    """F3, I6: duplicates, -1 and strangers, where one token reads copies of its blocks alone."""
+    semantics, compress_map, memory = CAUSAL[kind]
+    layer, x = Layer(semantics, compress_map, memory), tokens(2, 27)
+    blocks, cache = some_blocks(semantics, 2, 27), Cache(2)
+    rows = [layer(x[:, t : t + 1], cache, block_indices=blocks[:, :, t : t + 1]) for t in range(27)]
+    assert_same("rows", torch.cat(rows, dim=1), layer(x, block_indices=blocks))
+
+
+def test_one_token_reads_what_attention_reads_and_pools_at_most_one_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x, cache = Layer(*CAUSAL["LUCIDRAINS_FLEX"]), tokens(1, 64), Cache(1)
+    layer(x[:, :40], cache)
+    read: dict[str, int] = {}
+    for name, argument, most in (
+        ("sliding_attention", 1, SIZES["sliding_window_size"] + 1),
+        ("fine_attention", 1, 4 * SIZES["selection_block_size"]),
+        ("compress_pool", 0, SIZES["compress_block_size"]),
+    ):
+        function = getattr(nsa_fast.layer, name)
+
+        def recorded(
+            *tensors: Tensor,
+            name: str = name,
+            argument: int = argument,
+            most: int = most,
+            function: Callable[..., Any] = function,
+            **how: Any,
+        ) -> Any:
+            read[name] = read.get(name, 0) + 1
+            assert tensors[argument].shape[2] <= most, name
+            return function(*tensors, **how)
+
+        monkeypatch.setattr(nsa_fast.layer, name, recorded)
+    memory = set()
+    for t in range(40, 64):
+        layer(x[:, t : t + 1], cache)
+        memory.add(cache._buffers["k"].data_ptr())
+    # k and v of every second token: the stride is 2
+    assert read == {"sliding_attention": 24, "fine_attention": 24, "compress_pool": 24}
+    assert len(memory) == 1  # room for 80 tokens was made when the 41st came
+
+
+def test_what_branches_share_is_kept_once() -> None:
+    for kind, names in (
+        ("PAPER", {f"{kv}_{branch}" for kv in "kv" for branch in ("compress", "fine", "sliding")}),
+        ("one k and v", {"k", "v"}),
+        ("one k and v, rotary on all", {"k", "k_rotated", "v"}),
+    ):
+        cache = Cache(1)
+        Layer(*CAUSAL[kind])(tokens(1, 3), cache)
+        assert cache._buffers.keys() == names | {"k_cmp", "v_cmp"}
+
+
+def test_a_call_with_a_cache_records_no_gradient() -> None:
+    """Neither for the new tokens nor through the old ones, so that none is silently partial."""
+    layer = module(num_mem_kv=1).double()
+    x, cache = tokens(1, 9).requires_grad_(), layer.empty_cache(1)
+    for part in x.split(5, dim=1):
+        rows = layer(part, cache)
+        assert not rows.requires_grad
+    assert layer(x).requires_grad
+
+
+def test_a_cache_that_was_filled_in_inference_mode_is_used_outside_of_it() -> None:
+    layer, x, cache = module().double(), tokens(1, 40), Cache(1)
+    with torch.inference_mode():
+        first = [layer(x[:, :20], cache), layer(x[:, 20:21], cache)]
+    second = layer(x[:, 21:], cache.copy())
+    with torch.no_grad():
+        third = layer(x[:, 21:], cache)
+    expected = layer(x)
+    assert_same("rows", torch.cat([*first, second], dim=1), expected)
+    assert_same("rows", third, expected[:, 21:])
+
+
+def test_a_cache_says_how_far_it_is() -> None:
+    cache = Cache(2)
+    module().double()(tokens(2, 7), cache)
+    assert repr(cache) == "Cache(batch=2, length=7)"
+    assert cache.copy().length == 7
+
+
+# --- what does not run says so, and changes nothing -----------------------------------------------
+
+LOGITS = replace(LUCIDRAINS_FLEX, compress_alignment="start")
+
+ERRORS: dict[str, tuple[Callable[[Cache], object], type[Exception], str]] = {
+    "batch": (
+        lambda cache: module().double()(tokens(3, 1), cache),
+        ValueError,
+        r"x has batch 3; it must be 2, that of the cache",
+    ),
+    "model_dim": (
+        lambda cache: module().double()(tokens(2, 1)[..., :9], cache),
+        ValueError,
+        r"x has shape \(2, 1, 9\); it must be \(batch, seq_len, 10\)",
+    ),
+    "packed": (
+        lambda cache: module().double()(tokens(1, 4)[0], cache, cu_seqlens=torch.tensor([0, 4])),
+        ValueError,
+        r"cu_seqlens and cache must not be given together",
+    ),
+    "not causal": (
+        lambda cache: module(replace(PAPER, causal=False)).double()(tokens(2, 1), cache),
+        ValueError,
+        r"semantics\.causal=False does not run with a cache: a later token would change",
+    ),
+    "candidates that depend on the length": (
+        lambda cache: module(LOGITS).double()(tokens(2, 1), cache),
+        ValueError,
+        r"semantics\.importance='logit_mean' runs with a cache only for compress_alignment='end'",
+    ),
+    "dtype": (
+        lambda cache: module()(tokens(2, 1).float(), cache),
+        ValueError,
+        r"cache holds keys of dtype torch\.float64, and the new ones have dtype torch\.float32",
+    ),
+    "another layer": (
+        lambda cache: module(kv_heads=1).double()(tokens(2, 1), cache),
+        ValueError,
+        r"cache was filled by a layer with kv_heads=2, and this one has kv_heads=1",
+    ),
+    "other conventions": (
+        lambda cache: module(replace(PAPER, rotary="all")).double()(tokens(2, 1), cache),
+        ValueError,
+        r"cache was filled by a layer with semantics\.rotary='none', and this one has",
+    ),
+    "another kind": (
+        lambda cache: module().double()(tokens(2, 1), {"k": cache}),
+        TypeError,
+        r"cache must be a nsa_fast\.Cache, not dict",
+    ),
+    "later than it is": (
+        lambda cache: cache.truncate(6),
+        ValueError,
+        r"length=6 must be at most 5, the tokens that the cache holds",
+    ),
+    "before the first": (
+        lambda cache: cache.truncate(-1),
+        ValueError,
+        r"length=-1 must be at least 0",
+    ),
+    "no batch": (lambda cache: Cache(-1), ValueError, r"batch=-1 must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_what_does_not_run_says_what_does_and_the_cache_is_what_it_was(what: str) -> None:
+    layer, x, cache = module().double(), tokens(2, 9), Cache(2)
+    layer(x[:, :5], cache)
+    function, error, message = ERRORS[what]
+    with pytest.raises(error, match=message):
+        function(cache)
+    assert_same("rows", layer(x[:, 5:], cache), layer(x)[:, 5:])
+
+
+def test_a_first_call_that_fails_leaves_a_new_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, x = Cache(1), tokens(1, 9)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(nsa_fast.layer, "fine_attention", lambda *_, **__: 1 // 0)
+        module()(x.float(), cache)
+    layer = module(kv_heads=1).double()
+    assert_same("rows", layer(x, cache), layer(x))
