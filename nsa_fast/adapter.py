@@ -52,6 +52,11 @@ TRITON_LIMITS: Mapping[str, Collection[Any]] = {
 }
 
 
+#: Plain torch around the branches and their masks: on a CPU the eager kind is asked about it.
+ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask", "layer",
+         "layer_with_blocks", "decode", "varlen")  # fmt: skip
+
+
 class NsaFast(TorchImplementation):
     """What both kinds have in common: everything that `nsa_fast` exports."""
 
@@ -253,13 +258,6 @@ class NsaFast(TorchImplementation):
     def offers_vjp(self, method: str) -> bool:
         # a cache records no gradients
         return method != "decode" and super().offers_vjp(method)
-
-
-#: The layer as a whole.
-LAYER = ("layer", "layer_with_blocks", "decode", "varlen")
-
-#: Plain torch around the branches and their masks: on a CPU the eager kind is asked about it.
-ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask", *LAYER)
 
 
 def _judged(found: nsa_fast.Attention) -> Attention:
