@@ -166,6 +166,48 @@ def test_the_layer_selects_by_what_its_compress_branch_reads(kind: str) -> None:
     assert_same("out", found, dense_layer(x, weights, blocks, SIZES, semantics))
 
 
+EDGES: dict[str, dict[str, Any]] = {
+    "one token": {"seq_len": 1},
+    "no token": {"seq_len": 0},
+    "no batch": {"batch": 0},
+    "no block": {"num_selected_blocks": 0},
+    "the own token alone": {"sliding_window_size": 0},
+    "a window longer than all": {"sliding_window_size": 99},
+    "windows with gaps": {"compress_block_size": 1},
+    "windows of a token": {"compress_block_size": 1, "compress_block_sliding_stride": 1},
+    "blocks of a token": {"compress_block_sliding_stride": 1, "selection_block_size": 1},
+    "one head": {"q_heads": 1, "kv_heads": 1},
+    "a prime group": {"q_heads": 3, "kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("kind", ["rotary on all", "LUCIDRAINS_FLEX"])
+def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
+    """In parallel, and token by token: the blocks are handed in."""
+    semantics, compress_map, memory = KINDS[kind]
+    sizes = SIZES | EDGES[edge]
+    batch, seq_len = sizes.pop("batch", 2), sizes.pop("seq_len", 19)
+    weights = weights_of(MODEL_DIM, sizes, semantics, compress_map=compress_map, num_mem_kv=memory)
+    x, cache = tokens(batch, seq_len), nsa_fast.Cache(batch)
+    shape = (batch, sizes["kv_heads"], seq_len, sizes["num_selected_blocks"])
+    blocks = torch.randint(-1, 8, shape, generator=torch.Generator().manual_seed(0))
+    how = sizes | {"compress_map": compress_map, "semantics": semantics}
+    found = native_sparse_attention(x, weights, **how, block_indices=blocks)
+    rows = [
+        native_sparse_attention(
+            x[:, t : t + 1], weights, **how, block_indices=blocks[:, :, t : t + 1], cache=cache
+        )
+        for t in range(seq_len)
+    ]
+    assert cache.length == seq_len
+    out_dim = sizes["q_heads"] * sizes["value_dim"]
+    assert found.shape == (batch, seq_len, MODEL_DIM if semantics.output_projection else out_dim)
+    if found.numel():
+        assert_same("out", found, dense_layer(x, weights, blocks, sizes, semantics))
+        assert_same("rows", torch.cat(rows, dim=1), found)
+
+
 @pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS_FLEX], ids=["PAPER", "LUCIDRAINS_FLEX"])
 def test_one_open_gate_shows_the_mask_of_its_branch(semantics: Semantics) -> None:
     """G1: gates in the order compress, fine, sliding, branch by branch and head by head.
