@@ -173,6 +173,7 @@ EDGES: dict[str, dict[str, Any]] = {
     "no block": {"num_selected_blocks": 0},
     "the own token alone": {"sliding_window_size": 0},
     "a window longer than all": {"sliding_window_size": 99},
+    "windows of three strides": {"compress_block_size": 6},  # the second begins before token 0
     "windows with gaps": {"compress_block_size": 1},
     "windows of a token": {"compress_block_size": 1, "compress_block_sliding_stride": 1},
     "blocks of a token": {"compress_block_sliding_stride": 1, "selection_block_size": 1},
