@@ -1,6 +1,6 @@
 """The oracle's layer (G1 to G4): literal rows, complex step, decoding, packed sequences.
 
-That it is the layer at all, a second definition says: `LayerInSteps` before the judge (test_mutants).
+That it is the layer at all, a second definition says: `LayerInSteps`, before the judge.
 """
 
 from __future__ import annotations
