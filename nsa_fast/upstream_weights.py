@@ -1,0 +1,267 @@
+"""Weights of upstream's `SparseAttention`, under the names of the layer here.
+
+Upstream is native-sparse-attention-pytorch 0.2.3; it is not imported. Letters: l =
+compress_block_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_fast.checks import check_tensor
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
+
+#: Upstream's plain path by the switches that run here: LUCIDRAINS with duplicates "set" and empty
+#: rows zero.
+#:
+#: It is the same layer wherever every row of the fine branch sees a key, which holds if causal.
+#: A choice names no block twice, and the own block is no candidate, so nothing is there for
+#: "multiset" to count twice. Every row sees memory in the compress branch (upstream has at least
+#: one column), its own token in the sliding branch, and, if causal, in the fine branch as well.
+#: Non-causal rows without a chosen block are zero here and uniform in LUCIDRAINS.
+LUCIDRAINS_PLAIN = dataclasses.replace(LUCIDRAINS_FLEX, score_floor=LUCIDRAINS.score_floor)
+
+#: Upstream's compression network, by its places in the Sequential.
+COMPRESS_NETWORK = {
+    "1.weight": "weight_in",
+    "1.bias": "bias_in",
+    "3.weight": "weight_out",
+    "3.bias": "bias_out",
+}
+
+
+class UpstreamLayer(NamedTuple):
+    """One of upstream's layers, taken apart.
+
+    sizes : every size and map of the layer by name
+    semantics : `LUCIDRAINS_PLAIN` with the switches that the layer sets
+    weights : as `upstream_weights` returns them
+    """
+
+    sizes: dict[str, Any]
+    semantics: Semantics
+    weights: dict[str, Tensor]
+
+
+def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
+    """Sizes, switches and weights of a `SparseAttention`, by its attributes and state dict.
+
+    ::
+
+        causal                          semantics.causal
+        norm                            semantics.input_norm
+        query_heads_share_selected_kv   semantics.share_selection
+        num_selected_blocks = 0         num_selected_blocks = 0: the own block alone, if causal
+        fine_selection_flex_mask        semantics.score_floor = None, for that call
+        use_diff_topk                   none: ValueError, its choice has a gradient (A4)
+        cache                           none: the layer's own decode (G3)
+
+    Raises
+    ------
+    ValueError : use_diff_topk, or weights that `upstream_weights` refuses
+    TypeError : a module without the attributes of a `SparseAttention`
+    """
+    sizes: dict[str, Any] = {}
+    for ours, theirs in (
+        ("q_heads", "heads"),
+        ("kv_heads", "kv_heads"),
+        ("head_dim", "dim_head"),
+        ("value_dim", "dim_head"),
+        ("compress_block_size", "compress_block_size"),
+        ("compress_block_sliding_stride", "compress_block_sliding_stride"),
+        ("selection_block_size", "selection_block_size"),
+        ("num_selected_blocks", "num_selected_blocks"),
+        ("sliding_window_size", "sliding_window_size"),
+        ("num_mem_kv", "num_mem_compress_kv"),
+    ):
+        sizes[ours] = _attribute(module, theirs)
+    if _attribute(module, "use_diff_topk"):
+        raise ValueError(
+            "use_diff_topk=True has no switch: it lets a gradient through the top-n choice, which "
+            "A4 excludes. Its output is that of use_diff_topk=False; set the attribute to False "
+            "to load the layer without that gradient."
+        )
+    weights = upstream_weights(module.state_dict())
+    sizes |= {
+        "model_dim": weights["to_q.weight"].shape[1],
+        "num_initial_blocks": 0,
+        "num_local_blocks": 0,
+        "compress_map": "mlp",
+        "compress_positions": True,
+    }
+    semantics = dataclasses.replace(
+        LUCIDRAINS_PLAIN,
+        causal=_attribute(module, "causal"),
+        share_selection=_attribute(module, "query_heads_share_selected_kv"),
+        input_norm="norm.weight" in weights,
+    )
+    return UpstreamLayer(sizes, semantics, weights)
+
+
+def upstream_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layer's weights from upstream's state dict: split and reordered, no value is changed.
+
+    ::
+
+        to_qkv.weight                to_q.weight, to_k.weight, to_v.weight, in this order of rows
+        compress_mem_kv              mem_k, mem_v
+        k_intrablock_positions       compress_k.positions                          v alike
+        k_compress.1, k_compress.3   compress_k.weight_in, .bias_in, .weight_out, .bias_out
+        to_strategy_combine.0        gates; rows (head, branch) become (branch, head)
+        combine_heads.weight         to_out.weight
+        norm.weight                  norm.weight, absent for norm=False
+        rotary_emb.freqs             nothing: it must hold 10000^(-2i / head_dim)
+
+    All sizes are read off the shapes. What leaves no trace in a state dict, `from_upstream` reads
+    off the module: stride, window, selection, causal.
+
+    Shapes
+    ------
+    state_dict : mem_kv (2, kv_heads, num_mem_kv, head_dim) and so on, any floating dtype
+    returns : the layer's names and shapes; detached, and views of the given tensors where no
+        row moves
+
+    Raises
+    ------
+    ValueError : a name that is missing or unknown (another compress_mlp or strategy_combine_mlp),
+        a shape that does not fit (a compress_mlp_expand_factor other than 1), other rotary
+        frequencies
+    TypeError : a value that is no tensor
+    """
+    given = dict(state_dict)
+    _check_names(given)
+    # its axes name the sizes that all other shapes are made of
+    memory = check_tensor(
+        "compress_mem_kv", given["compress_mem_kv"], (2, "kv_heads", "num_mem_kv", "head_dim")
+    )
+    _, kv_heads, _, head_dim = memory.shape
+    to_out = check_tensor(
+        "combine_heads.weight", given["combine_heads.weight"], ("model_dim", "q_heads * head_dim")
+    )
+    model_dim, q_rows = to_out.shape
+    q_heads, rest = divmod(q_rows, max(head_dim, 1))
+    if min(kv_heads, head_dim, q_heads) < 1 or rest or q_heads % kv_heads:
+        raise ValueError(
+            f"combine_heads.weight has {q_rows} columns; they must be q_heads * head_dim with "
+            f"head_dim={head_dim} and q_heads a multiple of kv_heads={kv_heads}, as "
+            "compress_mem_kv has them."
+        )
+    kv_rows = kv_heads * head_dim
+    check_tensor("to_qkv.weight", given["to_qkv.weight"], (q_rows + 2 * kv_rows, model_dim))
+    check_tensor(
+        "to_strategy_combine.0.weight",
+        given["to_strategy_combine.0.weight"],
+        (3 * q_heads, model_dim),
+    )
+    check_tensor("to_strategy_combine.0.bias", given["to_strategy_combine.0.bias"], (3 * q_heads,))
+    if "norm.weight" in given:
+        check_tensor("norm.weight", given["norm.weight"], (model_dim,))
+    _check_rotary(given["rotary_emb.freqs"], head_dim)
+    positions = check_tensor(
+        "k_intrablock_positions",
+        given["k_intrablock_positions"],
+        (kv_heads, "compress_block_size", head_dim),
+    )
+    for side in "kv":
+        _check_compress_network(given, side, positions.shape)
+
+    weights = {}
+    if "norm.weight" in given:
+        weights["norm.weight"] = given["norm.weight"].detach()
+    rows = given["to_qkv.weight"].detach().split((q_rows, kv_rows, kv_rows))
+    weights |= zip(("to_q.weight", "to_k.weight", "to_v.weight"), rows)
+    for kind in ("weight", "bias"):
+        gates = given[f"to_strategy_combine.0.{kind}"].detach().unflatten(0, (q_heads, 3))
+        weights[f"gates.{kind}"] = gates.transpose(0, 1).flatten(0, 1)
+    weights["mem_k"], weights["mem_v"] = memory.detach()
+    for side in "kv":
+        weights[f"compress_{side}.positions"] = given[f"{side}_intrablock_positions"].detach()
+        for theirs, ours in COMPRESS_NETWORK.items():
+            weights[f"compress_{side}.{ours}"] = given[f"{side}_compress.{theirs}"].detach()
+    weights["to_out.weight"] = to_out.detach()
+    return weights
+
+
+def _check_names(given: Mapping[str, Tensor]) -> None:
+    wanted = {
+        "to_qkv.weight",
+        "compress_mem_kv",
+        "k_intrablock_positions",
+        "v_intrablock_positions",
+        *(f"{side}_compress.{name}" for side in "kv" for name in COMPRESS_NETWORK),
+        "to_strategy_combine.0.weight",
+        "to_strategy_combine.0.bias",
+        "combine_heads.weight",
+        "rotary_emb.freqs",
+    }
+    missing = sorted(wanted - set(given))
+    unknown = sorted(set(given) - wanted - {"norm.weight"})
+    if not missing and not unknown:
+        return
+    reasons = []
+    for prefixes, option in (
+        (("k_compress.", "v_compress."), "compress_mlp"),
+        (("to_strategy_combine.",), "strategy_combine_mlp"),
+    ):
+        if any(name.startswith(prefixes) for name in (*missing, *unknown)):
+            reasons.append(f"a {option} other than the default is not supported")
+    raise ValueError(
+        f"state_dict lacks {missing} and has the unknown names {unknown}; it must be that of a "
+        f"SparseAttention of native-sparse-attention-pytorch 0.2.3{': ' if reasons else ''}"
+        f"{' and '.join(reasons)}."
+    )
+
+
+def _check_compress_network(given: Mapping[str, Tensor], side: str, shape: tuple[int, ...]) -> None:
+    """One network and its positions, `shape` being (kv_heads, l, head_dim)."""
+    check_tensor(f"{side}_intrablock_positions", given[f"{side}_intrablock_positions"], shape)
+    _, size, head_dim = shape
+    flat = size * head_dim
+    shapes = {
+        "1.weight": (flat, flat),
+        "1.bias": (flat,),
+        "3.weight": (head_dim, flat),
+        "3.bias": (head_dim,),
+    }
+    first = check_tensor(
+        f"{side}_compress.1.weight", given[f"{side}_compress.1.weight"], ("hidden", "l * head_dim")
+    )
+    if first.shape[1] == flat and first.shape[0] != flat:
+        raise ValueError(
+            f"{side}_compress.1.weight has {first.shape[0]} rows; there must be l * head_dim="
+            f"{flat}: a compress_mlp_expand_factor other than 1 is not supported."
+        )
+    for name, wanted in shapes.items():
+        check_tensor(f"{side}_compress.{name}", given[f"{side}_compress.{name}"], wanted)
+
+
+def _check_rotary(freqs: Tensor, head_dim: int) -> None:
+    """ValueError unless freqs is 10000^(-2i / head_dim), to the accuracy of its dtype."""
+    check_tensor("rotary_emb.freqs", freqs, (head_dim // 2,))
+    exponent = torch.arange(0, head_dim - 1, 2, dtype=torch.float64) / head_dim
+    expected = 10000.0**-exponent
+    # Upstream computes 1 / 10000 ** x in float32 and may round the result: half a spacing of x,
+    # which ln 10000 < 10 magnifies, one of the power, half of the quotient, half of the rounding.
+    spacings = 10 / 2 + 1 + 1 / 2 + 1 / 2
+    spacing = max(torch.finfo(torch.float32).eps, torch.finfo(freqs.dtype).eps)
+    found = freqs.detach().to("cpu", torch.float64)
+    if not bool(((found - expected).abs() <= spacings * spacing * expected).all()):
+        raise ValueError(
+            f"rotary_emb.freqs={found.tolist()} must be 10000^(-2i / {head_dim}) = "
+            f"{expected.tolist()}: the layer has no other frequencies."
+        )
+
+
+def _attribute(module: torch.nn.Module, name: str) -> Any:
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise TypeError(
+            f"module has no attribute {name!r}; it must be a SparseAttention of "
+            f"native-sparse-attention-pytorch 0.2.3, not {type(module).__name__}."
+        ) from None

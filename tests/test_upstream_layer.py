@@ -1,0 +1,866 @@
+"""Upstream's `SparseAttention`: its weights load, and its output is that of the layer here.
+
+The converter is tested on state dicts whose layout is written out here. The comparison needs the
+package native-sparse-attention-pytorch and is skipped without it. Where upstream departs from the
+definition, the smallest case and the clause have a test; docs/upstream.md lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from nsa_ref.layer import LayerSizes, layer, layer_vjp, selection_inputs
+from nsa_ref.layer_bounds import LayerBounds, layer_bounds
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
+from nsa_ref.selection import (
+    importance,
+    select,
+    selection_candidates,
+    selection_probability,
+    top_blocks,
+    valid_selection,
+)
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
+from nsa_ref.testing.compare import compare
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+from torch import Tensor  # noqa: E402
+
+from nsa_fast import (  # noqa: E402
+    NativeSparseAttention,
+    create_fine_mask,
+    create_sliding_mask,
+    native_sparse_attention,
+)
+from nsa_fast.upstream_weights import (  # noqa: E402
+    LUCIDRAINS_PLAIN,
+    from_upstream,
+    upstream_weights,
+)
+
+COMPRESS_SIZES = ("compress_block_size", "compress_block_sliding_stride")
+
+NUMERICS_OF = {torch.float64: "fp64", torch.float32: "fp32"}
+
+needs_upstream = pytest.mark.skipif(
+    importlib.util.find_spec("native_sparse_attention_pytorch") is None,
+    reason="native-sparse-attention-pytorch is not installed",
+)
+
+
+# --- the converter --------------------------------------------------------------------------------
+
+
+def upstream_state_dict(
+    *,
+    model_dim: int = 5,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 6,
+    compress_block_size: int = 3,
+    num_mem_kv: int = 2,
+    norm: bool = True,
+) -> dict[str, Tensor]:
+    """Upstream's names and shapes, written down from its source; every number is another one."""
+    flat = compress_block_size * head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm.weight": (model_dim,),
+        "to_qkv.weight": ((q_heads + 2 * kv_heads) * head_dim, model_dim),
+        "compress_mem_kv": (2, kv_heads, num_mem_kv, head_dim),
+        "to_strategy_combine.0.weight": (3 * q_heads, model_dim),
+        "to_strategy_combine.0.bias": (3 * q_heads,),
+        "combine_heads.weight": (model_dim, q_heads * head_dim),
+    }
+    for side in "kv":
+        shapes[f"{side}_intrablock_positions"] = (kv_heads, compress_block_size, head_dim)
+        shapes[f"{side}_compress.1.weight"] = (flat, flat)
+        shapes[f"{side}_compress.1.bias"] = (flat,)
+        shapes[f"{side}_compress.3.weight"] = (head_dim, flat)
+        shapes[f"{side}_compress.3.bias"] = (head_dim,)
+    if not norm:
+        del shapes["norm.weight"]
+    state, start = {}, 0
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        state[name] = torch.arange(start, start + count, dtype=torch.float64).reshape(shape)
+        start += count
+    state["rotary_emb.freqs"] = 10000.0 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    return state
+
+
+def back_to_upstream(weights: dict[str, Tensor], q_heads: int, head_dim: int) -> dict[str, Tensor]:
+    """The converter's inverse, index by index."""
+    state = {
+        "to_qkv.weight": torch.cat([weights[f"to_{name}.weight"] for name in "qkv"]),
+        "compress_mem_kv": torch.stack([weights["mem_k"], weights["mem_v"]]),
+        "combine_heads.weight": weights["to_out.weight"],
+        "rotary_emb.freqs": 10000.0 ** -(torch.arange(0, head_dim, 2).double() / head_dim),
+    }
+    if "norm.weight" in weights:
+        state["norm.weight"] = weights["norm.weight"]
+    for kind in ("weight", "bias"):
+        ours = weights[f"gates.{kind}"]
+        rows = [ours[branch * q_heads + head] for head in range(q_heads) for branch in range(3)]
+        state[f"to_strategy_combine.0.{kind}"] = torch.stack(rows)
+    for side in "kv":
+        state[f"{side}_intrablock_positions"] = weights[f"compress_{side}.positions"]
+        state[f"{side}_compress.1.weight"] = weights[f"compress_{side}.weight_in"]
+        state[f"{side}_compress.1.bias"] = weights[f"compress_{side}.bias_in"]
+        state[f"{side}_compress.3.weight"] = weights[f"compress_{side}.weight_out"]
+        state[f"{side}_compress.3.bias"] = weights[f"compress_{side}.bias_out"]
+    return state
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
+def test_every_number_of_a_state_dict_arrives_once(q_heads: int, kv_heads: int, norm: bool) -> None:
+    state = upstream_state_dict(q_heads=q_heads, kv_heads=kv_heads, norm=norm)
+    again = back_to_upstream(upstream_weights(state), q_heads, 6)
+    assert again.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_the_weights_have_the_names_and_shapes_of_the_layer() -> None:
+    found = {name: tuple(w.shape) for name, w in upstream_weights(upstream_state_dict()).items()}
+    network = {
+        "positions": (2, 3, 6),
+        "weight_in": (18, 18),
+        "bias_in": (18,),
+        "weight_out": (6, 18),
+        "bias_out": (6,),
+    }
+    assert found == {
+        "norm.weight": (5,),
+        "to_q.weight": (24, 5),
+        "to_k.weight": (12, 5),
+        "to_v.weight": (12, 5),
+        "gates.weight": (12, 5),
+        "gates.bias": (12,),
+        "mem_k": (2, 2, 6),
+        "mem_v": (2, 2, 6),
+        **{f"compress_{side}.{name}": shape for side in "kv" for name, shape in network.items()},
+        "to_out.weight": (5, 24),
+    }
+
+
+def test_gates_are_reordered_from_head_and_branch_to_branch_and_head() -> None:
+    state = upstream_state_dict(q_heads=2)
+    state["to_strategy_combine.0.bias"] = torch.tensor([10.0, 11.0, 12.0, 20.0, 21.0, 22.0])
+    found = upstream_weights(state)["gates.bias"].tolist()
+    assert found == [10.0, 20.0, 11.0, 21.0, 12.0, 22.0]
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(state: dict[str, Tensor]) -> None:
+        del state[name]
+
+    return change
+
+
+def with_(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
+    return lambda state: state.update({name: torch.zeros(shape)})
+
+
+def other_base(state: dict[str, Tensor]) -> None:
+    state["rotary_emb.freqs"] = 500000.0 ** -(torch.arange(0, 6, 2).double() / 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("to_qkv.weight"), "lacks ['to_qkv.weight']"),
+        (with_("extra", 1), "unknown names ['extra']"),
+        (without("k_compress.3.bias"), "a compress_mlp other than the default is not supported"),
+        (with_("v_compress.conv.weight", 1), "a compress_mlp other than the default"),
+        (with_("to_strategy_combine.0.2.bias", 1), "a strategy_combine_mlp other than the default"),
+        (with_("k_compress.1.weight", 36, 18), "compress_mlp_expand_factor other than 1"),
+        (with_("v_compress.3.weight", 6, 17), "v_compress.3.weight has shape (6, 17)"),
+        (with_("compress_mem_kv", 2, 6), "compress_mem_kv has shape (2, 6)"),
+        (with_("combine_heads.weight", 5, 23), "combine_heads.weight has 23 columns"),
+        (with_("combine_heads.weight", 5, 18), "q_heads a multiple of kv_heads=2"),
+        (with_("to_qkv.weight", 47, 5), "to_qkv.weight has shape (47, 5); it must be (48, 5)"),
+        (with_("to_strategy_combine.0.bias", 4), "bias has shape (4,); it must be (12)"),
+        (with_("norm.weight", 4), "norm.weight has shape (4,); it must be (5)"),
+        (with_("v_intrablock_positions", 2, 4, 6), "it must be (2, 3, 6)"),
+        (with_("rotary_emb.freqs", 2), "rotary_emb.freqs has shape (2,)"),
+        (with_("rotary_emb.freqs", 3), "must be 10000^(-2i / 6)"),
+        (other_base, "must be 10000^(-2i / 6)"),
+    ],
+)
+def test_what_does_not_load_is_said(
+    change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    state = upstream_state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        upstream_weights(state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_frequencies_may_be_rounded_to_the_dtype_of_the_weights(dtype: str) -> None:
+    state = upstream_state_dict(head_dim=32)
+    # as upstream computes them
+    freqs = 1.0 / (10000.0 ** (torch.arange(0, 32, 2).float() / 32))
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    state["rotary_emb.freqs"] = freqs.to(getattr(torch, dtype))
+    weights = upstream_weights(state)
+    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
+
+
+def stand_in(**changes: Any) -> torch.nn.Module:
+    """The attributes of a `SparseAttention`, without the package."""
+    module = torch.nn.Module()
+    state = upstream_state_dict()
+    attributes: dict[str, Any] = {
+        "heads": 4,
+        "kv_heads": 2,
+        "dim_head": 6,
+        "compress_block_size": 3,
+        "compress_block_sliding_stride": 2,
+        "selection_block_size": 4,
+        "num_selected_blocks": 3,
+        "sliding_window_size": 7,
+        "num_mem_compress_kv": 2,
+        "causal": True,
+        "use_diff_topk": False,
+        "query_heads_share_selected_kv": False,
+        "state_dict": lambda: state,
+        **changes,
+    }
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_sizes_and_switches_are_read_off_the_module() -> None:
+    layer = from_upstream(stand_in())
+    assert layer.sizes == {
+        "model_dim": 5,
+        "q_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "value_dim": 6,
+        "compress_block_size": 3,
+        "compress_block_sliding_stride": 2,
+        "compress_map": "mlp",
+        "compress_positions": True,
+        "selection_block_size": 4,
+        "num_selected_blocks": 3,
+        "num_initial_blocks": 0,
+        "num_local_blocks": 0,
+        "sliding_window_size": 7,
+        "num_mem_kv": 2,
+    }
+    assert layer.semantics == dataclasses.replace(LUCIDRAINS_PLAIN, share_selection=False)
+    assert not from_upstream(stand_in(causal=False)).semantics.causal
+
+
+def own_module(module: torch.nn.Module) -> NativeSparseAttention:
+    """The layer here, as a module with upstream's weights."""
+    sizes, semantics, weights = from_upstream(module)
+    own = NativeSparseAttention(**sizes, semantics=semantics).to(weights["mem_k"].dtype)
+    own.load_state_dict(weights)
+    return own
+
+
+def test_the_module_takes_sizes_switches_and_weights_as_they_are() -> None:
+    expected = upstream_weights(upstream_state_dict())
+    found = own_module(stand_in()).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_gradient_through_the_choice_has_no_switch() -> None:
+    """A4."""
+    with pytest.raises(ValueError, match="use_diff_topk=True has no switch"):
+        from_upstream(stand_in(use_diff_topk=True))
+
+
+def test_another_module_is_named() -> None:
+    with pytest.raises(TypeError, match=r"no attribute .heads.; .* not Linear"):
+        from_upstream(torch.nn.Linear(2, 2))
+
+
+# --- the switches ---------------------------------------------------------------------------------
+
+
+def test_the_plain_path_here_is_lucidrains_but_for_two_switches() -> None:
+    again = dataclasses.replace(
+        LUCIDRAINS_PLAIN, duplicates=LUCIDRAINS.duplicates, empty_row=LUCIDRAINS.empty_row
+    )
+    assert again == LUCIDRAINS != LUCIDRAINS_PLAIN
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_switches_that_do_not_run_here_make_no_difference_where_causal(seed: int) -> None:
+    """F3, A2: the own block is never chosen, and every row sees a key in every branch."""
+    rng = np.random.default_rng(seed)
+    stride, kv_len = int(rng.integers(1, 4)), int(rng.integers(1, 24))
+    sizes = {"compress_block_size": stride + 1, "compress_block_sliding_stride": stride}
+    block = stride * int(rng.integers(1, 4))
+    q, k_cmp, mem_k = (
+        rng.standard_normal((1, 2, length, 4)) for length in (kv_len, kv_len // stride, 1)
+    )
+    chosen = select(
+        q, k_cmp, mem_k, kv_len=kv_len, **sizes, selection_block_size=block,
+        num_selected_blocks=3, num_initial_blocks=0, num_local_blocks=0, semantics=LUCIDRAINS,
+    )  # fmt: skip
+    plain = fine_mask(kv_len, kv_len, block, chosen, 2, LUCIDRAINS)
+    runs = fine_mask(kv_len, kv_len, block, chosen, 2, LUCIDRAINS_PLAIN)
+    np.testing.assert_array_equal(plain, runs)
+    others = (
+        compress_mask(kv_len, kv_len, stride + 1, stride, 1, LUCIDRAINS),
+        sliding_mask(kv_len, kv_len, 1, LUCIDRAINS),
+    )
+    for mask in (plain, *others):
+        assert (mask.sum(axis=-1) > 0).all()
+
+
+# --- upstream's module ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """One of upstream's layers, and an input for it, by the names here."""
+
+    seq_len: int
+    batch: int = 1
+    model_dim: int = 3
+    q_heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 4
+    compress_block_size: int = 1
+    compress_block_sliding_stride: int = 1
+    selection_block_size: int = 1
+    num_selected_blocks: int = 1
+    sliding_window_size: int = 1
+    num_mem_kv: int = 1
+    causal: bool = True
+    norm: bool = False
+    share_selection: bool = True
+
+
+def random_sizes(seed: int, *, causal: bool) -> Sizes:
+    """Any sizes that upstream takes: l >= d, d divides l', w >= 1, head_dim even and above 2.
+
+    Non-causal ones have a block to choose for every row, and a window that divides the length:
+    what upstream does otherwise has tests of its own below.
+    """
+    rng = np.random.default_rng([seed, causal])
+
+    def draw(least: int, most: int) -> int:
+        return int(rng.integers(least, most + 1))
+
+    kv_heads, stride, window = draw(1, 3), draw(1, 3), draw(1, 8)
+    block = stride * draw(1, 4)
+    seq_len = (
+        draw(1, 3 if seed % 5 == 0 else 28)
+        if causal
+        else window * draw(-(-2 * block // window), 24 // window + 1)
+    )
+    return Sizes(
+        seq_len=seq_len,
+        batch=draw(1, 2),
+        model_dim=draw(1, 20),
+        q_heads=kv_heads * draw(1, 3),
+        kv_heads=kv_heads,
+        head_dim=2 * draw(2, 6),
+        compress_block_size=stride + draw(0, 6),
+        compress_block_sliding_stride=stride,
+        selection_block_size=block,
+        num_selected_blocks=draw(0 if causal else 1, 4),
+        sliding_window_size=window,
+        num_mem_kv=draw(1, 3),
+        causal=causal,
+        norm=bool(draw(0, 1)),
+        share_selection=bool(draw(0, 1)),
+    )
+
+
+def upstream_layer(
+    sizes: Sizes, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.nn.Module, Tensor]:
+    """Upstream's module, every parameter random, and an input.
+
+    In float64 two of its constants are not the definition's and are set to that: the frequencies,
+    which it computes in float32, and the norm's epsilon, 2^-52.
+    """
+    from native_sparse_attention_pytorch import SparseAttention
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a remark for n = 0
+        module = SparseAttention(
+            dim=sizes.model_dim,
+            dim_head=sizes.head_dim,
+            heads=sizes.q_heads,
+            kv_heads=sizes.kv_heads,
+            sliding_window_size=sizes.sliding_window_size,
+            compress_block_size=sizes.compress_block_size,
+            compress_block_sliding_stride=sizes.compress_block_sliding_stride,
+            selection_block_size=sizes.selection_block_size,
+            num_selected_blocks=sizes.num_selected_blocks,
+            num_compressed_mem_kv=sizes.num_mem_kv,
+            causal=sizes.causal,
+            norm=sizes.norm,
+            query_heads_share_selected_kv=sizes.share_selection,
+        )
+    module = module.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            # matrices keep the size of what they multiply
+            width = parameter.shape[-1] if parameter.ndim == 2 else 1
+            if name != "rotary_emb.freqs":
+                parameter.normal_(std=width**-0.5, generator=generator)
+        # every third seed has logits so large that some blocks are below the floor of 1e-10
+        module.to_qkv.weight[: -module.qkv_split[2]] *= 4 if seed % 3 == 2 else 1
+        if dtype == torch.float64:
+            exponent = torch.arange(0, sizes.head_dim, 2).double() / sizes.head_dim
+            module.rotary_emb.freqs.copy_(10000.0**-exponent)
+    if sizes.norm and dtype == torch.float64:
+        module.norm.eps = 2.0**-23
+    shape = (sizes.batch, sizes.seq_len, sizes.model_dim)
+    return module, torch.randn(shape, generator=generator, dtype=dtype)
+
+
+class Heard(Exception):
+    """The choice is known, and the rest of the call is not needed."""
+
+
+def upstream_choice(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """The blocks that upstream's top-k takes, as it hands them to a mask: (batch, heads, rows, n).
+
+    Among them are blocks that it hides again: those at the floor, and where there are too few
+    candidates, others.
+    """
+    heard: list[Tensor] = []
+
+    def listen(selected: Tensor, num_grouped_queries: int) -> None:
+        heard.append(selected)
+        raise Heard
+
+    with contextlib.suppress(Heard), torch.no_grad():
+        module(x, fine_selection_flex_mask=listen)
+    heads = module.kv_heads if module.query_heads_share_selected_kv else module.heads
+    none = torch.zeros((x.shape[0], heads, x.shape[1], 0), dtype=torch.int64)
+    return heard[0] if heard else none
+
+
+class Definition(NamedTuple):
+    """The layer that upstream's module is to be, for the blocks that upstream chose.
+
+    another : rows in which that choice is valid and not the definition's own
+    """
+
+    sizes: LayerSizes
+    semantics: Semantics
+    numerics: str
+    weights: dict[str, np.ndarray]
+    x: np.ndarray
+    block_indices: np.ndarray
+    another: int = 0
+
+    def __call__(self) -> np.ndarray:
+        return layer(
+            self.x,
+            self.weights,
+            sizes=self.sizes,
+            semantics=self.semantics,
+            block_indices=self.block_indices,
+        )
+
+    def gradients(self, d_out: np.ndarray) -> dict[str, np.ndarray]:
+        dx, dweights = layer_vjp(
+            self.x,
+            self.weights,
+            d_out,
+            sizes=self.sizes,
+            semantics=self.semantics,
+            block_indices=self.block_indices,
+        )
+        return {"x": dx, **dweights}
+
+    def bounds(self, d_out: np.ndarray | None = None) -> LayerBounds:
+        return layer_bounds(
+            self.x,
+            self.weights,
+            self.block_indices,
+            d_out,
+            sizes=self.sizes,
+            semantics=self.semantics,
+            numerics=self.numerics,
+        )
+
+
+def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> Definition:
+    """The definition of a module, and that the blocks which upstream chooses are a valid top-n.
+
+    ReLU makes equal keys, and upstream's top-k promises no order of equal scores (I5).
+    """
+    parts = from_upstream(module)
+    preset = LUCIDRAINS_FLEX if flex else LUCIDRAINS
+    semantics = dataclasses.replace(
+        preset,
+        causal=parts.semantics.causal,
+        share_selection=parts.semantics.share_selection,
+        input_norm=parts.semantics.input_norm,
+    )
+    sizes = LayerSizes(**parts.sizes)
+    weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
+    tokens = x.detach().double().numpy()
+    q, k_cmp, mem_k = selection_inputs(tokens, weights, sizes=sizes, semantics=semantics)
+    strides = {name: parts.sizes[name] for name in COMPRESS_SIZES}
+    lengths = (x.shape[1], x.shape[1], sizes.selection_block_size)
+    scores = importance(
+        q, k_cmp, mem_k, kv_len=x.shape[1], **strides,
+        selection_block_size=sizes.selection_block_size, semantics=semantics,
+    )  # fmt: skip
+    candidates = selection_candidates(*lengths, semantics, **strides)
+    choose = {"candidates": candidates, "forced": np.zeros_like(candidates), "semantics": semantics}
+
+    taken = upstream_choice(module, x).numpy()
+    shown = np.take_along_axis(np.broadcast_to(candidates, scores.shape), taken, axis=-1)
+    if semantics.score_floor is not None:
+        probability = np.take_along_axis(selection_probability(scores), taken, axis=-1)
+        shown &= probability > semantics.score_floor
+    taken = np.where(shown, taken, -1)
+    found = Definition(sizes, semantics, NUMERICS_OF[x.dtype], weights, tokens, taken)
+    of_scores = found.bounds().scores
+    assert of_scores is not None
+    # what follows are incomplete blocks, which are no candidates
+    bounds = np.zeros(scores.shape)
+    bounds[..., : of_scores.shape[-1]] = of_scores
+    verdict = valid_selection(
+        taken, scores, bounds, num_selected_blocks=sizes.num_selected_blocks, **choose
+    )
+    assert verdict.first_invalid() is None, verdict.first_invalid()
+    expected = top_blocks(scores, num_selected_blocks=taken.shape[-1], **choose)
+    another = (np.sort(taken, axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)
+    return found._replace(another=int(another.sum()))
+
+
+def own_layer(
+    module: torch.nn.Module, x: Tensor, *, flex: bool = False, **arguments: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the layer here makes of the converted weights, and these weights."""
+    sizes, semantics, weights = from_upstream(module)
+    sizes = {
+        name: size
+        for name, size in sizes.items()
+        if name not in ("model_dim", "compress_positions", "num_mem_kv")
+    }
+    if flex:
+        semantics = dataclasses.replace(semantics, score_floor=None)
+    weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    return native_sparse_attention(x, weights, **sizes, semantics=semantics, **arguments), weights
+
+
+def assert_within(found: Tensor, expected: np.ndarray, bound: np.ndarray, what: str) -> None:
+    compare("G1", what, found.detach().double().numpy(), expected, bound)
+
+
+CONFIGURATIONS = [(seed, causal) for seed in range(25) for causal in (True, False)]
+
+
+@needs_upstream
+@pytest.mark.parametrize(("seed", "causal"), CONFIGURATIONS)
+def test_upstream_and_the_layer_here_are_lucidrains(
+    seed: int, causal: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """G1, A4: output and all gradients, on the plain path, within the bounds of the dtype."""
+    sizes = random_sizes(seed, causal=causal)
+    dtype = torch.float32 if seed % 2 else torch.float64
+    module, x = upstream_layer(sizes, seed, dtype)
+    definition = valid_choice(module, x)
+    record_property("rows_of_another_choice", definition.another)
+    d_out = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    expected = definition.gradients(d_out.double().numpy())
+    bounds = definition.bounds(d_out.double().numpy())
+    assert bounds.dweights is not None
+    bound_of = {"x": bounds.dx, **bounds.dweights}
+
+    x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    theirs = module(x_theirs)
+    # no row is left out: one of another choice is compared for that choice
+    forced = torch.from_numpy(definition.block_indices) if definition.another else None
+    ours, weights = own_layer(module, x_ours, block_indices=forced)
+    theirs.backward(d_out)
+    ours.backward(d_out)
+    # a gradient is laid out as its parameter, and the converter only lays out anew
+    gradients = {name: gradient(p) for name, p in module.named_parameters()}
+    gradients["rotary_emb.freqs"] = module.rotary_emb.freqs
+    found = {
+        "upstream": {"x": gradient(x_theirs), **upstream_weights(gradients)},
+        "here": {"x": gradient(x_ours), **{n: gradient(w) for n, w in weights.items()}},
+    }
+    for who, out in (("upstream", theirs), ("here", ours)):
+        assert_within(out, definition(), bounds.out, f"{who}, {sizes}: out")
+        for name, value in expected.items():
+            bound = bound_of[name]
+            assert bound is not None
+            assert_within(found[who][name], value, bound, f"{who}, {sizes}: d {name}")
+
+
+def gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def test_the_configurations_reach_the_corners() -> None:
+    drawn = [random_sizes(seed, causal=causal) for seed, causal in CONFIGURATIONS]
+    assert len(drawn) >= 50
+    corners: dict[str, Callable[[Sizes], bool]] = {
+        "shorter than a block": lambda s: s.seq_len < s.selection_block_size,
+        "shorter than a stride": lambda s: s.seq_len < s.compress_block_sliding_stride,
+        "a partial last block": lambda s: s.seq_len % s.selection_block_size > 0,
+        "l is no multiple of d": lambda s: (
+            s.compress_block_size % s.compress_block_sliding_stride > 0
+        ),
+        "l = d": lambda s: s.compress_block_size == s.compress_block_sliding_stride,
+        "l' = d": lambda s: s.selection_block_size == s.compress_block_sliding_stride,
+        "n = 0": lambda s: s.num_selected_blocks == 0,
+        "more than there are": lambda s: s.num_selected_blocks * s.selection_block_size > s.seq_len,
+        "each head its own choice": lambda s: not s.share_selection and s.q_heads > s.kv_heads,
+        "no norm": lambda s: not s.norm,
+    }
+    for corner, reached in corners.items():
+        assert any(reached(sizes) for sizes in drawn), corner
+
+
+@needs_upstream
+def test_equal_scores_are_resolved_in_a_valid_way() -> None:
+    """I5: all compressed keys are one key; upstream does not take the lower indices."""
+    sizes = Sizes(seq_len=24, num_selected_blocks=2)
+    module, x = upstream_layer(sizes, 0)
+    with torch.no_grad():
+        module.k_compress[3].weight.zero_()
+    definition = valid_choice(module, x)
+    assert definition.another
+    ours, _ = own_layer(module, x, block_indices=torch.from_numpy(definition.block_indices))
+    for out in (module(x), ours):
+        assert_within(out, definition(), definition.bounds().out, "out")
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention without Dynamo, which takes seconds for every new shape."""
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@needs_upstream
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.usefixtures("untraced")
+def test_upstream_through_the_masks_here_is_lucidrains_flex(seed: int) -> None:
+    """LUCIDRAINS_FLEX: upstream runs FlexAttention with the project's masks in its own place."""
+    sizes = random_sizes(seed, causal=seed % 3 > 0)
+    if not sizes.causal:  # I4: with as many slots as blocks it takes an excluded own block
+        sizes = dataclasses.replace(sizes, num_selected_blocks=1)
+    module, x = upstream_layer(sizes, seed)
+    definition = valid_choice(module, x, flex=True)
+    fine = create_fine_mask(sizes.seq_len, sizes.selection_block_size, causal=sizes.causal)
+    sliding = create_sliding_mask(sizes.seq_len, sizes.sliding_window_size, causal=sizes.causal)
+    with torch.no_grad():  # FlexAttention on a CPU
+        theirs = module(x, fine_selection_flex_mask=fine, sliding_window_flex_mask=sliding)
+    assert_within(theirs, definition(), definition.bounds().out, str(sizes))
+
+
+# --- where upstream departs from the definition ---------------------------------------------------
+
+BRANCH = {"compress": 0, "fine": 1, "sliding": 2}
+
+
+def only_branch(sizes: Sizes, branch: str) -> tuple[torch.nn.Module, Tensor]:
+    """A layer whose other two gates are exactly 0, and this one exactly 1."""
+    module, x = upstream_layer(sizes, 0)
+    gates = module.to_strategy_combine[0]
+    with torch.no_grad():
+        gates.weight.zero_()
+        gates.bias.fill_(-torch.inf).unflatten(0, (-1, 3))[:, BRANCH[branch]] = torch.inf
+    return module.requires_grad_(False), x
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order of float64 sums: within one spacing of float32.
+
+    Both sides sum the same products, a few dozen in a row, each sum off by at most that many
+    spacings of its largest term. A float32 spacing is 2^29 of them, which leaves a factor of 10^7
+    for what cancels and what a softmax magnifies.
+    """
+    largest = expected.detach().abs().max().item()
+    return (found - expected).abs().max().item() <= np.spacing(np.float32(largest))
+
+
+def with_zero_tokens(x: Tensor, count: int) -> Tensor:
+    """Without a norm, their keys and values are zeros as well."""
+    return torch.nn.functional.pad(x, (0, 0, 0, count))
+
+
+def own_blocks(seq_len: int, block_size: int) -> Tensor:
+    return (torch.arange(seq_len) // block_size)[None, None, :, None]
+
+
+@needs_upstream
+@pytest.mark.usefixtures("untraced")
+def test_a_short_last_window_reads_padding_where_not_causal() -> None:
+    """W2: one token and w = 2; a zero key takes part, as if the next token were zero."""
+    module, x = only_branch(Sizes(seq_len=1, sliding_window_size=2, causal=False), "sliding")
+    assert not agree(module(x), own_layer(module, x)[0])
+    assert agree(module(x), own_layer(module, with_zero_tokens(x, 1))[0][:, :1])
+    mask = create_sliding_mask(1, 2, causal=False)
+    assert agree(module(x, sliding_window_flex_mask=mask), own_layer(module, x)[0])
+
+
+@needs_upstream
+def test_without_a_block_to_choose_the_own_one_is_read_where_not_causal() -> None:
+    """F4, I4: two tokens, l' = 1 and n = 0."""
+    module, x = only_branch(Sizes(seq_len=2, num_selected_blocks=0, causal=False), "fine")
+    assert agree(module(x), own_layer(module, x, block_indices=own_blocks(2, 1))[0])
+    assert not own_layer(module, x)[0].any()
+
+
+@needs_upstream
+def test_without_a_block_to_choose_padding_is_read_where_not_causal() -> None:
+    """F2: one token and l' = 2; the block's other key is a zero."""
+    module, x = only_branch(Sizes(seq_len=1, selection_block_size=2, causal=False), "fine")
+    assert not agree(module(x), own_layer(module, x, block_indices=own_blocks(1, 2))[0])
+    longer = own_layer(module, with_zero_tokens(x, 1), block_indices=own_blocks(2, 2))[0]
+    assert agree(module(x), longer[:, :1])
+
+
+@needs_upstream
+def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal() -> None:
+    """A2: three tokens, l' = 2, d = 1; block 0 has no candidate, and the mean is of its tokens."""
+    module, x = only_branch(Sizes(seq_len=3, selection_block_size=2, causal=False), "fine")
+    weights = upstream_weights(module.state_dict())
+    v = x @ weights["to_v.weight"].T
+    gathered, all_columns = (
+        v[:, :columns].mean(dim=1, keepdim=True).expand(-1, 2, -1) @ weights["to_out.weight"].T
+        for columns in (2, 3)
+    )
+    found = module(x)[:, :2]
+    assert agree(found, gathered)
+    assert not agree(found, all_columns)
+
+
+@needs_upstream
+@pytest.mark.usefixtures("untraced")
+def test_a_mask_shows_the_excluded_own_block_where_not_causal() -> None:
+    """I3, LUCIDRAINS_FLEX: two tokens, l' = 2, d = 1; the top-k fills its slot all the same."""
+    module, x = only_branch(Sizes(seq_len=2, selection_block_size=2, causal=False), "fine")
+    mask = create_fine_mask(2, 2, causal=False)
+    found = module(x, fine_selection_flex_mask=mask)
+    forced = own_layer(module, x, flex=True, block_indices=own_blocks(2, 2))[0]
+    assert agree(found, forced)
+    assert not own_layer(module, x, flex=True)[0].any()
+
+
+@needs_upstream
+def test_its_own_fine_mask_knows_no_short_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F2: three tokens and l' = 2; the mask here does."""
+    from native_sparse_attention_pytorch import native_sparse_attention as upstream
+
+    create = upstream.create_block_mask
+
+    def on_the_cpu(*arguments: Any, _compile: bool, **named: Any) -> Any:
+        return create(*arguments, **named, device="cpu")
+
+    monkeypatch.setattr(upstream, "create_block_mask", on_the_cpu)
+    chosen = torch.zeros((1, 1, 3, 1), dtype=torch.int64)
+    with pytest.raises(IndexError, match="out of bounds"):
+        upstream.create_fine_mask(3, 2)(chosen)
+    create_fine_mask(3, 2)(chosen)
+
+
+def decoded(module: torch.nn.Module, x: Tensor, prefill: int) -> Tensor:
+    """Rows from a cache after `prefill` tokens in one call."""
+    rows, cache = [], None
+    with torch.no_grad():
+        for start in (0, *range(prefill, x.shape[1])):
+            stop = prefill if start == 0 else start + 1
+            row, cache = module(x[:, start:stop], cache=cache, return_cache=True)
+            rows.append(row)
+    return torch.cat(rows, dim=1)
+
+
+@needs_upstream
+@pytest.mark.parametrize("seed", range(4))
+def test_its_cache_gives_the_parallel_rows_once_a_block_is_compressed(seed: int) -> None:
+    """G3, where heads share a choice and the cache holds a compressed block."""
+    sizes = random_sizes(seed, causal=True)
+    stride = sizes.compress_block_sliding_stride
+    sizes = dataclasses.replace(sizes, share_selection=True, seq_len=max(sizes.seq_len, stride))
+    module, x = upstream_layer(sizes, seed)
+    assert agree(decoded(module, x, stride), module(x)), str(sizes)
+
+
+@needs_upstream
+def test_its_cache_forgets_memory_while_there_is_no_compressed_block() -> None:
+    """C3, G3: the second of two tokens, d = 2; the compress branch is 0 and should be memory."""
+    module, x = only_branch(
+        Sizes(seq_len=2, compress_block_size=2, compress_block_sliding_stride=2,
+              selection_block_size=2),
+        "compress",
+    )  # fmt: skip
+    parallel = module(x)
+    own = own_module(module)
+    cache = own.empty_cache(1)
+    assert agree(torch.cat([own(x[:, t : t + 1], cache) for t in range(2)], dim=1), parallel)
+    cached = decoded(module, x, 1)
+    assert not cached[:, 1].any() and parallel[:, 1].any()
+
+
+@needs_upstream
+def test_its_cache_cannot_choose_for_each_head() -> None:
+    """I3, G3: the second of two tokens, two heads of one kv head that choose for themselves."""
+    module, x = upstream_layer(Sizes(seq_len=2, q_heads=2, share_selection=False), 0)
+    with pytest.raises(RuntimeError, match="Size does not match"):
+        decoded(module, x, 1)
+
+
+@needs_upstream
+@pytest.mark.parametrize(("dtype", "position"), [("bfloat16", 256), ("float16", 2048)])
+def test_its_rotation_repeats_positions_in_half_precision(dtype: str, position: int) -> None:
+    """G2: positions are rounded to the dtype of q, so two tokens turn alike."""
+    module, _ = upstream_layer(Sizes(seq_len=1), 0)
+    q = torch.ones((1, 1, position + 2, 4), dtype=getattr(torch, dtype))
+    rotated = module.rotary_emb.rotate_queries_or_keys(q)[0, 0]
+    assert torch.equal(rotated[position], rotated[position + 1])
+    assert not torch.equal(rotated[position - 1], rotated[position])
+
+
+@needs_upstream
+def test_its_norm_divides_by_another_epsilon_in_float64() -> None:
+    """The layer's is 2^-23 in every dtype; upstream's is that of the dtype, 2^-52."""
+    module, x = upstream_layer(Sizes(seq_len=1, norm=True), 0)
+    x *= 2.0**-12
+    assert agree(module(x).detach(), own_layer(module, x)[0].detach())
+    module.norm.eps = None
+    assert not agree(module(x).detach(), own_layer(module, x)[0].detach())
+
+
+@needs_upstream
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [
+        (Sizes(seq_len=1, head_dim=2), ZeroDivisionError),
+        (Sizes(seq_len=1, sliding_window_size=0), ZeroDivisionError),
+        (Sizes(seq_len=0), Exception),
+    ],
+    ids=["head_dim 2", "w = 0 (W3)", "no token"],
+)
+def test_sizes_that_it_does_not_take(sizes: Sizes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        module, x = upstream_layer(sizes, 0)
+        module(x)
