@@ -1,7 +1,8 @@
 """The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
 
-Eager and compiled FlexAttention are different code, so they are two implementations; the Triton
-kernels in Triton's interpreter are a third.
+Eager and compiled FlexAttention are different code, so they are two implementations; the whole
+layer, which follows more conventions than its branches, is a third, and the Triton kernels in
+Triton's interpreter are a fourth.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from torch import Tensor
 
 import nsa_fast
 from nsa_fast import block_masks, branches, flex, interpreter
-from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, XUNHAO, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import compile_counts
-from nsa_ref.testing.implementation import Attention, Implementation, TorchImplementation
+from nsa_ref.testing.implementation import (
+    Attention,
+    Implementation,
+    NotOffered,
+    TorchImplementation,
+)
 from nsa_ref.testing.probes import block_mask_readings, exposed_readings
 
 #: Every combination of switches that the kernels read differently.
@@ -52,9 +58,8 @@ TRITON_LIMITS: Mapping[str, Collection[Any]] = {
 }
 
 
-#: Plain torch around the branches and their masks: on a CPU the eager kind is asked about it.
-ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask", "layer",
-         "layer_with_blocks", "decode", "varlen")  # fmt: skip
+#: Plain torch and the same masks: on a CPU judged beside the eager branches already.
+ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
 
 
 class NsaFast(TorchImplementation):
@@ -211,54 +216,6 @@ class NsaFast(TorchImplementation):
             semantics=case.semantics,
         )
 
-    # the whole layer
-
-    def layer(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return self._layer(case, weights, x)
-
-    def layer_with_blocks(
-        self, case: Case, weights: dict[str, Tensor], x: Tensor, block_indices: Tensor
-    ) -> Tensor:
-        return self._layer(case, weights, x, block_indices=block_indices)
-
-    def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Token by token through a cache, from the first one on."""
-        cache = nsa_fast.Cache(x.shape[0])
-        rows = [self._layer(case, weights, x[:, :0], cache=cache)]
-        for t in range(x.shape[1]):
-            rows.append(self._layer(case, weights, x[:, t : t + 1], cache=cache))
-        return torch.cat(rows, dim=1)
-
-    def varlen(
-        self, case: Case, weights: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor
-    ) -> Tensor:
-        return self._layer(case, weights, x, cu_seqlens=cu_seqlens)
-
-    def _layer(self, case: Case, weights: dict[str, Tensor], x: Tensor, **how: Any) -> Tensor:
-        return nsa_fast.native_sparse_attention(
-            x,
-            weights,
-            q_heads=case.q_heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            value_dim=case.value_dim,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            compress_map=case.compress_map,
-            selection_block_size=case.selection_block_size,
-            num_selected_blocks=case.num_selected_blocks,
-            num_initial_blocks=case.num_initial_blocks,
-            num_local_blocks=case.num_local_blocks,
-            sliding_window_size=case.sliding_window_size,
-            semantics=case.semantics,
-            backend=self.backend,
-            **how,
-        )
-
-    def offers_vjp(self, method: str) -> bool:
-        # a cache records no gradients
-        return method != "decode" and super().offers_vjp(method)
-
 
 def _judged(found: nsa_fast.Attention) -> Attention:
     """The judge's own pair; tensors in it become arrays later."""
@@ -317,6 +274,94 @@ class NsaFastCompiled(NsaFast):
 
     def _is_triton(self) -> bool:
         return flex.is_triton(torch.device(self.device))
+
+
+class NsaFastLayer(TorchImplementation):
+    """The whole layer, through the kernels that it takes by itself.
+
+    It follows every preset: a layer's own choice names no block twice, and none of the rows that
+    see nothing in some presets occur in it.
+    """
+
+    name = "nsa_fast layer"
+    semantics = (
+        PAPER,
+        LUCIDRAINS,
+        LUCIDRAINS_FLEX,
+        FLA,
+        XUNHAO,
+        dataclasses.replace(PAPER, causal=False, output_projection=True),
+        dataclasses.replace(PAPER, share_selection=False, kv_per_branch=False, input_norm=True),
+    )
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        compiled = flex.is_triton(torch.device(device))
+        self.numerics = (NsaFastCompiled if compiled else NsaFastEager).numerics
+        self.limits = TRITON_LIMITS if compiled else {}
+
+    def layer(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return self._layer(case, weights, x)
+
+    def layer_with_blocks(
+        self, case: Case, weights: dict[str, Tensor], x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        semantics = case.semantics
+        if semantics.duplicates == "multiset":
+            if _named_twice(case, block_indices):
+                raise NotOffered("a block that is handed in twice and counts twice")
+            case = dataclasses.replace(
+                case, semantics=dataclasses.replace(semantics, duplicates="set")
+            )
+        return self._layer(case, weights, x, block_indices=block_indices)
+
+    def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Token by token through a cache, from the first one on."""
+        cache = nsa_fast.Cache(x.shape[0])
+        rows = [self._layer(case, weights, x[:, :0], cache=cache)]
+        for t in range(x.shape[1]):
+            rows.append(self._layer(case, weights, x[:, t : t + 1], cache=cache))
+        return torch.cat(rows, dim=1)
+
+    def varlen(
+        self, case: Case, weights: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        return self._layer(case, weights, x, cu_seqlens=cu_seqlens)
+
+    def _layer(self, case: Case, weights: dict[str, Tensor], x: Tensor, **how: Any) -> Tensor:
+        return nsa_fast.native_sparse_attention(
+            x,
+            weights,
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            value_dim=case.value_dim,
+            compress_block_size=case.compress_block_size,
+            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            compress_map=case.compress_map,
+            selection_block_size=case.selection_block_size,
+            num_selected_blocks=case.num_selected_blocks,
+            num_initial_blocks=case.num_initial_blocks,
+            num_local_blocks=case.num_local_blocks,
+            sliding_window_size=case.sliding_window_size,
+            semantics=case.semantics,
+            **how,
+        )
+
+    def offers_vjp(self, method: str) -> bool:
+        # a cache records no gradients
+        return method != "decode" and super().offers_vjp(method)
+
+
+def _named_twice(case: Case, block_indices: Tensor) -> bool:
+    """Whether a row names a block of its own twice, or the own block where that is seen anyway."""
+    named = block_indices
+    if case.semantics.causal and case.semantics.own_block_extra:
+        own = torch.arange(named.shape[2], device=named.device) // case.selection_block_size
+        named = torch.cat([named, own[:, None].expand(*named.shape[:3], 1)], dim=-1)
+    named = named.sort(dim=-1).values
+    known = (named >= 0) & (named < case.num_selection_blocks)
+    return bool(((named[..., 1:] == named[..., :-1]) & known[..., 1:]).any())
 
 
 class NsaFastInterpreted(Implementation):
@@ -418,7 +463,7 @@ def _interpreted(
 
 
 def implementations(device: str) -> list[Implementation]:
-    """What nsa_fast runs on a device: both kinds on "cpu", the compiled one on "cuda".
+    """What nsa_fast runs on a device: both kinds on "cpu", the compiled one on "cuda"; the layer.
 
     On "interpreter" it is the compiled one in Triton's interpreter.
 
@@ -429,9 +474,9 @@ def implementations(device: str) -> list[Implementation]:
     """
     kind = device.partition(":")[0]
     if kind == "cpu":
-        return [NsaFastEager(device), NsaFastCompiled(device)]
+        return [NsaFastEager(device), NsaFastCompiled(device), NsaFastLayer(device)]
     if kind == "cuda":
-        return [NsaFastCompiled(device)]
+        return [NsaFastCompiled(device), NsaFastLayer(device)]
     if kind == "interpreter":
         if reason := interpreter.missing():
             raise RuntimeError(

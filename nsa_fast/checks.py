@@ -116,11 +116,7 @@ def check_group(q_heads: int, kv_heads: int) -> int:
 
 def check_semantics(semantics: Any, branch: str) -> Semantics:
     """TypeError for another kind; ValueError for a switch that FlexAttention cannot follow."""
-    if not isinstance(semantics, Semantics):
-        raise TypeError(
-            f"semantics={semantics!r} must be a nsa_ref.Semantics, such as nsa_ref.PAPER, "
-            f"not {type(semantics).__name__}."
-        )
+    check_kind(semantics)
     runs: list[tuple[str, Any, Any]] = [
         (f"empty_row.{branch}", getattr(semantics.empty_row, branch), "zero"),
         (f"empty_lse.{branch}", getattr(semantics.empty_lse, branch), float("-inf")),
@@ -133,7 +129,17 @@ def check_semantics(semantics: Any, branch: str) -> Semantics:
                 f"semantics.{switch}={value!r} is not what nsa_fast computes; it runs {only!r}. "
                 "nsa_ref follows every value of this switch."
             )
-    return semantics
+    checked: Semantics = semantics
+    return checked
+
+
+def check_kind(semantics: Any) -> None:
+    """TypeError for what is no Semantics."""
+    if not isinstance(semantics, Semantics):
+        raise TypeError(
+            f"semantics={semantics!r} must be a nsa_ref.Semantics, such as nsa_ref.PAPER, "
+            f"not {type(semantics).__name__}."
+        )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ from nsa_fast.checks import (
     check_alike,
     check_choice,
     check_indices,
+    check_kind,
     check_length,
     check_semantics,
     check_size,
@@ -32,7 +33,7 @@ from nsa_fast.checks import (
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, num_compress_blocks
 from nsa_fast.rotary import rotate, wide_dtype
 from nsa_fast.selection import select_blocks
-from nsa_ref.semantics import BRANCHES, PAPER, Semantics
+from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 
 #: Of the input norm, in every dtype: float32's machine epsilon.
 NORM_EPS = 2.0**-23
@@ -66,8 +67,7 @@ class Layer:
         for name in ("num_selected_blocks", "num_initial_blocks", "num_local_blocks"):
             check_size(name, getattr(self, name), 0)
         check_length("sliding_window_size", self.sliding_window_size)
-        for branch in BRANCHES:
-            check_semantics(self.semantics, branch)
+        check_kind(self.semantics)
         check_choice("compress_map", self.compress_map, tuple(MAP_WEIGHTS))
         if self.q_heads % self.kv_heads:
             raise ValueError(
@@ -81,6 +81,37 @@ class Layer:
                 f"{self.semantics.rotary!r} turns pairs of channels. "
                 f"Try {self.head_dim - 1} or {self.head_dim + 1}."
             )
+
+    def as_run(self, num_mem_kv: int, *, own_choice: bool) -> Layer:
+        """With the switches that the branches run, where no row can tell the difference.
+
+        A choice of the layer's own names no block twice, so `duplicates` shows in blocks that are
+        handed in alone. `empty_row` shows in rows that see nothing: there are none in compress if
+        there is memory, in sliding if the own key is in the window, and in fine if the own block is
+        extra, or if n >= 1 and no score is too low. lse is not used here.
+
+        Raises
+        ------
+        ValueError : a switch that does not run and would show
+        """
+        semantics, n = self.semantics, self.num_selected_blocks
+        own_block = semantics.causal and semantics.own_block_extra
+        some_block = n > 0 and semantics.importance == "overlap" and semantics.score_floor is None
+        never_empty = PerBranch(
+            compress=num_mem_kv > 0,
+            fine=own_block or some_block,
+            sliding=semantics.window_closed or self.sliding_window_size > 0,
+        )
+        rows = ["zero" if never else row for never, row in zip(never_empty, semantics.empty_row)]
+        semantics = dataclasses.replace(
+            semantics,
+            duplicates="set" if own_choice else semantics.duplicates,
+            empty_row=PerBranch(*rows),
+            empty_lse=PAPER.empty_lse,
+        )
+        for branch in BRANCHES:
+            check_semantics(semantics, branch)
+        return dataclasses.replace(self, semantics=semantics)
 
     def arguments(self) -> dict[str, Any]:
         """Its fields by name, as `native_sparse_attention` takes them."""
@@ -197,6 +228,7 @@ def native_sparse_attention(
         backend=backend,
     )
     model_dim = _check_weights(weights, layer)
+    layer = layer.as_run(weights["mem_k"].shape[1], own_choice=block_indices is None)
     packed = cu_seqlens is not None
     axes = ("total_tokens",) if packed else ("batch", "seq_len")
     check_tensor("x", x, (*axes, model_dim))

@@ -91,6 +91,7 @@ class NativeSparseAttention(nn.Module):
             semantics=semantics,
             backend=backend,
         )
+        self.layer.as_run(self.num_mem_kv, own_choice=True)
         _check_strides(self.layer)
         layer = self.layer
         if semantics.input_norm:

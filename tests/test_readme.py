@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nsa_ref.testing import cli
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.conformance import Options, run_property
@@ -67,3 +69,15 @@ def test_every_clause_that_is_judged_is_named() -> None:
     section = README[README.index("## What is covered") :]
     for clause in CLAUSES:
         assert re.search(rf"\b{clause}\b", section) or clause in ("I2", "I3", "I4", "I5")
+
+
+def test_the_layer_shown_runs_as_its_comments_say() -> None:
+    """Shapes as commented, the cache's rows those of the parallel form, sequences apart."""
+    start = README.index("import torch\nfrom nsa_fast import NativeSparseAttention")
+    names: dict[str, Any] = {}
+    exec(README[start : README.index("```", start)], names)
+    out, rows, layer, x = (names[name] for name in ("out", "rows", "layer", "x"))
+    assert out.shape == (2, 200, 128) and names["packed"].shape == (200, 128)
+    # to half the digits of float32: blocks that tie may be chosen differently, but not here
+    assert bool(((torch.cat(rows, dim=1) - out).abs() <= 2**-12 * out.abs().max()).all())
+    assert bool(((names["packed"][120:] - layer(x[:1, 120:])[0]).abs() <= 2**-12).all())
