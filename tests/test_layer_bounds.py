@@ -17,8 +17,9 @@ import flash_emulation
 import layer_emulation as emulation
 from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
+from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import NUMERICS, _Layer, _pool, attention_bounds
-from nsa_ref.layer_bounds import LayerBounds, layer_bounds
+from nsa_ref.layer_bounds import LayerBounds, _attention, layer_bounds
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, PerBranch
 
@@ -326,13 +327,16 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
     assert largest > 1 / 2
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("which", ["q", "k", "v", "d_out"])
-def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str) -> None:
+def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str, flat: bool) -> None:
     """The bound without it is too small: errors of one input alone, in float64."""
     x = flash_emulation.inputs(
         "randn", "fp64", generator(49), sizes=(1, 2, 6, 8, 4, 4), mask=np.ones((1, 2, 6, 8), int)
     )
     x = x._replace(d_lse=None)
+    if flat:  # q moves dk without the logits' help; dO moves dS of a key without v through D
+        x = x._replace(k=1e-3 * x.k, v=x.v * (np.arange(8) > 0)[:, None])
     error = 1e-3 * np.abs(getattr(x, which))
     y = x._replace(**{which: getattr(x, which) + error})
     right, moved = flash_emulation.exact_attention(x), flash_emulation.exact_attention(y)
@@ -347,6 +351,37 @@ def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str) ->
         count += budget_used(g, r, small) > 1
     # v enters neither lse nor dv, dO neither lse nor out
     assert count == {"q": 5, "k": 5, "v": 3, "d_out": 3}[which]
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "d_out"])
+def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
+    """Empty rows are the mean of v over all columns here, and send no gradient to q and k (A2)."""
+    rng = generator(55)
+    lag = np.arange(6)[:, None] - np.arange(6)[None, :]
+    mask = np.broadcast_to((lag > 0) & (lag < 4), (2, 4, 6, 6)).astype(np.int64)
+    arrays = {
+        "q": rng.standard_normal((2, 4, 6, 3)),
+        "k": rng.standard_normal((2, 2, 6, 3)),
+        "v": rng.standard_normal((2, 2, 6, 5)),
+        "d_out": rng.standard_normal((2, 4, 6, 5)),
+    }
+    errors = {name: 1e-3 * np.abs(y) * (name == which) for name, y in arrays.items()}
+    moved = {
+        name: y + rng.choice([-1.0, 1.0], y.shape) * errors[name] for name, y in arrays.items()
+    }
+    q, k, v, d_out = (_Layer(arrays[name], errors[name]) for name in arrays)
+    found = _attention(q, k, v, mask, "uniform", NUMERICS["fp64"], d_out)
+    right, got = (
+        (
+            attend(y["q"], y["k"], y["v"], mask, empty_row="uniform").out,
+            *attend_vjp(y["q"], y["k"], y["v"], mask, y["d_out"], empty_row="uniform"),
+        )
+        for y in (arrays, moved)
+    )
+    for name, mine, other, bound in zip(("out", "dq", "dk", "dv"), got, right, found):
+        assert budget_used(mine, other, bound.error) <= 1, name
+        assert budget_used(bound.value, other, bound.error) <= 1, name
+    assert not found.dq.error[:, :, 0].any()
 
 
 def test_errors_of_zero_change_nothing_but_the_second_order() -> None:
