@@ -306,24 +306,32 @@ def attention_bounds(
     for b in range(batch):
         for g in range(kv_heads):
             heads = slice(g * group, (g + 1) * group)
-            exact = _Exact.of(
-                q[b, heads],
-                k[b, g],
-                v[b, g],
-                mask[b, heads],
-                None if d_out_ is None else d_out_[b, heads],
-                d_lse_[b, heads],
-                float(scale),
-                **{
-                    name: each[b, g if name in ("k_error", "v_error") else heads]
-                    for name, each in wrong.items()
-                },
-            )
-            of_kernel = _group_bounds(exact, NUMERICS[numerics], form)
+            errors = {
+                name: each[b, g if name in ("k_error", "v_error") else heads]
+                for name, each in wrong.items()
+            }
+            both_inputs = [
+                _Exact.of(
+                    q[b, heads],
+                    k[b, g],
+                    v[b, g],
+                    mask[b, heads],
+                    None if d_out_ is None else d_out_[b, heads],
+                    d_lse_[b, heads],
+                    float(scale),
+                    q_error=of_inputs.get("q_error"),
+                    k_error=of_inputs.get("k_error"),
+                    v_error=of_inputs.get("v_error"),
+                    d_out_error=of_inputs.get("d_out_error"),
+                )
+                for of_inputs in ([{}, errors] if errors else [{}])
+            ]
+            exact, off = both_inputs[0], both_inputs[-1]
+            of_kernel = _group_bounds(off, NUMERICS[numerics], form)
             # the reference is float64 arithmetic too, and may err by its own bound
-            of_oracle = (
-                of_kernel if numerics == "fp64" else _group_bounds(exact, NUMERICS["fp64"], form)
-            )
+            of_oracle = of_kernel
+            if numerics != "fp64" or errors:
+                of_oracle = _group_bounds(exact, NUMERICS["fp64"], form)
             both = [x + y for x, y in zip(of_kernel, of_oracle)]
             out[b, heads] = both[0].reshape(group, q_len, value_dim)
             lse[b, heads] = both[1].reshape(group, q_len)

@@ -591,6 +591,13 @@ def test_scores_bound_each_head_apart_and_take_errors_of_the_keys() -> None:
         emulation.scores(q, z, visible, counts, "fp64", "sequential", scale=3**-0.5) for z in keys
     )
     assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
+    wrong, signs = np.full(q.shape, 1e-3), np.where(rng.random(q.shape) < 0.5, -1.0, 1.0)
+    limit = bound(q_error=wrong)
+    right_keys = np.concatenate([memory, k], axis=2)
+    moved = emulation.scores(
+        q + signs * wrong, right_keys, visible, counts, "fp64", "sequential", scale=3**-0.5
+    )
+    assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
 
 
 def logit_means(
@@ -645,5 +652,17 @@ def test_means_of_logits_stay_within_their_bounds_and_wrong_ones_do_not(
         right = logit_means(q, k, visible, strides, "sequential", **how)
         got = logit_means(q32, k32, visible, strides, order, **how)
         assert np.max(budget_used(got.astype("f8"), right, limit)) <= 1
+        moved = logit_means(1.01 * q, 0.99 * k, visible, strides, "sequential", **how)
+        errors = {"q_error": 0.01 * np.abs(q), "k_cmp_error": 0.01 * np.abs(k)}
+        wider = logit_mean_bounds(
+            q,
+            k,
+            visible=visible,
+            strides_per_block=strides,
+            numerics=row,
+            share_selection=share_selection,
+            **errors,
+        )
+        assert np.max(budget_used(moved, right, wider)) <= 1 and (wider >= limit).all()
         off = logit_means(q32, k32, visible, strides, order, factor=1.01, **how)
         assert np.max(budget_used(off.astype("f8"), right, limit)) > 1
