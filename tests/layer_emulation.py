@@ -25,6 +25,7 @@ from nsa_ref.semantics import BRANCHES, Semantics
 TORCH_DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "bf16-head": torch.bfloat16,
     "bf16-eager": torch.bfloat16,
@@ -43,6 +44,7 @@ class Way:
     turn_once : one k for all branches is rotated once, not for each branch
     reverse : features are added up in the other order
     scale_first : without a fused attention, q is scaled before it meets k
+    tf32 : matrix products read their factors in 11 bits
     """
 
     kernel: Kernel | None = None
@@ -51,14 +53,15 @@ class Way:
     turn_once: bool = False
     reverse: bool = False
     scale_first: bool = False
+    tf32: bool = False
 
     @classmethod
     def draw(cls, rng: Generator, row: str) -> Way:
         flags = (bool(flag) for flag in rng.random(5) < 0.5)
-        fused = row in ("bf16", "bf16-head", "fp16") or (
+        fused = row in ("tf32", "bf16", "bf16-head", "fp16") or (
             row in ("fp32", "fp64") and rng.random() < 0.4
         )
-        return cls(Kernel.draw(rng, row) if fused else None, *flags)
+        return cls(Kernel.draw(rng, row) if fused else None, *flags, tf32=row == "tf32")
 
 
 @dataclass(frozen=True)
@@ -325,9 +328,31 @@ def _forward(
 
 
 def _linear(y: Tensor, weight: Tensor, way: Way) -> Tensor:
+    if way.tf32:
+        return _Tf32Linear.apply(y, weight)
     if way.reverse:
         return y.flip(-1) @ weight.flip(-1).T
     return y @ weight.T
+
+
+class _Tf32Linear(torch.autograd.Function):
+    """y W^T and its gradients, every factor rounded to 11 bits."""
+
+    @staticmethod
+    def forward(context: Any, y: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(y, weight)
+        return _eleven_bits(y) @ _eleven_bits(weight).T
+
+    @staticmethod
+    def backward(context: Any, *grads: Tensor) -> Any:
+        y, weight = (_eleven_bits(each) for each in context.saved_tensors)
+        g = _eleven_bits(grads[0])
+        return g @ weight, g.reshape(-1, g.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+def _eleven_bits(y: Tensor) -> Tensor:
+    """Rounded to nearest, ties away from zero."""
+    return ((y.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def _rotated(y: Tensor, positions: Tensor, wide: torch.dtype) -> Tensor:
