@@ -126,6 +126,7 @@ def layer_bounds(
     ------
     ValueError : an unknown row, weights that are missing or unknown, shapes that do not fit, an
         odd head_dim that is to be rotated
+    TypeError : block_indices that are no integers, semantics that is no Semantics
 
     Source
     ------
