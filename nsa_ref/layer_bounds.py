@@ -69,8 +69,8 @@ from nsa_ref.bounds import (
     score_bounds,
 )
 from nsa_ref.checks import check_multiple, check_one_of, check_shape
-from nsa_ref.compress import compress_windows, pool_weight_shapes
-from nsa_ref.layer import LayerSizes
+from nsa_ref.compress import compress_windows
+from nsa_ref.layer import LayerSizes, layer_weight_shapes
 from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import shared_strides
 from nsa_ref.semantics import BRANCHES, PerBranch, Semantics
@@ -142,7 +142,7 @@ def layer_bounds(
     )
     if semantics.rotary != "none":
         check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
-    shapes = _weight_shapes(sizes, semantics)
+    shapes = layer_weight_shapes(sizes, semantics)
     if set(weights) != set(shapes):
         raise ValueError(f"weights has {sorted(weights)}; this layer takes {sorted(shapes)}.")
     w = {name: np.asarray(weights[name], dtype=np.float64) for name in shapes}
@@ -171,28 +171,6 @@ def layer_bounds(
     dx = _final(of_kernel.dx, rows[0]) + _final(of_oracle.dx, rows[1])
     dweights = {name: of_kernel.dweights[name] + of_oracle.dweights[name] for name in w}
     return LayerBounds(out, scores, dx, dweights)
-
-
-def _weight_shapes(sizes: LayerSizes, semantics: Semantics) -> dict[str, tuple[int, ...]]:
-    s = sizes
-    shapes: dict[str, tuple[int, ...]] = {}
-    if semantics.input_norm:
-        shapes["norm.weight"] = (s.model_dim,)
-    shapes["to_q.weight"] = (s.q_heads * s.head_dim, s.model_dim)
-    for letter, dim in (("k", s.head_dim), ("v", s.value_dim)):
-        for branch in BRANCHES:
-            name = _projection(letter, branch, semantics)
-            shapes[name] = (s.kv_heads * dim, s.model_dim)
-        shapes[f"mem_{letter}"] = (s.kv_heads, s.num_mem_kv, dim)
-        pool = pool_weight_shapes(
-            s.compress_map, s.compress_positions, s.kv_heads, s.compress_block_size, dim
-        )
-        shapes |= {f"compress_{letter}.{name}": shape for name, shape in pool.items()}
-    shapes["gates.weight"] = (3 * s.q_heads, s.model_dim)
-    shapes["gates.bias"] = (3 * s.q_heads,)
-    if semantics.output_projection:
-        shapes["to_out.weight"] = (s.model_dim, s.q_heads * s.value_dim)
-    return shapes
 
 
 def _projection(letter: str, branch: str, semantics: Semantics) -> str:
