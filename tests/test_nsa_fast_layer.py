@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
-from nsa_ref.testing.case import Case
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
@@ -25,7 +24,6 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import nsa_fast  # noqa: E402
 from dense_layer import dense_layer, dense_projections, weights_of  # noqa: E402
 from nsa_fast import NativeSparseAttention, native_sparse_attention  # noqa: E402
-from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
 
 MODEL_DIM = 10
 
@@ -389,43 +387,6 @@ def test_no_gradient_comes_from_the_choice_of_blocks() -> None:
 # --- the plug -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["PAPER with memory", "LUCIDRAINS_FLEX"])
-def test_the_methods_of_the_plug_are_one_layer(kind: str) -> None:
-    semantics, compress_map, memory = KINDS[kind]
-    weights = weights_of(MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=memory)
-    case = Case(
-        **SIZES,
-        semantics=semantics,
-        compress_map=compress_map,
-        num_mem_kv=memory,
-        batch=2,
-        q_len=19,
-        kv_len=19,
-    )
-    eager, x, blocks = NsaFastEager(), tokens(2, 19), some_blocks(semantics, 2, 19)
-    expected = eager.layer(case, weights, x)
-    assert_same(
-        "layer",
-        expected,
-        native_sparse_attention(
-            x, weights, **SIZES, compress_map=compress_map, semantics=semantics
-        ),
-    )
-    assert_same("decode", eager.decode(case, weights, x), expected)
-    ends = torch.tensor([0, 19, 38])
-    assert_same(
-        "varlen", eager.varlen(case, weights, x.flatten(0, 1), ends), expected.flatten(0, 1)
-    )
-    found = eager.layer_with_blocks(case, weights, x, blocks)
-    assert_same("with blocks", found, dense_layer(x, weights, blocks, SIZES, semantics))
-
-
-def test_what_has_no_gradient_is_not_offered() -> None:
-    assert not NsaFastEager().offers_vjp("decode")
-    for method in ("layer", "layer_with_blocks", "decode", "varlen"):
-        assert not NsaFastCompiled().offers(method)
-
-
 # --- what does not run says so --------------------------------------------------------------------
 
 
@@ -510,8 +471,16 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         r"block_indices is on meta and x on cpu",
     ),
-    "a switch": (
-        call(semantics=LUCIDRAINS),
+    "blocks handed in that would count twice": (
+        call(
+            semantics=replace(PAPER, duplicates="multiset"),
+            block_indices=torch.zeros(2, 2, 8, 1, dtype=torch.int64),
+        ),
+        ValueError,
+        r"semantics\.duplicates='multiset' is not what nsa_fast computes",
+    ),
+    "rows that might be empty": (
+        lambda: module(semantics=replace(LUCIDRAINS, kv_per_branch=True), num_mem_kv=0),
         ValueError,
         r"semantics\.empty_row\.compress='uniform' is not what nsa_fast computes",
     ),
