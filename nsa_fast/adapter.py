@@ -21,6 +21,7 @@ from torch import Tensor
 
 import nsa_fast
 from nsa_fast import block_masks, branches, flex, interpreter
+from nsa_fast.crowded import visible_cells
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, XUNHAO, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import compile_counts
@@ -121,7 +122,7 @@ class NsaFast(TorchImplementation):
         rows_per_token, blocks_per_tile = branches.fine_tile(
             rows, case.selection_block_size, block_indices.device
         )
-        grouped = block_masks.fine_block_mask(
+        grouped, crowded = block_masks.fine_block_mask(
             case.kv_len,
             block_indices,
             case.selection_block_size,
@@ -132,6 +133,8 @@ class NsaFast(TorchImplementation):
         # the branch's rows stand token by token; the judge's stand head by head
         masks: dict[str, Any] = {}
         readings = block_mask_readings(grouped, case.q_len * rows_per_token, case.kv_len)
+        if crowded is not None:
+            readings["q lists"] += visible_cells(crowded, grouped).cpu().numpy()
         for part, cells in readings.items():
             batch, heads = cells.shape[:2]
             cells = cells.reshape(batch, heads, case.q_len, rows_per_token, case.kv_len)

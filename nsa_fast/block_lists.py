@@ -27,6 +27,10 @@ LEAST_LENGTH = 2
 #: Entries of the smallest membership table: 65536 tokens x 32 blocks.
 LEAST_TABLE = 2**16
 
+#: How many times the entries of the lists their transposes may hold, filled up: what a column block
+#: may be named by is this times the mean.
+CROWDED = 4
+
 #: Whether the kernels find the full lists by strides of their own; PyTorch 2.11 takes those of the
 #: partial ones, without a word. Read in the sources of 2.11 and 2.13; 2.12 counts as 2.11.
 OWN_STRIDES = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
@@ -46,6 +50,19 @@ class BlockLists(NamedTuple):
     full_indices: Tensor
 
 
+class Crowded(NamedTuple):
+    """Column blocks that too many row blocks name, and the row blocks that do.
+
+    left_out : bool (batch, columns), the column blocks that the transposed lists leave out
+    places : (batch, head, column block) for every head that names one of them
+    rows : for every place, int64 (row blocks,)
+    """
+
+    left_out: Tensor
+    places: list[tuple[int, int, int]]
+    rows: tuple[Tensor, ...]
+
+
 def count_blocks(length: int, block_size: int) -> int:
     """Blocks that cover `length`, at least one: an empty list has no place to read from."""
     return max(1, -(-length // block_size))
@@ -59,14 +76,20 @@ def to_block_mask(
     kv_len: int,
     block_size: tuple[int, int],
     q_lists: bool = True,
+    crowded: Crowded | None = None,
 ) -> BlockMask:
     """The lists, their transpose and the predicate as one BlockMask.
 
     FlexAttention's own transposition raises IndexError on lists narrower than the number of blocks.
 
     q_lists : False leaves the transpose out (None): only a backward walks it
+    crowded : column blocks whose dk and dv are computed elsewhere: nobody names them
     """
-    by_column = transposed(lists, count_blocks(kv_len, block_size[1])) if q_lists else None
+    columns = count_blocks(kv_len, block_size[1])
+    by_column = None
+    if q_lists:
+        left_out = {} if crowded is None else {"left_out": crowded.left_out}
+        by_column = transposed(lists, columns, **left_out)
     return BlockMask(
         seq_lengths=(q_len, kv_len),
         kv_num_blocks=lists.num_blocks,
@@ -82,10 +105,15 @@ def to_block_mask(
     )
 
 
-def transposed(lists: BlockLists, columns: int) -> BlockLists:
-    """For every column block the row blocks that name it: what dk and dv walk."""
-    num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns)
-    full_num_blocks, full_indices = _transposed(lists.full_num_blocks, lists.full_indices, columns)
+def transposed(lists: BlockLists, columns: int, left_out: Tensor | None = None) -> BlockLists:
+    """For every column block the row blocks that name it: what dk and dv walk.
+
+    left_out : bool (batch, columns), column blocks with an empty list
+    """
+    num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns, left_out)
+    full_num_blocks, full_indices = _transposed(
+        lists.full_num_blocks, lists.full_indices, columns, left_out
+    )
     if not OWN_STRIDES:
         # one list may be as wide as there are row blocks and the other 1: this can double them
         slots = max(indices.shape[-1], full_indices.shape[-1])
@@ -94,12 +122,15 @@ def transposed(lists: BlockLists, columns: int) -> BlockLists:
     return BlockLists(num_blocks, indices, full_num_blocks, full_indices)
 
 
-def _transposed(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    batch, heads, _, slots = indices.shape
-    used = torch.arange(slots, device=indices.device) < num_blocks[..., None]
-    b, h, row, _ = used.nonzero(as_tuple=True)
+def _transposed(
+    num_blocks: Tensor, indices: Tensor, columns: int, left_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads = indices.shape[:2]
+    row, column = _entries(num_blocks, indices, columns)
+    if left_out is not None:
+        kept = ~_by_head(left_out, heads)[column]
+        row, column = row[kept], column[kept]
     # entries come row by row; a stable sort by column keeps the rows of a column ascending
-    column = (b * heads + h) * columns + indices[used]
     column, order = column.sort(stable=True)
     counts = torch.bincount(column, minlength=batch * heads * columns)
     place = torch.arange(len(column), device=column.device) - (counts.cumsum(0) - counts)[column]
@@ -109,6 +140,50 @@ def _transposed(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tens
     return (
         counts.to(torch.int32).view(batch, heads, columns),
         out.view(batch, heads, columns, out.shape[1]),
+    )
+
+
+def _entries(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Row block and column block of every entry, in order; columns of all heads in one count."""
+    heads, _, slots = indices.shape[1:]
+    used = torch.arange(slots, device=indices.device) < num_blocks[..., None]
+    b, h, row, _ = used.nonzero(as_tuple=True)
+    return row, (b * heads + h) * columns + indices[used]
+
+
+def _by_head(left_out: Tensor, heads: int) -> Tensor:
+    """(batch, columns) as `_entries` counts columns."""
+    return left_out[:, None].expand(-1, heads, -1).flatten()
+
+
+def crowded_columns(lists: BlockLists, columns: int) -> Crowded | None:
+    """The column blocks that are better left out of the transposed lists, if there are any.
+
+    Those lists are a rectangle as wide as the longest, and one program walks each. A block that
+    every later token sees (PAPER's initial one) would make them as wide as there are tokens. A
+    column block is crowded if more row blocks name it than CROWDED times the mean, so that what is
+    left takes at most CROWDED times the room of the lists themselves. If it is for one head, it is
+    for all: their gradients are one sum where they share keys.
+    """
+    batch, heads, rows, slots = lists.indices.shape
+    both = [
+        _entries(lists.num_blocks, lists.indices, columns),
+        _entries(lists.full_num_blocks, lists.full_indices, columns),
+    ]
+    counts = sum(torch.bincount(c, minlength=batch * heads * columns) for _, c in both)
+    most = CROWDED * rows * slots // columns
+    left_out = (counts.view(batch, heads, columns) > most).any(dim=1)
+    if not left_out.any():
+        return None
+    row, column = (torch.cat(parts) for parts in zip(*both))
+    kept = _by_head(left_out, heads)[column]
+    column, order = column[kept].sort(stable=True)
+    counts = torch.bincount(column, minlength=batch * heads * columns).view(batch, heads, columns)
+    named = counts.nonzero()
+    return Crowded(
+        left_out,
+        [(b, h, c) for b, h, c in named.tolist()],
+        row[kept][order].split(counts[tuple(named.T)].tolist()),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nsa_fast import block_lists, mask_mods
-from nsa_fast.block_lists import count_blocks
+from nsa_fast.block_lists import Crowded, count_blocks
 from nsa_fast.mask_mods import PAST_THE_END
 from nsa_ref.semantics import Semantics
 
@@ -131,14 +131,15 @@ def fine_block_mask(
     rows_per_token: int,
     blocks_per_tile: int,
     q_lists: bool = True,
-) -> BlockMask:
+) -> tuple[BlockMask, Crowded | None]:
     """F1 to F4 for queries that stand token by token, each with `rows_per_token` rows.
 
     The rows of one token are one row block: they share its choice, so that the lists are the
     selected blocks themselves. Blocks before the query are full, the one that it cuts is partial.
 
     block_indices : integers (batch, heads, q_len, n), any values
-    returns : (batch, heads, q_len * rows_per_token, kv_len)
+    returns : (batch, heads, q_len * rows_per_token, kv_len), and the column blocks that the
+        transposed lists leave out: `crowded.py` has their dk and dv
     """
     q_len = block_indices.shape[2]
     offset, ahead = kv_len - q_len, 0 if semantics.causal else PAST_THE_END
@@ -162,14 +163,21 @@ def fine_block_mask(
         heads_per_choice=1,
         kv_len=kv_len,
     )
-    return block_lists.to_block_mask(
-        block_lists.token_lists(chosen, blocks_per_tile),
+    lists = block_lists.token_lists(chosen, blocks_per_tile)
+    block_size = (rows_per_token, selection_block_size * blocks_per_tile)
+    crowded = None
+    if q_lists:
+        crowded = block_lists.crowded_columns(lists, count_blocks(kv_len, block_size[1]))
+    block_mask = block_lists.to_block_mask(
+        lists,
         mask_mod,
         q_len=q_len * rows_per_token,
         kv_len=kv_len,
-        block_size=(rows_per_token, selection_block_size * blocks_per_tile),
+        block_size=block_size,
         q_lists=q_lists,
+        crowded=crowded,
     )
+    return block_mask, crowded
 
 
 def _positions(

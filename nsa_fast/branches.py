@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nsa_fast import block_lists, block_masks, flex
+from nsa_fast.block_lists import Crowded
 from nsa_fast.checks import (
     MAX_LENGTH,
     check_alike,
@@ -61,8 +62,8 @@ def sliding_attention(
     check_qkv(q, k, v)
     backend = flex.resolve_backend(backend, q, k, v)
 
-    def block_mask(q_lists: bool) -> BlockMask:
-        return block_masks.sliding_block_mask(
+    def block_mask(q_lists: bool) -> tuple[BlockMask, None]:
+        mask = block_masks.sliding_block_mask(
             q.shape[2],
             k.shape[2],
             window,
@@ -71,6 +72,7 @@ def sliding_attention(
             device=q.device,
             q_lists=q_lists,
         )
+        return mask, None
 
     return flex.attend(
         "sliding", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
@@ -122,8 +124,8 @@ def compress_attention(
         k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
     backend = flex.resolve_backend(backend, q, k, v)
 
-    def block_mask(q_lists: bool) -> BlockMask:
-        return compress_branch_mask(
+    def block_mask(q_lists: bool) -> tuple[BlockMask, None]:
+        mask = compress_branch_mask(
             q.shape[2],
             kv_len,
             size,
@@ -133,6 +135,7 @@ def compress_attention(
             device=q.device,
             q_lists=q_lists,
         )
+        return mask, None
 
     return flex.attend(
         "compress", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
@@ -207,7 +210,7 @@ def fine_attention(
     rows = q_heads // heads  # of one token that share a choice
     rows_per_token, blocks_per_tile = fine_tile(rows, block_size, q.device)
 
-    def block_mask(q_lists: bool) -> BlockMask:
+    def block_mask(q_lists: bool) -> tuple[BlockMask, Crowded | None]:
         return block_masks.fine_block_mask(
             kv_len,
             block_indices,

@@ -27,8 +27,9 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_attent
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from nsa_fast.block_lists import LEAST_LENGTH, count_blocks
+from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks
 from nsa_fast.checks import check_choice, without_autocast
+from nsa_fast.crowded import with_crowded_columns
 
 BACKENDS = ("eager", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: Callable[[bool], BlockMask],
+    block_mask: Callable[[bool], tuple[BlockMask, Crowded | None]],
     *,
     backend: str,
     scale: float,
@@ -101,8 +102,8 @@ def attend(
     """FlexAttention of q (batch, q_heads, q_len, head_dim) through a block mask.
 
     name : the branch, and what else is compiled in; compiled graphs carry it
-    block_mask : builds the mask, for the lengths of q and k, with q lists or without; not called
-        if there is no query
+    block_mask : builds the mask, for the lengths of q and k, with q lists or without, and says
+        which column blocks those leave out; not called if there is no query
     """
     with without_autocast(q.device):
         if q.shape[0] == 0 or q.shape[2] == 0:
@@ -110,7 +111,7 @@ def attend(
         q_len, value_dim = q.shape[2], v.shape[3]
         needs_grad = wants_grad(q, k, v)
         # the eager operator asks for q lists too, though it reads none
-        mask = block_mask(needs_grad)
+        mask, crowded = block_mask(needs_grad)
         mask, q, k, v = _fitted(mask, q, k, v, backend)
         if needs_grad:
             q, k, v = _Once.apply(q, k, v)
@@ -118,6 +119,8 @@ def attend(
             out, lse = _eager(q, k, v, mask, scale)
         else:
             out, lse = _compiled(name, q, k, v, mask, scale)
+            if crowded is not None and lse is not None:
+                out, lse = with_crowded_columns(crowded, mask, scale, q, k, v, out, lse)
         out = out[:, :, :q_len, :value_dim]
         return Attention(out, None if lse is None else lse[:, :, :q_len])
 

@@ -177,8 +177,8 @@ def _transposes(
     """The row blocks that dk and dv of a column block hear of, changed."""
 
     def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def transposed(lists: BlockLists, columns: int) -> BlockLists:
-            return change(right(lists, columns))
+        def transposed(*arguments: Any, **keywords: Any) -> BlockLists:
+            return change(right(*arguments, **keywords))
 
         return transposed
 

@@ -28,7 +28,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from nsa_fast import block_lists, block_masks, branches, flex, selection  # noqa: E402
+from nsa_fast import block_lists, block_masks, branches, crowded, flex, selection  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
 from nsa_fast.pool import MAP_WEIGHTS  # noqa: E402
 
@@ -567,7 +567,7 @@ def test_selection_under_autocast_is_what_it_is_without() -> None:
 def test_forward_alone_builds_no_transposed_lists(
     branch: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*lists: Any) -> Any:
+    def refused(*lists: Any, **keywords: Any) -> Any:
         raise AssertionError("transposed lists were built")
 
     monkeypatch.setattr(block_lists, "transposed", refused)
@@ -591,6 +591,62 @@ def test_a_backward_gets_transposed_lists(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         call(q=torch.zeros(1, 4, 8, 4, requires_grad=True))()
     assert seen == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("d_of", ["both", "out", "lse"])
+def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
+    dtype: str, shared: bool, d_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """out and lse pass unchanged, and so do their gradients."""
+    monkeypatch.setattr(crowded, "CHUNK_ELEMENTS", 100)  # several chunks
+    semantics = dataclasses.replace(PAPER, share_selection=shared)
+    case = replace(dtype=dtype, semantics=semantics, q_len=60, kv_len=62)
+    heads = case.kv_heads if shared else case.q_heads
+    position = np.arange(60)[:, None] + 2
+    indices = np.concatenate([0 * position, position // 4], axis=1)
+    indices = np.broadcast_to(indices, (2, heads, 60, 2)).copy()
+    indices[1, 1, :, 0] = 3
+    arrays = case.qkv()
+    mask = nsa_ref.masks.fine_mask(60, 62, 4, indices, case.q_heads, semantics)
+    wide = [array.astype(np.float64) for array in arrays]
+    d_wide = [array.astype(np.float64) for array in case.upstream_gradients()]
+    if d_of != "both":
+        d_wide[d_of == "out"][...] = 0
+    row = NsaFastCompiled.numerics[dtype]
+    bounds = attention_bounds(*wide, mask, *d_wide, numerics=row, form="deterministic")
+    expected = nsa_ref.attention.attend_vjp(*wide, mask, *d_wide)
+
+    rows = case.q_heads // heads
+    block_mask, found = block_masks.fine_block_mask(
+        62, torch.as_tensor(indices), 4, semantics, rows_per_token=rows, blocks_per_tile=1
+    )
+    assert found is not None and found.left_out.sum(1).tolist() == [1, 2]
+    kind = getattr(torch, dtype)
+    q, k, v, d_out, d_lse = (torch.as_tensor(array).to(kind) for array in (*wide, *d_wide))
+    q = branches._token_major(q, heads, rows)
+    d_out = branches._token_major(d_out, heads, rows)
+    d_lse = branches._token_major(d_lse[..., None], heads, rows)[..., 0].float()
+    scale = case.head_dim**-0.5
+    out, lse = flex._eager(q, k, v, block_mask, scale)
+    leaves = [tensor.detach().requires_grad_() for tensor in (k, v, out, lse)]
+    same_out, same_lse = crowded.with_crowded_columns(found, block_mask, scale, q, *leaves)
+    assert torch.equal(same_out, out) and torch.equal(same_lse, lse)
+    results = {"both": (same_out, same_lse), "out": (same_out,), "lse": (same_lse,)}[d_of]
+    d = {"both": (d_out, d_lse), "out": (d_out,), "lse": (d_lse,)}[d_of]
+    dk, dv, d_out_after, d_lse_after = torch.autograd.grad(results, leaves, d)
+    assert torch.equal(d_out_after, d_out) and torch.equal(d_lse_after, d_lse)
+
+    left_out = found.left_out.repeat_interleave(4, dim=1)[:, None, :62].expand(2, 2, 62).numpy()
+    assert bounds.dk is not None and bounds.dv is not None
+    for name, gradient, wanted, bound in zip(
+        ("dk", "dv"), (dk, dv), expected[1:], (bounds.dk, bounds.dv)
+    ):
+        assert gradient.dtype == kind
+        array = gradient.double().numpy()
+        assert_within(name, array[left_out], wanted[left_out], bound[left_out])
+        assert (array[~left_out] == 0).all()
 
 
 def test_tables_of_many_sizes_are_graphs_of_their_own() -> None:

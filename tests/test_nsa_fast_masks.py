@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import nsa_fast  # noqa: E402
 from nsa_fast import block_lists, block_masks, branches, mask_mods, upstream  # noqa: E402
 from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E402
+from nsa_fast.crowded import visible_cells  # noqa: E402
 
 CPU = torch.device("cpu")
 LENGTHS = st.integers(0, 40)
@@ -33,17 +34,26 @@ BLOCK_SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 FEW = settings(max_examples=60, deadline=None)
 
 
-def assert_reads(block_mask: BlockMask, expected: np.ndarray) -> None:
-    """Every part of the block mask shows exactly the expected cells, and its lists are in order."""
+def assert_reads(
+    block_mask: BlockMask, expected: np.ndarray, crowded: block_lists.Crowded | None = None
+) -> None:
+    """Every part of the block mask shows exactly the expected cells, and its lists are in order.
+
+    What the transposed lists leave out is crowded, and stands there.
+    """
     rows, columns = expected.shape[-2:]
     readings = block_mask_readings(block_mask, rows, columns)
     assert set(readings) == {"mask_mod", "kv lists", "q lists"}
+    if crowded is not None:
+        readings["q lists"] += visible_cells(crowded, block_mask).numpy()
     for part, cells in readings.items():
         np.testing.assert_array_equal(cells, np.broadcast_to(expected, cells.shape), part)
-    assert_lists(block_mask, expected)
+    assert_lists(block_mask, expected, crowded)
 
 
-def assert_lists(block_mask: BlockMask, expected: np.ndarray) -> None:
+def assert_lists(
+    block_mask: BlockMask, expected: np.ndarray, crowded: block_lists.Crowded | None = None
+) -> None:
     """A block is full iff all of its real cells are visible, partial iff some are; both ascend."""
     row_size, column_size = block_mask.BLOCK_SIZE
     rows, columns = expected.shape[-2:]
@@ -83,6 +93,8 @@ def assert_lists(block_mask: BlockMask, expected: np.ndarray) -> None:
                 found = indices[b, h, i, : int(numbers[b, h, i])].tolist()
                 if side == "kv":
                     assert found == wanted.get((b, h, i), [])
+                elif crowded is not None and crowded.left_out[b, i]:
+                    assert found == []
                 else:
                     assert found == [r for r in range(other) if i in wanted.get((b, h, r), [])]
 
@@ -158,7 +170,7 @@ def test_fine_masks_of_any_size_and_tile(
 ) -> None:
     rng = np.random.default_rng(seed)
     indices = strange_indices(rng, (int(rng.integers(0, 3)), 2, q_len, n), -(-kv_len // block_size))
-    block_mask = block_masks.fine_block_mask(
+    block_mask, crowded = block_masks.fine_block_mask(
         kv_len,
         torch.as_tensor(indices),
         block_size,
@@ -167,15 +179,15 @@ def test_fine_masks_of_any_size_and_tile(
         blocks_per_tile=blocks_per_tile,
     )
     expected = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
-    assert_reads(block_mask, expected.repeat(rows_per_token, axis=2))
+    assert_reads(block_mask, expected.repeat(rows_per_token, axis=2), crowded)
 
 
 def test_more_blocks_than_one_word_of_the_table_holds() -> None:
     indices = np.array([[[[0, 31, 32, 63, 64, 69]] * 70]])
-    block_mask = block_masks.fine_block_mask(
+    block_mask, crowded = block_masks.fine_block_mask(
         70, torch.as_tensor(indices), 1, PAPER, rows_per_token=1, blocks_per_tile=1
     )
-    assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, 1, indices, 1, PAPER))
+    assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, 1, indices, 1, PAPER), crowded)
 
 
 def test_masks_are_named_after_their_sizes() -> None:
@@ -353,7 +365,7 @@ def test_fine_lists_of_16k_tokens_grow_with_tokens_times_n() -> None:
     tokens, block_size, n = 2**14, 64, 16
     indices = torch.randint(0, tokens // block_size, (1, 1, tokens, n))
     with Largest() as largest:
-        block_mask = block_masks.fine_block_mask(
+        block_mask, _ = block_masks.fine_block_mask(
             tokens, indices, block_size, PAPER, rows_per_token=16, blocks_per_tile=1
         )
     # the membership table holds one bit per token and block; its sizes step by 2
@@ -409,13 +421,46 @@ def test_transposed_lists_are_of_one_width_only_for_the_torch_that_needs_it(
     own_strides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_lists, "OWN_STRIDES", own_strides)
+    monkeypatch.setattr(block_lists, "CROWDED", 64)
     indices = torch.zeros(1, 1, 64, 1, dtype=torch.int64)  # all see block 0: whole, but for 3
-    block_mask = block_masks.fine_block_mask(
+    block_mask, crowded = block_masks.fine_block_mask(
         64, indices, 4, PAPER, rows_per_token=1, blocks_per_tile=1
     )
+    assert crowded is None
     assert block_mask.q_indices.shape[3] == (3 if own_strides else 61)
     assert block_mask.full_q_indices.shape[3] == 61
     assert_reads(block_mask, nsa_ref.masks.fine_mask(64, 64, 4, indices.numpy(), 1, PAPER))
+
+
+def papers_choice(tokens: int, block_size: int, n: int) -> torch.Tensor:
+    """The initial block, the own and the one before, and others at random: (1, 2, tokens, n)."""
+    own = (torch.arange(tokens) // block_size)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    others = torch.rand(1, 2, tokens, n - 3, generator=generator) * (own + 1)
+    forced = torch.cat([torch.zeros_like(own), own, own - 1], dim=1)
+    return torch.cat([forced.expand(1, 2, tokens, 3), others.long()], dim=3)
+
+
+def test_transposed_lists_stay_narrow_where_every_token_sees_the_initial_block() -> None:
+    """They are as wide as CROWDED times the mean, n l', whatever the number of tokens."""
+    block_size, n = 16, 4
+    widths = []
+    for tokens in (1024, 2048, 4096):
+        block_mask, crowded = block_masks.fine_block_mask(
+            tokens,
+            papers_choice(tokens, block_size, n),
+            block_size,
+            PAPER,
+            rows_per_token=4,
+            blocks_per_tile=1,
+        )
+        assert crowded is not None
+        assert [place for place in crowded.places if place[2] == 0] == [(0, 0, 0), (0, 1, 0)]
+        assert len(crowded.rows[0]) == tokens
+        # chance takes early blocks more often than late ones: a few are crowded as well
+        assert len(crowded.places) <= 2 * (tokens // block_size) // 16
+        widths.append((block_mask.q_indices.shape[3], block_mask.full_q_indices.shape[3]))
+    assert all(max(pair) <= block_lists.CROWDED * n * block_size for pair in widths)
 
 
 # --- the adapter shows what the branches use ------------------------------------------------------
