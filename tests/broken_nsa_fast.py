@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from nsa_fast import adapter, block_lists, block_masks, mask_mods
-from nsa_fast.block_lists import BlockLists
+from nsa_fast.block_lists import BlockLists, Crowded
 from nsa_ref.testing import Case, Implementation
 
 #: (module, function, what stands in for it, given the original)
@@ -185,6 +185,16 @@ def _transposes(
     return wrong
 
 
+def _last_row_lost(right: Callable[..., Any]) -> Callable[..., Any]:
+    """A crowded column block does not hear of the last row block that names it."""
+
+    def crowded_columns(*arguments: Any) -> Crowded | None:
+        crowded = right(*arguments)
+        return crowded and crowded._replace(rows=tuple(rows[:-1] for rows in crowded.rows))
+
+    return crowded_columns
+
+
 WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more))
 
 PredicateWrong = _build(
@@ -216,6 +226,10 @@ QueryStridesConfused = _build(
     (block_lists, "transposed", _transposes(_strides_of_the_partial)),
 )
 
+CrowdedRowLost = _build(
+    "row of a crowded column lost", (block_lists, "crowded_columns", _last_row_lost)
+)
+
 KvBlockLost = _build("kv block lost", (block_lists, "to_block_mask", _kv_lists(_one_short)))
 
 BlockNamedTwice = _build(
@@ -235,6 +249,7 @@ BUILDS = {
     "QueryBlockNamedTwice": QueryBlockNamedTwice,
     "QueryPartialTakenForFull": QueryPartialTakenForFull,
     "QueryStridesConfused": QueryStridesConfused,
+    "CrowdedRowLost": CrowdedRowLost,
     "KvBlockLost": KvBlockLost,
     "BlockNamedTwice": BlockNamedTwice,
     "StridesConfused": StridesConfused,

@@ -14,6 +14,7 @@ KvBlockLost            kv lists     right: it walks no lists   wrong
 BlockNamedTwice        kv lists     right: it walks no lists   wrong
 StridesConfused        kv lists     right: it walks no lists   wrong
 QueryBlockLost, ...    q lists      right                      right
+CrowdedRowLost         q lists      right                      right
 =====================  ===========  =========================  ============================
 
 No C++ kernel walks the q lists; Triton's do, on CUDA and in the interpreter (test_interpreter.py).
@@ -54,6 +55,7 @@ READINGS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "QueryBlockNamedTwice": (("fine",), "q lists", ()),
     "QueryPartialTakenForFull": (("fine",), "q lists", ()),
     "QueryStridesConfused": (("fine",), "q lists", ()),
+    "CrowdedRowLost": (("fine",), "q lists", ()),
 }
 BROKEN = [(build, branch) for build, (branches, _, _) in READINGS.items() for branch in branches]
 CLAUSES = {"sliding": "W1", "compress": "C2", "fine": "F1"}
@@ -197,6 +199,7 @@ def test_a_broken_build_leaves_nothing_behind() -> None:
         (mask_mods, "fine_mask_mod"),
         (block_lists, "to_block_mask"),
         (block_lists, "transposed"),
+        (block_lists, "crowded_columns"),
     ]
     before = [getattr(module, name) for module, name in places]
     case = Case(dtype="float32", q_len=3, kv_len=3)

@@ -16,6 +16,7 @@ QueryBlockLost            right    dk, dv
 QueryBlockNamedTwice      right    dk, dv
 QueryPartialTakenForFull  right    dk, dv
 QueryStridesConfused      right    dk, dv
+CrowdedRowLost            right    dk, dv
 ========================  =======  ==========
 """
 
@@ -78,6 +79,8 @@ CASE = Case(
     selection_block_size=16,
     num_selected_blocks=3,
 )
+#: Nine selection blocks, one chosen out of the first five: some are crowded.
+CROWDED_CASE = dataclasses.replace(CASE, kv_len=130, num_selected_blocks=1, indices="few")
 FORWARD, BACKWARD = "F1_fine_mask_as_read", "A3_fine_mask_as_read_backward"
 
 
@@ -127,17 +130,31 @@ def test_wrong_query_lists_are_wrong_in_dk_and_dv_alone(
     record = run_property(PROPERTIES[FORWARD], INTERPRETED, Options(case=CASE, findings=tmp_path))
     assert record.finding is None, record.finding["text"]
     assert record.cases == 1
-    inputs, d = FINE.inputs(CASE), CASE.upstream_gradients()
-    mask = FINE.mask(CASE, inputs.block_indices)
-    found = FINE.backward(INTERPRETED, CASE, inputs, *d)
-    right = FINE.attend_vjp(CASE, mask, inputs, *d)
-    limits = gradient_bounds(FINE, INTERPRETED, CASE, inputs, mask, *d)
-    wrong = {
+    assert wrong_gradients(CASE) == {"dk", "dv"}
+
+
+def wrong_gradients(case: Case) -> set[str]:
+    """Those of the fine branch that are past their bounds."""
+    inputs, d = FINE.inputs(case), case.upstream_gradients()
+    mask = FINE.mask(case, inputs.block_indices)
+    found = FINE.backward(INTERPRETED, case, inputs, *d)
+    right = FINE.attend_vjp(case, mask, inputs, *d)
+    limits = gradient_bounds(FINE, INTERPRETED, case, inputs, mask, *d)
+    return {
         name
         for name, have, want, limit in zip(("dq", "dk", "dv"), found, right, limits)
         if not (abs(have - want) <= limit).all()
     }
-    assert wrong == {"dk", "dv"}
+
+
+@runs
+def test_crowded_columns_get_their_gradients_beside_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert wrong_gradients(CROWDED_CASE) == set()
+    (broken,) = BUILDS["CrowdedRowLost"]("interpreter")
+    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+    assert wrong_gradients(CROWDED_CASE) == {"dk", "dv"}
 
 
 @runs
