@@ -8,6 +8,7 @@ so q and k_cmp are multiplied a second time here, in chunks of queries, without 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ from nsa_fast.checks import (
 from nsa_fast.pool import num_compress_blocks
 from nsa_ref.semantics import PAPER, Semantics
 
-#: Scores of one chunk of queries: 2**24 float32 are 64 MiB.
+#: Scores of one chunk of queries: 2**24 float32 are 64 MiB. On a CPU chunks that fit into its cache
+#: are several times as fast.
 CHUNK_ELEMENTS = 2**24
+CPU_CHUNK_ELEMENTS = 2**20
 
 #: The logit that upstream puts before the blocks, so that a row without any goes there (I3).
 PAD_LOGIT = -1e3
@@ -108,31 +111,47 @@ def select_blocks(
     windows = num_compress_blocks(kv_len, sizes.size, sizes.stride, semantics)
     check_tensor("k_cmp", k_cmp, (batch, "kv_heads", windows, head_dim))
     kv_heads = k_cmp.shape[1]
-    group = check_group(q_heads, kv_heads)
+    check_group(q_heads, kv_heads)
     if mem_k is None:
         mem_k = k_cmp[:, :, :0]
     check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
     check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    columns = torch.cat([mem_k, k_cmp], dim=2).to(dtype)[:, :, None].transpose(-1, -2)
+    columns = torch.cat([mem_k, k_cmp], dim=2).to(dtype).transpose(-1, -2)
     heads = kv_heads if semantics.share_selection else q_heads
     chosen = torch.full((batch, heads, q_len, n), -1, dtype=torch.int64, device=q.device)
     if chosen.numel() == 0 or sizes.blocks == 0:
         return chosen
-    rows = max(1, CHUNK_ELEMENTS // (batch * q_heads * max(columns.shape[-1], sizes.blocks)))
+    memory = mem_k.shape[2]
     with without_autocast(q.device):
-        for start in range(0, q_len, rows):
-            stop = min(start + rows, q_len)
-            position = torch.arange(start, stop, device=q.device) + (kv_len - q_len)
-            part = q[:, :, start:stop].to(dtype)
-            part = part.reshape(batch, kv_heads, group, stop - start, head_dim)
-            logits = (part @ columns) * factor
+        for rows in chunks(q, max(columns.shape[-1], sizes.blocks)):
+            position = torch.arange(rows.start, rows.stop, device=q.device) + (kv_len - q_len)
+            needed = memory + _needed(rows.stop - 1 + kv_len - q_len, windows, sizes, semantics)
+            part = q[:, :, rows].to(dtype).reshape(batch, kv_heads, -1, head_dim)
+            logits = (part @ columns[..., :needed]).mul_(factor)
             # (batch, heads, heads that share, rows, memory and windows)
-            logits = logits.reshape(batch, heads, q_heads // heads, *logits.shape[3:])
-            best = _best(logits, position, mem_k.shape[2], sizes, semantics, n)
-            chosen[:, :, start:stop, : best.shape[-1]] = best
+            logits = logits.view(batch, heads, q_heads // heads, len(position), needed)
+            best = _best(logits, position, memory, sizes, semantics, n)
+            chosen[:, :, rows, : best.shape[-1]] = best
     return chosen
+
+
+def chunks(q: Tensor, columns: int) -> Iterator[slice]:
+    """Slices of the queries whose scores are CHUNK_ELEMENTS at most, or a query each."""
+    batch, q_heads, q_len, _ = q.shape
+    most = CPU_CHUNK_ELEMENTS if q.device.type == "cpu" else CHUNK_ELEMENTS
+    rows = max(1, most // (batch * q_heads * columns))
+    for start in range(0, q_len, rows):
+        yield slice(start, min(start + rows, q_len))
+
+
+def _needed(position: int, windows: int, sizes: _Sizes, semantics: Semantics) -> int:
+    """Windows that a query up to `position` can see, where invisible ones need no score."""
+    if not semantics.causal or semantics.importance != "overlap":
+        return windows
+    ended = position + (0 if semantics.compress_strict else 1) - _first_end(sizes, semantics)
+    return min(windows, max(0, -(-ended // sizes.stride)))
 
 
 def _best(
@@ -154,17 +173,29 @@ def _best(
     ranked = torch.where(forced, forced_rank, scores)
     quantity = torch.where(forced, semantics.forced_score, quantity)
 
-    # a stable sort takes the lower of two equal blocks, as topk does not promise; candidates stand
-    # before all others, whatever their scores
+    # candidates stand before all others, whatever their scores: -inf becomes the least number
+    ranked = ranked.nan_to_num(nan=torch.inf)
     ranked = torch.where(candidates, ranked, -torch.inf)
-    by_score = ranked.sort(dim=-1, descending=True, stable=True).indices
-    is_candidate = candidates.expand_as(ranked).gather(-1, by_score)
-    first = is_candidate.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
-    best = by_score.gather(-1, first)[..., :n]
+    best = _highest(ranked, min(n, sizes.blocks))
     valid = candidates.expand_as(ranked).gather(-1, best)
     if semantics.score_floor is not None:
         valid = valid & (quantity.gather(-1, best) > semantics.score_floor)
     return torch.where(valid, best, -1)
+
+
+def _highest(scores: Tensor, n: int) -> Tensor:
+    """The n highest along the last axis, best first; of equal ones the first, as topk does not say.
+
+    Sorting them all would take longer than the logits.
+    """
+    cutoff = scores.topk(n).values[..., -1:]
+    above, level = scores > cutoff, scores == cutoff
+    room = n - above.sum(dim=-1, keepdim=True)
+    taken = above | (level & (level.cumsum(dim=-1) <= room))
+    descending = torch.arange(scores.shape[-1], 0, -1, device=scores.device)
+    best = torch.where(taken, descending, 0).topk(n).indices
+    order = scores.gather(-1, best).sort(dim=-1, descending=True, stable=True).indices
+    return best.gather(-1, order)
 
 
 def _candidates(
@@ -193,27 +224,29 @@ def _visible(position: Tensor, windows: int, sizes: _Sizes, semantics: Semantics
     """C2: bool (rows, windows)."""
     if not semantics.causal:
         return (position >= 0)[:, None].expand(-1, windows)
-    start = semantics.compress_alignment == "start"
     last = torch.arange(windows, device=position.device) * sizes.stride
-    last = last + (sizes.size if start else sizes.stride) - 1
+    last = last + _first_end(sizes, semantics)
     return last < position[:, None] if semantics.compress_strict else last <= position[:, None]
+
+
+def _first_end(sizes: _Sizes, semantics: Semantics) -> int:
+    """The last token of window 0 (C1)."""
+    return (sizes.size if semantics.compress_alignment == "start" else sizes.stride) - 1
 
 
 def _overlap_scores(
     logits: Tensor, visible: Tensor, memory: int, sizes: _Sizes, semantics: Semantics
 ) -> Tensor:
-    """Eq. 8 to 10: (batch, heads, rows, blocks)."""
+    """Eq. 8 to 10: (batch, heads, rows, blocks). Overwrites the logits: they are the largest."""
     windows = logits.shape[-1] - memory
-    logits = logits.masked_fill(~F.pad(visible, (memory, 0), value=True), -torch.inf)
-    if logits.shape[-1] == 0:
-        probabilities = logits
-    else:
+    logits[..., memory:].masked_fill_(~visible, -torch.inf)
+    if logits.shape[-1] > 0:
         largest = logits.amax(dim=-1, keepdim=True)
-        weight = (logits - largest.masked_fill(largest == -torch.inf, 0)).exp()
-        total = weight.sum(dim=-1, keepdim=True)
+        logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
+        total = logits.sum(dim=-1, keepdim=True)
         # a row that sees nothing: 0, where softmax gives NaN
-        probabilities = weight / total.masked_fill(total == 0, 1)
-    p_cmp = probabilities[..., memory:].sum(dim=2)
+        logits.div_(total.masked_fill_(total == 0, 1))
+    p_cmp = logits[..., memory:].sum(dim=2)
 
     # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n for windows that start at i d, and over
     # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
@@ -221,7 +254,10 @@ def _overlap_scores(
     before = per_window - 1 if semantics.compress_alignment == "start" else 0
     total_strides = sizes.blocks * per_block
     after = total_strides + per_window - 1 - before - windows
-    over_windows = F.pad(p_cmp, (before, after)).unfold(-1, per_window, 1).sum(dim=-1)
+    padded = F.pad(p_cmp, (before, after))
+    over_windows = padded[..., :total_strides].clone()
+    for n in range(1, per_window):
+        over_windows += padded[..., n : n + total_strides]
     return over_windows.unflatten(-1, (sizes.blocks, per_block)).sum(dim=-1)
 
 

@@ -845,7 +845,7 @@ def test_selection_in_chunks_is_the_same_and_small(monkeypatch: pytest.MonkeyPat
                 self.elements = max(self.elements, result.numel())
             return result
 
-    monkeypatch.setattr(selection, "CHUNK_ELEMENTS", 2**18)
+    monkeypatch.setattr(selection, "CPU_CHUNK_ELEMENTS", 2**18)
     with Largest() as largest:
         in_chunks = nsa_fast.select_blocks(q, k_cmp, **sizes)
     assert torch.equal(whole, in_chunks)

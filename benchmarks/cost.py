@@ -1,0 +1,244 @@
+"""What masks and selection cost on a CPU, as the sequence grows: python -m benchmarks.cost
+
+Prints a table and writes it, with the versions, as JSON. One kv head; every figure comes from a
+process of its own: seconds, the least of three runs, and peak memory, what the first run added to
+what the process and its inputs held before.
+
+An exponent is the slope of log(figure) over log(tokens) by least squares, from 8k tokens on, or
+from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp that
+it cannot do without, in the same chunks; beside the lists FlexAttention's `create_block_mask` of
+the same predicate, which looks at every pair of a query and a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from nsa_fast import block_lists, block_masks, branches, compress_pool, mask_mods, select_blocks
+from nsa_fast import selection as selection_module
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing.loading import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+#: The paper's sizes, but for the heads and their width, which a CPU has to bear.
+SIZES = {
+    "compress_block_size": 32,
+    "compress_block_sliding_stride": 16,
+    "selection_block_size": 64,
+    "num_selected_blocks": 16,
+}
+WINDOW, GROUP, HEAD_DIM = 512, 4, 128
+
+CPU = torch.device("cpu")
+FIRST_OF_SLOPE = 2**13
+DENSE_UP_TO = 2**13
+
+Run = Callable[[], object]
+
+
+def choice(tokens: int) -> torch.Tensor:
+    """PAPER's three forced blocks, and others at random: (1, 1, tokens, n)."""
+    torch.manual_seed(0)
+    n = SIZES["num_selected_blocks"]
+    own = (torch.arange(tokens) // SIZES["selection_block_size"])[:, None]
+    others = (torch.rand(tokens, n - 3) * (own + 1)).to(torch.int64)
+    return torch.cat([torch.zeros_like(own), own - 1, own, others], dim=1)[None, None]
+
+
+def queries_and_blocks(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (1, G, tokens, head_dim), k_cmp (1, 1, blocks, head_dim)."""
+    torch.manual_seed(0)
+    k = torch.randn(1, 1, tokens, HEAD_DIM)
+    k_cmp = compress_pool(
+        k,
+        compress_block_size=SIZES["compress_block_size"],
+        compress_block_sliding_stride=SIZES["compress_block_sliding_stride"],
+    )
+    return torch.randn(1, GROUP, tokens, HEAD_DIM), k_cmp
+
+
+def fine_lists(tokens: int, q_lists: bool) -> Run:
+    indices = choice(tokens)
+    return lambda: block_masks.fine_block_mask(
+        tokens,
+        indices,
+        SIZES["selection_block_size"],
+        PAPER,
+        rows_per_token=GROUP,
+        blocks_per_tile=1,
+        q_lists=q_lists,
+    )
+
+
+def selection(tokens: int) -> Run:
+    q, k_cmp = queries_and_blocks(tokens)
+    return lambda: select_blocks(q, k_cmp, kv_len=tokens, **SIZES)
+
+
+def logits(tokens: int) -> Run:
+    q, k_cmp = queries_and_blocks(tokens)
+    columns = k_cmp.transpose(-1, -2)
+
+    def run() -> None:
+        for rows in selection_module.chunks(q, columns.shape[-1]):
+            _ = q[:, :, rows] @ columns
+
+    return run
+
+
+def everything(tokens: int) -> Run:
+    q, k_cmp = queries_and_blocks(tokens)
+
+    def run() -> object:
+        indices = select_blocks(q, k_cmp, kv_len=tokens, **SIZES)
+        return [
+            block_masks.fine_block_mask(
+                tokens,
+                indices,
+                SIZES["selection_block_size"],
+                PAPER,
+                rows_per_token=GROUP,
+                blocks_per_tile=1,
+            ),
+            block_masks.sliding_block_mask(
+                tokens, tokens, WINDOW, PAPER, block_size=(128, 128), device=CPU
+            ),
+            branches.compress_branch_mask(
+                tokens,
+                tokens,
+                SIZES["compress_block_size"],
+                SIZES["compress_block_sliding_stride"],
+                0,
+                PAPER,
+                device=CPU,
+            ),
+        ]
+
+    return run
+
+
+def dense(tokens: int) -> Run:
+    """The same predicate for G heads, head by head as FlexAttention's users have them."""
+    chosen = block_lists.chosen_blocks(
+        choice(tokens),
+        kv_len=tokens,
+        block_size=SIZES["selection_block_size"],
+        offset=0,
+        ahead=0,
+        own_block=False,
+    )
+    table, shape = block_lists.word_table(chosen)
+    mask_mod = mask_mods.fine_mask_mod(
+        "fine",
+        table=table,
+        shape=shape,
+        offset=0,
+        ahead=0,
+        block_size=SIZES["selection_block_size"],
+        rows_per_token=1,
+        heads_per_choice=GROUP,
+        kv_len=tokens,
+    )
+    return lambda: create_block_mask(mask_mod, 1, GROUP, tokens, tokens, device="cpu")
+
+
+WHAT: dict[str, Callable[[int], Run]] = {
+    "lists": lambda tokens: fine_lists(tokens, q_lists=False),
+    "lists and transposes": lambda tokens: fine_lists(tokens, q_lists=True),
+    "selection": selection,
+    "logits alone": logits,
+    "selection and all masks": everything,
+    "create_block_mask": dense,
+}
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(what: str, tokens: int) -> dict[str, float]:
+    """In this process, which must be a fresh one: its peak is all that the system tells."""
+    WHAT[what](256)()  # what is loaded or set up once
+    run = WHAT[what](tokens)
+    before, seconds = resident(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) == 1:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if seconds[0] > 30:
+            break
+    return {"seconds": min(seconds), "MiB": max(0, peak - before) / 2**20}
+
+
+def measured_apart(what: str, tokens: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.cost", "--measure", what, str(tokens)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def exponent(figures: dict[int, float]) -> float | None:
+    """The slope over the last sizes; None where there are no two, or one is 0."""
+    kept = {n: y for n, y in figures.items() if n >= min(FIRST_OF_SLOPE, max(figures) // 2)}
+    if len(kept) < 2 or min(kept.values()) <= 0:
+        return None
+    return float(np.polyfit(np.log(list(kept)), np.log(list(kept.values())), 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 17)])
+    parser.add_argument("--output", type=Path, default=RESULTS / "cost-cpu.json")
+    parser.add_argument("--measure", nargs=2, metavar=("WHAT", "TOKENS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        what, tokens = arguments.measure
+        print(json.dumps(measure(what, int(tokens))))
+        return
+    report: dict[str, Any] = {
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "sizes": SIZES
+        | {"sliding_window_size": WINDOW, "G": GROUP, "head_dim": HEAD_DIM, "kv_heads": 1},
+        "measured": {},
+    }
+    head = "".join(f"{n:>20}" for n in arguments.tokens)
+    print(f"{'tokens':24}{head}   exponents of time, memory")
+    for what in WHAT:
+        sizes = [n for n in arguments.tokens if what != "create_block_mask" or n <= DENSE_UP_TO]
+        found = {n: measured_apart(what, n) for n in sizes}
+        slopes = {
+            name: exponent({n: figures[name] for n, figures in found.items()})
+            for name in ("seconds", "MiB")
+        }
+        report["measured"][what] = {"tokens": found, "exponents": slopes}
+        cells = "".join(
+            f"{found[n]['seconds']:9.3f} s {found[n]['MiB']:5.0f} MiB" if n in found else " " * 20
+            for n in arguments.tokens
+        )
+        ends = ", ".join("-" if x is None else f"{x:.2f}" for x in slopes.values())
+        print(f"{what:24}{cells}   {ends}", flush=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
