@@ -167,6 +167,14 @@ WHAT: dict[str, Callable[[int], Run]] = {
 }
 
 
+def processor() -> str:
+    """What the CPU calls itself."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def resident() -> int:
     """Bytes of memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -207,6 +215,7 @@ def exponent(figures: dict[int, float]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in range(12, 17)])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--output", type=Path, default=RESULTS / "cost-cpu.json")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -215,7 +224,7 @@ def main() -> None:
         print(json.dumps(measure(what, int(tokens))))
         return
     report: dict[str, Any] = {
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "device": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
         "versions": versions(),
         "sizes": SIZES
         | {"sliding_window_size": WINDOW, "G": GROUP, "head_dim": HEAD_DIM, "kv_heads": 1},
@@ -223,7 +232,7 @@ def main() -> None:
     }
     head = "".join(f"{n:>20}" for n in arguments.tokens)
     print(f"{'tokens':24}{head}   exponents of time, memory")
-    for what in WHAT:
+    for what in arguments.what:
         sizes = [n for n in arguments.tokens if what != "create_block_mask" or n <= DENSE_UP_TO]
         found = {n: measured_apart(what, n) for n in sizes}
         slopes = {

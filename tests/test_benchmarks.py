@@ -14,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+from benchmarks import cost  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,11 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 
 def constants(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.hardware_constants", *arguments]
+    return run("benchmarks.hardware_constants", *arguments)
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
@@ -65,6 +70,35 @@ def test_without_triton_it_says_so() -> None:
     done = constants()
     assert done.returncode == 1
     assert done.stderr == "triton is not installed here, and this script is about its kernels\n"
+
+
+def test_the_cost_of_everything_is_measured() -> None:
+    """Each thing in this process, for a few tokens."""
+    for what, prepared in cost.WHAT.items():
+        assert prepared(256)() is not None or what == "logits alone"
+
+
+def test_an_exponent_is_the_slope_from_8k_on() -> None:
+    square = cost.exponent({2**12: 9.0, 2**13: 1.0, 2**14: 4.0, 2**15: 16.0})
+    line = cost.exponent({128: 9.0, 256: 1.0, 512: 2.0})
+    assert square is not None and line is not None
+    assert (round(square, 9), round(line, 9)) == (2, 1)
+    assert cost.exponent({2**13: 1.0}) is None
+    assert cost.exponent({2**13: 0.0, 2**14: 1.0}) is None
+
+
+def test_costs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    output = tmp_path / "cost.json"
+    arguments = ("--tokens", "256", "--what", "lists and transposes")
+    done = run("benchmarks.cost", *arguments, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "lists and transposes" in done.stdout
+    report = json.loads(output.read_text())
+    assert report["device"] and {"torch", "python"} <= set(report["versions"])
+    figures = report["measured"]["lists and transposes"]
+    (found,) = figures["tokens"].values()
+    assert found["seconds"] > 0 and found["MiB"] >= 0
+    assert figures["exponents"] == {"seconds": None, "MiB": None}
 
 
 def test_results_say_where_they_come_from() -> None:
