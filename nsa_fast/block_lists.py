@@ -126,10 +126,10 @@ def _transposed(
     num_blocks: Tensor, indices: Tensor, columns: int, left_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, heads = indices.shape[:2]
-    row, column = _entries(num_blocks, indices, columns)
+    used, column = _used(num_blocks, indices, columns)
     if left_out is not None:
-        kept = ~_by_head(left_out, heads)[column]
-        row, column = row[kept], column[kept]
+        used &= ~_by_head(left_out, heads)[column]
+    row, column = _entries(used, column)
     # entries come row by row; a stable sort by column keeps the rows of a column ascending
     column, order = column.sort(stable=True)
     counts = torch.bincount(column, minlength=batch * heads * columns)
@@ -143,16 +143,23 @@ def _transposed(
     )
 
 
-def _entries(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Row block and column block of every entry, in order; columns of all heads in one count."""
-    heads, _, slots = indices.shape[1:]
+def _used(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which slots are used, and the column block in each, those of all heads in one count."""
+    batch, heads, _, slots = indices.shape
     used = torch.arange(slots, device=indices.device) < num_blocks[..., None]
-    b, h, row, _ = used.nonzero(as_tuple=True)
-    return row, (b * heads + h) * columns + indices[used]
+    head = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1)
+    return used, indices + head * columns
+
+
+def _entries(used: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Row block and column block of the slots in use, in order."""
+    rows, slots = used.shape[2:]
+    place = used.flatten().nonzero()[:, 0]
+    return place // slots % rows, column.flatten()[place]
 
 
 def _by_head(left_out: Tensor, heads: int) -> Tensor:
-    """(batch, columns) as `_entries` counts columns."""
+    """(batch, columns) as `_used` counts columns."""
     return left_out[:, None].expand(-1, heads, -1).flatten()
 
 
@@ -166,24 +173,29 @@ def crowded_columns(lists: BlockLists, columns: int) -> Crowded | None:
     for all: their gradients are one sum where they share keys.
     """
     batch, heads, rows, slots = lists.indices.shape
+    size = batch * heads * columns
     both = [
-        _entries(lists.num_blocks, lists.indices, columns),
-        _entries(lists.full_num_blocks, lists.full_indices, columns),
+        _used(lists.num_blocks, lists.indices, columns),
+        _used(lists.full_num_blocks, lists.full_indices, columns),
     ]
-    counts = sum(torch.bincount(c, minlength=batch * heads * columns) for _, c in both)
+    # the slots that are not in use are counted behind the rest
+    counts = sum(
+        torch.where(used, column, size).flatten().bincount(minlength=size + 1)[:size]
+        for used, column in both
+    )
     most = CROWDED * rows * slots // columns
     left_out = (counts.view(batch, heads, columns) > most).any(dim=1)
     if not left_out.any():
         return None
-    row, column = (torch.cat(parts) for parts in zip(*both))
-    kept = _by_head(left_out, heads)[column]
-    column, order = column[kept].sort(stable=True)
-    counts = torch.bincount(column, minlength=batch * heads * columns).view(batch, heads, columns)
-    named = counts.nonzero()
+    named = counts * _by_head(left_out, heads)
+    entries = [_entries(used & (named > 0)[column], column) for used, column in both]
+    row, column = (torch.cat(parts) for parts in zip(*entries))
+    order = column.sort(stable=True).indices
+    place = named.nonzero()[:, 0]
     return Crowded(
         left_out,
-        [(b, h, c) for b, h, c in named.tolist()],
-        row[kept][order].split(counts[tuple(named.T)].tolist()),
+        [(p // columns // heads, p // columns % heads, p % columns) for p in place.tolist()],
+        row[order].split(named[place].tolist()),
     )
 
 
