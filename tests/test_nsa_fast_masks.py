@@ -583,11 +583,16 @@ def test_a_broken_build_is_planted_in_one_place_and_seen_in_the_exposed_masks(
 
 
 def test_implementations_by_device() -> None:
-    assert [i.name for i in implementations("cpu")] == ["nsa_fast eager", "nsa_fast compiled"]
-    assert [i.name for i in implementations("cuda")] == ["nsa_fast compiled"]
-    eager, compiled = implementations("cpu")
+    kinds = ["nsa_fast eager", "nsa_fast compiled", "nsa_fast layer"]
+    assert [i.name for i in implementations("cpu")] == kinds
+    assert [i.name for i in implementations("cuda")] == kinds[1:]
+    eager, compiled, layer = implementations("cpu")
     assert eager.offers_vjp("fine") and not compiled.offers_vjp("fine")
-    (cuda,) = implementations("cuda")
+    # the layer takes the kernels that it is run with: eager's roundings here, the compiled ones' there
+    cuda, layer_on_cuda = implementations("cuda")
+    assert (layer.numerics, layer_on_cuda.numerics) == (eager.numerics, compiled.numerics)
+    assert layer.offers_vjp("layer") and not layer.offers_vjp("decode")
+    assert not any(i.offers("layer") for i in (eager, compiled))
     assert cuda.offers_vjp("fine")
     # compiled to C++, heads that choose for themselves are left to eager
     unshared = dataclasses.replace(PAPER, share_selection=False)
