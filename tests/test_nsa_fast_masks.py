@@ -588,7 +588,7 @@ def test_implementations_by_device() -> None:
     assert [i.name for i in implementations("cuda")] == kinds[1:]
     eager, compiled, layer = implementations("cpu")
     assert eager.offers_vjp("fine") and not compiled.offers_vjp("fine")
-    # the layer takes the kernels that it is run with: eager's roundings here, the compiled ones' there
+    # the layer runs what there is: eager roundings here, compiled ones there
     cuda, layer_on_cuda = implementations("cuda")
     assert (layer.numerics, layer_on_cuda.numerics) == (eager.numerics, compiled.numerics)
     assert layer.offers_vjp("layer") and not layer.offers_vjp("decode")
