@@ -198,7 +198,9 @@ def test_a_public_function_says_where_its_definition_stands(module: ModuleType, 
     assert SOURCE.search(text), f"{name} cites no clause, equation or source"
 
 
-@pytest.mark.parametrize("path", [*files("nsa_ref"), *files("nsa_fast")], ids=module_name)
+@pytest.mark.parametrize(
+    "path", [*files("nsa_ref"), *files("nsa_fast"), *files("examples")], ids=module_name
+)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
@@ -206,7 +208,7 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 def test_no_tolerance_is_typed_in() -> None:
     """Bounds are computed; nothing here or in the tests compares with a constant."""
     forbidden = re.compile(r"\b(allclose|isclose|assert_close|approx)\(|\b[ar]tol\s*=")
-    for package in ("nsa_ref", "nsa_fast", "tests"):
+    for package in ("nsa_ref", "nsa_fast", "tests", "examples"):
         for path in files(package):
             if path == Path(__file__):
                 continue
