@@ -9,7 +9,8 @@ stopped at: what it made of the first tokens of a sample, and the gradients of t
 definition in float64 (`nsa_ref`), with a bound for every element. A step that is outside ends the
 run and says where.
 
-Some paragraphs stand in two topics, so part of what is held out has been read; by both models.
+Some paragraphs stand in two topics: 8 % of the longer lines that are held out have been read, by
+both models (Python 3.11).
 
 Options
 -------
@@ -358,7 +359,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     above.plot(
         steps, losses, "o", color="black", fillstyle="none", label="step held to the definition"
     )
-    above.set(ylabel="bits a byte (faint: training)", title="Native Sparse Attention and dense")
+    above.set(
+        title="A byte model with Native Sparse Attention, and with dense",
+        ylabel="bits a byte (faint: training)",
+        yscale="log",
+    )
+    above.set_yticks(range(2, 9), range(2, 9))
+    above.minorticks_off()
     above.legend()
     below.semilogy(*_budgets(checks, "out"), "o", color="black", label="output")
     below.semilogy(*_budgets(checks, "d"), "v", color="C2", label="worst gradient")
