@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 from nsa_fast import adapter, block_lists, block_masks, mask_mods
 from nsa_fast.block_lists import BlockLists, Crowded
-from nsa_ref.testing import Case, Implementation
+from nsa_ref.testing import Case, Implementation, TorchImplementation
 
 #: (module, function, what stands in for it, given the original)
 Mistake = tuple[ModuleType, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
 
 
-class _Broken(adapter.NsaFast):
+class _Broken(TorchImplementation):
     """Runs every method with the mistakes in place, and takes them back afterwards."""
 
     mistakes: tuple[Mistake, ...] = ()
@@ -52,14 +52,14 @@ class _Broken(adapter.NsaFast):
 MISTAKES: dict[str, tuple[Mistake, ...]] = {}
 
 
-def broken(what: str, kind: type[adapter.NsaFast], device: str) -> adapter.NsaFast:
+def broken(what: str, kind: type[TorchImplementation], device: str) -> TorchImplementation:
     """One kind of nsa_fast with the mistakes in place."""
     name = f"{kind.name}, {what}"
     attributes = {"name": name, "mistakes": MISTAKES[what]}
     return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
 
 
-def _broken_kernels(what: str, device: str) -> adapter.NsaFast:
+def _broken_kernels(what: str, device: str) -> TorchImplementation:
     return broken(what, adapter.NsaFastCompiled, device)
 
 
