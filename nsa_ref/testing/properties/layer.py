@@ -44,12 +44,14 @@ Weights = dict[str, np.ndarray]
 class _Truth(NamedTuple):
     """The definition's side of a case, in float64.
 
+    bounds : on the output, and on the scores of the choice
     undecided : bool (batch, kv_len), rows for which another choice of blocks may be right
     """
 
     x: np.ndarray
     weights: Weights
     block_indices: np.ndarray
+    bounds: LayerBounds
     undecided: np.ndarray
 
 
@@ -57,8 +59,14 @@ def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: W
     x, weights = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
     sizes, semantics = case.layer_sizes, case.semantics
     block_indices = layer_block_indices(x, weights, sizes=sizes, semantics=semantics)
-    truth = _Truth(x, weights, block_indices, np.zeros(x.shape[:2], dtype=bool))
-    bounds = _bounds(implementation, case, truth)
+    bounds = layer_bounds(
+        x,
+        weights,
+        block_indices,
+        sizes=sizes,
+        semantics=semantics,
+        numerics=implementation.numerics[case.dtype],
+    )
     q, k_cmp, mem_k = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
     strides = {
         "compress_block_size": case.compress_block_size,
@@ -85,7 +93,7 @@ def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: W
         num_selected_blocks=case.num_selected_blocks,
         semantics=semantics,
     )
-    return truth._replace(undecided=np.asarray(undecided.any(axis=1)))
+    return _Truth(x, weights, block_indices, bounds, np.asarray(undecided.any(axis=1)))
 
 
 def _finite(bounds: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -94,20 +102,6 @@ def _finite(bounds: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     whole = np.zeros(shape)
     whole[..., : bounds.shape[-1]] = np.minimum(bounds, np.finfo(np.float64).max)
     return whole
-
-
-def _bounds(
-    implementation: Implementation, case: Case, truth: _Truth, d_out: np.ndarray | None = None
-) -> LayerBounds:
-    return layer_bounds(
-        truth.x,
-        truth.weights,
-        truth.block_indices,
-        d_out,
-        sizes=case.layer_sizes,
-        semantics=case.semantics,
-        numerics=implementation.numerics[case.dtype],
-    )
 
 
 def _expected(case: Case, truth: _Truth) -> np.ndarray:
@@ -157,8 +151,8 @@ def _compared(
     undecided = truth.undecided & (method != "layer_with_blocks")
     try:
         actual = _run(implementation, method, case, weights, truth)
-        expected, bounds = _expected(case, truth), _bounds(implementation, case, truth)
-        compared = _rows_compared(clause, method, actual, expected, bounds.out, undecided)
+        expected = _expected(case, truth)
+        compared = _rows_compared(clause, method, actual, expected, truth.bounds.out, undecided)
     except (Broken, Raised) as error:
         if clause != "G1" and implementation.offers("layer"):
             # what is wrong in parallel as well is not this clause's
@@ -197,9 +191,9 @@ def _blame_the_rotation(
         truth = _truth(implementation, case, x, weights)
         undecided = truth.undecided & (method != "layer_with_blocks")
         actual = _run(implementation, method, declared, weights, truth)
-        expected, bounds = _expected(case, truth), _bounds(implementation, case, truth)
+        expected = _expected(case, truth)
         try:
-            _rows_compared(clause, method, actual, expected, bounds.out, undecided)
+            _rows_compared(clause, method, actual, expected, truth.bounds.out, undecided)
         except Broken as broken:
             return broken
         return None
@@ -262,7 +256,15 @@ def layer_gradients(method: str, clause: str) -> Check:
             semantics=case.semantics,
             block_indices=truth.block_indices,
         )
-        bounds = _bounds(implementation, case, truth, d_out.astype(np.float64))
+        bounds = layer_bounds(
+            truth.x,
+            truth.weights,
+            truth.block_indices,
+            d_out.astype(np.float64),
+            sizes=case.layer_sizes,
+            semantics=case.semantics,
+            numerics=implementation.numerics[case.dtype],
+        )
         assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
         try:
             compared = [
@@ -306,12 +308,12 @@ def packed(implementation: Implementation, case: Case) -> Outcome:
         rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
         alone = dataclasses.replace(case, q_len=length, kv_len=length)
         truth = _truth(implementation, alone, x[None, rows], weights)
-        expected, bounds = _expected(alone, truth), _bounds(implementation, alone, truth)
+        expected = _expected(alone, truth)
         name = f"varlen, sequence {i} of lengths {lengths}"
         try:
             have = actual[None, rows]
             out = truth.undecided
-            compared.append(_rows_compared("G4", name, have, expected, bounds.out, out))
+            compared.append(_rows_compared("G4", name, have, expected, truth.bounds.out, out))
         except Broken:
             if implementation.offers("layer"):
                 _compared(implementation, "layer", alone, x[None, rows], weights, "G1")
