@@ -328,8 +328,8 @@ def importance(
             q, k_cmp, mem_k, kv_len=kv_len, semantics=semantics, scale=scale, **sizes
         )
         for b, h, t in np.ndindex(batch, q_heads, q_len):
-            for block in range(num_blocks):
-                score[b, h // group, t, block] += (p_cmp[b, h, t] * count[:, block]).sum()  # eq. 10
+            shares = p_cmp[b, h, t][:, None] * count
+            score[b, h // group, t] += shares.sum(axis=0)  # eq. 10
         return score
 
     strides = selection_block_size // compress_block_sliding_stride
