@@ -1,18 +1,16 @@
 """A GPU without a GPU: what the judge asks of one, and implementations that suffer on it.
 
 Importing it registers the device "standin"; like `port_zoo`, it is imported by the processes that
-the command starts.
+the command starts, most of which need no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import PAPER
@@ -23,6 +21,9 @@ from nsa_ref.testing import (
     TorchImplementation,
     devices,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Standin(devices.Device):
@@ -99,6 +100,8 @@ class OutOfMemory(OnStandin):
     name = "out of memory"
 
     def sliding(self, case: Case, *arguments: Any) -> Attention:
+        import torch
+
         if case.kv_len > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
         return super().sliding(case, *arguments)
@@ -133,6 +136,8 @@ class Unwritten(TorchImplementation):
         return False
 
     def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+        import torch
+
         k, v = (x.repeat_interleave(case.group_size, dim=1) for x in (k, v))
         t = torch.arange(case.q_len)[:, None] + case.kv_len - case.q_len
         j = torch.arange(case.kv_len)
@@ -150,7 +155,12 @@ class CountsCompilations(OnStandin):
     """Says what it compiled: one graph for each number of query heads."""
 
     name = "counts compilations"
-    limits: ClassVar[dict[str, Any]] = {"q_heads": (2, 4), "kv_heads": (2,)}
+    limits: ClassVar[dict[str, Any]] = {
+        "q_heads": (2, 4),
+        "kv_heads": (2,),
+        "q_len": range(41),
+        "kv_len": range(41),
+    }
 
     def __init__(self) -> None:
         self.graphs: set[int] = set()

@@ -65,7 +65,9 @@ def judged(name: str, implementation: Any, tmp_path: Path) -> Record:
 
 def test_a_lost_context_ends_that_case_and_a_fresh_worker_goes_on(place: Path) -> None:
     """Every property of the window loses it; those of the compressed blocks are judged after it."""
-    done = nsa_ref("verify", "standin_gpu:IllegalAccess", "-n", "1", "--json", "report.json")
+    done = nsa_ref(
+        "verify", "standin_gpu:IllegalAccess", "--device=cpu", "-n", "1", "--json=report.json"
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads(Path("report.json").read_text())
     verdicts = {clause["id"]: clause["verdict"] for clause in report["clauses"]}
@@ -554,7 +556,7 @@ def test_counts_come_from_dynamo_and_inductor(monkeypatch: pytest.MonkeyPatch) -
 
 def test_warm_compiles_each_kind_once_and_then_judges(place: Path) -> None:
     done = nsa_ref(
-        *("verify", "standin_gpu:CountsCompilations", "--warm", "-n", "1"),
+        *("verify", "standin_gpu:CountsCompilations", "--device=cpu", "--warm", "-n", "1"),
         *("--branch=sliding", "--json=report.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
