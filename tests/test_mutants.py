@@ -40,16 +40,11 @@ class Unsteady(AnotherOrder):
     deterministic = False
 
 
-ATTENTION = {"compress", "fine", "sliding"}
-
-#: Of each, the methods that it does not inherit: the others are those of the definition itself,
-#: which test_oracle_before_the_judge.py asks about.
-OWN: list[tuple[Implementation, set[str]]] = [
-    (Kernel(), ATTENTION),
-    (Selector(), {"select"}),
-    (LayerInSteps(), {"layer", "layer_with_blocks", "decode", "varlen"}),
-]
-RIGHT = [(i, prop) for i, own in OWN for prop in PROPERTIES.values() if prop.method in own]
+RIGHT: list[tuple[Implementation, Property]] = []
+for base in (Kernel(), Selector(), LayerInSteps()):
+    # what the mutants that are made from it are asked
+    clauses = {m.clause for m in ZOO.values() if isinstance(m.implementation, type(base))}
+    RIGHT += [(base, p) for p in PROPERTIES.values() if p.clause in clauses and not p.offered(base)]
 
 #: Properties that compare two runs; all others are the same for it as for `Kernel`.
 TWICE = ("canary", "canary_backward", "heads", "linear_in_v", "permutation", "what_follows")
