@@ -154,25 +154,43 @@ def test_backward_that_lost_a_query_block_is_read_out(branch: str, tmp_path: Pat
     check_finding(name, broken, found, "A3", tmp_path)
 
 
+#: One of the two, its forward alone, on short sequences: the command is what is tried here.
+FORWARD_OF_A_BUILD = """\
+from broken_nsa_fast import WindowPlusOne
+
+
+def forward(device):
+    eager = next(i for i in WindowPlusOne(device) if "eager" in i.name)
+    eager.offers = lambda method: method == "sliding"
+    eager.offers_vjp = lambda method: False
+    eager.limits = {"q_len": range(17), "kv_len": range(17), "q_heads": (1,), "head_dim": (16,)}
+    return eager
+"""
+
+
 def test_the_command_finds_and_replays(tmp_path: Path) -> None:
-    """`nsa-ref verify broken_nsa_fast:WindowPlusOne`, then `nsa-ref replay`: exit code 1 twice."""
+    """`nsa-ref verify` of a broken build, then `nsa-ref replay`: exit code 1 twice."""
     here = Path(__file__).parent
+    (tmp_path / "one_build.py").write_text(FORWARD_OF_A_BUILD)
 
     def nsa_ref(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
-            cwd=here,
+            cwd=tmp_path,
             # of the checkout, installed or not
             env=os.environ
-            | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(here.parent)},
+            | {
+                "OMP_NUM_THREADS": "1",
+                "COLUMNS": "200",
+                "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
+            },
             capture_output=True,
             text=True,
         )
         assert done.returncode == 1, done.stdout + done.stderr
         return done.stdout
 
-    spec = "broken_nsa_fast:WindowPlusOne"
-    # no compiled kernel has float64: one implementation is enough here
+    spec = "one_build:forward"
     printed = nsa_ref(
         *("verify", spec, "--device", "cpu", "--branch", "sliding", "--dtype", "float64"),
         *("-n", "1", "--findings", str(tmp_path)),
