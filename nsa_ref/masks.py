@@ -47,15 +47,15 @@ def sliding_mask(
     check_semantics(semantics)
     reach = sliding_window_size if semantics.window_closed else sliding_window_size - 1
     mask = np.zeros((q_len, kv_len), dtype=np.int64)
-    j = np.arange(kv_len)
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
-        if semantics.causal:
-            mask[t] = (j <= p) & (p - j <= reach)
-        else:
-            mask[t] = np.abs(p - j) <= reach
+        for j in range(kv_len):
+            if semantics.causal:
+                mask[t, j] = 0 <= p - j <= reach
+            else:
+                mask[t, j] = abs(p - j) <= reach
     return mask
 
 
@@ -99,19 +99,20 @@ def compress_mask(
     # does not exist is no block.
     start = semantics.compress_alignment == "start"
     first = (compress_block_size if start else compress_block_sliding_stride) - 1
-    last_tokens = np.arange(first, kv_len, compress_block_sliding_stride)
+    last_tokens = range(first, kv_len, compress_block_sliding_stride)
     mask = np.zeros((q_len, num_mem_kv + len(last_tokens)), dtype=np.int64)
     mask[:, :num_mem_kv] = 1
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
-        if not semantics.causal:
-            mask[t, num_mem_kv:] = 1
-        elif semantics.compress_strict:
-            mask[t, num_mem_kv:] = last_tokens < p
-        else:
-            mask[t, num_mem_kv:] = last_tokens <= p
+        for i, last in enumerate(last_tokens):
+            if not semantics.causal:
+                mask[t, num_mem_kv + i] = 1
+            elif semantics.compress_strict:
+                mask[t, num_mem_kv + i] = last < p
+            else:
+                mask[t, num_mem_kv + i] = last <= p
     return mask
 
 

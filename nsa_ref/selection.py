@@ -193,11 +193,12 @@ def shared_strides(
     _check_stride_divides(selection_block_size, d)
     num_blocks = -(-kv_len // selection_block_size)
     count = np.zeros((len(windows), num_blocks), dtype=np.int64)
-    block_start = np.arange(num_blocks) * selection_block_size
-    block_stop = block_start + selection_block_size
     for i, (start, stop) in enumerate(windows):
-        tokens = np.minimum(stop, block_stop) - np.maximum(start, block_start)
-        count[i] = np.maximum(tokens, 0) // d  # all four ends are multiples of d
+        for block in range(num_blocks):
+            block_start = block * selection_block_size
+            block_stop = block_start + selection_block_size
+            tokens = min(stop, block_stop) - max(start, block_start)
+            count[i, block] = max(tokens, 0) // d  # all four ends are multiples of d
     return count
 
 
