@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -392,7 +393,7 @@ def run(setup: Setup, out: Path) -> dict[str, Any]:
     """Train both, write both files, return what the JSON holds."""
     results: dict[str, Any] = {
         "versions": versions(),
-        "threads": torch.get_num_threads(),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "setup": vars(setup),
     }
     for name, attention in (("sparse", sparse_attention), ("dense", DenseAttention)):

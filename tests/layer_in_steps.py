@@ -1,7 +1,7 @@
 """The layer a second time: dense torch, gradients from autograd, every step a method.
 
-Right as it stands; the mutants of the layer change one step. It decodes by running the tokens so
-far and keeping the last row, with `decoding` telling each step so.
+Right for the semantics that it declares; the mutants of the layer change one step. It decodes by
+running the tokens so far and keeping the last row, with `decoding` telling each step so.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class LayerInSteps(TorchImplementation):
         return case.semantics.rotary == "all" or (
             case.semantics.rotary == "fine_and_sliding" and branch != "compress"
         )
+
+    def places(self, case: Case, blocks: int) -> Tensor:
+        """Where compressed keys stand when they are turned."""
+        return torch.arange(blocks) * case.compress_block_sliding_stride
 
     def memory(self, weights: Any, kind: str, batch: int, decoding: bool) -> Tensor:
         return weights[f"mem_{kind}"].expand(batch, -1, -1, -1)
@@ -234,8 +238,7 @@ class LayerInSteps(TorchImplementation):
             for kind in "kv"
         )
         if self.turns(case, "compress"):
-            places = torch.arange(k_cmp.shape[2]) * case.compress_block_sliding_stride
-            k_cmp = self.turned(k_cmp, places)
+            k_cmp = self.turned(k_cmp, self.places(case, k_cmp.shape[2]))
         chosen, scores = self.chosen(case, rows["compress"], k_cmp, mem_k, decoding)
         chosen = chosen if given is None else given
         outs = []

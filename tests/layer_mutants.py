@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layer_in_steps import LayerInSteps
@@ -72,6 +74,43 @@ class RotaryByHalves(LayerInSteps):
 class RotaryForgottenInSliding(LayerInSteps):
     def turns(self, case: Case, branch: str) -> bool:
         return super().turns(case, branch) and branch != "sliding"
+
+
+@mutant("G2", "compressed key i is turned by i where i d is meant")
+class RotaryByBlock(LayerInSteps):
+    def places(self, case: Case, blocks: int) -> Tensor:
+        return torch.arange(blocks)
+
+
+@mutant("G1", "one forced local block too few")
+class LocalOneFewer(LayerInSteps):
+    def forced(self, case: Case, tokens: int, blocks: int) -> Tensor:
+        fewer = max(0, case.num_local_blocks - 1)
+        return super().forced(dataclasses.replace(case, num_local_blocks=fewer), tokens, blocks)
+
+
+@mutant("G1", "the choice of blocks knows no memory")
+class ChoiceWithoutMemory(LayerInSteps):
+    def scores(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor, decoding: bool) -> Tensor:
+        return super().scores(case, q, k_cmp, mem_k[:, :, :0], decoding)
+
+
+@mutant("G1", "every batch entry reads the blocks that the first one chose")
+class ChoiceOfTheFirst(LayerInSteps):
+    def chosen(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        chosen, scores = super().chosen(*arguments)
+        return chosen[:1].expand_as(chosen), scores
+
+
+@mutant("G4", "compressed windows and blocks count from the first token of the batch")
+class PackedWindows(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        parts = []
+        for start, stop in itertools.pairwise(self.bounds(case, cu_seqlens)):
+            ahead = start % case.selection_block_size
+            padded = F.pad(x[None, start:stop], (0, 0, ahead, 0))
+            parts.append(self._run(case, weights, padded, None, False)[0, ahead:])
+        return torch.cat(parts)
 
 
 @mutant("G3", "decoding leaves the memory out while no compressed block exists")

@@ -198,7 +198,7 @@ def call(method: Any, *arguments: Any) -> Any:
     """Call into the implementation; whatever it raises is its own, and said to be."""
     try:
         return method(*arguments)
-    except (NotOffered, Inconclusive):
+    except (NotOffered, Inconclusive, Raised):
         raise
     except Exception as error:
         raise Raised(f"{type(error).__name__}: {error}") from error
@@ -206,7 +206,11 @@ def call(method: Any, *arguments: Any) -> Any:
 
 def as_float64(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The value as float64, if it has the shape that the plug says."""
+    if isinstance(value, (tuple, list)):
+        raise Raised(f"{name} is a {type(value).__name__}; it must be one array")
     array = np.asarray(value)
+    if array.dtype.kind not in "fiubV":  # bfloat16 is of kind "V"
+        raise Raised(f"{name} has dtype {array.dtype}; it must hold real numbers")
     if array.shape != tuple(shape):
         raise Raised(f"{name} has shape {array.shape}; it must be {tuple(shape)}")
     return array.astype(np.float64)

@@ -43,8 +43,8 @@ CLAUSES = {
     "number of blocks are ignored.",
     "G1": "The layer is the sum over compress, fine and sliding of sigmoid(gate) times attention, "
     "one gate per branch, token and query head (eq. 5), with gradients to x and every weight.",
-    "G2": "Rotary embedding turns q and k of the fine and sliding branches, and of the compressed "
-    "one only if the switch says so.",
+    "G2": "Rotary embedding, where the switch says so, turns pairs (2i, 2i + 1) of q and k of the "
+    'fine and sliding branches by their positions, of the compressed one only with "all".',
     "G3": "Decoding with a cache equals the same row of the parallel form, at every step, from the "
     "first token, with memory.",
     "G4": "Sequences of different lengths in one batch (cu_seqlens) equal each of them by itself.",

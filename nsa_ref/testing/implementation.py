@@ -168,7 +168,8 @@ class Implementation:
         """Call `method` with NumPy arrays and give NumPy arrays back."""
         if not self.offers(method):
             raise NotOffered(method)
-        return getattr(self, method)(case, *arguments)
+        # copies: what is written into them is nothing that the judge goes by
+        return getattr(self, method)(case, *map(_own, arguments))
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
         """Gradients of `method`: arguments as for it, then d_out (and d_lse for a branch)."""
@@ -181,6 +182,15 @@ class Implementation:
     def compile_counts(self) -> Mapping[str, int]:
         """What was compiled so far where it runs, by kind, for the report."""
         return {}
+
+
+def _own(argument: Any) -> Any:
+    """A copy of an array, or of a dict of arrays; tensors are their implementation's already."""
+    if isinstance(argument, np.ndarray):
+        return argument.copy()
+    if isinstance(argument, dict):
+        return {name: _own(item) for name, item in argument.items()}
+    return argument
 
 
 class TorchImplementation(Implementation):

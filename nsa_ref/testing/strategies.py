@@ -41,8 +41,8 @@ ABOUT = {
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
 SHAPES = ("square", "decode", "short keys", "edge")
 LONG_SHAPES = ("around 128", "long", "many blocks")
-#: A layer reads its own keys: as many as queries, some tokens or hardly any.
-LAYER_SHAPES = ("square", "few tokens")
+#: A layer reads its own keys: hardly any tokens, or some.
+LAYER_SHAPES = ("few tokens", "square")
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
 #: whose offsets do not fit into 32 bits.
 EXTENTS = ("far", "large")
@@ -79,7 +79,7 @@ def cases(
     semantics, dtypes, inputs, indices, head_dims : further restrictions
     shape : one of `shapes_of(about)`, default any of them; or one of EXTENTS
     populated : at least one batch entry, and two rows and two keys before `adjust`
-    max_len : q_len and kv_len in tokens, but for the long shapes
+    max_len : q_len and kv_len in tokens, but for the long shapes; a layer has 24 at most
     adjust : changes the sizes to what a property is about
     """
     limits = implementation.limits
@@ -137,6 +137,8 @@ def cases(
     rows = sizes["batch"] * sizes["q_heads"]
     shortest = 2 if populated else 1
     least = max(shortest, device.shortest)
+    if about == "layer" and shape == "square":
+        least = max(least, 6)
     length = draw(st.integers(least, max(least, max_len if rows <= 16 else min(max_len, 20))))
     sizes["q_len"] = sizes["kv_len"] = length
     if shape == "decode":

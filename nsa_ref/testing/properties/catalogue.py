@@ -41,7 +41,7 @@ from nsa_ref.testing.properties.layer import (
     layer_output,
     mask_through_the_layer,
     packed,
-    rotation,
+    where_scores_decide,
 )
 from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
 from nsa_ref.testing.properties.selection import selection
@@ -246,19 +246,19 @@ def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
 
 
 def _whole_layer(draw: st.DrawFn, sizes: Sizes) -> None:
-    """No row without keys where the definition has no number for it; affordable maps."""
+    """Affordable maps; within limits, no row without keys where that is no number."""
     empty = sizes["semantics"].empty_row
     if empty.compress == "uniform":
         # the mean over all columns would know how many are to come
         sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
-    if empty.fine == "nan":
+    if empty.fine != "zero":
         sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
     if sizes["compress_block_size"] * max(sizes["head_dim"], sizes["value_dim"]) > 64:
         sizes["compress_map"] = draw(st.sampled_from(["linear", "mean"]))
 
 
 def _layer_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
-    """More candidates than n: scores decide, and could be differentiated."""
+    """More candidates than n, within limits: scores decide, and could be differentiated."""
     _whole_layer(draw, sizes)
     _rows_that_choose(draw, sizes)
     sizes["q_len"] = sizes["kv_len"]
@@ -266,19 +266,52 @@ def _layer_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
 
 
 def _layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Heads of a group that weigh the same blocks differently."""
-    _layer_that_chooses(draw, sizes)
+    """Forced blocks and one or two of several others, weighed differently by a group's heads."""
+    _whole_layer(draw, sizes)
     if sizes["q_heads"] == sizes["kv_heads"]:
         sizes["q_heads"] *= 2
+    stride = sizes["compress_block_sliding_stride"]
+    size = min(sizes["selection_block_size"], stride * max(1, 8 // stride))
+    sizes["selection_block_size"] = size
+    forced = sizes["num_initial_blocks"] + sizes["num_local_blocks"]
+    least = (forced + 4) * size
+    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 3)))
+    sizes["num_selected_blocks"] = forced + draw(st.integers(1, 2))
+
+
+def _many_tokens(draw: st.DrawFn, sizes: Sizes) -> None:
+    """Far more tokens than a window, a block or a chunk of a cache holds; one small head."""
+    _whole_layer(draw, sizes)
+    sizes |= {
+        "batch": 1,
+        "q_heads": 1,
+        "kv_heads": 1,
+        "compress_block_size": 32,
+        "compress_block_sliding_stride": 16,
+        "compress_map": "mean",
+        "selection_block_size": 16 * draw(st.integers(1, 2)),
+        "num_selected_blocks": draw(st.integers(3, 4)),
+        "sliding_window_size": draw(st.integers(20, 64)),
+    }
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(240, 260))
 
 
 def _rotated(draw: st.DrawFn, sizes: Sizes) -> None:
+    """Rows that see several keys, and compressed blocks further apart than tokens."""
+    if sizes["compress_block_sliding_stride"] == 1:
+        for size in (
+            "compress_block_sliding_stride",
+            "compress_block_size",
+            "selection_block_size",
+        ):
+            sizes[size] *= 2
     _whole_layer(draw, sizes)
     sizes["sliding_window_size"] = max(2, sizes["sliding_window_size"])
+    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], 3 * sizes["compress_block_size"])
 
 
 def _read_through_the_layer(draw: st.DrawFn, sizes: Sizes) -> None:
-    """A one-hot row for every token, a linear map, and room for all heads in the output."""
+    """A one-hot row for every token, a linear map, room for all heads; where limits allow it."""
     _whole_layer(draw, sizes)
     sizes["q_len"] = sizes["kv_len"] = min(sizes["kv_len"], 24)
     sizes["compress_map"], sizes["compress_positions"] = "linear", False
@@ -603,40 +636,59 @@ def _layer_properties() -> None:
         _register(
             "G1", "layer", layer_output(method), f"G1_layer_output{how}", method=method, **common
         )
-        rotated = {"semantics": _rotary, "adjust": _rotated, "examples": 12}
+        rotated: dict[str, Any] = {"semantics": _rotary, "adjust": _rotated, "examples": 16}
         _register(
             "G2",
             "layer",
-            rotation(method),
+            layer_output(method),
             f"G2_layer_rotation{how}",
             method=method,
             **(common | rotated),
         )
         clause = "A4" if method == "layer" else "G1"
-        chooses = {"adjust": _layer_that_chooses} if method == "layer" else {}
+        scored = {"adjust": _layer_that_chooses} if method == "layer" else {}
+        check = layer_gradients(method, clause)
         _register(
             clause,
             "layer",
-            layer_gradients(method, clause),
+            where_scores_decide(check) if method == "layer" else check,
             f"{clause}_layer_gradients{how}",
             method=method,
             backward=True,
-            **(common | chooses),
+            **(common | scored),
         )
-    for name, adjust in (
-        ("G3_decode", _whole_layer),
-        ("G3_decode_where_scores_decide", _layer_of_groups_that_chooses),
-    ):
-        _register(
-            "G3",
-            "layer",
-            layer_output("decode", "G3"),
-            name,
-            method="decode",
-            semantics=_causal,
-            **(common | {"adjust": adjust}),
-        )
+    chooses: dict[str, Any] = common | {"adjust": _layer_of_groups_that_chooses, "populated": True}
+    _register(
+        "G1",
+        "layer",
+        where_scores_decide(layer_output("layer")),
+        "G1_layer_output_where_scores_decide",
+        method="layer",
+        **(chooses | {"examples": 16}),
+    )
+    decode: dict[str, Any] = {"method": "decode", "semantics": _causal}
+    row = layer_output("decode", "G3")
+    _register("G3", "layer", row, "G3_decode", **decode, **common)
+    _register(
+        "G3",
+        "layer",
+        where_scores_decide(row),
+        "G3_decode_where_scores_decide",
+        **decode,
+        **(chooses | {"examples": 16}),
+    )
+    many: dict[str, Any] = common | {"adjust": _many_tokens, "populated": True}
+    many |= {"by_dtype": False, "examples": 2}
+    _register("G3", "layer", row, "G3_decode_of_many_tokens", **decode, **many)
     _register("G4", "layer", packed, "G4_varlen", method="varlen", **(common | {"examples": 12}))
+    _register(
+        "G4",
+        "layer",
+        where_scores_decide(packed),
+        "G4_varlen_of_many_blocks",
+        method="varlen",
+        **(chooses | {"examples": 8}),
+    )
     for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
         _register(
             clause,

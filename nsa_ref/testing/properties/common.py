@@ -48,7 +48,7 @@ Check = Callable[[Implementation, Case], Outcome]
 class Property:
     """name : stable, used by replay
     clause : what it decides; `judge` may find that another one is to blame
-    branch : compress, fine, sliding, or "selection"
+    branch : compress, fine, sliding, "selection" or "layer"
     about : what `strategies.cases` are to be about
     method, backward : what the implementation must offer, and whether its gradients are needed
     semantics : which of the implementation's semantics it can be asked about
@@ -101,6 +101,10 @@ class Property:
             kinds = self.options.get("inputs", INPUTS)
             generic = [kind for kind in kinds if kind in GENERIC_INPUTS]
             lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
+        if self.by_dtype and self.about == "layer":
+            # a few tokens of any dtype, and sequences of each
+            lots = [{"shape": "few tokens"}]
+            lots += [{"shape": "square", "dtypes": [dtype]} for dtype in declared]
         common: dict[str, Any] = {"semantics": allowed, "dtypes": declared} | self.options
         return [cases(implementation, self.about, **(common | lot)) for lot in lots]
 

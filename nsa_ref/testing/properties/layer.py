@@ -31,11 +31,12 @@ from nsa_ref.testing.branches import (
 )
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
-from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Check, Outcome, settle
+from nsa_ref.testing.properties.common import declared as declared_by
 from nsa_ref.testing.properties.masks import CONVENTION, REMEDY, mask_broken
 
-#: A gate's bias beyond which its sigmoid is exactly 1 or 0, in every dtype.
+#: A gate's bias at which its sigmoid is 1 or 0, in every dtype.
 SHUT = 1e4
 
 Weights = dict[str, np.ndarray]
@@ -58,6 +59,7 @@ class _Truth(NamedTuple):
 def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: Weights) -> _Truth:
     x, weights = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
     sizes, semantics = case.layer_sizes, case.semantics
+    _check_pairs(case)
     block_indices = layer_block_indices(x, weights, sizes=sizes, semantics=semantics)
     bounds = layer_bounds(
         x,
@@ -94,6 +96,12 @@ def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: W
         semantics=semantics,
     )
     return _Truth(x, weights, block_indices, bounds, np.asarray(undecided.any(axis=1)))
+
+
+def _check_pairs(case: Case) -> None:
+    """NotOffered where limits leave nothing that could be turned."""
+    if case.semantics.rotary != "none" and case.head_dim % 2:
+        raise NotOffered(f"rotary={case.semantics.rotary!r} turns pairs, and head_dim is odd")
 
 
 def _finite(bounds: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -134,9 +142,23 @@ def layer_output(method: str, clause: str = "G1") -> Check:
 
     def check(implementation: Implementation, case: Case) -> Outcome:
         x, weights = case.tokens(), case.layer_weights()
+        some_empty = not case.num_mem_kv or not case.num_selected_blocks
+        if clause == "G3" and some_empty and "uniform" in case.semantics.empty_row:
+            raise Inconclusive("the mean over all columns knows how many are to come")
         return _compared(implementation, method, case, x, weights, clause)
 
     return check
+
+
+def where_scores_decide(check: Check) -> Check:
+    """A check that says nothing where every block is chosen."""
+
+    def checked(implementation: Implementation, case: Case) -> Outcome:
+        if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
+            raise Inconclusive("no row has more blocks than it may choose")
+        return check(implementation, case)
+
+    return checked
 
 
 def _compared(
@@ -163,19 +185,6 @@ def _compared(
     settled = settle([compared])
     rows = int(undecided.sum())
     return dataclasses.replace(settled, ambiguous=rows, decided=not rows or rows < undecided.size)
-
-
-def rotation(method: str) -> Check:
-    """G2: the layer with rotary embedding is right, and if not, it is for another reason.
-
-    Raises Broken for G2 where rotation is to blame, for G1 else.
-    """
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        x, weights = case.tokens(), case.layer_weights()
-        return _compared(implementation, method, case, x, weights, "G1")
-
-    return check
 
 
 def _blame_the_rotation(
@@ -211,13 +220,39 @@ def _blame_the_rotation(
             raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
     if case.semantics.rotary == "none":
         return
+    forced = method == "layer" and implementation.offers("layer_with_blocks")
+    if forced and _is_right(implementation, "layer_with_blocks", case, x, weights):
+        return  # it chooses other blocks
+    for semantics in implementation.semantics:
+        plain = dataclasses.replace(case, semantics=semantics)
+        if semantics.rotary == "none" and declared_by(implementation, plain):
+            own = plain.tokens(), plain.layer_weights()
+            if not _is_right(implementation, method, plain, *own):
+                return  # wrong where nothing is turned as well
     if case.semantics.rotary == "fine_and_sliding":
         weights = _with_gates(case, weights, (branch != "compress" for branch in BRANCHES))
     flat = {**weights, "to_q.weight": np.zeros_like(weights["to_q.weight"])}
     found = wrong(case, weights, "G2")
     if found is not None and wrong(case, flat, "G1") is None:
-        hint = "with to_q = 0, which no rotation changes, the same rows are right"
+        hint = (
+            "with to_q = 0, which neither rotation nor scale changes, the same rows are right: "
+            "rotation, or else the scale or the heads of q and k"
+        )
         raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+
+
+def _is_right(
+    implementation: Implementation, method: str, case: Case, x: np.ndarray, weights: Weights
+) -> bool:
+    """Whether the output is, without a word about what is wrong."""
+    truth = _truth(implementation, case, x, weights)
+    undecided = truth.undecided & (method != "layer_with_blocks")
+    try:
+        actual = _run(implementation, method, case, weights, truth)
+        _rows_compared("G1", method, actual, _expected(case, truth), truth.bounds.out, undecided)
+    except (Broken, Raised):
+        return False
+    return True
 
 
 def _with_gates(case: Case, weights: Weights, opened: Any) -> Weights:
@@ -243,11 +278,12 @@ def layer_gradients(method: str, clause: str) -> Check:
         extra = (truth.block_indices,) if method == "layer_with_blocks" else ()
         arguments = (weights, x, *extra, d_out)
         found = call(implementation.run_vjp, method, case, *arguments)
-        if not isinstance(found, tuple) or len(found) != 2 or set(found[1]) != set(weights):
-            raise Raised(
-                f"{method}_vjp must return (dx, dweights), with a gradient of each of "
-                f"{sorted(weights)}"
-            )
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+            raise Broken("G1", f"{method}_vjp must return (dx, dweights), a tuple with a dict")
+        if set(found[1]) != set(weights):
+            missing = sorted(set(weights) - set(found[1]))
+            unknown = sorted(set(found[1]) - set(weights))
+            raise Broken("G1", f"{method}_vjp lacks gradients of {missing}, has {unknown}")
         dx, dweights = layer_vjp(
             truth.x,
             truth.weights,
@@ -280,10 +316,16 @@ def layer_gradients(method: str, clause: str) -> Check:
                     for name, want in dweights.items()
                 ),
             ]
-        except Broken:
-            if clause == "A4" and implementation.offers_vjp("layer_with_blocks"):
-                # wrong with the choice handed in, too: nothing to do with the choice
-                layer_gradients("layer_with_blocks", "G1")(implementation, case)
+        except Broken as broken:
+            if clause != "A4":
+                raise
+            # a wrong choice has wrong gradients, too
+            _compared(implementation, "layer", case, x, weights, "G1")
+            if not implementation.offers_vjp("layer_with_blocks"):
+                hint = "layer_with_blocks is not offered: this may be A4, a gradient of the choice"
+                raise Broken("G1", f"{broken.text}\n{hint}", worst=broken.worst) from None
+            # wrong with the choice handed in, too: nothing to do with the choice
+            layer_gradients("layer_with_blocks", "G1")(implementation, case)
             raise
         rows = int(undecided.sum())
         decided = not rows or rows < undecided.size
@@ -294,8 +336,14 @@ def layer_gradients(method: str, clause: str) -> Check:
 
 def packed(implementation: Implementation, case: Case) -> Outcome:
     """G4: sequences one behind the other are what each is by itself."""
+    _check_pairs(case)
     case = dataclasses.replace(case, batch=1)
-    lengths, weights = case.sequence_lengths(), case.layer_weights()
+    weights = case.layer_weights()
+    lengths = [
+        length
+        for length in case.sequence_lengths()
+        if declared_by(implementation, dataclasses.replace(case, q_len=length, kv_len=length))
+    ]
     cu_seqlens = np.cumsum([0, *lengths]).astype(np.int64)
     x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
     actual = as_float64(
@@ -379,7 +427,8 @@ class _ThroughTheLayer(Implementation):
             weights["norm.weight"] = np.full(case.model_dim, root, dtype)
         if "to_out.weight" in weights:
             weights["to_out.weight"] = np.eye(*weights["to_out.weight"].shape, dtype=dtype)
-        weights["compress_v.weight"][:, -case.value_dim :] = np.eye(case.value_dim, dtype=dtype)
+        if "compress_v.weight" in weights:
+            weights["compress_v.weight"][:, -case.value_dim :] = np.eye(case.value_dim, dtype=dtype)
         if mem_v is not None:
             weights["mem_v"] = mem_v
         x = np.zeros((case.batch, case.kv_len, case.model_dim), dtype)
@@ -399,6 +448,12 @@ def mask_through_the_layer(branch: Branch, clause: str) -> Check:
     """A branch's mask, bit by bit, read through the whole layer with one gate open."""
 
     def check(implementation: Implementation, case: Case) -> Outcome:
+        _check_pairs(case)
+        width = case.q_heads * case.value_dim if case.semantics.output_projection else 0
+        if max(case.kv_len, width) > case.model_dim:
+            raise Inconclusive(f"model_dim={case.model_dim} is no feature for each token and head")
+        if branch is COMPRESS and case.compress_map != "linear":
+            raise Inconclusive("compressed values are read through a linear map")
         indices = case.block_indices() if branch is FINE else None
         expected = branch.mask(case, indices)
         if branch is COMPRESS and not expected.any():
@@ -408,6 +463,13 @@ def mask_through_the_layer(branch: Branch, clause: str) -> Check:
         roundings = 5 if case.semantics.input_norm else 2
         actual = probes.forward_mask(through, branch, case, expected, roundings=roundings)
         if (actual != expected).any():
+            if implementation.offers("layer"):
+                # what is wrong with a single token, in the window for sure, is no mask
+                window = case.sliding_window_size + 1
+                alone = dataclasses.replace(case, q_len=1, kv_len=1, sliding_window_size=window)
+                if declared_by(implementation, alone):
+                    own = alone.tokens(), alone.layer_weights()
+                    _compared(implementation, "layer", alone, *own, "G1")
             how = f"{branch.name} mask read through the layer"
             raise mask_broken(branch, clause, case, expected, actual, how)
         return Outcome()

@@ -1,0 +1,108 @@
+"""The judge of whole layers before strange ports: limits, inputs written to, odd results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.conformance import Options, run_property
+from nsa_ref.testing.properties import PROPERTIES
+
+#: Those that set up more than they draw.
+SET_UP = (
+    "W1_sliding_mask_through_the_layer",
+    "C2_compress_mask_through_the_layer",
+    "F1_fine_mask_through_the_layer",
+    "G3_decode",
+    "G4_varlen",
+)
+ONE = {"semantics": (PAPER,), "numerics": {"float64": "fp64"}}
+
+
+def port(base: type = OracleImplementation, **attributes: Any) -> OracleImplementation:
+    made: OracleImplementation = type("Port", (base,), {**ONE, **attributes})()
+    return made
+
+
+def finding(name: str, implementation: OracleImplementation, folder: Path) -> dict[str, Any] | None:
+    options = Options(findings=folder, shrink=False)
+    return run_property(PROPERTIES[name], implementation, options).finding
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"limits": {"compress_map": ("mean",), "compress_positions": (False,)}},
+        {"limits": {"model_dim": (8,)}, "semantics": (LUCIDRAINS_FLEX,)},
+        {"limits": {"q_len": (32,), "kv_len": (32,)}},
+        {"limits": {"head_dim": (5,), "value_dim": (7,)}, "semantics": (LUCIDRAINS_FLEX,)},
+        {"limits": {"num_mem_kv": (0,)}, "semantics": (LUCIDRAINS,)},
+        {"limits": {"num_selected_blocks": (16,), "selection_block_size": (16,)}},
+    ],
+    ids=lambda attributes: ", ".join(attributes["limits"]),
+)
+def test_limits_make_no_right_layer_wrong(attributes: dict[str, Any], tmp_path: Path) -> None:
+    """What is set up for a question may not fit into the limits: then it is not asked."""
+    for name in SET_UP:
+        found = finding(name, port(**attributes), tmp_path)
+        assert found is None, found["text"]
+
+
+class WritesIntoItsInputs(OracleImplementation):
+    """No gradient at all, by clearing d_out and then differentiating."""
+
+    def layer_with_blocks_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
+    ) -> Any:
+        d_out[...] = 0
+        return super().layer_with_blocks_vjp(case, weights, x, block_indices, d_out)
+
+    def sliding_vjp(self, case: Case, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any) -> Any:
+        d_out[...] = 0
+        return super().sliding_vjp(case, q, k, v, d_out, d_lse)
+
+
+@pytest.mark.parametrize(
+    ("name", "clause"),
+    [("G1_layer_gradients_with_blocks", "G1"), ("A3_sliding_gradients", "A3")],
+)
+def test_what_a_port_writes_into_its_inputs_is_its_own(
+    name: str, clause: str, tmp_path: Path
+) -> None:
+    found = finding(name, port(WritesIntoItsInputs), tmp_path)
+    assert found is not None and found["clause"] == clause
+
+
+class GivesATuple(OracleImplementation):
+    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+        return super().layer(case, weights, x), None
+
+
+class GivesComplexNumbers(OracleImplementation):
+    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+        return super().layer(case, weights, x).astype(np.complex128)
+
+
+class ForgetsGates(OracleImplementation):
+    def layer_with_blocks_vjp(self, *arguments: Any) -> Any:
+        dx, dweights = super().layer_with_blocks_vjp(*arguments)
+        return dx, {n: gradient for n, gradient in dweights.items() if n != "gates.bias"}
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "text"),
+    [
+        (GivesATuple, "G1_layer_output", "layer is a tuple; it must be one array"),
+        (GivesComplexNumbers, "G1_layer_output", "layer has dtype complex128; it must hold real"),
+        (ForgetsGates, "G1_layer_gradients_with_blocks", "lacks gradients of ['gates.bias']"),
+        (GivesATuple, "W1_sliding_mask_through_the_layer", "layer is a tuple"),
+    ],
+)
+def test_odd_results_are_said_in_one_line(base: type, name: str, text: str, tmp_path: Path) -> None:
+    found = finding(name, port(base), tmp_path)
+    assert found is not None and text in found["text"]
