@@ -18,7 +18,7 @@ both models (Python 3.11).
 
 Options
 -------
---steps N   optimiser steps of each model, default 400: some three to four minutes on two cores
+--steps N   optimiser steps of each model, default 400: two minutes on two cores
 --out DIR   where training.png and training-cpu.json go, default the current folder
 
 Needs `pip install -e '.[testing,fast,pictures]'`.
