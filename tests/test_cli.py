@@ -509,3 +509,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("nsa-ref ")
+
+
+def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
+    """Its queries are its keys, and its sizes small: --branch layer can be thorough."""
+    met = {edge: 1 for edge in EDGES if edge not in report.EDGE_READ_BY}
+    layer, fine = (
+        report.excused_edges([record(name=name, edges=met)], [[]])
+        for name in ("G1_layer_output", "F1_fine_mask_as_exposed")
+    )
+    assert set(layer) == set(report.EDGE_READ_BY) > {"decode", "G = 16", "inputs huge"}
+    assert set(fine) == {"l no multiple of d", "l < d"}
