@@ -5,9 +5,10 @@ process of its own with one thread: seconds of that thread, the least of up to s
 memory, what the first run added to what the process and its inputs held before.
 
 An exponent is the slope of log(figure) over log(tokens) by least squares, from 8k tokens on, or
-from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp that
-it cannot do without, in the same chunks; beside the lists FlexAttention's `create_block_mask` of
-the same predicate, which looks at every pair of a query and a key.
+from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp over
+all windows, in the same chunks; the selection computes the half that is visible. Beside the lists
+stands FlexAttention's `create_block_mask` of the same predicate for G heads, which looks at every
+pair of a query and a key.
 """
 
 from __future__ import annotations

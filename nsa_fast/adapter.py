@@ -332,24 +332,32 @@ class NsaFastLayer(TorchImplementation):
         return self._layer(case, weights, x, cu_seqlens=cu_seqlens)
 
     def _layer(self, case: Case, weights: dict[str, Tensor], x: Tensor, **how: Any) -> Tensor:
-        return nsa_fast.native_sparse_attention(
-            x,
-            weights,
-            q_heads=case.q_heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            value_dim=case.value_dim,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            compress_map=case.compress_map,
-            selection_block_size=case.selection_block_size,
-            num_selected_blocks=case.num_selected_blocks,
-            num_initial_blocks=case.num_initial_blocks,
-            num_local_blocks=case.num_local_blocks,
-            sliding_window_size=case.sliding_window_size,
-            semantics=case.semantics,
-            **how,
+        """The module with these weights; the function below it where blocks are handed in."""
+        sizes: dict[str, Any] = {
+            "q_heads": case.q_heads,
+            "kv_heads": case.kv_heads,
+            "head_dim": case.head_dim,
+            "value_dim": case.value_dim,
+            "compress_block_size": case.compress_block_size,
+            "compress_block_sliding_stride": case.compress_block_sliding_stride,
+            "compress_map": case.compress_map,
+            "selection_block_size": case.selection_block_size,
+            "num_selected_blocks": case.num_selected_blocks,
+            "num_initial_blocks": case.num_initial_blocks,
+            "num_local_blocks": case.num_local_blocks,
+            "sliding_window_size": case.sliding_window_size,
+            "semantics": case.semantics,
+        }
+        if "block_indices" in how:
+            return nsa_fast.native_sparse_attention(x, weights, **sizes, **how)
+        module = nsa_fast.NativeSparseAttention(
+            case.model_dim,
+            **sizes,
+            compress_positions=case.compress_positions,
+            num_mem_kv=case.num_mem_kv,
         )
+        out: Tensor = torch.func.functional_call(module, weights, (x,), how, strict=True)
+        return out
 
     def offers_vjp(self, method: str) -> bool:
         # a cache records no gradients

@@ -19,6 +19,8 @@ class Cache:
     A call with a cache records no gradients, neither to the weights nor through what is cached.
     Memory grows by doubling and is taken when the first tokens come, with their dtype and device.
 
+    Every layer of a model needs one of its own: layers of equal sizes cannot be told apart.
+
     Shapes
     ------
     batch : sequences that are decoded together; all have the same length

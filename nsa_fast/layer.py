@@ -537,7 +537,11 @@ def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
 
 def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
     """First token and end of every sequence that has tokens; of one without, if none has."""
-    check_indices("cu_seqlens", cu_seqlens, ("sequences + 1",))
+    check_tensor("cu_seqlens", cu_seqlens, ("sequences + 1",))
+    if cu_seqlens.is_floating_point() or cu_seqlens.dtype in (torch.bool, torch.complex64):
+        raise TypeError(
+            f"cu_seqlens has dtype {cu_seqlens.dtype}; it must hold integers, offsets in tokens."
+        )
     ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0:
         raise ValueError(f"cu_seqlens={ends} must start with 0, where the first sequence begins.")

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, PRESETS, Semantics
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
@@ -36,6 +36,7 @@ from test_nsa_fast_layer import (  # noqa: E402
 )
 
 CAUSAL = {kind: parts for kind, parts in KINDS.items() if parts[0].causal}
+PRESETS_IN_CACHES = {name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", "FLA", "XUNHAO")}
 
 
 class Layer:
@@ -64,12 +65,14 @@ class Decoding(RuleBasedStateMachine):
         self.held: list[tuple[Cache, Tensor]] = []
 
     @initialize(
-        kind=st.sampled_from(["PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all"]),
+        kind=st.sampled_from(
+            ["PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all", *PRESETS_IN_CACHES]
+        ),
         batch=st.integers(1, 2),
         prefill=st.integers(0, 22),
     )
     def begin(self, kind: str, batch: int, prefill: int) -> None:
-        self.layer, self.seed = Layer(*CAUSAL[kind]), 0
+        self.layer, self.seed = Layer(*(CAUSAL | PRESETS_IN_CACHES)[kind]), 0
         self.held = [(Cache(batch), tokens(batch, 0))]
         self.append(0, prefill)
 
