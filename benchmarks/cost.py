@@ -81,7 +81,8 @@ def fine_lists(tokens: int, q_lists: bool) -> Run:
         SIZES["selection_block_size"],
         PAPER,
         rows_per_token=GROUP,
-        blocks_per_tile=1,
+        columns_per_block=SIZES["selection_block_size"],
+        complete=False,
         q_lists=q_lists,
     )
 
@@ -114,7 +115,8 @@ def everything(tokens: int) -> Run:
                 SIZES["selection_block_size"],
                 PAPER,
                 rows_per_token=GROUP,
-                blocks_per_tile=1,
+                columns_per_block=SIZES["selection_block_size"],
+                complete=False,
             ),
             block_masks.sliding_block_mask(
                 tokens, tokens, WINDOW, PAPER, block_size=(128, 128), device=CPU

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,24 +120,30 @@ class NsaFast(TorchImplementation):
 
     def fine_mask(self, case: Case, block_indices: Tensor) -> dict[str, Any]:
         rows = case.q_heads // block_indices.shape[1]
-        rows_per_token, blocks_per_tile = branches.fine_tile(
-            rows, case.selection_block_size, block_indices.device
+        size, eager = case.selection_block_size, self.backend == "eager"
+        rows_per_token, columns_per_block = branches.fine_tile(
+            rows, size, block_indices.device, self.backend
         )
         grouped, crowded = block_masks.fine_block_mask(
             case.kv_len,
             block_indices,
-            case.selection_block_size,
+            size,
             case.semantics,
             rows_per_token=rows_per_token,
-            blocks_per_tile=blocks_per_tile,
+            columns_per_block=columns_per_block,
+            complete=eager,
         )
+        key = np.arange(case.kv_len)
         # the branch's rows stand token by token; the judge's stand head by head
         masks: dict[str, Any] = {}
-        readings = block_mask_readings(grouped, case.q_len * rows_per_token, case.kv_len)
+        readings = block_mask_readings(grouped, *grouped.seq_lengths)
+        if not eager:
+            del readings["mask_mod"]  # it knows what is cut, and the lists what is chosen
         if crowded is not None:
             readings["q lists"] += visible_cells(crowded, grouped).cpu().numpy()
         for part, cells in readings.items():
             batch, heads = cells.shape[:2]
+            cells = cells[..., key // size * columns_per_block + key % size]
             cells = cells.reshape(batch, heads, case.q_len, rows_per_token, case.kv_len)
             cells = cells[:, :, :, :rows].swapaxes(2, 3)
             masks[f"fine_attention {part}"] = cells.reshape(

@@ -346,28 +346,24 @@ def _words(num_blocks: int) -> int:
     return max(1, -(-num_blocks // WORD_BITS))
 
 
-def token_lists(chosen: Chosen, blocks_per_tile: int) -> BlockLists:
-    """Lists with one row block per token and `blocks_per_tile` selection blocks to a column block.
+def token_lists(chosen: Chosen, columns_per_block: int) -> BlockLists:
+    """Lists with one row block per token and one selection block to a column block.
 
+    columns_per_block : at least the tokens of a block; with more, none is full
     returns : lists of shape (batch, heads, tokens[, slots]), only as wide as needed
     """
-    size = chosen.block_size * blocks_per_tile
-    tiles = count_blocks(chosen.kv_len, size)
-    if chosen.blocks.shape[2] == 0 or chosen.blocks.shape[3] == 0:
-        return _empty_lists(chosen, rows=max(1, chosen.blocks.shape[2]))
-    tile = torch.where(chosen.blocks < chosen.num_blocks, chosen.blocks // blocks_per_tile, tiles)
-    # blocks ascend, so those of one tile stand side by side: add their cells up
-    new = F.pad(tile[..., 1:] != tile[..., :-1], (1, 0), value=True)
-    rank = new.cumsum(dim=-1) - 1
-    cells = torch.zeros_like(tile).scatter_add_(-1, rank, chosen.cells)
-    tile = torch.full_like(tile, tiles).scatter_(-1, rank, tile)
-
-    columns = ((tile + 1) * size).clamp(max=chosen.kv_len) - tile * size
-    seen = (tile < tiles) & (cells > 0)
-    full = seen & (cells == columns) & (chosen.kv_len >= LEAST_LENGTH)
-    slots = min(tile.shape[-1], tiles)
+    blocks, tokens = chosen.num_blocks, chosen.blocks.shape[2]
+    slots = min(chosen.blocks.shape[3], blocks)
+    if tokens == 0 or slots == 0:
+        return _empty_lists(chosen, rows=max(1, tokens))
+    start = chosen.blocks * chosen.block_size
+    seen = (chosen.blocks < blocks) & (chosen.cells > 0)
+    full = seen & (chosen.cells == (start + chosen.block_size).clamp(max=chosen.kv_len) - start)
+    # the last block may be short: it is whole as soon as its real columns are
+    full &= columns_per_block == chosen.block_size and chosen.kv_len >= LEAST_LENGTH
     return BlockLists(
-        *_ascending(seen & ~full, tile, tiles, slots), *_ascending(full, tile, tiles, slots)
+        *_ascending(seen & ~full, chosen.blocks, blocks, slots),
+        *_ascending(full, chosen.blocks, blocks, slots),
     )
 
 

@@ -129,7 +129,8 @@ def fine_block_mask(
     semantics: Semantics,
     *,
     rows_per_token: int,
-    blocks_per_tile: int,
+    columns_per_block: int,
+    complete: bool,
     q_lists: bool = True,
 ) -> tuple[BlockMask, Crowded | None]:
     """F1 to F4 for queries that stand token by token, each with `rows_per_token` rows.
@@ -138,7 +139,10 @@ def fine_block_mask(
     selected blocks themselves. Blocks before the query are full, the one that it cuts is partial.
 
     block_indices : integers (batch, heads, q_len, n), any values
-    returns : (batch, heads, q_len * rows_per_token, kv_len), and the column blocks that the
+    columns_per_block : columns of a selection block; those behind its tokens are empty
+    complete : the predicate knows the choice as well, for eager FlexAttention, by a table of
+        tokens x blocks bits; it wants no empty columns
+    returns : (batch, heads, q_len * rows_per_token, columns), and the column blocks that the
         transposed lists leave out: `crowded.py` has their dk and dv
     """
     q_len = block_indices.shape[2]
@@ -151,29 +155,43 @@ def fine_block_mask(
         ahead=ahead,
         own_block=semantics.causal and semantics.own_block_extra,
     )
-    table, shape = block_lists.word_table(chosen)
-    mask_mod = mask_mods.fine_mask_mod(
-        f"fine_{selection_block_size}",
-        table=table,
-        shape=shape,
-        offset=offset,
-        ahead=ahead,
-        block_size=selection_block_size,
-        rows_per_token=rows_per_token,
-        heads_per_choice=1,
-        kv_len=kv_len,
-    )
-    lists = block_lists.token_lists(chosen, blocks_per_tile)
-    block_size = (rows_per_token, selection_block_size * blocks_per_tile)
+    name, columns = f"fine_{selection_block_size}", kv_len
+    if complete:
+        table, shape = block_lists.word_table(chosen)
+        mask_mod = mask_mods.fine_mask_mod(
+            name,
+            table=table,
+            shape=shape,
+            offset=offset,
+            ahead=ahead,
+            block_size=selection_block_size,
+            rows_per_token=rows_per_token,
+            heads_per_choice=1,
+            kv_len=kv_len,
+        )
+    else:
+        mask_mod = mask_mods.named_mask_mod(
+            name,
+            offset=offset,
+            ahead=ahead,
+            block_size=selection_block_size,
+            columns_per_block=columns_per_block,
+            rows_per_token=rows_per_token,
+            kv_len=kv_len,
+            device=block_indices.device,
+        )
+        if columns_per_block != selection_block_size:
+            columns = chosen.num_blocks * columns_per_block
+    lists = block_lists.token_lists(chosen, columns_per_block)
     crowded = None
     if q_lists:
-        crowded = block_lists.crowded_columns(lists, count_blocks(kv_len, block_size[1]))
+        crowded = block_lists.crowded_columns(lists, count_blocks(columns, columns_per_block))
     block_mask = block_lists.to_block_mask(
         lists,
         mask_mod,
         q_len=q_len * rows_per_token,
-        kv_len=kv_len,
-        block_size=block_size,
+        kv_len=columns,
+        block_size=(rows_per_token, columns_per_block),
         q_lists=q_lists,
         crowded=crowded,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast import block_lists, block_masks, flex
+from nsa_fast import block_masks, flex
 from nsa_fast.block_lists import Crowded
 from nsa_fast.checks import (
     MAX_LENGTH,
@@ -208,7 +208,7 @@ def fine_attention(
         )
     backend = flex.resolve_backend(backend, q, k, v)
     rows = q_heads // heads  # of one token that share a choice
-    rows_per_token, blocks_per_tile = fine_tile(rows, block_size, q.device)
+    rows_per_token, columns_per_block = fine_tile(rows, block_size, q.device, backend)
 
     def block_mask(q_lists: bool) -> tuple[BlockMask, Crowded | None]:
         return block_masks.fine_block_mask(
@@ -217,17 +217,16 @@ def fine_attention(
             block_size,
             semantics,
             rows_per_token=rows_per_token,
-            blocks_per_tile=blocks_per_tile,
+            columns_per_block=columns_per_block,
+            complete=backend == "eager",
             q_lists=q_lists,
         )
 
-    # its size is compiled in: a graph of its own for each, counted apart
-    entries = block_lists.table_entries(batch, heads, q_len, -(-kv_len // block_size))
     found = flex.attend(
-        f"fine_{entries}",
+        "fine",
         _token_major(q, heads, rows_per_token),
-        k,
-        v,
+        _spread(k, block_size, columns_per_block),
+        _spread(v, block_size, columns_per_block),
         block_mask,
         backend=backend,
         scale=default_scale(scale, q),
@@ -248,21 +247,20 @@ def token_block_size(device: torch.device) -> tuple[int, int]:
     return (128, 128) if flex.is_triton(device) else (16, 16)
 
 
-def fine_tile(rows: int, selection_block_size: int, device: torch.device) -> tuple[int, int]:
-    """Rows per token and selection blocks per column block, for `rows` heads that share a choice.
+def fine_tile(
+    rows: int, selection_block_size: int, device: torch.device, backend: str
+) -> tuple[int, int]:
+    """Rows of a token and columns of a selection block, for `rows` heads that share a choice.
 
     The Triton kernels multiply tiles of at least 16 x 16, in powers of two: smaller groups get
-    empty rows, and small selection blocks share a column block. On a CPU tiles are of any size,
-    and 1 is enough.
+    empty rows, and selection blocks that 16 does not divide get empty columns. All others
+    take tiles of any size.
     """
-    if not flex.is_triton(device):
-        return rows, 1
+    if backend == "eager" or not flex.is_triton(device):
+        return rows, selection_block_size
     least = 16
     power = 1 << (rows - 1).bit_length()
-    blocks = 1
-    while selection_block_size * blocks % least:
-        blocks *= 2
-    return max(least, power), blocks
+    return max(least, power), -(-selection_block_size // least) * least
 
 
 def _token_major(q: Tensor, heads: int, rows_per_token: int) -> Tensor:
@@ -271,6 +269,17 @@ def _token_major(q: Tensor, heads: int, rows_per_token: int) -> Tensor:
     q = q.reshape(batch, heads, q_heads // heads, q_len, dim).transpose(2, 3)
     q = flex.padded(q, 3, rows_per_token)
     return q.reshape(batch, heads, q_len * rows_per_token, dim)
+
+
+def _spread(x: Tensor, block_size: int, columns_per_block: int) -> Tensor:
+    """(batch, kv_heads, kv_len, dim) with zeros behind the tokens of every selection block."""
+    if columns_per_block == block_size:
+        return x
+    batch, kv_heads, kv_len, dim = x.shape
+    blocks = -(-kv_len // block_size)
+    x = flex.padded(x, 2, blocks * block_size)
+    x = flex.padded(x.reshape(batch, kv_heads, blocks, block_size, dim), 3, columns_per_block)
+    return x.reshape(batch, kv_heads, blocks * columns_per_block, dim)
 
 
 def _head_major(x: Tensor, q_heads: int, rows_per_token: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The predicates: which cell (row, column) is visible, as FlexAttention asks for it.
 
-Each is complete in itself. Eager FlexAttention evaluates nothing else, and ignores the block lists;
-compiled kernels ask it inside partial blocks only.
+Eager FlexAttention evaluates nothing else, and ignores the block lists; compiled kernels ask it
+inside partial blocks only. All but `named_mask_mod` are complete in themselves.
 
 Scalars are captured as tensors without axes: a Python number would be compiled into the kernel, and
 every new window or length would be another graph.
@@ -89,6 +89,8 @@ def fine_mask_mod(
 ) -> MaskMod:
     """F1: visible iff the column's block is one of the token's and j <= p + ahead, p >= 0.
 
+    The table knows every block, so that it grows with tokens x blocks.
+
     table : int32 (entries,), words of 32 blocks; bit b of word w stands for block 32 w + b
     shape : (heads that choose, tokens, words), by which the table is read: one flat table of a
         size that hardly varies, because Inductor's C++ template confuses the symbols of captured
@@ -114,6 +116,40 @@ def fine_mask_mod(
         position = token + offset_
         real = (position >= 0) & (column < kv_len_)
         return chosen & (column <= position + ahead_) & real
+
+    mask_mod.__name__ = name
+    return mask_mod
+
+
+def named_mask_mod(
+    name: str,
+    *,
+    offset: int,
+    ahead: int,
+    block_size: int,
+    columns_per_block: int,
+    rows_per_token: int,
+    kv_len: int,
+    device: torch.device,
+) -> MaskMod:
+    """F1 inside the blocks that the lists name: visible iff j <= p + ahead, where p >= 0.
+
+    Which blocks a token has is what its lists say, and no kernel asks about others: nothing here
+    grows with tokens x blocks.
+
+    columns_per_block : the block_size columns of a block's tokens, and empty ones behind them
+    """
+    offset_, ahead_, block_size_, columns_per_block_, rows_per_token_, kv_len_ = (
+        scalar(value, device)
+        for value in (offset, ahead, block_size, columns_per_block, rows_per_token, kv_len)
+    )
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        position = row // rows_per_token_ + offset_
+        block, place = column // columns_per_block_, column % columns_per_block_
+        key = block * block_size_ + place
+        real = (position >= 0) & (place < block_size_) & (key < kv_len_)
+        return real & (key <= position + ahead_)
 
     mask_mod.__name__ = name
     return mask_mod

@@ -202,6 +202,7 @@ PredicateWrong = _build(
     (mask_mods, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
     (mask_mods, "compress_mask_mod", _adding(first_end=-1)),  # a token too early
     (mask_mods, "fine_mask_mod", _adding(ahead=1)),  # the key after p
+    (mask_mods, "named_mask_mod", _adding(ahead=1)),
 )
 
 ListsTooShort = _build("lists one short", (block_lists, "to_block_mask", _with_lists(_one_short)))

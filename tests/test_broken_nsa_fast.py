@@ -215,6 +215,7 @@ def test_a_broken_build_leaves_nothing_behind() -> None:
         (mask_mods, "sliding_mask_mod"),
         (mask_mods, "compress_mask_mod"),
         (mask_mods, "fine_mask_mod"),
+        (mask_mods, "named_mask_mod"),
         (block_lists, "to_block_mask"),
         (block_lists, "transposed"),
         (block_lists, "crowded_columns"),

@@ -282,10 +282,8 @@ def test_compiled_on_a_cpu_runs_without_gradients_if_none_are_recorded() -> None
 def test_rows_added_for_tensor_cores_change_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda = torch.device("cuda")
-    tile = branches.fine_tile(group, 4, cuda)
-    assert tile == (16, 4)
-    monkeypatch.setattr(branches, "fine_tile", lambda *sizes: tile)
+    assert branches.fine_tile(group, 4, torch.device("cuda"), "compiled") == (16, 16)
+    monkeypatch.setattr(branches, "fine_tile", lambda *sizes: (16, 4))
     case = replace(q_heads=2 * group)
     assert_forward(NsaFastEager(), "fine", case)
     assert_backward(NsaFastEager(), "fine", case)
@@ -295,10 +293,10 @@ def test_rows_added_for_tensor_cores_change_nothing(
 @pytest.mark.parametrize("block_size", [1, 4, 10, 16, 48, 64, 128])
 def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
     device = torch.device("cuda")
-    rows_per_token, blocks_per_tile = branches.fine_tile(rows, block_size, device)
-    tile = rows_per_token, block_size * blocks_per_tile
+    tile = branches.fine_tile(rows, block_size, device, "compiled")
     options = flex.kernel_options(tile, device)
-    assert options is not None and rows_per_token >= rows
+    assert options is not None and tile[0] >= rows and tile[1] >= block_size
+    assert branches.fine_tile(rows, block_size, device, "eager") == (rows, block_size)
     for name, of in (("fwd_BLOCK_M", 0), ("fwd_BLOCK_N", 1), ("bwd_BLOCK_M1", 0),
                      ("bwd_BLOCK_N1", 1), ("bwd_BLOCK_M2", 0), ("bwd_BLOCK_N2", 1)):  # fmt: skip
         assert options[name] >= 16 and tile[of] % options[name] == 0
@@ -620,7 +618,13 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
 
     rows = case.q_heads // heads
     block_mask, found = block_masks.fine_block_mask(
-        62, torch.as_tensor(indices), 4, semantics, rows_per_token=rows, blocks_per_tile=1
+        62,
+        torch.as_tensor(indices),
+        4,
+        semantics,
+        rows_per_token=rows,
+        columns_per_block=4,
+        complete=True,
     )
     assert found is not None and found.left_out.sum(1).tolist() == [1, 2]
     kind = getattr(torch, dtype)
@@ -647,16 +651,6 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
         array = gradient.double().numpy()
         assert_within(name, array[left_out], wanted[left_out], bound[left_out])
         assert (array[~left_out] == 0).all()
-
-
-def test_tables_of_many_sizes_are_graphs_of_their_own() -> None:
-    """More than dynamo's limit of 8 for one graph."""
-    q, k, v = (torch.randn(2, heads, 3, 16) for heads in (8, 2, 2))
-    indices = torch.zeros(2, 2, 3, 1, dtype=torch.int64)
-    with torch._dynamo.config.patch(recompile_limit=1), pytest.MonkeyPatch.context() as patch:
-        for least in (2**10, 2**11):
-            patch.setattr(block_lists, "LEAST_TABLE", least)
-            nsa_fast.fine_attention(q, k, v, indices, selection_block_size=5, backend="compiled")
 
 
 # --- compression ----------------------------------------------------------------------------------
