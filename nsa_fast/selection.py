@@ -40,6 +40,7 @@ class _Sizes(NamedTuple):
     kv_len: int
     size: int
     stride: int
+    windows: int
     block: int
     blocks: int
     initial: int
@@ -91,12 +92,17 @@ def select_blocks(
     """
     if not isinstance(semantics, Semantics):
         raise TypeError(f"semantics={semantics!r} must be a nsa_ref.Semantics.")
+    kv_len = check_length("kv_len", kv_len)
+    size = check_size("compress_block_size", compress_block_size, 1)
+    stride = check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1)
+    block = check_size("selection_block_size", selection_block_size, 1)
     sizes = _Sizes(
-        kv_len=check_length("kv_len", kv_len),
-        size=check_size("compress_block_size", compress_block_size, 1),
-        stride=check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1),
-        block=check_size("selection_block_size", selection_block_size, 1),
-        blocks=-(-kv_len // selection_block_size),
+        kv_len=kv_len,
+        size=size,
+        stride=stride,
+        windows=num_compress_blocks(kv_len, size, stride, semantics),
+        block=block,
+        blocks=-(-kv_len // block),
         initial=check_size("num_initial_blocks", num_initial_blocks, 0),
         local=check_size("num_local_blocks", num_local_blocks, 0),
     )
@@ -108,8 +114,7 @@ def select_blocks(
     batch, q_heads, q_len, head_dim = q.shape
     check_size("the last axis of q", head_dim, 1)
     factor = default_scale(scale, q)
-    windows = num_compress_blocks(kv_len, sizes.size, sizes.stride, semantics)
-    check_tensor("k_cmp", k_cmp, (batch, "kv_heads", windows, head_dim))
+    check_tensor("k_cmp", k_cmp, (batch, "kv_heads", sizes.windows, head_dim))
     kv_heads = k_cmp.shape[1]
     check_group(q_heads, kv_heads)
     if mem_k is None:
@@ -126,13 +131,17 @@ def select_blocks(
     memory = mem_k.shape[2]
     with without_autocast(q.device):
         for rows in chunks(q, max(columns.shape[-1], sizes.blocks)):
-            position = torch.arange(rows.start, rows.stop, device=q.device) + (kv_len - q_len)
-            needed = memory + _needed(rows.stop - 1 + kv_len - q_len, windows, sizes, semantics)
+            first, last = rows.start + kv_len - q_len, rows.stop - 1 + kv_len - q_len
+            blocks, windows = _within_reach(last, sizes, semantics)
+            if blocks == 0:
+                continue
+            position = torch.arange(first, last + 1, device=q.device)
+            needed = memory + windows
             part = q[:, :, rows].to(dtype).reshape(batch, kv_heads, -1, head_dim)
             logits = (part @ columns[..., :needed]).mul_(factor)
             # (batch, heads, heads that share, rows, memory and windows)
             logits = logits.view(batch, heads, q_heads // heads, len(position), needed)
-            best = _best(logits, position, memory, sizes, semantics, n)
+            best = _best(logits, position, first, memory, blocks, sizes, semantics, n)
             chosen[:, :, rows, : best.shape[-1]] = best
     return chosen
 
@@ -146,24 +155,46 @@ def chunks(q: Tensor, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, q_len))
 
 
-def _needed(position: int, windows: int, sizes: _Sizes, semantics: Semantics) -> int:
-    """Windows that a query up to `position` can see, where invisible ones need no score."""
-    if not semantics.causal or semantics.importance != "overlap":
-        return windows
+def _within_reach(position: int, sizes: _Sizes, semantics: Semantics) -> tuple[int, int]:
+    """Blocks that a query up to `position` can choose, and the windows that score them.
+
+    All others are left out of everything: half of the work where nothing lies ahead.
+    """
+    if not semantics.causal:
+        return sizes.blocks, sizes.windows
+    blocks = min(sizes.blocks, max(0, position // sizes.block + 1))
+    if semantics.importance == "overlap":
+        return blocks, _num_visible(position, sizes, semantics)
+    return blocks, min(sizes.windows, blocks * (sizes.block // sizes.stride))
+
+
+def _num_visible(position: int, sizes: _Sizes, semantics: Semantics) -> int:
+    """Windows that a query at `position` sees, the first ones, if causal (C2)."""
     ended = position + (0 if semantics.compress_strict else 1) - _first_end(sizes, semantics)
-    return min(windows, max(0, -(-ended // sizes.stride)))
+    return min(sizes.windows, max(0, -(-ended // sizes.stride)))
 
 
 def _best(
-    logits: Tensor, position: Tensor, memory: int, sizes: _Sizes, semantics: Semantics, n: int
+    logits: Tensor,
+    position: Tensor,
+    first: int,
+    memory: int,
+    blocks: int,
+    sizes: _Sizes,
+    semantics: Semantics,
+    n: int,
 ) -> Tensor:
-    """I4 to I6 for some rows: (batch, heads, rows, at most n), -1 in unused slots."""
-    candidates, forced = _candidates(position, logits.shape[-1] - memory, sizes, semantics)
-    visible = _visible(position, logits.shape[-1] - memory, sizes, semantics)
+    """I4 to I6 for the rows from p = first on: (batch, heads, rows, at most n), -1 if unused."""
+    candidates, forced = _candidates(position, blocks, sizes, semantics)
+    # the columns before are visible to all rows: most of them, and so many fewer to mask
+    shown = _num_visible(first, sizes, semantics) if semantics.causal else 0
+    visible = _visible(position, slice(shown, logits.shape[-1] - memory), sizes, semantics)
     if semantics.importance == "overlap":
-        scores = _overlap_scores(logits, visible, memory, sizes, semantics)
+        logits[..., memory + shown :].masked_fill_(~visible, -torch.inf)
+        scores = _overlap_scores(logits, memory, blocks, sizes, semantics)
         quantity, forced_rank = scores, torch.tensor(semantics.forced_score, dtype=scores.dtype)
     else:
+        visible = F.pad(visible, (shown, 0), value=True)
         scores = _logit_means(logits[..., memory:], visible, candidates, sizes)
         padded = F.pad(scores, (1, 0), value=PAD_LOGIT)
         quantity = padded.softmax(dim=-1)[..., 1:]
@@ -176,7 +207,7 @@ def _best(
     # candidates stand before all others, whatever their scores: -inf becomes the least number
     ranked = ranked.nan_to_num(nan=torch.inf)
     ranked = torch.where(candidates, ranked, -torch.inf)
-    best = _highest(ranked, min(n, sizes.blocks))
+    best = _highest(ranked, min(n, blocks))
     valid = candidates.expand_as(ranked).gather(-1, best)
     if semantics.score_floor is not None:
         valid = valid & (quantity.gather(-1, best) > semantics.score_floor)
@@ -199,18 +230,18 @@ def _highest(scores: Tensor, n: int) -> Tensor:
 
 
 def _candidates(
-    position: Tensor, windows: int, sizes: _Sizes, semantics: Semantics
+    position: Tensor, blocks: int, sizes: _Sizes, semantics: Semantics
 ) -> tuple[Tensor, Tensor]:
     """Which blocks may be chosen, and which of them are forced: bool (rows, blocks)."""
-    block = torch.arange(sizes.blocks, device=position.device)
+    block = torch.arange(blocks, device=position.device)
     own = (position // sizes.block)[:, None]
-    candidates = torch.ones((len(position), sizes.blocks), dtype=torch.bool, device=block.device)
+    candidates = torch.ones((len(position), blocks), dtype=torch.bool, device=block.device)
     if semantics.causal:
         candidates = block * sizes.block <= position[:, None]
     own_excluded = semantics.causal and semantics.own_block_extra
     if semantics.importance == "logit_mean":
         strides = sizes.block // sizes.stride
-        candidates = candidates & (block < windows // strides)  # complete ones only
+        candidates = candidates & (block < sizes.windows // strides)  # complete ones only
         own_excluded = own_excluded or strides != 1
     if own_excluded:
         candidates = candidates & (block != own)
@@ -220,11 +251,11 @@ def _candidates(
     return candidates, candidates & ((block < sizes.initial) | local)
 
 
-def _visible(position: Tensor, windows: int, sizes: _Sizes, semantics: Semantics) -> Tensor:
+def _visible(position: Tensor, windows: slice, sizes: _Sizes, semantics: Semantics) -> Tensor:
     """C2: bool (rows, windows)."""
     if not semantics.causal:
-        return (position >= 0)[:, None].expand(-1, windows)
-    last = torch.arange(windows, device=position.device) * sizes.stride
+        return (position >= 0)[:, None].expand(-1, windows.stop - windows.start)
+    last = torch.arange(windows.start, windows.stop, device=position.device) * sizes.stride
     last = last + _first_end(sizes, semantics)
     return last < position[:, None] if semantics.compress_strict else last <= position[:, None]
 
@@ -235,11 +266,10 @@ def _first_end(sizes: _Sizes, semantics: Semantics) -> int:
 
 
 def _overlap_scores(
-    logits: Tensor, visible: Tensor, memory: int, sizes: _Sizes, semantics: Semantics
+    logits: Tensor, memory: int, blocks: int, sizes: _Sizes, semantics: Semantics
 ) -> Tensor:
     """Eq. 8 to 10: (batch, heads, rows, blocks). Overwrites the logits: they are the largest."""
     windows = logits.shape[-1] - memory
-    logits[..., memory:].masked_fill_(~visible, -torch.inf)
     if logits.shape[-1] > 0:
         largest = logits.amax(dim=-1, keepdim=True)
         logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
@@ -252,19 +282,20 @@ def _overlap_scores(
     # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
     per_block, per_window = sizes.block // sizes.stride, sizes.size // sizes.stride
     before = per_window - 1 if semantics.compress_alignment == "start" else 0
-    total_strides = sizes.blocks * per_block
+    total_strides = blocks * per_block
     after = total_strides + per_window - 1 - before - windows
     padded = F.pad(p_cmp, (before, after))
     over_windows = padded[..., :total_strides].clone()
     for n in range(1, per_window):
         over_windows += padded[..., n : n + total_strides]
-    return over_windows.unflatten(-1, (sizes.blocks, per_block)).sum(dim=-1)
+    return over_windows.unflatten(-1, (blocks, per_block)).sum(dim=-1)
 
 
 def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Sizes) -> Tensor:
     """I3: (batch, heads, rows, blocks), -inf where a block is no candidate."""
     strides = sizes.block // sizes.stride
-    complete = min(logits.shape[-1] // strides, sizes.blocks)
+    blocks = candidates.shape[-1]
+    complete = min(logits.shape[-1] // strides, blocks)
     logits = logits[..., : complete * strides].masked_fill(~visible[:, : complete * strides], 0)
     terms = logits.shape[2] * strides
     total = logits.sum(dim=2).unflatten(-1, (complete, strides)).sum(dim=-1)
@@ -272,7 +303,7 @@ def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Si
     hidden = 1 - shown.to(total.dtype) / strides
     # the share of invisible ones times their logit: the plain sum would overflow
     means = total / terms + hidden * (torch.finfo(total.dtype).min / 10)
-    means = F.pad(means, (0, sizes.blocks - complete), value=-torch.inf)
+    means = F.pad(means, (0, blocks - complete), value=-torch.inf)
     return means.masked_fill(~candidates, -torch.inf)
 
 

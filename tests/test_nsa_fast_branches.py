@@ -846,6 +846,45 @@ def test_selection_in_chunks_is_the_same_and_small(monkeypatch: pytest.MonkeyPat
     assert largest.elements <= 2**19 < q.shape[1] * 2048 * 1023
 
 
+@pytest.mark.parametrize(
+    "preset", [PAPER, LUCIDRAINS, LUCIDRAINS_FLEX], ids=["PAPER", "LUCIDRAINS", "FLEX"]
+)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_chunk_leaves_out_nothing_that_its_rows_can_choose(
+    preset: Semantics, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows or all at once: the same choice, in a prefill, a later part, and before p = 0."""
+    semantics = dataclasses.replace(preset, causal=causal)
+    generator = torch.Generator().manual_seed(0)
+    for q_len, kv_len in ((50, 50), (7, 50), (50, 41), (9, 3)):
+        q = torch.randn(1, 2, q_len, 5, generator=generator, dtype=torch.float64)
+        windows = nsa_fast.pool.num_compress_blocks(kv_len, 4, 2, semantics)
+        k_cmp, mem_k = (
+            torch.randn(1, 1, length, 5, generator=generator, dtype=torch.float64)
+            for length in (windows, 2)
+        )
+        chosen = []
+        for elements in (2**20, rows * 2 * max(windows + 2, -(-kv_len // 6))):
+            monkeypatch.setattr(selection, "CPU_CHUNK_ELEMENTS", elements)
+            chosen.append(
+                nsa_fast.select_blocks(
+                    q,
+                    k_cmp,
+                    mem_k,
+                    kv_len=kv_len,
+                    compress_block_size=4,
+                    compress_block_sliding_stride=2,
+                    selection_block_size=6,
+                    num_selected_blocks=2,
+                    num_initial_blocks=0,
+                    num_local_blocks=0,
+                    semantics=semantics,
+                )
+            )
+        assert torch.equal(*chosen)
+
+
 def test_selection_refuses_strides_that_do_not_divide() -> None:
     sizes: dict[str, Any] = {"kv_len": 8, "num_selected_blocks": 1}
     q, k_cmp = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 3, 4)
