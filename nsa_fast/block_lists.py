@@ -40,8 +40,8 @@ class BlockLists(NamedTuple):
     """Partial and full blocks of every row block.
 
     num_blocks, full_num_blocks : int32 (batch, heads, row blocks)
-    indices, full_indices : int32 (batch, heads, row blocks, slots); the same slots for both, but
-        in transposes where OWN_STRIDES
+    indices, full_indices : int32 (batch, heads, row blocks, slots); where OWN_STRIDES, each with
+        slots of its own, and full_indices may be one list for all rows (`_shared`)
     """
 
     num_blocks: Tensor
@@ -111,9 +111,12 @@ def transposed(lists: BlockLists, columns: int, left_out: Tensor | None = None) 
     left_out : bool (batch, columns), column blocks with an empty list
     """
     num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns, left_out)
-    full_num_blocks, full_indices = _transposed(
-        lists.full_num_blocks, lists.full_indices, columns, left_out
-    )
+    if lists.full_indices.stride(2) == 0 and left_out is None:
+        full_num_blocks, full_indices = _transposed_shared(lists.full_num_blocks, columns)
+    else:
+        full_num_blocks, full_indices = _transposed(
+            lists.full_num_blocks, lists.full_indices, columns, left_out
+        )
     if not OWN_STRIDES:
         # one list may be as wide as there are row blocks and the other 1: this can double them
         slots = max(indices.shape[-1], full_indices.shape[-1])
@@ -141,6 +144,29 @@ def _transposed(
         counts.to(torch.int32).view(batch, heads, columns),
         out.view(batch, heads, columns, out.shape[1]),
     )
+
+
+def _shared(indices: Tensor, rows: int) -> Tensor:
+    """One list (slots,) as that of `rows` rows, each of which walks its beginning: stored once.
+
+    Not expanded, which would make it a view: graphs are guarded on what a view is of.
+    """
+    slots = len(indices)
+    shared = torch.empty_strided(
+        (1, 1, rows, slots), (0, 0, 0, 1), dtype=torch.int32, device=indices.device
+    )
+    shared[0, 0, 0] = indices
+    return shared
+
+
+def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of 0, 1, 2, ... for all rows: column c is named by the rows that walk more than c.
+
+    These come first in the order of descending numbers, whatever c: again one list for all.
+    """
+    numbers, order = num_blocks.flatten().sort(descending=True, stable=True)
+    longer = torch.bincount(numbers, minlength=columns + 1).flip(0).cumsum(0).flip(0)
+    return longer[None, None, 1 : columns + 1].to(torch.int32), _shared(order, columns)
 
 
 def _used(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -209,12 +235,16 @@ def interval_lists(
     kv_len: int,
     kv_block_size: int,
     slots: int,
+    partial_slots: int,
+    from_first: bool = False,
 ) -> BlockLists:
     """Lists of a mask whose rows each see one interval of columns, which moves with the row.
 
     some : [start, stop) of the columns that at least one row of the block sees, int64 (row blocks,)
     every : [start, stop) of those that all rows of the block see
-    slots : the most blocks that `some` can touch
+    slots, partial_slots : the most blocks that `some` can touch, and that are not whole
+    from_first : every interval begins at column 0, so that full blocks are the beginning of a list
+        of all, which need be stored once
     returns : lists of shape (1, 1, row blocks[, slots])
     """
     size, blocks = kv_block_size, count_blocks(kv_len, kv_block_size)
@@ -229,16 +259,20 @@ def interval_lists(
     full = full_stop - full_first
 
     slot = torch.arange(slots, device=first.device)
-    partial_indices = first[:, None] + slot  # up to the full blocks, then on behind them
+    if not OWN_STRIDES:
+        from_first, partial_slots = False, slots
+    partial_slot = slot[:partial_slots]
+    partial_indices = first[:, None] + partial_slot  # up to the full blocks, then on behind them
     partial_indices = torch.where(
         partial_indices < full_first[:, None], partial_indices, partial_indices + full[:, None]
     )
     partial = stop - first - full
+    lists = _filled(partial[None, None], partial_indices[None, None])
+    if from_first:
+        whole_blocks = _shared(torch.arange(blocks, device=slot.device), len(full))
+        return BlockLists(*lists, full.to(torch.int32)[None, None], whole_blocks)
     full_indices = full_first[:, None] + slot
-    return BlockLists(
-        *_filled(partial[None, None], partial_indices[None, None]),
-        *_filled(full[None, None], full_indices[None, None]),
-    )
+    return BlockLists(*lists, *_filled(full[None, None], full_indices[None, None]))
 
 
 def _filled(num_blocks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ def sliding_block_mask(
         kv_len=kv_len,
         kv_block_size=block_size[1],
         slots=min(columns, -(-reach // block_size[1]) + 1),
+        partial_slots=min(columns, -(-reach // block_size[1]) + 1),
     )
     mask_mod = mask_mods.sliding_mask_mod(
         f"sliding_{sliding_window_size}",
@@ -99,13 +100,17 @@ def compress_block_mask(
         ended = ((position + ahead - first_end) // stride + 1).clamp(0, num_blocks)
         return torch.where(real, num_mem_kv + torch.where(position >= 0, ended, 0), 0)
 
-    start = torch.zeros_like(first)
+    start, blocks = torch.zeros_like(first), count_blocks(columns, block_size[1])
+    # columns by which the rows of a block can differ
+    moved = block_size[0] // stride + 1 if causal else num_blocks if offset < 0 else 0
     lists = block_lists.interval_lists(
         (start, stop(last)),
         (start, stop(first)),
         kv_len=columns,
         kv_block_size=block_size[1],
-        slots=count_blocks(columns, block_size[1]),
+        slots=blocks,
+        partial_slots=min(blocks, -(-moved // block_size[1]) + 1),
+        from_first=True,
     )
     mask_mod = mask_mods.compress_mask_mod(
         f"compress_{stride}_mem_{num_mem_kv}",

@@ -88,8 +88,10 @@ def assert_lists(
             indices = getattr(block_mask, f"{kind}{side}_indices")
             assert numbers.dtype == indices.dtype == torch.int32
             assert numbers.shape == (batch, heads, size)
-            assert numbers.is_contiguous() and indices.is_contiguous()
-            if side == "kv" or not block_lists.OWN_STRIDES:
+            # one list whose beginning all walk has no order of its own, and is stored once
+            shared = bool(kind) and block_lists.OWN_STRIDES and indices.stride(2) == 0
+            assert numbers.is_contiguous() and (shared or indices.is_contiguous())
+            if not block_lists.OWN_STRIDES:
                 # 2.11 reads the full lists by the strides of the partial ones
                 assert indices.shape == getattr(block_mask, f"{side}_indices").shape
             # the Triton kernels load the first entry even of an empty list
@@ -97,6 +99,8 @@ def assert_lists(
             assert indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < other
             for b, h, i in np.ndindex(batch, heads, size):
                 found = indices[b, h, i, : int(numbers[b, h, i])].tolist()
+                if shared:
+                    found.sort()
                 if side == "kv":
                     assert found == wanted.get((b, h, i), [])
                 elif crowded is not None and crowded.left_out[b, i]:
@@ -134,6 +138,7 @@ def test_sliding_masks_of_any_size_and_block_size(
     st.integers(0, 3),
     st.sampled_from(SEMANTICS),
     BLOCK_SIZES,
+    st.booleans(),
 )
 def test_compress_masks_of_any_size_and_block_size(
     q_len: int,
@@ -143,14 +148,16 @@ def test_compress_masks_of_any_size_and_block_size(
     memory: int,
     semantics: Semantics,
     block_size: tuple[int, int],
+    own_strides: bool,
 ) -> None:
     expected = nsa_ref.masks.compress_mask(q_len, kv_len, size, stride, memory, semantics)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(branches, "token_block_size", lambda device: block_size)
+        patch.setattr(block_lists, "OWN_STRIDES", own_strides)
         block_mask = branches.compress_branch_mask(
             q_len, kv_len, size, stride, memory, semantics, device=CPU
         )
-    assert_reads(block_mask, expected)
+        assert_reads(block_mask, expected)
 
 
 @FEW
@@ -380,7 +387,8 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(item, torch.Tensor):
-                self.elements = max(self.elements, item.numel())
+                stored = item.untyped_storage().nbytes() // item.element_size()
+                self.elements = max(self.elements, stored)
         return result
 
 
@@ -411,6 +419,21 @@ def test_sliding_lists_of_a_million_tokens_are_as_wide_as_the_window() -> None:
     assert block_mask.kv_indices.shape[2:] == (tokens // 128, 6)
     # finding the entries of a list takes four indices each
     assert largest.elements <= 4 * block_mask.kv_indices.numel() < 2 * tokens
+
+
+@pytest.mark.skipif(not block_lists.OWN_STRIDES, reason="lists with strides of their own")
+@pytest.mark.parametrize("num_mem_kv", [0, 200])
+def test_compress_lists_of_a_million_tokens_grow_with_the_tokens(num_mem_kv: int) -> None:
+    """What all rows walk the beginning of is stored once, and the rest is as narrow as a window."""
+    tokens = 2**20
+    with Largest() as largest:
+        block_mask = branches.compress_branch_mask(
+            tokens, tokens, 32, 16, num_mem_kv, PAPER, device=torch.device("cpu")
+        )
+    rows, _ = branches.token_block_size(torch.device("cpu"))
+    assert largest.elements <= 8 * tokens // rows
+    assert block_mask.full_kv_indices is not None
+    assert block_mask.full_kv_indices.shape[3] == -(-(num_mem_kv + tokens // 16 - 1) // 16)
 
 
 def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:
