@@ -140,8 +140,14 @@ class Layer:
         """Under which name `_project` leaves a branch's keys ("k") or values ("v")."""
         if self.semantics.kv_per_branch:
             return f"{kind}_{branch}"
-        rotated = kind == "k" and branch != "compress" and self.semantics.rotary != "none"
+        rotated = kind == "k" and self.turns_tokens(branch)
         return "k_rotated" if rotated else kind
+
+    def turns_tokens(self, branch: str) -> bool:
+        """Whether a branch, or the pooling before it, reads keys that are turned token by token."""
+        if branch == "compress":
+            return self.semantics.rotary == "before_pooling"
+        return self.semantics.rotary != "none"
 
 
 def native_sparse_attention(
@@ -171,8 +177,9 @@ def native_sparse_attention(
     ::
 
         h            = x, or x / sqrt(mean x^2 + 2^-23) * norm.weight with input_norm
-        q, k, v      = h W^T, by heads; of fine and sliding rotated at their position, as
-                       semantics.rotary says
+        q, k, v      = h W^T, by heads; q and k rotated at their position, as semantics.rotary says:
+                       of fine and sliding; of compress too, pooled k where its window starts
+                       ("all"), or k of every token before it is pooled ("before_pooling")
         k_cmp, v_cmp = pool(k of compress), pool(v of compress)
         out          = sum over compress, fine, sliding of sigmoid(h Wg^T + bg) * Attn        eq. 5
         returns        out, or out to_out^T with output_projection
@@ -327,15 +334,18 @@ def _project(
 
     q = heads("to_q", layer.q_heads)
     q_rotated = q if rotary == "none" else rotate(q, position)
-    tokens = {"q": q_rotated if rotary == "all" else q, "q_rotated": q_rotated}
+    everywhere = rotary in ("all", "before_pooling")
+    tokens = {"q": q_rotated if everywhere else q, "q_rotated": q_rotated}
     for kind in ("k", "v"):
         for branch in BRANCHES:
             name = layer.name(kind, branch)
             if name in tokens:
                 continue
-            again = name == "k_rotated"
-            projected = tokens["k"] if again else heads(f"to_{name}", layer.kv_heads)
-            if kind == "k" and branch != "compress" and rotary != "none":
+            if name == "k_rotated" and "k" in tokens:
+                projected = tokens["k"]
+            else:
+                projected = heads(f"to_{name.removesuffix('_rotated')}", layer.kv_heads)
+            if kind == "k" and layer.turns_tokens(branch):
                 projected = rotate(projected, position)
             tokens[name] = projected
     return tokens
@@ -509,9 +519,10 @@ def weight_shapes(layer: Layer) -> dict[str, tuple[int | str, ...]]:
             shapes[f"to_{kind}{suffix}.weight"] = (layer.kv_heads * dim, "model_dim")
         shapes[f"mem_{kind}"] = (layer.kv_heads, "num_mem_kv", dim)
         shapes[f"compress_{kind}.positions"] = (layer.kv_heads, size, dim)
+        per_head = (layer.kv_heads,) if layer.compress_map == "linear_per_head" else ()
         of_map: dict[str, tuple[int | str, ...]] = {
-            "weight": (dim, size * dim),
-            "bias": (dim,),
+            "weight": (*per_head, dim, size * dim),
+            "bias": (*per_head, dim),
             "weight_in": ("hidden", size * dim),
             "bias_in": ("hidden",),
             "weight_out": (dim, "hidden"),

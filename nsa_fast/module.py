@@ -36,8 +36,8 @@ class NativeSparseAttention(nn.Module):
         a head of q and k
     value_dim : channels of a head of v; default head_dim
     compress_block_size, compress_block_sliding_stride : l and d, in tokens
-    compress_map, compress_positions : "mean", "linear" or "mlp" from a window to one key; whether
-        each place in a window has a vector of its own that is added first
+    compress_map, compress_positions : "mean", "linear", "linear_per_head" or "mlp" from a window to
+        one key; whether each place in a window has a vector of its own that is added first
     selection_block_size, num_selected_blocks : l' in tokens, and n
     num_initial_blocks, num_local_blocks : blocks that are always among the n (I4)
     sliding_window_size : w, in tokens
@@ -156,6 +156,8 @@ class _CompressMap(nn.Module):
             shapes["positions"] = (layer.kv_heads, size, dim)
         if layer.compress_map == "linear":
             shapes |= {"weight": (dim, flat), "bias": (dim,)}
+        if layer.compress_map == "linear_per_head":
+            shapes |= {"weight": (layer.kv_heads, dim, flat), "bias": (layer.kv_heads, dim)}
         if layer.compress_map == "mlp":
             shapes |= {"weight_in": (flat, flat), "bias_in": (flat,)}
             shapes |= {"weight_out": (dim, flat), "bias_out": (dim,)}

@@ -15,6 +15,7 @@ from nsa_ref.semantics import PAPER, Semantics
 MAP_WEIGHTS: dict[str, tuple[str, ...]] = {
     "mean": (),
     "linear": ("weight", "bias"),
+    "linear_per_head": ("weight", "bias"),
     "mlp": ("weight_in", "bias_in", "weight_out", "bias_out"),
 }
 
@@ -46,17 +47,19 @@ def compress_pool(
 
     ::
 
-        X      = the window's tokens, zeros left of token 0, plus positions if there are any
-        mean     sum of X over the window / l; accumulated in float32 for smaller dtypes
-        linear   weight flat(X) + bias                            flat: (token, dim) -> l dim
-        mlp      weight_out relu(weight_in flat(X) + bias_in) + bias_out
+        X               = the window's tokens, zeros left of token 0, plus positions if any
+        mean              sum of X over the window / l; accumulated in float32 for smaller dtypes
+        linear            weight flat(X) + bias                   flat: (token, dim) -> l dim
+        linear_per_head   the same, with weight and bias of the kv head
+        mlp               weight_out relu(weight_in flat(X) + bias_in) + bias_out
 
     Shapes
     ------
     x : (batch, kv_heads, kv_len, dim)
     weights : "positions" (kv_heads, l, dim), optional; linear: "weight" (dim, l dim), "bias"
-        (dim,); mlp: "weight_in" (hidden, l dim), "bias_in" (hidden,), "weight_out" (dim, hidden),
-        "bias_out" (dim,)
+        (dim,); linear_per_head: "weight" (kv_heads, dim, l dim), "bias" (kv_heads, dim); mlp:
+        "weight_in" (hidden, l dim), "bias_in" (hidden,), "weight_out" (dim, hidden), "bias_out"
+        (dim,)
     returns : (batch, kv_heads, blocks, dim), in the dtype of x, under torch.autocast as well;
         differentiable
 
@@ -95,6 +98,11 @@ def _pooled(
     flat = windows.flatten(-2)
     if compress_map == "linear":
         return F.linear(flat, weights["weight"], weights["bias"])
+    if compress_map == "linear_per_head":
+        # the batch joins the rows: one product for each head, and one sum for its gradient
+        rows = flat.transpose(0, 1).flatten(1, 2)
+        out = torch.baddbmm(weights["bias"][:, None], rows, weights["weight"].mT)
+        return out.unflatten(1, (flat.shape[0], flat.shape[2])).transpose(0, 1)
     inner = F.relu(F.linear(flat, weights["weight_in"], weights["bias_in"]))
     return F.linear(inner, weights["weight_out"], weights["bias_out"])
 
@@ -126,10 +134,11 @@ def _checked_weights(
     if compress_map == "mlp":
         first = check_tensor("weights['weight_in']", weights["weight_in"], ("hidden", flat))
         hidden = first.shape[0]
+    per_head = (heads,) if compress_map == "linear_per_head" else ()
     shapes: dict[str, tuple[int | str, ...]] = {
         "positions": (heads, size, dim),
-        "weight": (dim, flat),
-        "bias": (dim,),
+        "weight": (*per_head, dim, flat),
+        "bias": (*per_head, dim),
         "weight_in": (hidden, flat),
         "bias_in": (hidden,),
         "weight_out": (dim, hidden),

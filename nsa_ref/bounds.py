@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ LAMBDA = 6.0  # standard bounds in the statistical form
 KEYS_PER_BLOCK = 16  # the smallest key block of a flash kernel: one rescaling per block
 LARGEST_EXPONENT = 200.0  # exp() beyond this is "anything": caps below it always win
 FORMS = ("deterministic", "statistical", "shared")
-MAPS = ("mean", "linear", "mlp")
+MAPS = ("mean", "linear", "linear_per_head", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1003,14 +1003,16 @@ def pool_bounds(
     A layer Y -> Y W^T + b whose input is off by dY is off by ``|dY| |W|^T`` and by its own
     ``acc(n) |Y| |W|^T``; every intermediate result may be stored in the dtype. A ReLU passes errors
     on as they are; in the backward pass, a hidden unit that lies within its error of 0 may count
-    as on or off.
+    as on or off. Weights of one head may be multiplied with each batch entry by itself: their
+    gradient is then stored for every entry before it is added up.
 
     Shapes
     ------
     x : (batch, kv_heads, kv_len, dim), already rounded to the kernel's dtype
     weights : "positions" (kv_heads, l, dim), optional; for "linear" "weight" (dim, l * dim) and
-        "bias" (dim,); for "mlp" "weight_in" (hidden, l * dim), "bias_in", "weight_out"
-        (dim, hidden), "bias_out"; windows are flattened token by token
+        "bias" (dim,), for "linear_per_head" the same with (kv_heads, ...); for "mlp" "weight_in"
+        (hidden, l * dim), "bias_in", "weight_out" (dim, hidden), "bias_out"; windows are flattened
+        token by token
     d_out : (batch, kv_heads, blocks, dim)
     returns : PoolBounds; dx and dweights (the keys of weights) are None without d_out
 
@@ -1062,6 +1064,7 @@ def _check_pool_weights(
     maps: dict[str, dict[str, tuple[int | str, ...]]] = {
         "mean": {},
         "linear": {"weight": (dim, length * dim), "bias": (dim,)},
+        "linear_per_head": {"weight": (kv_heads, dim, length * dim), "bias": (kv_heads, dim)},
         "mlp": {
             "weight_in": ("hidden", length * dim),
             "bias_in": (hidden,),
@@ -1136,6 +1139,21 @@ def _weight_gradient(g: _Layer, y: _Layer, row: Numerics) -> Array:
     return _final(_stored(g.value.T @ y.value, error, row), row)
 
 
+def _head_weight_gradient(g: _Layer, y: _Layer, row: Numerics) -> Array:
+    """Bound of `_weight_gradient` where each batch entry's part may be stored before the sum.
+
+    g : (batch, rows, out), y : (batch, rows, in)
+    """
+    g_t, size_t = np.swapaxes(g.value, 1, 2), np.swapaxes(g.size, 1, 2)
+    batch, n = g.value.shape[:2]
+    error = np.swapaxes(g.error, 1, 2) @ y.size + np.abs(g_t) @ y.error
+    error += (row.accumulate(batch * n) + row.u_operands) * (size_t @ y.size)
+    error += n * row.eta_accumulate
+    parts = _stored(g_t @ y.value, error, row)
+    value, stored = parts.value.sum(axis=0), parts.error.sum(axis=0)
+    return _final(_stored(value, stored, row), row)
+
+
 def _sum_gradient(g: _Layer, axes: tuple[int, ...], row: Numerics) -> Array:
     """Bound of a plain sum of g over `axes`: biases and positions."""
     n = math.prod(g.value.shape[axis] for axis in axes)
@@ -1146,6 +1164,15 @@ def _sum_gradient(g: _Layer, axes: tuple[int, ...], row: Numerics) -> Array:
 
 def _final(result: _Layer, row: Numerics) -> Array:
     return _overflow(result.value, result.error, row)
+
+
+def _one_head(y: _Layer, head: int) -> _Layer:
+    return y.map(lambda part: part[:, head])
+
+
+def _all_heads(parts: Iterable[_Layer]) -> _Layer:
+    """The inverse of `_one_head`, for every head."""
+    return _Layer(*(np.stack(arrays, axis=1) for arrays in zip(*parts)))
 
 
 class _Pool(NamedTuple):
@@ -1187,6 +1214,10 @@ def _pool(
         out = _stored(summed.value / length, error / length, row)
     elif compress_map == "linear":
         out = _affine(flat, w["weight"], w.get("bias"), row)
+    elif compress_map == "linear_per_head":
+        out = _all_heads(
+            _affine(_one_head(flat, h), w["weight"][h], w["bias"][h], row) for h in range(kv_heads)
+        )
     else:
         before = _affine(flat, w["weight_in"], w.get("bias_in"), row)
         # |relu(a) - relu(b)| <= |a - b|
@@ -1199,6 +1230,12 @@ def _pool(
     if compress_map == "mean":
         share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
         dy = _stored(share.value, share.error + 2.0 * row.u_elementwise * share.size, row)
+    elif compress_map == "linear_per_head":
+        heads = [(_one_head(g, h), _one_head(flat, h), w["weight"][h]) for h in range(kv_heads)]
+        dweights["weight"] = np.stack([_head_weight_gradient(d, y, row) for d, y, _ in heads])
+        dweights["bias"] = _sum_gradient(g, (0, 2), row)
+        dflat = _all_heads(_product(d, weight, row) for d, _, weight in heads)
+        dy = dflat.map(lambda part: part.reshape(y.value.shape))
     else:
         if compress_map == "mlp":
             assert hidden is not None

@@ -13,7 +13,7 @@ import numpy as np
 from nsa_ref.attention import as_float64
 from nsa_ref.checks import check_at_least, check_bool, check_one_of, check_shape
 
-COMPRESS_MAPS = ("mean", "linear", "mlp")
+COMPRESS_MAPS = ("mean", "linear", "linear_per_head", "mlp")
 
 
 def num_compress_blocks(
@@ -88,11 +88,12 @@ def pool_weight_shapes(
 
     ::
 
-        positions    (kv_heads, l, dim)      only with compress_positions
-        linear       weight (dim, l dim), bias (dim,)
-        mlp          weight_in (hidden, l dim), bias_in (hidden,), weight_out (dim, hidden),
-                     bias_out (dim,), with hidden = l dim (upstream's expand factor of 1)
-        mean         none
+        positions         (kv_heads, l, dim)      only with compress_positions
+        mean              none
+        linear            weight (dim, l dim), bias (dim,)
+        linear_per_head   weight (kv_heads, dim, l dim), bias (kv_heads, dim)
+        mlp               weight_in (hidden, l dim), bias_in (hidden,), weight_out (dim, hidden),
+                          bias_out (dim,), with hidden = l dim (upstream's expand factor of 1)
 
     Raises
     ------
@@ -116,6 +117,9 @@ def pool_weight_shapes(
     if compress_map == "linear":
         shapes["weight"] = (dim, flat)
         shapes["bias"] = (dim,)
+    if compress_map == "linear_per_head":
+        shapes["weight"] = (kv_heads, dim, flat)
+        shapes["bias"] = (kv_heads, dim)
     if compress_map == "mlp":
         shapes["weight_in"] = (hidden, flat)
         shapes["bias_in"] = (hidden,)
@@ -138,12 +142,14 @@ def pool(
     ::
 
         X    = the l tokens of the window, zeros left of token 0, plus positions if there are any
-        mean     y = sum_r X_r / l         by l also where the window sticks out: zeros count
-        linear   y = weight flat(X) + bias
-        mlp      y = weight_out relu(weight_in flat(X) + bias_in) + bias_out
+        mean              y = sum_r X_r / l    by l also where the window sticks out: zeros count
+        linear            y = weight flat(X) + bias
+        linear_per_head   y = weight_h flat(X) + bias_h        a map of its own for kv head h
+        mlp               y = weight_out relu(weight_in flat(X) + bias_in) + bias_out
 
-    flat is token-major: (token, dim) -> l dim. The heads share all weights but the positions.
-    Keys and values are pooled by two calls, each with weights of its own.
+    flat is token-major: (token, dim) -> l dim. The heads share the weights of all maps but
+    linear_per_head, and never the positions. Keys and values are pooled by two calls, each with
+    weights of its own.
 
     Shapes
     ------
@@ -158,7 +164,8 @@ def pool(
 
     Source
     ------
-    C1, C4; arXiv 2502.11089, eq. 7
+    C1, C4; arXiv 2502.11089, eq. 7. linear_per_head is ``linear_compress`` of
+    XunhaoLai/native-sparse-attention-triton, whose weight is (kv_heads, l dim, dim) and has no bias
     """
     x, weights = _checked(x, weights, compress_block_size, compress_map)
     batch, kv_heads, kv_len, dim = x.shape
@@ -174,6 +181,8 @@ def pool(
                 out[b, h, i] = X.sum(axis=0) / compress_block_size
             elif compress_map == "linear":
                 out[b, h, i] = weights["weight"] @ X.ravel() + weights["bias"]
+            elif compress_map == "linear_per_head":
+                out[b, h, i] = weights["weight"][h] @ X.ravel() + weights["bias"][h]
             else:
                 inner = weights["weight_in"] @ X.ravel() + weights["bias_in"]
                 active = np.where(inner.real > 0, inner, 0)
@@ -197,6 +206,7 @@ def pool_vjp(
 
         mean     dX_r = dy / l
         linear   dflat = weight^T dy           dweight = dy flat^T           dbias = dy
+                 linear_per_head the same, with the head's own weight and bias
         mlp      dinner = [inner > 0] weight_out^T dy     (the gradient of ReLU at 0 is 0)
                  dweight_out = dy relu(inner)^T           dbias_out = dy
                  dweight_in = dinner flat^T               dbias_in = dinner
@@ -238,6 +248,10 @@ def pool_vjp(
                 dX = (weights["weight"].T @ dy).reshape(X.shape)
                 dweights["weight"] += np.outer(dy, X.ravel())
                 dweights["bias"] += dy
+            elif compress_map == "linear_per_head":
+                dX = (weights["weight"][h].T @ dy).reshape(X.shape)
+                dweights["weight"][h] += np.outer(dy, X.ravel())
+                dweights["bias"][h] += dy
             else:
                 inner = weights["weight_in"] @ X.ravel() + weights["bias_in"]
                 active = np.where(inner.real > 0, inner, 0)

@@ -213,8 +213,16 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _turns(semantics: Semantics, branch: str) -> bool:
     """Whether a branch's q and k are rotated (G2)."""
     if branch == "compress":
-        return semantics.rotary == "all"
+        return semantics.rotary in ("all", "before_pooling")
     return semantics.rotary != "none"
+
+
+def _turned_tokens(k: np.ndarray, semantics: Semantics, *, back: bool = False) -> np.ndarray:
+    """The tokens' keys as the compression map reads them (G2); `back`: their gradient as k's."""
+    if semantics.rotary != "before_pooling":
+        return k
+    p = np.arange(k.shape[2])
+    return rotate(k, -p if back else p)
 
 
 class _Branches(NamedTuple):
@@ -291,7 +299,7 @@ def _branches(
 ) -> _Branches:
     """q of the last rows, keys and values of all tokens: rotated, selected, masked.
 
-    k_cmp, v_cmp : the compressed blocks, nothing rotated
+    k_cmp, v_cmp : the compressed blocks, as the compression map leaves them
     """
     batch, q_len, kv_len = q.shape[0], q.shape[2], tokens.k["fine"].shape[2]
     p = np.arange(q_len) + kv_len - q_len
@@ -300,7 +308,7 @@ def _branches(
     for branch in ("fine", "sliding"):
         if _turns(semantics, branch):
             keys[branch] = rotate(keys[branch], np.arange(kv_len))
-    if _turns(semantics, "compress"):
+    if semantics.rotary == "all":
         # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
         i = np.arange(k_cmp.shape[2])
         k_cmp = rotate(k_cmp, i * sizes.compress_block_sliding_stride)
@@ -388,9 +396,11 @@ def layer(
 
         h      = x, or with input_norm x / sqrt(mean x^2 + 2^-23) times norm.weight
         q      = to_q h, k_c = to_k h, v_c = to_v h         one q; k, v for each branch or for all
-        k_cmp  = the compression map over k_compress, v_cmp over v_compress; never of rotated keys
+        k_cmp  = the compression map over k_compress, v_cmp over v_compress
         rotary   "fine_and_sliding": q and k of these two at their positions
-                 "all": the compressed branch too, block i at position i d
+                 "all": the compressed branch too, block i at position i d, once it is pooled
+                 "before_pooling": q and every branch's k at their positions before anything else;
+                 k_cmp is pooled from turned keys, and not turned again
         blocks = top-n by q and k_cmp as the compress branch sees them
         out    = sum over c of sigmoid(gates_c h) * Attn_c(q, k_c, v_c), then to_out
 
@@ -476,7 +486,7 @@ def _of_all_rows(
     semantics: Semantics,
     block_indices: np.ndarray | None,
 ) -> _Branches:
-    k_cmp = _pooled(tokens.k["compress"], weights, "k", sizes, semantics)
+    k_cmp = _pooled(_turned_tokens(tokens.k["compress"], semantics), weights, "k", sizes, semantics)
     v_cmp = _pooled(tokens.v["compress"], weights, "v", sizes, semantics)
     return _branches(tokens.q, tokens, k_cmp, v_cmp, weights, sizes, semantics, block_indices)
 
@@ -588,13 +598,14 @@ def _through_pool(
     dweights["mem_k"] += dk[:, :, :memory].sum(axis=0)
     dweights["mem_v"] += dv[:, :, :memory].sum(axis=0)
     dk_cmp, dv_cmp = dk[:, :, memory:], dv[:, :, memory:]
-    if _turns(semantics, "compress"):
+    if semantics.rotary == "all":
         i = np.arange(dk_cmp.shape[2])
         dk_cmp = rotate(dk_cmp, -i * sizes.compress_block_sliding_stride)
+    k, v = _turned_tokens(tokens.k["compress"], semantics), tokens.v["compress"]
     found = []
-    for kind, of_tokens, d_cmp in (("k", tokens.k, dk_cmp), ("v", tokens.v, dv_cmp)):
+    for kind, of_tokens, d_cmp in (("k", k, dk_cmp), ("v", v, dv_cmp)):
         d_tokens, d_map = pool_vjp(
-            of_tokens["compress"],
+            of_tokens,
             _of_map(weights, kind),
             d_cmp,
             **_pool_sizes(sizes, semantics),
@@ -602,7 +613,7 @@ def _through_pool(
         for name, gradient in d_map.items():
             dweights[f"compress_{kind}.{name}"] += gradient
         found.append(d_tokens)
-    return found[0], found[1]
+    return _turned_tokens(found[0], semantics, back=True), found[1]
 
 
 # --- decoding, and batches of sequences -----------------------------------------------------------
@@ -657,9 +668,8 @@ def decode(
         k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
         v = {c: np.concatenate([v[c], new.v[c]], axis=2) for c in BRANCHES}
         if t + 1 >= first and (t + 1 - first) % d == 0:
-            k_cmp = np.concatenate(
-                [k_cmp, _last_window(k["compress"], weights, "k", sizes)], axis=2
-            )
+            turned = _turned_tokens(k["compress"], semantics)
+            k_cmp = np.concatenate([k_cmp, _last_window(turned, weights, "k", sizes)], axis=2)
             v_cmp = np.concatenate(
                 [v_cmp, _last_window(v["compress"], weights, "v", sizes)], axis=2
             )

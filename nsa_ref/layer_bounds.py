@@ -22,7 +22,8 @@ makes all that reads it unknown: its bound is inf.
   of the base times 2i / head_dim, a frequency exp(-e) is off by ``(3 e + C_EXP) u_e`` (e is made
   in three roundings, and exp or pow adds its own), the angle by one more; the first frequency
   is 1, exactly. Cosine and sine add ``C_TRIG u_e``, and may be stored. Gradients of rotated
-  tensors may be added up before or after they are turned back: the larger bound counts.
+  tensors may be added up before or after they are turned back: the larger bound counts. Keys that
+  are pooled once they are turned enter the compression map with the error of their rotation.
 - *Attention* of inputs that are off: ``scale (|dq| |k| + |q| |dk| + |dq| |dk|)`` joins the error
   of a logit, a mean of |dv| that of the output, and so on through the gradients.
 - *Gates.* ``|dg| <= max sigmoid' |dz| + g (1 - g) C_SCALE u_e |z| + (C_EXP + C_DIV + 1) u_e g``,
@@ -540,7 +541,8 @@ class _Pass(NamedTuple):
             given = _Input(h, norm.given_r, norm.r.error / norm.r.value)
         turn, block_turn = self._turns()
         turned = self.semantics.rotary != "none"
-        everywhere = self.semantics.rotary == "all"
+        everywhere = self.semantics.rotary in ("all", "before_pooling")
+        pools_turned = self.semantics.rotary == "before_pooling"
 
         q_plain = self._project(given, "to_q.weight", sizes.q_heads)
         q_turned = _rotated(q_plain, turn, row)
@@ -553,7 +555,10 @@ class _Pass(NamedTuple):
             }
             for letter in "kv"
         )
-        pooled = {letter: self._pooled(letter, y["compress"]) for letter, y in (("k", k), ("v", v))}
+        to_pool = {"k": k["compress"], "v": v["compress"]}
+        if pools_turned:
+            to_pool["k"] = _rotated(k["compress"], turn, row)
+        pooled = {letter: self._pooled(letter, tokens) for letter, tokens in to_pool.items()}
         q = {branch: q_turned for branch in BRANCHES}
         if not everywhere:
             q["compress"] = q_plain
@@ -610,8 +615,8 @@ class _Pass(NamedTuple):
             "v": back["compress"].dv.map(lambda part: part[:, :, memory:]),
         }
         d_tokens: dict[str, _Layer] = {}
-        for letter, y in (("k", k), ("v", v)):
-            d_tokens[letter], of_pool = self._pool_gradient(letter, y["compress"], d_blocks[letter])
+        for letter, tokens in to_pool.items():
+            d_tokens[letter], of_pool = self._pool_gradient(letter, tokens, d_blocks[letter])
             dw |= of_pool
 
         into: list[tuple[str, _Layer]] = []
@@ -621,15 +626,17 @@ class _Pass(NamedTuple):
             plain, rotated = [back[branch].dq for branch in BRANCHES], []
         into.append(("to_q.weight", _joined(plain, rotated, turn, row)))
         dk, dv = ([back[branch] for branch in ("fine", "sliding")] for _ in range(2))
+        pooled_k = ([], [d_tokens["k"]]) if pools_turned else ([d_tokens["k"]], [])
         if self.semantics.kv_per_branch:
-            into.append(("to_k_compress.weight", d_tokens["k"]))
+            into.append(("to_k_compress.weight", _joined(*pooled_k, turn, row)))
             into.append(("to_v_compress.weight", d_tokens["v"]))
             for branch in ("fine", "sliding"):
                 of_k = _joined([], [back[branch].dk], turn, row)
                 into.append((f"to_k_{branch}.weight", of_k))
                 into.append((f"to_v_{branch}.weight", back[branch].dv))
         else:
-            of_k = _joined([d_tokens["k"]], [each.dk for each in dk], turn, row)
+            plain, rotated = pooled_k
+            of_k = _joined(plain, [*rotated, *(each.dk for each in dk)], turn, row)
             of_v = _total([d_tokens["v"], *(each.dv for each in dv)], row)
             into += [("to_k.weight", of_k), ("to_v.weight", of_v)]
         flat = [(name, each.map(_merge_heads)) for name, each in into] + [("gates.weight", dz)]

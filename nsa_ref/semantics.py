@@ -16,6 +16,9 @@ from nsa_ref.checks import check_bool, check_one_of
 
 BRANCHES = ("compress", "fine", "sliding")
 
+#: Values of `Semantics.rotary`, from nothing turned to everything turned before all else.
+ROTARY = ("none", "fine_and_sliding", "all", "before_pooling")
+
 T = TypeVar("T")
 
 
@@ -44,7 +47,8 @@ class Semantics:
     empty_row : out of a row that sees no key: "zero", "nan" or "uniform" over all columns (A2)
     empty_lse : lse of such a row: -inf, 0.0 or inf (A2)
     kv_per_branch : every branch has keys and values of its own (layer)
-    rotary : "none", "fine_and_sliding" or "all": whose q and k are rotated (G2)
+    rotary : whose q and k are rotated: "none"; "fine_and_sliding"; "all", with pooled keys where
+        their windows start; "before_pooling", all, and keys are pooled once they are turned (G2)
     input_norm, output_projection : what the layer does before and after (layer)
 
     Raises
@@ -84,7 +88,7 @@ class Semantics:
         check_one_of("compress_alignment", self.compress_alignment, ("start", "end"))
         check_one_of("importance", self.importance, ("overlap", "logit_mean"))
         check_one_of("duplicates", self.duplicates, ("set", "multiset"))
-        check_one_of("rotary", self.rotary, ("none", "fine_and_sliding", "all"))
+        check_one_of("rotary", self.rotary, ROTARY)
         for switch in ("empty_row", "empty_lse"):
             value = getattr(self, switch)
             if not isinstance(value, PerBranch):

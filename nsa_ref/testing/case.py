@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
-from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
+from nsa_ref.compress import COMPRESS_MAPS, num_compress_blocks, pool_weight_shapes
 from nsa_ref.layer import LayerSizes, layer_weight_shapes
 from nsa_ref.semantics import PAPER, PRESETS, Semantics
 
@@ -122,7 +122,7 @@ class Case:
             self.compress_block_sliding_stride,
             why="eq. 9 counts the overlap of blocks in whole strides",
         )
-        check_one_of("compress_map", self.compress_map, ("mean", "linear", "mlp"))
+        check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
         check_bool("compress_positions", self.compress_positions)
         check_one_of("inputs", self.inputs, INPUTS)
         check_one_of("indices", self.indices, INDICES)
@@ -314,8 +314,8 @@ class Case:
             values = self.generator(f"weights/{name}").standard_normal(shape)
             if name == "norm.weight":
                 values = 1 + values / 4
-            elif len(shape) == 2:
-                values = values / shape[1] ** 0.5
+            elif ".weight" in name:
+                values = values / shape[-1] ** 0.5
             if name == "to_q.weight" and self.inputs == "flat":
                 values = values / 5
             weights[name] = values.astype(DTYPES[self.dtype])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Changes whenever a clause is added, removed or means something else.
-SPEC_VERSION = "2"
+SPEC_VERSION = "3"
 
 CLAUSES = {
     "A1": "out = sum_j P_j v_j and lse = log sum_j mult_j exp(s_j), where P_j = mult_j "
@@ -24,8 +24,8 @@ CLAUSES = {
     "C2": "Compressed block i is visible iff its last token is <= p (< p if compress_strict).",
     "C3": "Memory columns stand before the blocks and are always visible; without causality all "
     "blocks are visible.",
-    "C4": "A compressed key is the map (mean, linear or MLP, with intra-block positions) of its "
-    "window's tokens; gradients reach the tokens and the weights.",
+    "C4": "A compressed key is the map (mean, linear, linear for each kv head, or MLP, with "
+    "intra-block positions) of its window's tokens; gradients reach the tokens and the weights.",
     "F1": "Key j is visible iff its block j // l' is selected for (t, kv head) and j <= p.",
     "F2": "The last block may be short, is selectable, and attends only real tokens.",
     "F3": "A block selected twice counts once (twice if duplicates is multiset).",
@@ -44,7 +44,8 @@ CLAUSES = {
     "G1": "The layer is the sum over compress, fine and sliding of sigmoid(gate) times attention, "
     "one gate per branch, token and query head (eq. 5), with gradients to x and every weight.",
     "G2": "Rotary embedding, where the switch says so, turns pairs (2i, 2i + 1) of q and k of the "
-    'fine and sliding branches by their positions, of the compressed one only with "all".',
+    'fine and sliding branches by their positions; of the compressed one only with "all", once k '
+    'is pooled, or "before_pooling", as tokens.',
     "G3": "Decoding with a cache equals the same row of the parallel form, at every step, from the "
     "first token, with memory.",
     "G4": "Sequences of different lengths in one batch (cu_seqlens) equal each of them by itself.",

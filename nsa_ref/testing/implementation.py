@@ -213,7 +213,7 @@ class TorchImplementation(Implementation):
         else:
             tensor = torch.from_numpy(np.array(array, order="C"))
         tensor = tensor.to(self.device)
-        if tensor.ndim >= 3:  # all but the weights of a map
+        if tensor.ndim >= 3:  # all but matrices and vectors among the weights
             match case.layout:
                 case "transposed":  # (batch, len, heads, dim) in memory, as projections leave it
                     tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)

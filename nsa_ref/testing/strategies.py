@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
@@ -207,7 +208,7 @@ def cases(
         reach = tuple(max(1, w) for w in reach)  # w keys: none at all are no window
     sizes["sliding_window_size"] = pick("sliding_window_size", reach, "window")
     sizes["num_mem_kv"] = pick("num_mem_kv", (0, 1, 16, 3), "compress")
-    sizes["compress_map"] = pick("compress_map", ("mean", "linear", "mlp"), "map")
+    sizes["compress_map"] = pick("compress_map", COMPRESS_MAPS, "map")
     sizes["compress_positions"] = pick("compress_positions", (False, True), "map")
     sizes["inputs"] = draw(st.sampled_from(list(inputs)))
     if "indices" in groups:

@@ -17,7 +17,7 @@ from nsa_ref.compress import compress_windows
 from nsa_ref.layer import NORM_EPS, layer, layer_block_indices, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.selection import forced_blocks, importance, selection_candidates, undecided_rows
-from nsa_ref.semantics import BRANCHES
+from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import (
     COMPRESS,
@@ -211,7 +211,7 @@ def _blame_the_rotation(
     found = wrong(case, weights, "G2")
     if found is None:
         return
-    for value in ("none", "fine_and_sliding", "all"):
+    for value in ROTARY:
         other = dataclasses.replace(case.semantics, rotary=value)
         if value == case.semantics.rotary or case.head_dim % 2:
             continue
