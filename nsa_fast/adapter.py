@@ -302,6 +302,8 @@ class NsaFastLayer(TorchImplementation):
         XUNHAO,
         dataclasses.replace(PAPER, causal=False, output_projection=True),
         dataclasses.replace(PAPER, share_selection=False, kv_per_branch=False, input_norm=True),
+        # flash-linear-attention's layer; FLA is its operator
+        dataclasses.replace(FLA, rotary="before_pooling", output_projection=True),
     )
 
     def __init__(self, device: str = "cpu") -> None:

@@ -180,6 +180,9 @@ def dense_pool(x, weights, length, d, compress_map, alignment):
         X = X + weights["positions"][None, :, None]
     if compress_map == "mean":
         return np.einsum("bhird->bhid", X) / length
+    if compress_map == "linear_per_head":
+        W = weights["weight"].reshape(x.shape[1], -1, length, x.shape[3])
+        return np.einsum("bhird,hord->bhio", X, W) + weights["bias"][None, :, None]
     first = "weight" if compress_map == "linear" else "weight_in"
     W = weights[first].reshape(-1, length, x.shape[3])
     y = np.einsum("bhird,ord->bhio", X, W) + weights["bias" + first[len("weight") :]]
@@ -197,6 +200,13 @@ def dense_pool_vjp(x, weights, d_out, length, d, compress_map, alignment):
     dweights = {}
     if compress_map == "mean":
         dX = np.broadcast_to(d_out[:, :, :, None] / length, X.shape)
+    elif compress_map == "linear_per_head":
+        W = weights["weight"].reshape(x.shape[1], -1, length, x.shape[3])
+        dweights["weight"] = np.einsum("bhio,bhird->hord", d_out, X).reshape(
+            weights["weight"].shape
+        )
+        dweights["bias"] = np.einsum("bhio->ho", d_out)
+        dX = np.einsum("bhio,hord->bhird", d_out, W)
     else:
         first, bias = ("weight", "bias") if compress_map == "linear" else ("weight_in", "bias_in")
         W = weights[first].reshape(-1, length, x.shape[3])

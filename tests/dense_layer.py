@@ -37,6 +37,8 @@ def dense_projections(
         q = heads(weights["to_q.weight"], sizes["q_heads"])
         k, v = (heads(weights[f"to_{kind}{own}.weight"], sizes["kv_heads"]) for kind in "kv")
         if branch == "compress":
+            if semantics.rotary == "before_pooling":
+                q, k = turned(q, places), turned(k, places)
             k, v = (dense_pooled(t, n, weights, sizes, semantics) for t, n in ((k, "k"), (v, "v")))
             if semantics.rotary == "all":
                 q = turned(q, places)
@@ -132,6 +134,9 @@ def dense_pooled(
     }
     if "positions" in own:
         windows = windows + own["positions"][:, None]
+    if "weight" in own and own["weight"].ndim == 3:
+        matrix = own["weight"].unflatten(-1, (length, x.shape[-1]))
+        return torch.einsum("bhirc,horc->bhio", windows, matrix) + own["bias"][:, None]
     if "weight" in own:
         matrix = own["weight"].reshape(-1, length, x.shape[-1])
         return torch.einsum("bhirc,orc->bhio", windows, matrix) + own["bias"]
@@ -177,6 +182,9 @@ def weights_of(
             shapes[f"compress_{kind}.positions"] = (kv_heads, length, dim)
         if compress_map == "linear":
             shapes |= {f"compress_{kind}.weight": (dim, flat), f"compress_{kind}.bias": (dim,)}
+        if compress_map == "linear_per_head":
+            shapes[f"compress_{kind}.weight"] = (kv_heads, dim, flat)
+            shapes[f"compress_{kind}.bias"] = (kv_heads, dim)
         if compress_map == "mlp":
             shapes |= {
                 f"compress_{kind}.weight_in": (flat, flat),

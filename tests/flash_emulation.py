@@ -486,6 +486,20 @@ def pool(
             g = g * (before > 0)
         d["weight_in"], d["bias_in"] = matmul(g.T, flat), bias_gradient(g)
         dy = matmul(g, w["weight_in"])
+    elif "weight" in w and w["weight"].ndim == 3:
+        # each head, and for its gradient each batch entry, by itself
+        y_heads = y.reshape(batch, kv_heads, blocks, length * dim)
+        out, dy = np.zeros_like(d_out), np.zeros_like(y_heads)
+        d["weight"], d["bias"] = np.zeros_like(w["weight"]), np.zeros_like(w["bias"])
+        for h in range(kv_heads):
+            mine = w["weight"][0 if bug == "the first head's map" else h]
+            parts = []
+            for b in range(batch):
+                out[b, h] = store(matmul(y_heads[b, h], mine.T) + w["bias"][h])
+                dy[b, h] = matmul(d_out[b, h], mine)
+                parts.append(matmul(d_out[b, h].T, y_heads[b, h]))
+            d["weight"][h] = store(add_up(np.stack(parts, axis=-1), order))
+            d["bias"][h] = bias_gradient(d_out[:, h].reshape(-1, dim))
     elif "weight" in w:
         out = store(matmul(flat, w["weight"].T) + w["bias"])
         d["weight"], d["bias"] = matmul(g.T, flat), bias_gradient(g)

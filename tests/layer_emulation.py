@@ -17,10 +17,10 @@ from torch import Tensor
 
 import flash_emulation
 from flash_emulation import Array, Generator, Inputs, Kernel
-from nsa_ref.compress import compress_windows, pool_weight_shapes
+from nsa_ref.compress import COMPRESS_MAPS, compress_windows, pool_weight_shapes
 from nsa_ref.layer import LayerSizes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
-from nsa_ref.semantics import BRANCHES, Semantics
+from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -106,7 +106,7 @@ def draw_case(
         "value_dim": int(rng.choice([1, 4, 8])),
         "compress_block_size": stride * int(rng.integers(1, 3)),
         "compress_block_sliding_stride": stride,
-        "compress_map": str(rng.choice(["mean", "linear", "mlp"])),
+        "compress_map": str(rng.choice(COMPRESS_MAPS)),
         "compress_positions": bool(rng.random() < 0.5),
         "selection_block_size": stride * int(rng.integers(1, 3)),
         "num_selected_blocks": int(rng.integers(0, 4)),
@@ -121,8 +121,9 @@ def draw_case(
     size = float(rng.choice([0.5, 1.0, 2.0]))
     weights = {}
     for name, shape in weight_shapes(geometry, semantics).items():
-        fan_in = shape[-1] if len(shape) == 2 else 1
-        spread = size if len(shape) == 2 else 0.5
+        is_matrix = ".weight" in name and name != "norm.weight"
+        fan_in = shape[-1] if is_matrix else 1
+        spread = size if is_matrix else 0.5
         weights[name] = rng.standard_normal(shape) * spread / max(fan_in, 1) ** 0.5
     if "norm.weight" in weights:
         weights["norm.weight"] += 1.0
@@ -249,8 +250,8 @@ def _forward(
     positions = torch.arange(seq_len)
 
     def turned(y: Tensor, branch: str, at: Tensor = positions) -> Tensor:
-        which = {"none": (), "fine_and_sliding": ("fine", "sliding"), "all": BRANCHES}
-        if branch not in which[semantics.rotary] or bug == "rotary missing":
+        which = {"none": (), "fine_and_sliding": ("fine", "sliding")}
+        if branch not in which.get(semantics.rotary, BRANCHES) or bug == "rotary missing":
             return y
         if bug == "rotary on one branch only" and branch == "fine":
             return y
@@ -262,13 +263,16 @@ def _forward(
     ks = {branch: turned(of("k", branch), branch) for branch in ("fine", "sliding")}
     if way.turn_once and not semantics.kv_per_branch and bug != "rotary on one branch only":
         ks["sliding"] = ks["fine"]
-    pooled = {
-        letter: _pool(of(letter, "compress"), letter, case, w, way, bug) for letter in ("k", "v")
-    }
+    to_pool = {letter: of(letter, "compress") for letter in ("k", "v")}
+    before = semantics.rotary == "before_pooling"
+    if before and bug != "keys pooled before they are turned":
+        once = way.turn_once and not semantics.kv_per_branch
+        to_pool["k"] = ks["sliding"] if once else turned(to_pool["k"], "compress")
+    pooled = {letter: _pool(y, letter, case, w, way, bug) for letter, y in to_pool.items()}
     if bug == "compressed keys detached":
         pooled["k"] = pooled["k"].detach()
     block_positions = torch.arange(pooled["k"].shape[2]) * sizes.compress_block_sliding_stride
-    k_cmp = turned(pooled["k"], "compress", block_positions)
+    k_cmp = pooled["k"] if before else turned(pooled["k"], "compress", block_positions)
     memory = {letter: w[f"mem_{letter}"].expand(batch, -1, -1, -1) for letter in ("k", "v")}
     if bug == "memory takes one batch entry's gradient":
         memory = {key: torch.cat([y[:1], y[1:].detach()]) for key, y in memory.items()}
@@ -335,6 +339,16 @@ def _linear(y: Tensor, weight: Tensor, way: Way) -> Tensor:
     return y @ weight.T
 
 
+def _linear_per_head(y: Tensor, weight: Tensor, way: Way) -> Tensor:
+    """(batch, heads, rows, in) by (heads, out, in): at once, or one batch entry after the other."""
+    if way.tf32:
+        heads = [_Tf32Linear.apply(y[:, h], weight[h]) for h in range(y.shape[1])]
+        return torch.stack(heads, dim=1)
+    if way.reverse:
+        return torch.einsum("bhri,hoi->bhro", y, weight)
+    return y @ weight.mT
+
+
 class _Tf32Linear(torch.autograd.Function):
     """y W^T and its gradients, every factor rounded to 11 bits."""
 
@@ -394,6 +408,9 @@ def _pool(
         return X.mean(dim=3)
     if sizes.compress_map == "linear":
         return _linear(flat, w[f"{prefix}weight"], way) + w[f"{prefix}bias"]
+    if sizes.compress_map == "linear_per_head":
+        bias = w[f"{prefix}bias"][:, None]
+        return _linear_per_head(flat, w[f"{prefix}weight"], way) + bias
     hidden = torch.relu(_linear(flat, w[f"{prefix}weight_in"], way) + w[f"{prefix}bias_in"])
     return _linear(hidden, w[f"{prefix}weight_out"], way) + w[f"{prefix}bias_out"]
 
@@ -473,7 +490,7 @@ def with_semantics(semantics: Semantics, rng: Generator) -> Semantics:
     if rng.random() < 0.2:
         changes["causal"] = False
     if rng.random() < 0.3:
-        changes["rotary"] = str(rng.choice(["none", "fine_and_sliding", "all"]))
+        changes["rotary"] = str(rng.choice(ROTARY))
     for switch in ("kv_per_branch", "input_norm", "output_projection", "share_selection"):
         if rng.random() < 0.2:
             changes[switch] = not getattr(semantics, switch)

@@ -29,6 +29,7 @@ class LayerInSteps(TorchImplementation):
         LUCIDRAINS_FLEX,
         dataclasses.replace(PAPER, rotary="all", input_norm=True),
         dataclasses.replace(PAPER, kv_per_branch=False, output_projection=True),
+        dataclasses.replace(PAPER, kv_per_branch=False, rotary="before_pooling"),
         dataclasses.replace(PAPER, causal=False),
     )
     numerics: Mapping[str, str] = {"float64": "fp64", "float32": "fp32"}
@@ -52,13 +53,17 @@ class LayerInSteps(TorchImplementation):
         return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
     def turns(self, case: Case, branch: str) -> bool:
-        return case.semantics.rotary == "all" or (
+        return case.semantics.rotary in ("all", "before_pooling") or (
             case.semantics.rotary == "fine_and_sliding" and branch != "compress"
         )
 
     def places(self, case: Case, blocks: int) -> Tensor:
         """Where compressed keys stand when they are turned."""
         return torch.arange(blocks) * case.compress_block_sliding_stride
+
+    def keys_to_pool(self, case: Case, k: Tensor) -> Tensor:
+        turned = case.semantics.rotary == "before_pooling"
+        return self.turned(k, torch.arange(k.shape[2])) if turned else k
 
     def memory(self, weights: Any, kind: str, batch: int, decoding: bool) -> Tensor:
         return weights[f"mem_{kind}"].expand(batch, -1, -1, -1)
@@ -82,6 +87,8 @@ class LayerInSteps(TorchImplementation):
         if case.compress_map == "mean":
             return windows.mean(-2)
         flat = windows.flatten(-2)
+        if case.compress_map == "linear_per_head":
+            return flat @ w["weight"].mT + w["bias"][:, None]
         if case.compress_map == "linear":
             return F.linear(flat, w["weight"], w["bias"])
         hidden = F.relu(F.linear(flat, w["weight_in"], w["bias_in"]))
@@ -233,11 +240,12 @@ class LayerInSteps(TorchImplementation):
         q = self.project(h, weights["to_q.weight"], case.q_heads)
         rows = {b: self.turned(q, p) if self.turns(case, b) else q for b in BRANCHES}
         mem_k, mem_v = (self.memory(weights, kind, batch, decoding) for kind in "kv")
+        to_pool = {"k": self.keys_to_pool(case, of("k", "compress")), "v": of("v", "compress")}
         k_cmp, v_cmp = (
-            self.pooled(case, weights, kind, self.compressed_inputs(of(kind, "compress")), decoding)
-            for kind in "kv"
+            self.pooled(case, weights, kind, self.compressed_inputs(each), decoding)
+            for kind, each in to_pool.items()
         )
-        if self.turns(case, "compress"):
+        if self.turns(case, "compress") and case.semantics.rotary != "before_pooling":
             k_cmp = self.turned(k_cmp, self.places(case, k_cmp.shape[2]))
         chosen, scores = self.chosen(case, rows["compress"], k_cmp, mem_k, decoding)
         chosen = chosen if given is None else given

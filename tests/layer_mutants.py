@@ -82,6 +82,12 @@ class RotaryByBlock(LayerInSteps):
         return torch.arange(blocks)
 
 
+@mutant("G2", "keys are pooled as they are where they are to be turned before")
+class PoolsKeysAsTheyAre(LayerInSteps):
+    def keys_to_pool(self, case: Case, k: Tensor) -> Tensor:
+        return k
+
+
 @mutant("G1", "one forced local block too few")
 class LocalOneFewer(LayerInSteps):
     def forced(self, case: Case, tokens: int, blocks: int) -> Tensor:

@@ -653,6 +653,17 @@ class NoPositions(OracleImplementation):
         return super().pool(case, x, weights)
 
 
+@mutant("C4", "every kv head's map is the first head's")
+class FirstHeadsMap(OracleImplementation):
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+        if case.compress_map == "linear_per_head":
+            weights = {
+                **weights,
+                "weight": np.broadcast_to(weights["weight"][:1], weights["weight"].shape),
+            }
+        return super().pool(case, x, weights)
+
+
 @mutant("C4", "overlapping windows overwrite each other's gradient")
 class OverlapOverwritten(OracleImplementation):
     def pool_vjp(

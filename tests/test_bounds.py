@@ -21,6 +21,7 @@ import flash_emulation as emulation
 from flash_emulation import KINDS, ROWS, Inputs, Kernel, Tensors, generator
 from nsa_ref.bounds import (
     FORMS,
+    MAPS,
     NUMERICS,
     attention_bounds,
     logit_mean_bounds,
@@ -478,6 +479,8 @@ def pooled(
     weights = {"positions": normal(heads, length, dim)} if bug or rng.random() < 0.7 else {}
     if compress_map == "linear":
         weights |= {"weight": normal(dim, flat), "bias": normal(dim)}
+    if compress_map == "linear_per_head":
+        weights |= {"weight": normal(heads, dim, flat), "bias": normal(heads, dim)}
     if compress_map == "mlp":
         weights |= {"weight_in": normal(hidden, flat), "bias_in": normal(hidden)}
         weights |= {"weight_out": normal(dim, hidden), "bias_out": normal(dim)}
@@ -502,7 +505,7 @@ def pooled(
     return result
 
 
-@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("compress_map", MAPS)
 @pytest.mark.parametrize("row", ["fp64", "fp32", "tf32", "bf16", "fp16"])
 def test_right_compression_maps_stay_within_their_bounds(row: str, compress_map: str) -> None:
     """C1, C4, layer by layer, windows at both alignments, with and without positions."""
@@ -523,6 +526,7 @@ def test_right_compression_maps_stay_within_their_bounds(row: str, compress_map:
     [
         ("mean", "mean of real tokens only"),
         ("linear", "positions dropped"),
+        ("linear_per_head", "the first head's map"),
         ("mlp", "relu passes all gradients"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsa_ref.attention import attend
-from nsa_ref.semantics import PRESETS, PerBranch, Semantics
+from nsa_ref.semantics import PRESETS, ROTARY, PerBranch, Semantics
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
 from nsa_ref.testing.strategies import ABOUT, cases
@@ -50,7 +50,7 @@ def switches(draw: st.DrawFn) -> Semantics:
         duplicates=draw(st.sampled_from(["set", "multiset"])),
         empty_row=PerBranch(draw(rows), draw(rows), draw(rows)),
         empty_lse=PerBranch(draw(lses), draw(lses), draw(lses)),
-        rotary=draw(st.sampled_from(["none", "fine_and_sliding", "all"])),
+        rotary=draw(st.sampled_from(ROTARY)),
         **{flag: draw(st.booleans()) for flag in flags},
     )
 

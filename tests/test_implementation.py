@@ -10,6 +10,7 @@ import pytest
 
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import AttentionBounds, attention_bounds
+from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, Raised, call
 from nsa_ref.testing.case import DTYPES, LAYOUTS
@@ -224,7 +225,7 @@ def test_weights_are_a_dict_and_so_are_their_gradients() -> None:
     np.testing.assert_array_equal(dweights["unused"], np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 def test_pool_gradients_of_the_oracle_have_the_same_form(compress_map: str) -> None:
     case = Case(
         kv_len=6, head_dim=2, compress_block_size=2, compress_block_sliding_stride=2,

@@ -19,6 +19,7 @@ from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import NUMERICS, _Layer, _pool, attention_bounds
+from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.layer_bounds import LayerBounds, _attention, layer_bounds
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, PerBranch
@@ -89,13 +90,38 @@ def test_right_layers_stay_within_their_bounds(row: str) -> None:
     print(f"\nbudget used by right layers, {row}: {cells}")
 
 
+@pytest.mark.parametrize("row", ["fp64", "fp32", "tf32", "bf16", "bf16-eager", "fp16"])
+def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -> None:
+    """G2: every pooled key has the rounding of its tokens' rotation, and so has its gradient."""
+    largest: dict[str, float] = {}
+    for seed, compress_map in enumerate(COMPRESS_MAPS):
+        rng = generator(54, ROWS.index(row), seed)
+        semantics = dataclasses.replace(
+            LUCIDRAINS if seed % 2 else PAPER,
+            rotary="before_pooling",
+            kv_per_branch=seed % 4 < 2,
+            causal=seed != 1,
+        )
+        case = emulation.draw_case(
+            rng, row, semantics, seq_len=9 + seed, head_dim=4, compress_map=compress_map
+        )
+        way = Way.draw(rng, row)
+        got, right = emulation.layer(case, row, way), emulation.reference(case)
+        for name, used in judged(case, got, right, bounds_of(case, row)).items():
+            assert used <= 1, f"{row}, {compress_map}, {way}: {name} uses {used}"
+            largest[name] = max(used, largest.get(name, 0.0))
+    cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items() if "_k" in name)
+    print(f"\nbudget used by right layers that pool turned keys, {row}: {cells}")
+
+
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16-eager"])
 def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
     """I1-I3: what q and k_cmp are off by on their way through the layer."""
     largest = 0.0
     for seed in range(4):
         rng = generator(41, seed)
-        semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary="all")
+        rotary = "all" if seed < 2 else "before_pooling"
+        semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary=rotary)
         case = emulation.draw_case(rng, row, semantics, seq_len=12)
         got, right = emulation.layer(case, row, Way()), emulation.reference(case)
         memory = case.weights["mem_k"]
@@ -132,6 +158,7 @@ BUGS = (
     "compressed keys detached",
     "rotary missing",
     "rotary on one branch only",
+    "keys pooled before they are turned",
     "norm eps 1e-2",
     "one gate 0.3 % off",
     "one gate detached",
@@ -146,10 +173,13 @@ def test_every_single_bug_exceeds_a_bound_in_float32_by_far(bug: str) -> None:
     """Ten times the bound and more, in a layer as a judge draws it."""
     for seed in range(2):
         rng = generator(42, seed)
+        semantics = LUCIDRAINS if seed else LUCIDRAINS_FLEX
+        if bug == "keys pooled before they are turned":
+            semantics = dataclasses.replace(semantics, rotary="before_pooling")
         case = emulation.draw_case(
             rng,
             "fp32",
-            LUCIDRAINS if seed else LUCIDRAINS_FLEX,
+            semantics,
             batch=2,
             seq_len=24,
             model_dim=16,
@@ -286,7 +316,7 @@ def test_attention_bounds_hold_for_inputs_that_are_off(row: str) -> None:
     print(f"\nbudget used by kernels of inputs that are off, {row}: {cells}")
 
 
-@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16"])
 def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
     row: str, compress_map: str
@@ -299,10 +329,11 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
         rng = generator(53, ROWS.index(row), seed)
         shapes: dict[str, tuple[int, ...]] = {
             "positions": (2, length, dim),
-            **{"linear": {"weight": (dim, length * dim), "bias": (dim,)}, "mean": {}, "mlp": {}}[
-                compress_map
-            ],
         }
+        if compress_map == "linear":
+            shapes |= {"weight": (dim, length * dim), "bias": (dim,)}
+        if compress_map == "linear_per_head":
+            shapes |= {"weight": (2, dim, length * dim), "bias": (2, dim)}
         if compress_map == "mlp":
             shapes |= {"weight_in": (4, length * dim), "bias_in": (4,)}
             shapes |= {"weight_out": (dim, 4), "bias_out": (dim,)}

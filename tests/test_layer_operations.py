@@ -18,7 +18,7 @@ from torch import Tensor
 import flash_emulation
 from flash_emulation import Array, Generator, generator
 from layer_emulation import TORCH_DTYPES, _rotated
-from nsa_ref import layer_bounds
+from nsa_ref import bounds, layer_bounds
 from nsa_ref.bounds import NUMERICS, Numerics, _Layer
 
 ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
@@ -177,6 +177,33 @@ def joined(d: Drawn) -> Case:
     return a + back, exact, layer_bounds._joined([plain], parts, turn, d.numerics)
 
 
+def pooled_once_turned(d: Drawn) -> Case:
+    """Means of two tokens that are turned at positions up to 3000."""
+    y, given = d.normal(1, 1, MANY, 4)
+    got = _rotated(y, torch.arange(MANY), d.dtype)
+    got = (got[:, :, 0::2] + got[:, :, 1::2]) / 2
+    frequency = wide(10000) ** (-np.arange(0, 4, 2).astype(wide) / 4)
+    angle = np.arange(MANY).astype(wide)[:, None] * frequency
+    a, b = given.value[..., 0::2].astype(wide), given.value[..., 1::2].astype(wide)
+    first, second = (
+        a * np.cos(angle) - b * np.sin(angle),
+        a * np.sin(angle) + b * np.cos(angle),
+    )
+    exact = np.stack([first, second], -1).reshape(1, 1, MANY // 2, 2, 4).mean(axis=3)
+    turn = layer_bounds._turn(np.arange(MANY).astype(float), 4, d.numerics)
+    turned = layer_bounds._rotated(given, turn, d.numerics)
+    tokens = np.arange(MANY).reshape(-1, 2)
+    return got, exact, layer_bounds._pool(turned, {}, None, tokens, "mean", d.numerics).out
+
+
+def head_weight_gradient(d: Drawn) -> Case:
+    """The weight of one head, each of three batch entries by itself; one row in each."""
+    (g, x), (h, y) = d.normal(3, 1, MANY), d.normal(3, 1, 2)
+    exact = (x.value.swapaxes(1, 2).astype(wide) @ y.value.astype(wide)).sum(axis=0)
+    error = bounds._head_weight_gradient(x, y, d.numerics)
+    return (g.mT @ h).sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
+
+
 def sigmoid(d: Drawn, *, spread: float) -> Case:
     z, given = d.normal(MANY, spread=spread)
     exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
@@ -215,6 +242,8 @@ OPERATIONS: dict[str, Callable[[Drawn], Case]] = {
     "sigmoid far out": lambda d: sigmoid(d, spread=6.0),
     "sigmoid gradient": lambda d: sigmoid_gradient(d, by_hand=False),
     "sigmoid gradient by hand": lambda d: sigmoid_gradient(d, by_hand=True),
+    "pooled once turned": pooled_once_turned,
+    "weight gradient of a head": head_weight_gradient,
 }
 
 

@@ -526,11 +526,13 @@ def test_attention_under_autocast_is_what_it_is_without(branch: str, backend: st
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("compress_map", MAP_WEIGHTS)
 def test_pool_under_autocast_is_what_it_is_without(compress_map: str) -> None:
     x = torch.randn(1, 2, 12, 4)
     shapes = {"weight": (4, 8), "bias": (4,), "weight_in": (5, 8), "bias_in": (5,),
               "weight_out": (4, 5), "bias_out": (4,)}  # fmt: skip
+    if compress_map == "linear_per_head":
+        shapes |= {"weight": (2, 4, 8), "bias": (2, 4)}
     weights = {name: torch.randn(shapes[name]) for name in MAP_WEIGHTS[compress_map]}
 
     def run() -> torch.Tensor:
@@ -656,7 +658,7 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
 # --- compression ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compress_map", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("compress_map", MAP_WEIGHTS)
 @pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS_FLEX], ids=["start", "end"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_compress_pool(compress_map: str, semantics: Semantics, dtype: str) -> None:

@@ -66,7 +66,14 @@ class Decoding(RuleBasedStateMachine):
 
     @initialize(
         kind=st.sampled_from(
-            ["PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all", *PRESETS_IN_CACHES]
+            [
+                "PAPER with memory",
+                "LUCIDRAINS_FLEX",
+                "rotary on all",
+                "pooled once turned",
+                "one k and v, pooled once turned",
+                *PRESETS_IN_CACHES,
+            ]
         ),
         batch=st.integers(1, 2),
         prefill=st.integers(0, 22),
@@ -178,6 +185,7 @@ def test_what_branches_share_is_kept_once() -> None:
         ("PAPER", {f"{kv}_{branch}" for kv in "kv" for branch in ("compress", "fine", "sliding")}),
         ("one k and v", {"k", "v"}),
         ("one k and v, rotary on all", {"k", "k_rotated", "v"}),
+        ("one k and v, pooled once turned", {"k_rotated", "v"}),
     ):
         cache = Cache(1)
         Layer(*CAUSAL[kind])(tokens(1, 3), cache)

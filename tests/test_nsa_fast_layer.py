@@ -63,6 +63,12 @@ KINDS: dict[str, tuple[Semantics, str, int]] = {
     "one k and v, rotary on all": (replace(PAPER, kv_per_branch=False, rotary="all"), "mean", 1),
     "rotary on fine and sliding": (replace(PAPER, rotary="fine_and_sliding"), "mean", 0),
     "rotary on all": (replace(PAPER, rotary="all"), "mlp", 2),
+    "one k and v, pooled once turned": (
+        replace(PAPER, kv_per_branch=False, rotary="before_pooling"),
+        "mean",
+        1,
+    ),
+    "pooled once turned": (replace(PAPER, rotary="before_pooling"), "linear_per_head", 2),
     "norm": (replace(PAPER, input_norm=True), "mean", 0),
     "output projection": (replace(PAPER, output_projection=True), "mean", 0),
     "a choice for each query head": (replace(PAPER, share_selection=False), "linear", 0),
@@ -75,6 +81,8 @@ UNJUDGED = (
     "LUCIDRAINS_FLEX, not causal",
     "one k and v, rotary on fine and sliding",
     "rotary on all",
+    "one k and v, pooled once turned",
+    "pooled once turned",
 )
 
 
@@ -189,7 +197,7 @@ EDGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("kind", ["rotary on all", "LUCIDRAINS_FLEX"])
+@pytest.mark.parametrize("kind", ["rotary on all", "LUCIDRAINS_FLEX", "pooled once turned"])
 def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
     """In parallel, and through a cache: the blocks are handed in."""
     semantics, compress_map, memory = KINDS[kind]
@@ -219,7 +227,7 @@ def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
 # --- variable lengths -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all"])
+@pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all", "pooled once turned"])
 def test_packed_sequences_are_the_sequences_one_by_one(kind: str) -> None:
     """G4, with sequences of no token, of one, and shorter than a window."""
     semantics, compress_map, memory = KINDS[kind]
@@ -449,7 +457,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an unknown map": (
         call(compress_map="max"),
         ValueError,
-        r"compress_map='max' must be one of 'mean', 'linear', 'mlp'",
+        r"compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
     ),
     "groups": (
         call(q_heads=5),

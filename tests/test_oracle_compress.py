@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
 from nsa_ref import compress_windows, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
+from nsa_ref.compress import COMPRESS_MAPS
 
 STEP = 1e-30  # of the complex step
 ALIGNMENTS = st.sampled_from(["start", "end"])
@@ -36,7 +37,7 @@ def poolings(draw: st.DrawFn, *, exact: bool) -> Pooling:
     keywords = {
         "compress_block_size": draw(st.integers(1, 5)),
         "compress_block_sliding_stride": draw(st.integers(1, 4)),
-        "compress_map": draw(st.sampled_from(["mean", "linear", "mlp"])),
+        "compress_map": draw(st.sampled_from(COMPRESS_MAPS)),
         "compress_alignment": draw(ALIGNMENTS),
     }
     size, stride, compress_map, alignment = keywords.values()
@@ -128,6 +129,20 @@ def test_c4_a_linear_map_reads_the_window_token_by_token():
     assert out.tolist() == [[[[4321.5, 4.0]]]]
 
 
+def test_c4_a_linear_map_per_head_is_each_heads_own_linear_map():
+    """Two heads of one token 1, weights 10 and 100, biases 0.5 and 0; no other head is read."""
+    weights = {"weight": np.array([10.0, 100.0]).reshape(2, 1, 1), "bias": np.array([[0.5], [0.0]])}
+    out = pool(
+        np.ones((1, 2, 1, 1)),
+        weights,
+        compress_block_size=1,
+        compress_block_sliding_stride=1,
+        compress_map="linear_per_head",
+        compress_alignment="start",
+    )
+    assert out.tolist() == [[[[10.5]], [[100.0]]]]
+
+
 def test_c4_an_mlp_has_its_relu_between_its_two_layers():
     x = np.array([2.0, -3.0]).reshape(1, 1, 2, 1)
     weights = {
@@ -208,8 +223,11 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(case):
         lambda case: case.keywords["compress_block_sliding_stride"] > case.keywords[
             "compress_block_size"] and case.d_out.size,
         lambda case: case.x.shape[1] == 2 and "positions" in case.weights,
+        lambda case: case.x.shape[1] == 2 and case.d_out.size and case.keywords[
+            "compress_map"] == "linear_per_head",
     ],
-    ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads"],
+    ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads",
+         "maps of two heads"],
 )  # fmt: skip
 def test_poolings_reach_the_corner(corner):
     find(
@@ -223,6 +241,10 @@ def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
     assert pool_weight_shapes("mean", False, 2, 4, 3) == {}
     assert pool_weight_shapes("mean", True, 2, 4, 3) == {"positions": (2, 4, 3)}
     assert pool_weight_shapes("linear", False, 2, 4, 3) == {"weight": (3, 12), "bias": (3,)}
+    assert pool_weight_shapes("linear_per_head", False, 2, 4, 3) == {
+        "weight": (2, 3, 12),
+        "bias": (2, 3),
+    }
     assert pool_weight_shapes("mlp", True, 2, 4, 3) == {
         "positions": (2, 4, 3),
         "weight_in": (12, 12),
@@ -271,7 +293,7 @@ def pooled(x=X, weights=None, compress_map="linear", alignment="start", size=2, 
         (
             lambda: pooled(compress_map="max"),
             ValueError,
-            r"compress_map='max' must be one of 'mean', 'linear', 'mlp'",
+            r"compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
         ),
         (
             lambda: pool_weight_shapes("mean", 1, 1, 1, 1),
@@ -298,6 +320,11 @@ def pooled(x=X, weights=None, compress_map="linear", alignment="start", size=2, 
             lambda: pooled(weights={**LINEAR, "positions": np.ones((1, 2, 3))}),
             ValueError,
             r"weights\['positions'\] has shape \(1, 2, 3\); it must be \(2, 2, 3\)",
+        ),
+        (
+            lambda: pooled(weights=LINEAR, compress_map="linear_per_head"),
+            ValueError,
+            r"weights\['weight'\] has shape \(3, 6\); it must be \(2, 3, 6\)",
         ),
         (
             lambda: pool_vjp(

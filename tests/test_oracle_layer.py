@@ -29,7 +29,7 @@ from nsa_ref import (
     layer_weight_shapes,
     varlen,
 )
-from nsa_ref.layer import rotate
+from nsa_ref.layer import rotate, selection_inputs
 from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.properties.catalogue import PROPERTIES
@@ -149,10 +149,18 @@ def complex_step_agrees(case: Case) -> None:
             assert abs(gradient[index] - derivative) <= bound[index], (name, index)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+#: The presets, the layers of two projects whose operators they are, and all that is turned.
+LAYERS = {name: (semantics, "mlp") for name, semantics in PRESETS.items()} | {
+    "FLA, its layer": (dataclasses.replace(FLA, rotary="before_pooling"), "mean"),
+    "XUNHAO, its layer": (XUNHAO, "linear_per_head"),
+    "pooled once turned": (dataclasses.replace(PAPER, rotary="before_pooling"), "linear_per_head"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_preset_has_a_layer_and_its_gradients(name):
-    """One small layer of each with an MLP: no gradient is zero throughout, all are the step's."""
-    semantics = PRESETS[name]
+    """One small layer of each: no gradient is zero throughout, all are the step's."""
+    semantics, compress_map = LAYERS[name]
     case = Case(
         semantics=semantics,
         batch=2,
@@ -165,7 +173,7 @@ def test_every_preset_has_a_layer_and_its_gradients(name):
         model_dim=6,
         compress_block_size=2,
         compress_block_sliding_stride=2,
-        compress_map="mlp",
+        compress_map=compress_map,
         compress_positions=True,
         selection_block_size=2,
         num_selected_blocks=2,
@@ -201,6 +209,28 @@ def test_g2_logits_depend_on_the_distance_alone(shift, seed):
     near = rotate(q, np.array([5])) @ rotate(k, np.array([2])).T
     far = rotate(q, np.array([5 + shift])) @ rotate(k, np.array([2 + shift])).T
     assert abs(near - far) <= np.spacing(np.float32(np.abs(q).sum() * np.abs(k).max()))
+
+
+def test_g2_keys_are_pooled_once_they_are_turned_or_turned_once_they_are_pooled():
+    """Two tokens of one window, k = (1, 0) at 0 and (1, 0) turned by one radian at 1.
+
+    "before_pooling": their mean, and q of row 1 is turned as well; "all": the mean of (1, 0) twice,
+    turned by the window's first position, 0. Nothing is turned in "none".
+    """
+    sizes = dataclasses.replace(ONE, model_dim=1, compress_block_size=2)
+    x = np.ones((1, 2, 1))
+    found = {}
+    for rotary in ("none", "all", "before_pooling"):
+        semantics = dataclasses.replace(FLA, rotary=rotary)
+        weights = zeros(sizes, semantics)
+        weights["to_q.weight"] = weights["to_k.weight"] = np.array([[1.0], [0.0]])
+        found[rotary] = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
+    q, k_cmp, _ = found["before_pooling"]
+    turned = [math.cos(1), math.sin(1)]
+    assert q[0, 0].tolist() == [[1, 0], turned]
+    assert k_cmp[0, 0].tolist() == [[(1 + turned[0]) / 2, turned[1] / 2]]
+    assert found["all"][0][0, 0].tolist() == [[1, 0], turned]
+    assert found["all"][1][0, 0].tolist() == found["none"][1][0, 0].tolist() == [[1, 0]]
 
 
 def test_g2_an_odd_head_dim_has_no_pairs():

@@ -335,6 +335,7 @@ class OracleImplementation(Implementation):
     semantics = (
         *PRESETS.values(),
         *(dataclasses.replace(preset, causal=False) for preset in PRESETS.values()),
+        dataclasses.replace(PRESETS["FLA"], rotary="before_pooling"),
     )
     numerics: Mapping[str, str] = {
         "float64": "fp64",
