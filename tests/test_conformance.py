@@ -244,6 +244,11 @@ def test_the_suite_takes_instances() -> None:
         ({"limits": {"heads": (1,)}}, ValueError, "'heads'.*q_heads"),
         ({"limits": {"q_heads": 8}}, ValueError, r"Try \(8,\)"),
         ({"limits": {"inputs": ("randn",)}}, ValueError, "'inputs', which is what a property"),
+        (
+            {"limits": {"compress_map": ("mean", "per_head")}},
+            ValueError,
+            "'per_head'; valid are mean, linear, linear_per_head, mlp",
+        ),
         ({"name": ""}, TypeError, "name"),
     ],
 )

@@ -38,6 +38,7 @@ def finding(name: str, implementation: OracleImplementation, folder: Path) -> di
     "attributes",
     [
         {"limits": {"compress_map": ("mean",), "compress_positions": (False,)}},
+        {"limits": {"compress_map": ("linear_per_head",)}},
         {"limits": {"model_dim": (8,)}, "semantics": (LUCIDRAINS_FLEX,)},
         {"limits": {"q_len": (32,), "kv_len": (32,)}},
         {"limits": {"head_dim": (5,), "value_dim": (7,)}, "semantics": (LUCIDRAINS_FLEX,)},

@@ -207,6 +207,7 @@ LIMITS: list[dict[str, Collection[Any]]] = [
     {"sliding_window_size": (512,)},
     {"layout": ("contiguous", "transposed"), "dtype": ("bfloat16",)},
     {"compress_map": ("mlp",), "compress_positions": (True,)},
+    {"compress_map": ("mean", "linear", "mlp")},
     {"num_initial_blocks": (1,), "num_local_blocks": (2,)},
     {"indices": ("distinct",)},
 ]

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nsa_ref.bounds import NUMERICS
+from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.semantics import Semantics
-from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 
@@ -36,6 +37,9 @@ NO_LIMITS = {
     "semantics": "which the attribute semantics declares",
     "dtype": "which the attribute numerics declares",
 }
+
+#: Fields whose values are names, and all that there are.
+NAMED_VALUES = {"compress_map": COMPRESS_MAPS, "indices": INDICES, "layout": LAYOUTS}
 
 
 class CannotRun(Exception):
@@ -194,6 +198,12 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                     f"{where}limits[{field!r}]={values!r} must be the allowed values, at least "
                     f"one. Try ({values!r},)."
                 )
+            for value in values:
+                if value not in NAMED_VALUES.get(field, (value,)):
+                    raise ValueError(
+                        f"{where}limits[{field!r}] has {value!r}; valid are "
+                        f"{', '.join(NAMED_VALUES[field])}."
+                    )
     names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]
     for one, name in zip(implementations, names):
         if names.count(name) > 1:

@@ -195,10 +195,14 @@ def _mean_without_positions(draw: st.DrawFn, sizes: Sizes) -> None:
     sizes["compress_map"], sizes["compress_positions"] = "mean", False
 
 
+#: Maps whose weights are l dim^2 numbers, or that many for each head, at most.
+SMALL_MAPS = ("linear", "mean", "linear_per_head")
+
+
 def _small_maps(draw: st.DrawFn, sizes: Sizes) -> None:
     """An MLP of l * dim inputs and as many hidden units is kept affordable."""
     if sizes["compress_block_size"] * sizes["head_dim"] > 256:
-        sizes["compress_map"] = draw(st.sampled_from(["linear", "mean"]))
+        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
 
 
 def _rows_that_choose(draw: st.DrawFn, sizes: Sizes) -> None:
@@ -254,7 +258,7 @@ def _whole_layer(draw: st.DrawFn, sizes: Sizes) -> None:
     if empty.fine != "zero":
         sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
     if sizes["compress_block_size"] * max(sizes["head_dim"], sizes["value_dim"]) > 64:
-        sizes["compress_map"] = draw(st.sampled_from(["linear", "mean"]))
+        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
 
 
 def _layer_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:

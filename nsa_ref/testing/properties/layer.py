@@ -428,7 +428,8 @@ class _ThroughTheLayer(Implementation):
         if "to_out.weight" in weights:
             weights["to_out.weight"] = np.eye(*weights["to_out.weight"].shape, dtype=dtype)
         if "compress_v.weight" in weights:
-            weights["compress_v.weight"][:, -case.value_dim :] = np.eye(case.value_dim, dtype=dtype)
+            last = weights["compress_v.weight"][..., -case.value_dim :]
+            last[...] = np.eye(case.value_dim, dtype=dtype)
         if mem_v is not None:
             weights["mem_v"] = mem_v
         x = np.zeros((case.batch, case.kv_len, case.model_dim), dtype)
@@ -452,7 +453,7 @@ def mask_through_the_layer(branch: Branch, clause: str) -> Check:
         width = case.q_heads * case.value_dim if case.semantics.output_projection else 0
         if max(case.kv_len, width) > case.model_dim:
             raise Inconclusive(f"model_dim={case.model_dim} is no feature for each token and head")
-        if branch is COMPRESS and case.compress_map != "linear":
+        if branch is COMPRESS and case.compress_map not in ("linear", "linear_per_head"):
             raise Inconclusive("compressed values are read through a linear map")
         indices = case.block_indices() if branch is FINE else None
         expected = branch.mask(case, indices)
