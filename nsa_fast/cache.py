@@ -11,10 +11,10 @@ from nsa_fast.checks import check_size
 class Cache:
     """Keys and values of the tokens so far, for `native_sparse_attention(..., cache=...)`.
 
-    Kept of every token: k and v of every branch, rotated where the branch rotates them, and what
-    branches have in common only once. Kept of every complete window: its compressed k and v.
-    Tokens that the sliding branch will not read again, or that are pooled already, are kept too:
-    without them `truncate` could only go back as far as they reach.
+    Kept of every token: k and v of every branch, rotated where the branch, or the pooling before
+    it, reads them so, and what branches have in common only once. Kept of every complete window:
+    its compressed k and v. Tokens that the sliding branch will not read again, or that are pooled
+    already, are kept too: without them `truncate` could only go back as far as they reach.
 
     A call with a cache records no gradients, neither to the weights nor through what is cached.
     Memory grows by doubling and is taken when the first tokens come, with their dtype and device.
