@@ -20,9 +20,10 @@ from layer_emulation import LayerCase, Results, Way
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import NUMERICS, _Layer, _pool, attention_bounds
 from nsa_ref.compress import COMPRESS_MAPS
-from nsa_ref.layer_bounds import LayerBounds, _attention, layer_bounds
+from nsa_ref.layer import layer, layer_vjp, selection_inputs
+from nsa_ref.layer_bounds import LayerBounds, _attention, _masks, _Pass, layer_bounds
 from nsa_ref.selection import importance
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, PerBranch
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 
 ROWS = tuple(emulation.TORCH_DTYPES)
 CASES = 10  # per row, two of each preset; half of them as small as can be
@@ -112,6 +113,27 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
             largest[name] = max(used, largest.get(name, 0.0))
     cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items() if "_k" in name)
     print(f"\nbudget used by right layers that pool turned keys, {row}: {cells}")
+
+
+@pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
+@pytest.mark.parametrize("rotary", ROTARY)
+def test_the_layer_that_is_bounded_is_the_definition(rotary: str, compress_map: str) -> None:
+    """G1, G2, C4: the analysis in float64 has the oracle's values, within its own errors."""
+    semantics = dataclasses.replace(LUCIDRAINS, rotary=rotary)
+    case = emulation.draw_case(
+        generator(55), "fp64", semantics, seq_len=12, head_dim=4, compress_map=compress_map
+    )
+    how: dict[str, Any] = {"sizes": case.sizes, "semantics": semantics}
+    masks = _masks(case.block_indices, len(case.x), 12, case.sizes, semantics)
+    analysis = _Pass(NUMERICS["fp64"], case.sizes, semantics, case.weights, masks, 12)
+    found = analysis.run(case.x, case.d_out)
+    assert found.dx is not None
+    q, k_cmp, _ = selection_inputs(case.x, case.weights, **how)
+    how["block_indices"] = case.block_indices
+    dx, _ = layer_vjp(case.x, case.weights, case.d_out, **how)
+    out = layer(case.x, case.weights, **how)
+    for mine, definition in ((found.q, q), (found.k_cmp, k_cmp), (found.out, out), (found.dx, dx)):
+        assert (np.abs(mine.value - definition) <= mine.error).all()
 
 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16-eager"])
