@@ -313,7 +313,7 @@ class NsaFastLayer(TorchImplementation):
         self.limits = TRITON_LIMITS if compiled else {}
 
     def layer(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return self._layer(case, weights, x)
+        return _of_module(_module(case), weights, x)
 
     def layer_with_blocks(
         self, case: Case, weights: dict[str, Tensor], x: Tensor, block_indices: Tensor
@@ -325,52 +325,64 @@ class NsaFastLayer(TorchImplementation):
             case = dataclasses.replace(
                 case, semantics=dataclasses.replace(semantics, duplicates="set")
             )
-        return self._layer(case, weights, x, block_indices=block_indices)
+        # the function below the module, to which no blocks can be handed
+        return nsa_fast.native_sparse_attention(
+            x, weights, **_sizes(case), block_indices=block_indices
+        )
 
     def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Token by token through a cache, from the first one on."""
-        cache = nsa_fast.Cache(x.shape[0])
-        rows = [self._layer(case, weights, x[:, :0], cache=cache)]
+        module = _module(case)
+        cache = module.empty_cache(x.shape[0])
+        rows = [_of_module(module, weights, x[:, :0], cache=cache)]
         for t in range(x.shape[1]):
-            rows.append(self._layer(case, weights, x[:, t : t + 1], cache=cache))
+            rows.append(_of_module(module, weights, x[:, t : t + 1], cache=cache))
         return torch.cat(rows, dim=1)
 
     def varlen(
         self, case: Case, weights: dict[str, Tensor], x: Tensor, cu_seqlens: Tensor
     ) -> Tensor:
-        return self._layer(case, weights, x, cu_seqlens=cu_seqlens)
-
-    def _layer(self, case: Case, weights: dict[str, Tensor], x: Tensor, **how: Any) -> Tensor:
-        """The module with these weights; the function below it where blocks are handed in."""
-        sizes: dict[str, Any] = {
-            "q_heads": case.q_heads,
-            "kv_heads": case.kv_heads,
-            "head_dim": case.head_dim,
-            "value_dim": case.value_dim,
-            "compress_block_size": case.compress_block_size,
-            "compress_block_sliding_stride": case.compress_block_sliding_stride,
-            "compress_map": case.compress_map,
-            "selection_block_size": case.selection_block_size,
-            "num_selected_blocks": case.num_selected_blocks,
-            "num_initial_blocks": case.num_initial_blocks,
-            "num_local_blocks": case.num_local_blocks,
-            "sliding_window_size": case.sliding_window_size,
-            "semantics": case.semantics,
-        }
-        if "block_indices" in how:
-            return nsa_fast.native_sparse_attention(x, weights, **sizes, **how)
-        module = nsa_fast.NativeSparseAttention(
-            case.model_dim,
-            **sizes,
-            compress_positions=case.compress_positions,
-            num_mem_kv=case.num_mem_kv,
-        )
-        out: Tensor = torch.func.functional_call(module, weights, (x,), how, strict=True)
-        return out
+        return _of_module(_module(case), weights, x, cu_seqlens=cu_seqlens)
 
     def offers_vjp(self, method: str) -> bool:
         # a cache records no gradients
         return method != "decode" and super().offers_vjp(method)
+
+
+def _sizes(case: Case) -> dict[str, Any]:
+    """As the layer takes them, as a module and as a function."""
+    return {
+        "q_heads": case.q_heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "value_dim": case.value_dim,
+        "compress_block_size": case.compress_block_size,
+        "compress_block_sliding_stride": case.compress_block_sliding_stride,
+        "compress_map": case.compress_map,
+        "selection_block_size": case.selection_block_size,
+        "num_selected_blocks": case.num_selected_blocks,
+        "num_initial_blocks": case.num_initial_blocks,
+        "num_local_blocks": case.num_local_blocks,
+        "sliding_window_size": case.sliding_window_size,
+        "semantics": case.semantics,
+    }
+
+
+def _module(case: Case) -> nsa_fast.NativeSparseAttention:
+    return nsa_fast.NativeSparseAttention(
+        case.model_dim,
+        **_sizes(case),
+        compress_positions=case.compress_positions,
+        num_mem_kv=case.num_mem_kv,
+    )
+
+
+def _of_module(
+    module: nsa_fast.NativeSparseAttention, weights: dict[str, Tensor], x: Tensor, **how: Any
+) -> Tensor:
+    """What the module returns with these weights in the place of its own."""
+    out: Tensor = torch.func.functional_call(module, weights, (x,), how, strict=True)
+    return out
 
 
 def _named_twice(case: Case, block_indices: Tensor) -> bool:

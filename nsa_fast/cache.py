@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,9 @@ class Cache:
     A call with a cache records no gradients, neither to the weights nor through what is cached.
     Memory grows by doubling and is taken when the first tokens come, with their dtype and device.
 
-    Every layer of a model needs one of its own: layers of equal sizes cannot be told apart.
+    Every layer of a model needs one of its own. That of a `NativeSparseAttention` belongs to the
+    module that made it or used it first, and so do its copies; the functional form has only sizes
+    and switches to go by. What is pickled or deep-copied belongs to the next module that uses it.
 
     Shapes
     ------
@@ -37,6 +42,8 @@ class Cache:
         self._buffers: dict[str, Tensor] = {}
         #: sizes and switches of the layer that filled it, by name
         self._layer: dict[str, object] = {}
+        #: the module whose weights made the keys; None before the first
+        self._owner: weakref.ref[object] | None = None
 
     @property
     def length(self) -> int:
@@ -62,6 +69,7 @@ class Cache:
         other = Cache(self.batch)
         other._length = self._length
         other._layer = dict(self._layer)
+        other._owner = self._owner
         with torch.inference_mode(False):
             other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         return other
@@ -69,7 +77,24 @@ class Cache:
     def __repr__(self) -> str:
         return f"Cache(batch={self.batch}, length={self._length})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a module that is stored beside it comes back as another object
+        return vars(self) | {"_owner": None}
+
     # for the layer
+
+    def check_owner(self, module: object) -> None:
+        """ValueError if another module made the cache or used it first."""
+        if self._owner is not None and self._owner() is not module:
+            raise ValueError(
+                f"cache={self!r} belongs to another layer: another module made it or used it "
+                "first. Every layer, of equal sizes or not, needs a cache of its own: try "
+                f"empty_cache({self.batch}) of this one."
+            )
+
+    def bind(self, module: object) -> None:
+        """To the module that alone may use it from now on."""
+        self._owner = weakref.ref(module)
 
     def check(self, layer: dict[str, object], dtype: torch.dtype, device: torch.device) -> None:
         """ValueError unless tokens of this layer, dtype and device can be added."""

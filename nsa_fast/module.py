@@ -122,15 +122,27 @@ class NativeSparseAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """`native_sparse_attention` with these weights; shapes, dtypes and errors are its own."""
+        """`native_sparse_attention` with these weights; shapes, dtypes and errors are its own.
+
+        Raises
+        ------
+        ValueError : also if the cache belongs to another module, which is then what it was
+        """
         weights = {name: attrgetter(name)(self) for name in self._names}
-        return native_sparse_attention(
+        if isinstance(cache, Cache):
+            cache.check_owner(self)
+        out = native_sparse_attention(
             x, weights, **self.layer.arguments(), cache=cache, cu_seqlens=cu_seqlens
         )
+        if cache is not None:
+            cache.bind(self)
+        return out
 
     def empty_cache(self, batch: int) -> Cache:
-        """A cache without tokens for `batch` sequences, for `forward`."""
-        return Cache(batch)
+        """A cache without tokens for `batch` sequences, which belongs to this module."""
+        cache = Cache(batch)
+        cache.bind(self)
+        return cache
 
     def extra_repr(self) -> str:
         sizes = {

@@ -5,6 +5,10 @@ The parallel form is compared with the definition by the judge, and in test_nsa_
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor  # noqa: E402
 import nsa_fast  # noqa: E402
 import nsa_fast.layer  # noqa: E402
 from dense_layer import weights_of  # noqa: E402
-from nsa_fast import Cache, native_sparse_attention  # noqa: E402
+from nsa_fast import Cache, NativeSparseAttention, native_sparse_attention  # noqa: E402
 from test_nsa_fast_layer import (  # noqa: E402
     KINDS,
     MODEL_DIM,
@@ -221,48 +225,137 @@ def test_a_cache_says_how_far_it_is() -> None:
     assert cache.copy().length == 7
 
 
+# --- a cache belongs to one layer -----------------------------------------------------------------
+
+BELONGS = (
+    r"cache=Cache\(batch=2, length=\d\) belongs to another layer: .* made it or used it first\. "
+    r".* its own: try empty_cache\(2\)"
+)
+
+
+def used_by(layer: NativeSparseAttention) -> Cache:
+    """Made without a layer, and filled by this one."""
+    cache = Cache(2)
+    layer(tokens(2, 9)[:, :5], cache)
+    return cache
+
+
+def emptied(cache: Cache) -> Cache:
+    cache.truncate(0)
+    return cache
+
+
+CACHES: dict[str, Callable[[NativeSparseAttention], Cache]] = {
+    "made by it": lambda layer: layer.empty_cache(2),
+    "used by it": used_by,
+    "a copy": lambda layer: used_by(layer).copy(),
+    "emptied": lambda layer: emptied(used_by(layer)),
+}
+OTHERS: dict[str, Callable[[NativeSparseAttention], NativeSparseAttention]] = {
+    "an equal layer": lambda _: module().double(),
+    "a copy": copy.deepcopy,
+    "unpickled": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("made", CACHES)
+def test_a_cache_is_no_other_layers_and_is_what_it_was(made: str, other: str) -> None:
+    """G3: even where sizes, switches and all weights are equal, and weights may change."""
+    layer, x = module().double(), tokens(2, 9)
+    another, cache = OTHERS[other](layer), CACHES[made](layer)
+    seen = cache.length
+    with pytest.raises(ValueError, match=BELONGS):
+        another(x[:, seen:], cache)
+    assert_same("rows", layer(x[:, seen:], cache), layer(x)[:, seen:])
+
+
+def test_a_cache_outlives_its_layer_and_is_nobodys() -> None:
+    """It keeps no layer alive, and none takes its place."""
+    layer = module().double()
+    gone, cache = weakref.ref(layer), layer.empty_cache(2)
+    del layer
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(ValueError, match=BELONGS):
+        module().double()(tokens(2, 1), cache)
+
+
+@pytest.mark.parametrize("stored", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_stored_cache_belongs_to_the_layer_that_uses_it_first(
+    stored: Callable[[Any], Any],
+) -> None:
+    """Such as one that was stored with it."""
+    layer, x = module().double(), tokens(2, 9)
+    again, cache = stored((layer, used_by(layer)))
+    assert_same("rows", again(x[:, 5:7], cache), layer(x)[:, 5:7])
+    with pytest.raises(ValueError, match=BELONGS):
+        layer(x[:, 7:], cache)
+
+
+def test_a_layer_that_made_a_cache_is_what_it_was() -> None:
+    """Its attributes and its state dict, so that it is copied and stored as before."""
+    layer = module().double()
+    before = set(vars(layer)), set(layer.state_dict())
+    layer(tokens(2, 9), layer.empty_cache(2))
+    assert (set(vars(layer)), set(layer.state_dict())) == before
+
+
 # --- what does not run says so, and changes nothing -----------------------------------------------
 
 LOGITS = replace(LUCIDRAINS_FLEX, compress_alignment="start")
 
+
+def function_of(
+    layer: NativeSparseAttention, dtype: torch.dtype = torch.float64
+) -> Callable[..., Tensor]:
+    """The functional form, which knows a cache by its sizes and switches alone."""
+    weights = dict(layer.to(dtype).named_parameters())
+    return lambda x, cache, **how: native_sparse_attention(
+        x, weights, **layer.layer.arguments(), cache=cache, **how
+    )
+
+
 ERRORS: dict[str, tuple[Callable[[Cache], object], type[Exception], str]] = {
     "batch": (
-        lambda cache: module().double()(tokens(3, 1), cache),
+        lambda cache: function_of(module())(tokens(3, 1), cache),
         ValueError,
         r"x has batch 3; it must be 2, that of the cache",
     ),
     "model_dim": (
-        lambda cache: module().double()(tokens(2, 1)[..., :9], cache),
+        lambda cache: function_of(module())(tokens(2, 1)[..., :9], cache),
         ValueError,
         r"x has shape \(2, 1, 9\); it must be \(batch, seq_len, 10\)",
     ),
     "packed": (
-        lambda cache: module().double()(tokens(1, 4)[0], cache, cu_seqlens=torch.tensor([0, 4])),
+        lambda cache: function_of(module())(
+            tokens(1, 4)[0], cache, cu_seqlens=torch.tensor([0, 4])
+        ),
         ValueError,
         r"cu_seqlens and cache must not be given together",
     ),
     "not causal": (
-        lambda cache: module(replace(PAPER, causal=False)).double()(tokens(2, 1), cache),
+        lambda cache: function_of(module(replace(PAPER, causal=False)))(tokens(2, 1), cache),
         ValueError,
         r"semantics\.causal=False does not run with a cache: a later token would change",
     ),
     "candidates that depend on the length": (
-        lambda cache: module(LOGITS).double()(tokens(2, 1), cache),
+        lambda cache: function_of(module(LOGITS))(tokens(2, 1), cache),
         ValueError,
         r"semantics\.importance='logit_mean' runs with a cache only for compress_alignment='end'",
     ),
     "dtype": (
-        lambda cache: module()(tokens(2, 1).float(), cache),
+        lambda cache: function_of(module(), torch.float32)(tokens(2, 1).float(), cache),
         ValueError,
         r"cache holds keys of dtype torch\.float64, and the new ones have dtype torch\.float32",
     ),
     "another layer": (
-        lambda cache: module(kv_heads=1).double()(tokens(2, 1), cache),
+        lambda cache: function_of(module(kv_heads=1))(tokens(2, 1), cache),
         ValueError,
         r"cache was filled by a layer with kv_heads=2, and this one has kv_heads=1",
     ),
     "other conventions": (
-        lambda cache: module(replace(PAPER, rotary="all")).double()(tokens(2, 1), cache),
+        lambda cache: function_of(module(replace(PAPER, rotary="all")))(tokens(2, 1), cache),
         ValueError,
         r"cache was filled by a layer with semantics\.rotary='none', and this one has",
     ),
