@@ -1,7 +1,8 @@
-"""Deliberately broken builds of nsa_fast: one decision of its mask builders changed each.
+"""Deliberately broken builds of nsa_fast: one decision of its mask builders or cache changed each.
 
-Every name at the end is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder.
-A build is broken from within: one place is patched while an implementation's method runs, so that
+Every name in BUILDS is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder;
+BROKEN_CACHES are asked what a cache alone can do, and go before the judge in `layer_with`. A build
+is broken from within: one place is patched while an implementation's method runs, so that
 the attention functions and the masks that the adapter exposes are wrong together, as if the line
 itself were.
 """
@@ -17,13 +18,27 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from nsa_fast import adapter, block_lists, block_masks, mask_mods
+import nsa_fast.layer
+from nsa_fast import Cache, adapter, block_lists, block_masks, mask_mods
 from nsa_fast.block_lists import BlockLists, Crowded
+from nsa_fast.checks import MAX_LENGTH
+from nsa_fast.layer import Layer
 from nsa_ref.testing import Case, Implementation, TorchImplementation
 
-#: (module, function, what stands in for it, given the original)
-Mistake = tuple[ModuleType, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+#: (module or class, function, what stands in for it, given the original)
+Mistake = tuple[ModuleType | type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+
+
+@contextlib.contextmanager
+def in_place(mistakes: tuple[Mistake, ...]) -> Iterator[None]:
+    """The mistakes are made, and taken back afterwards."""
+    with contextlib.ExitStack() as patches:
+        for place, name, wrong in mistakes:
+            replacement = wrong(getattr(place, name))
+            patches.enter_context(mock.patch.object(place, name, replacement))
+        yield
 
 
 class _Broken(TorchImplementation):
@@ -31,20 +46,12 @@ class _Broken(TorchImplementation):
 
     mistakes: tuple[Mistake, ...] = ()
 
-    @contextlib.contextmanager
-    def _in_place(self) -> Iterator[None]:
-        with contextlib.ExitStack() as patches:
-            for module, name, wrong in self.mistakes:
-                replacement = wrong(getattr(module, name))
-                patches.enter_context(mock.patch.object(module, name, replacement))
-            yield
-
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
-        with self._in_place():
+        with in_place(self.mistakes):
             return super().run(method, case, *arguments)
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
-        with self._in_place():
+        with in_place(self.mistakes):
             return super().run_vjp(method, case, *arguments)
 
 
@@ -195,6 +202,149 @@ def _last_row_lost(right: Callable[..., Any]) -> Callable[..., Any]:
     return crowded_columns
 
 
+# --- wrong caches ---------------------------------------------------------------------------------
+
+#: (cache, name of a buffer, first row, rows); then what is written
+Write = Callable[[Cache, str, int, Tensor], Tensor]
+
+
+def _windows_kept(count: int) -> Callable[[Write], Write]:
+    """Up to `count` windows that were pooled before the newest tokens were forgotten stay."""
+
+    def wrong(right: Write) -> Write:
+        def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
+            if name.endswith("_cmp"):
+                pooled = vars(cache).setdefault("pooled", {})
+                again = min(max(pooled.get(name, 0) - start, 0), count, rows.shape[2])
+                old = cache._buffers[name][:, :, start : start + again] if again else rows[:, :, :0]
+                pooled[name] = max(pooled.get(name, 0), start + rows.shape[2])
+                rows = torch.cat([old, rows[:, :, again:]], dim=2)
+            return right(cache, name, start, rows)
+
+        return write
+
+    return wrong
+
+
+def _copy_shares(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
+    """What is kept, not only what is known of it."""
+
+    def copy(cache: Cache) -> Cache:
+        other = right(cache)
+        other._buffers = dict(cache._buffers)
+        return other
+
+    return copy
+
+
+def _copy_exchanges(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
+    """The sequences of a copy stand in the reverse order."""
+
+    def copy(cache: Cache) -> Cache:
+        other = right(cache)
+        other._buffers = {name: buffer.flip(0) for name, buffer in other._buffers.items()}
+        return other
+
+    return copy
+
+
+def _growth_loses_a_row(right: Write) -> Write:
+    """The last of those that are moved to a larger buffer."""
+
+    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
+        old = cache._buffers.get(name)
+        found = right(cache, name, start, rows)
+        if old is not None and cache._buffers[name] is not old:
+            found[:, :, max(0, start - 1) : start] = 0
+        return found
+
+    return write
+
+
+def _one_doubling(right: Write) -> Write:
+    """A buffer grows once, by doubling, however many rows come."""
+
+    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
+        old = cache._buffers.get(name)
+        room = rows.shape[2] if old is None else max(0, 2 * old.shape[2] - start)
+        return right(cache, name, start, rows[:, :, :room])
+
+    return write
+
+
+def _tokens_exchanged(right: Write) -> Write:
+    """A single token's rows go to the sequences in the reverse order."""
+
+    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
+        return right(cache, name, start, rows.flip(0) if rows.shape[2] == 1 else rows)
+
+    return write
+
+
+def _longest_kept(right: Callable[[Cache, int], None]) -> Callable[[Cache, int], None]:
+    """The most tokens that a cache has held, beside it."""
+
+    def truncate(cache: Cache, length: int) -> None:
+        vars(cache)["longest"] = max(vars(cache).get("longest", 0), cache.length)
+        right(cache, length)
+
+    return truncate
+
+
+def _positions_go_on(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Positions follow those of the longest length."""
+
+    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
+        project = nsa_fast.layer._project
+        ahead = max(0, vars(cache).get("longest", 0) - cache.length)
+
+        def shifted(h: Tensor, weights: Any, layer: Any, position: Tensor) -> Any:
+            return project(h, weights, layer, position + ahead)
+
+        with mock.patch.object(nsa_fast.layer, "_project", shifted):
+            return right(x, weights, layer, cache, *rest)
+
+    return appended
+
+
+def _windows_counted_at_the_longest(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """How many windows are complete, before the new tokens."""
+
+    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
+        count, before = Layer.num_compress_blocks, cache.length
+        longest = max(before, vars(cache).get("longest", 0))
+
+        def of_the_longest(layer: Layer, kv_len: int) -> int:
+            return count(layer, longest if kv_len == before else kv_len)
+
+        with mock.patch.object(Layer, "num_compress_blocks", of_the_longest):
+            return right(x, weights, layer, cache, *rest)
+
+    return appended
+
+
+def _failures_counted(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Tokens whose rows were never returned."""
+
+    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
+        try:
+            return right(x, weights, layer, cache, *rest)
+        except ZeroDivisionError:
+            cache.commit(cache.length + x.shape[1], nsa_fast.layer._cached_with(layer))
+            raise
+
+    return appended
+
+
+def _positions_begin_again(right: Callable[..., Any]) -> Callable[..., Any]:
+    """Every call's first token stands at position 0."""
+
+    def project(h: Tensor, weights: Any, layer: Any, position: Tensor) -> Any:
+        return right(h, weights, layer, position - position[:1])
+
+    return project
+
+
 WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more))
 
 PredicateWrong = _build(
@@ -240,6 +390,34 @@ BlockNamedTwice = _build(
 StridesConfused = _build(
     "strides confused", (block_lists, "to_block_mask", _with_lists(_strides_of_the_partial))
 )
+
+#: what is broken in the cache -> the mistakes
+BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
+    "windows outlive their tokens": ((Cache, "write", _windows_kept(MAX_LENGTH)),),
+    "the window that is cut outlives its tokens": ((Cache, "write", _windows_kept(1)),),
+    "windows are counted at the longest length": (
+        (Cache, "truncate", _longest_kept),
+        (nsa_fast.layer, "_appended", _windows_counted_at_the_longest),
+    ),
+    "positions go on from the longest length": (
+        (Cache, "truncate", _longest_kept),
+        (nsa_fast.layer, "_appended", _positions_go_on),
+    ),
+    "positions begin again": ((nsa_fast.layer, "_project", _positions_begin_again),),
+    "copies share buffers": ((Cache, "copy", _copy_shares),),
+    "copies exchange sequences": ((Cache, "copy", _copy_exchanges),),
+    "growth loses a row": ((Cache, "write", _growth_loses_a_row),),
+    "buffers only double": ((Cache, "write", _one_doubling),),
+    "single tokens exchange sequences": ((Cache, "write", _tokens_exchanged),),
+    "calls that fail are counted": ((nsa_fast.layer, "_appended", _failures_counted),),
+}
+
+
+def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
+    """`nsa_fast layer`, which decodes with that cache."""
+    MISTAKES[broken_cache] = BROKEN_CACHES[broken_cache]
+    return broken(broken_cache, adapter.NsaFastLayer, device)
+
 
 BUILDS = {
     "WindowPlusOne": WindowPlusOne,

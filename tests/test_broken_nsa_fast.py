@@ -18,6 +18,8 @@ CrowdedRowLost         q lists      right                      right
 =====================  ===========  =========================  ============================
 
 No C++ kernel walks the q lists; Triton's do, on CUDA and in the interpreter (test_interpreter.py).
+Caches are broken too: each is found by the run of its state machine, and by the judge where
+decoding token by token shows it.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 import nsa_fast.adapter  # noqa: E402
-from broken_nsa_fast import BUILDS  # noqa: E402
+from broken_nsa_fast import BROKEN_CACHES, BUILDS, in_place, layer_with  # noqa: E402
 from nsa_fast import block_lists, block_masks, mask_mods  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.conformance import Options, message, run_property  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+from test_nsa_fast_cache import RUN, Decoding  # noqa: E402
 
 #: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU
 READINGS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
@@ -206,6 +211,36 @@ def test_the_command_finds_and_replays(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "replays" / path.name).read_text())
     for key in ("clause", "property", "case", "text"):
         assert again[key] == found[key]
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+#: Those that decoding token by token shows. The judge knows neither `truncate` nor `copy`.
+JUDGED_CACHES = (
+    "positions begin again",
+    "growth loses a row",
+    "buffers only double",
+    "single tokens exchange sequences",
+)
+
+
+@pytest.mark.parametrize("what", BROKEN_CACHES)
+def test_broken_cache_is_found_by_the_run_that_the_right_one_passes(what: str) -> None:
+    """G3, through everything that may happen to a cache: by a row, or by a check before it."""
+    run = settings(RUN, derandomize=True, database=None, phases=[Phase.generate])
+    wrong = pytest.raises((AssertionError, ValueError), match=r"^(rows \d+ to \d+|k_cmp has shape)")
+    with in_place(BROKEN_CACHES[what]), wrong:
+        run_state_machine_as_test(Decoding, settings=run)
+
+
+@pytest.mark.parametrize("what", JUDGED_CACHES)
+def test_broken_cache_is_found_by_the_judge(what: str, tmp_path: Path) -> None:
+    """G3, with a replay."""
+    options = Options(findings=tmp_path, shrink=False)
+    found = run_property(PROPERTIES["G3_decode"], layer_with(what), options).finding
+    assert found is not None
+    assert found["clause"] == "G3"
+    assert re.match(r"decode\[\d+, \d+, \d+\] is ", found["text"])
 
 
 def test_a_broken_build_leaves_nothing_behind() -> None:
