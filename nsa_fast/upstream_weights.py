@@ -14,17 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_fast.checks import check_tensor
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
-
-#: Upstream's plain path by the switches that run here: LUCIDRAINS with duplicates "set" and empty
-#: rows zero.
-#:
-#: It is the same layer wherever every row of the fine branch sees a key, which holds if causal.
-#: A choice names no block twice, and the own block is no candidate, so nothing is there for
-#: "multiset" to count twice. Every row sees memory in the compress branch (upstream has at least
-#: one column), its own token in the sliding branch, and, if causal, in the fine branch as well.
-#: Non-causal rows without a chosen block are zero here and uniform in LUCIDRAINS.
-LUCIDRAINS_PLAIN = dataclasses.replace(LUCIDRAINS_FLEX, score_floor=LUCIDRAINS.score_floor)
+from nsa_ref.semantics import LUCIDRAINS, Semantics
 
 #: Upstream's compression network, by its places in the Sequential.
 COMPRESS_NETWORK = {
@@ -39,7 +29,8 @@ class UpstreamLayer(NamedTuple):
     """One of upstream's layers, taken apart.
 
     sizes : every size and map of the layer by name
-    semantics : `LUCIDRAINS_PLAIN` with the switches that the layer sets
+    semantics : `LUCIDRAINS` with the switches that the layer sets, and empty rows of the fine
+        branch zero if it is not causal
     weights : as `upstream_weights` returns them
     """
 
@@ -60,6 +51,11 @@ def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
         fine_selection_flex_mask        semantics.score_floor = None, for that call
         use_diff_topk                   none: ValueError, its choice has a gradient (A4)
         cache                           none: the layer's own decode (G3)
+
+    Where it is not causal, a row without a chosen block sees no key in the fine branch (F4). There
+    LUCIDRAINS says uniform over all columns, `nsa_fast` runs zero, and upstream computes neither
+    (docs/upstream.md). All other rows of the fine branch are the same for both, and no row of the
+    other branches is empty: compress has memory, sliding the own key.
 
     Raises
     ------
@@ -94,9 +90,12 @@ def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
         "compress_map": "mlp",
         "compress_positions": True,
     }
+    causal = _attribute(module, "causal")
+    rows = LUCIDRAINS.empty_row
     semantics = dataclasses.replace(
-        LUCIDRAINS_PLAIN,
-        causal=_attribute(module, "causal"),
+        LUCIDRAINS,
+        causal=causal,
+        empty_row=rows if causal else rows._replace(fine="zero"),
         share_selection=_attribute(module, "query_heads_share_selected_kv"),
         input_norm="norm.weight" in weights,
     )

@@ -44,7 +44,7 @@ PRESETS_IN_CACHES = {name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", 
 
 
 WHICH = st.integers(0, 2)
-COUNT = st.one_of(st.just(1), st.integers(0, 9))
+COUNT = st.one_of(st.just(1), st.integers(1, 9))
 
 
 class Layer:
@@ -94,7 +94,7 @@ class Decoding(RuleBasedStateMachine):
         self.held = [(Cache(batch), tokens(batch, 0))]
         self.append(0, prefill)
 
-    @rule(which=WHICH, count=COUNT)
+    @rule(which=WHICH, count=st.one_of(st.just(0), COUNT))
     def append(self, which: int, count: int) -> None:
         cache, seen = self.held[which % len(self.held)]
         self.seed += 1
@@ -106,7 +106,7 @@ class Decoding(RuleBasedStateMachine):
         assert_same(f"rows {seen.shape[1] - count} to {seen.shape[1]}", rows, expected)
         self.held[which % len(self.held)] = cache, seen
 
-    @rule(which=WHICH, back=st.integers(0, 9), count=COUNT)
+    @rule(which=WHICH, back=st.integers(1, 9), count=COUNT)
     def truncate(self, which: int, back: int, count: int) -> None:
         cache, seen = self.held[which % len(self.held)]
         length = max(0, seen.shape[1] - back)

@@ -30,24 +30,21 @@ from nsa_ref.selection import (
     top_blocks,
     valid_selection,
 )
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch, Semantics
 from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from torch import Tensor  # noqa: E402
 
+import nsa_fast.layer  # noqa: E402
 from nsa_fast import (  # noqa: E402
     NativeSparseAttention,
     create_fine_mask,
     create_sliding_mask,
     native_sparse_attention,
 )
-from nsa_fast.upstream_weights import (  # noqa: E402
-    LUCIDRAINS_PLAIN,
-    from_upstream,
-    upstream_weights,
-)
+from nsa_fast.upstream_weights import from_upstream, upstream_weights  # noqa: E402
 
 COMPRESS_SIZES = ("compress_block_size", "compress_block_sliding_stride")
 
@@ -263,8 +260,14 @@ def test_sizes_and_switches_are_read_off_the_module() -> None:
         "sliding_window_size": 7,
         "num_mem_kv": 2,
     }
-    assert layer.semantics == dataclasses.replace(LUCIDRAINS_PLAIN, share_selection=False)
-    assert not from_upstream(stand_in(causal=False)).semantics.causal
+    assert layer.semantics == dataclasses.replace(LUCIDRAINS, share_selection=False)
+
+
+def test_an_empty_row_of_fine_is_zero_where_the_module_is_not_causal() -> None:
+    """A2: the one switch that is neither LUCIDRAINS' nor the layer's."""
+    found = from_upstream(stand_in(causal=False, query_heads_share_selected_kv=True)).semantics
+    rows = PerBranch("uniform", "zero", "uniform")
+    assert found == dataclasses.replace(LUCIDRAINS, causal=False, empty_row=rows)
 
 
 def own_module(module: torch.nn.Module) -> NativeSparseAttention:
@@ -297,16 +300,13 @@ def test_another_module_is_named() -> None:
 # --- the switches ---------------------------------------------------------------------------------
 
 
-def test_the_plain_path_here_is_lucidrains_but_for_two_switches() -> None:
-    again = dataclasses.replace(
-        LUCIDRAINS_PLAIN, duplicates=LUCIDRAINS.duplicates, empty_row=LUCIDRAINS.empty_row
-    )
-    assert again == LUCIDRAINS != LUCIDRAINS_PLAIN
-
-
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seed", range(8))
-def test_the_switches_that_do_not_run_here_make_no_difference_where_causal(seed: int) -> None:
-    """F3, A2: the own block is never chosen, and every row sees a key in every branch."""
+def test_switches_of_lucidrains_show_in_fine_rows_without_a_block_alone(
+    seed: int, causal: bool
+) -> None:
+    """F3, A2: no block counts twice, and no row is empty but there, which no causal one is."""
+    semantics = dataclasses.replace(LUCIDRAINS, causal=causal)
     rng = np.random.default_rng(seed)
     stride, kv_len = int(rng.integers(1, 4)), int(rng.integers(1, 24))
     sizes = {"compress_block_size": stride + 1, "compress_block_sliding_stride": stride}
@@ -316,16 +316,18 @@ def test_the_switches_that_do_not_run_here_make_no_difference_where_causal(seed:
     )
     chosen = select(
         q, k_cmp, mem_k, kv_len=kv_len, **sizes, selection_block_size=block,
-        num_selected_blocks=3, num_initial_blocks=0, num_local_blocks=0, semantics=LUCIDRAINS,
+        num_selected_blocks=3, num_initial_blocks=0, num_local_blocks=0, semantics=semantics,
     )  # fmt: skip
-    plain = fine_mask(kv_len, kv_len, block, chosen, 2, LUCIDRAINS)
-    runs = fine_mask(kv_len, kv_len, block, chosen, 2, LUCIDRAINS_PLAIN)
-    np.testing.assert_array_equal(plain, runs)
+    fine = fine_mask(kv_len, kv_len, block, chosen, 2, semantics)
+    once = dataclasses.replace(semantics, duplicates="set")
+    np.testing.assert_array_equal(fine, fine_mask(kv_len, kv_len, block, chosen, 2, once))
+    empty = fine.sum(axis=-1) == 0
+    np.testing.assert_array_equal(empty, (chosen < 0).all(axis=-1) & (not causal))
     others = (
-        compress_mask(kv_len, kv_len, stride + 1, stride, 1, LUCIDRAINS),
-        sliding_mask(kv_len, kv_len, 1, LUCIDRAINS),
+        compress_mask(kv_len, kv_len, stride + 1, stride, 1, semantics),
+        sliding_mask(kv_len, kv_len, 1, semantics),
     )
-    for mask in (plain, *others):
+    for mask in others:
         assert (mask.sum(axis=-1) > 0).all()
 
 
@@ -554,8 +556,10 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
 def own_layer(
     module: torch.nn.Module, x: Tensor, *, flex: bool = False, **arguments: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the layer here makes of the converted weights, and these weights."""
+    """The functional form with the converted weights, for blocks of choice; and these weights."""
     sizes, semantics, weights = from_upstream(module)
+    # blocks that are handed in might be named twice (F3)
+    semantics = dataclasses.replace(semantics, duplicates="set")
     sizes = {
         name: size
         for name, size in sizes.items()
@@ -577,9 +581,12 @@ CONFIGURATIONS = [(seed, causal) for seed in range(25) for causal in (True, Fals
 @needs_upstream
 @pytest.mark.parametrize(("seed", "causal"), CONFIGURATIONS)
 def test_upstream_and_the_layer_here_are_lucidrains(
-    seed: int, causal: bool, record_property: Callable[[str, object], None]
+    seed: int,
+    causal: bool,
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """G1, A4: output and all gradients, on the plain path, within the bounds of the dtype."""
+    """G1, A4: the modules' output and all gradients, within the bounds of the dtype."""
     sizes = random_sizes(seed, causal=causal)
     dtype = torch.float32 if seed % 2 else torch.float64
     module, x = upstream_layer(sizes, seed, dtype)
@@ -592,10 +599,11 @@ def test_upstream_and_the_layer_here_are_lucidrains(
     bound_of = {"x": bounds.dx, **bounds.dweights}
 
     x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    theirs = module(x_theirs)
-    # no row is left out: one of another choice is compared for that choice
-    forced = torch.from_numpy(definition.block_indices) if definition.another else None
-    ours, weights = own_layer(module, x_ours, block_indices=forced)
+    own = own_module(module)
+    if definition.another:  # no row is left out: they are compared for that choice
+        forced = torch.from_numpy(definition.block_indices)
+        monkeypatch.setattr(nsa_fast.layer, "select_blocks", lambda *_, **__: forced)
+    theirs, ours = module(x_theirs), own(x_ours)
     theirs.backward(d_out)
     ours.backward(d_out)
     # a gradient is laid out as its parameter, and the converter only lays out anew
@@ -603,7 +611,7 @@ def test_upstream_and_the_layer_here_are_lucidrains(
     gradients["rotary_emb.freqs"] = module.rotary_emb.freqs
     found = {
         "upstream": {"x": gradient(x_theirs), **upstream_weights(gradients)},
-        "here": {"x": gradient(x_ours), **{n: gradient(w) for n, w in weights.items()}},
+        "here": {"x": gradient(x_ours), **{n: gradient(p) for n, p in own.named_parameters()}},
     }
     for who, out in (("upstream", theirs), ("here", ours)):
         assert_within(out, definition(), bounds.out, f"{who}, {sizes}: out")
