@@ -29,8 +29,8 @@ class UpstreamLayer(NamedTuple):
     """One of upstream's layers, taken apart.
 
     sizes : every size and map of the layer by name
-    semantics : `LUCIDRAINS` with the switches that the layer sets, and empty rows of the fine
-        branch zero if it is not causal
+    semantics : `LUCIDRAINS` with the switches that the layer sets; if it is not causal, with
+        empty rows of the fine branch zero, see `from_upstream`
     weights : as `upstream_weights` returns them
     """
 
@@ -52,10 +52,11 @@ def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
         use_diff_topk                   none: ValueError, its choice has a gradient (A4)
         cache                           none: the layer's own decode (G3)
 
-    Where it is not causal, a row without a chosen block sees no key in the fine branch (F4). There
-    LUCIDRAINS says uniform over all columns, `nsa_fast` runs zero, and upstream computes neither
-    (docs/upstream.md). All other rows of the fine branch are the same for both, and no row of the
-    other branches is empty: compress has memory, sliding the own key.
+    LUCIDRAINS runs as it is if the layer is causal. If it is not, a row without a chosen block sees
+    no key in the fine branch (F4), and there LUCIDRAINS says uniform over all columns, which does
+    not run: semantics.empty_row.fine is "zero", all other rows are those of LUCIDRAINS. Upstream
+    does neither: such a row is uniform over the blocks that it gathered, or reads its own block
+    (docs/upstream.md); where these hold all tokens, the first is LUCIDRAINS.
 
     Raises
     ------

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -553,6 +553,19 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     return found._replace(another=int(another.sum()))
 
 
+@contextlib.contextmanager
+def choice_of(definition: Definition) -> Iterator[None]:
+    """The module here reads the blocks that upstream chose, if it might choose others.
+
+    So no row is left out: each is compared for one valid choice.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if definition.another:
+            chosen = torch.from_numpy(definition.block_indices)
+            patch.setattr(nsa_fast.layer, "select_blocks", lambda *_, **__: chosen)
+        yield
+
+
 def own_layer(
     module: torch.nn.Module, x: Tensor, *, flex: bool = False, **arguments: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -581,10 +594,7 @@ CONFIGURATIONS = [(seed, causal) for seed in range(25) for causal in (True, Fals
 @needs_upstream
 @pytest.mark.parametrize(("seed", "causal"), CONFIGURATIONS)
 def test_upstream_and_the_layer_here_are_lucidrains(
-    seed: int,
-    causal: bool,
-    record_property: Callable[[str, object], None],
-    monkeypatch: pytest.MonkeyPatch,
+    seed: int, causal: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """G1, A4: the modules' output and all gradients, within the bounds of the dtype."""
     sizes = random_sizes(seed, causal=causal)
@@ -600,10 +610,8 @@ def test_upstream_and_the_layer_here_are_lucidrains(
 
     x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     own = own_module(module)
-    if definition.another:  # no row is left out: they are compared for that choice
-        forced = torch.from_numpy(definition.block_indices)
-        monkeypatch.setattr(nsa_fast.layer, "select_blocks", lambda *_, **__: forced)
-    theirs, ours = module(x_theirs), own(x_ours)
+    with choice_of(definition):
+        theirs, ours = module(x_theirs), own(x_ours)
     theirs.backward(d_out)
     ours.backward(d_out)
     # a gradient is laid out as its parameter, and the converter only lays out anew
@@ -655,7 +663,8 @@ def test_equal_scores_are_resolved_in_a_valid_way() -> None:
         module.k_compress[3].weight.zero_()
     definition = valid_choice(module, x)
     assert definition.another
-    ours, _ = own_layer(module, x, block_indices=torch.from_numpy(definition.block_indices))
+    with choice_of(definition):
+        ours = own_module(module)(x)
     for out in (module(x), ours):
         assert_within(out, definition(), definition.bounds().out, "out")
 
@@ -757,9 +766,23 @@ def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal() -> No
         v[:, :columns].mean(dim=1, keepdim=True).expand(-1, 2, -1) @ weights["to_out.weight"].T
         for columns in (2, 3)
     )
-    found = module(x)[:, :2]
-    assert agree(found, gathered)
-    assert not agree(found, all_columns)
+    theirs, ours = module(x), own_module(module)(x)
+    assert agree(theirs[:, :2], gathered)
+    assert not agree(theirs[:, :2], all_columns)
+    assert not ours[:, :2].any()
+    assert agree(theirs[:, 2:], ours[:, 2:])
+
+
+@needs_upstream
+def test_an_empty_row_is_lucidrains_where_all_tokens_were_gathered_and_not_causal() -> None:
+    """A2: two tokens, l' = 2, d = 1; LUCIDRAINS says uniform, and zero is what runs."""
+    module, x = only_branch(Sizes(seq_len=2, selection_block_size=2, causal=False), "fine")
+    theirs, weights = module(x), upstream_weights(module.state_dict())
+    uniform = (x @ weights["to_v.weight"].T).mean(dim=1, keepdim=True).expand(-1, 2, -1)
+    assert agree(theirs, uniform @ weights["to_out.weight"].T)
+    definition = valid_choice(module, x)
+    assert_within(theirs, definition(), definition.bounds().out, "upstream")
+    assert not own_module(module)(x).any()
 
 
 @needs_upstream
