@@ -261,6 +261,7 @@ def test_sizes_and_switches_are_read_off_the_module() -> None:
         "num_mem_kv": 2,
     }
     assert layer.semantics == dataclasses.replace(LUCIDRAINS, share_selection=False)
+    assert from_upstream(stand_in(query_heads_share_selected_kv=True)).semantics == LUCIDRAINS
 
 
 def test_an_empty_row_of_fine_is_zero_where_the_module_is_not_causal() -> None:
