@@ -5,10 +5,10 @@ process of its own with one thread: seconds of that thread, the least of up to s
 memory, what the first run added to what the process and its inputs held before.
 
 An exponent is the slope of log(figure) over log(tokens) by least squares, from 8k tokens on, or
-from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp over
-all windows, in the same chunks; the selection computes the half that is visible. Beside the lists
-stands FlexAttention's `create_block_mask` of the same predicate for G heads, which looks at every
-pair of a query and a key.
+from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp, in
+the same chunks: of all N x N/d pairs, and of the half that is visible, which the selection needs.
+Beside the lists stands FlexAttention's `create_block_mask` of the same predicate, for one head and
+for G, which looks at every pair of a query and a key.
 """
 
 from __future__ import annotations
@@ -92,13 +92,15 @@ def selection(tokens: int) -> Run:
     return lambda: select_blocks(q, k_cmp, kv_len=tokens, **SIZES)
 
 
-def logits(tokens: int) -> Run:
+def logits(tokens: int, visible: bool) -> Run:
     q, k_cmp = queries_and_blocks(tokens)
     columns = k_cmp.transpose(-1, -2)
+    size, stride = SIZES["compress_block_size"], SIZES["compress_block_sliding_stride"]
 
     def run() -> None:
         for rows in selection_module.chunks(q, columns.shape[-1]):
-            _ = q[:, :, rows] @ columns
+            ended = max(0, (rows.stop - size) // stride + 1) if visible else columns.shape[-1]
+            _ = q[:, :, rows].reshape(1, 1, -1, HEAD_DIM) @ columns[..., :ended]
 
     return run
 
@@ -135,8 +137,8 @@ def everything(tokens: int) -> Run:
     return run
 
 
-def dense(tokens: int) -> Run:
-    """The same predicate for G heads, head by head as FlexAttention's users have them."""
+def dense(tokens: int, heads: int) -> Run:
+    """The same predicate, head by head as FlexAttention's users have them."""
     chosen = block_lists.chosen_blocks(
         choice(tokens),
         kv_len=tokens,
@@ -154,19 +156,21 @@ def dense(tokens: int) -> Run:
         ahead=0,
         block_size=SIZES["selection_block_size"],
         rows_per_token=1,
-        heads_per_choice=GROUP,
+        heads_per_choice=heads,
         kv_len=tokens,
     )
-    return lambda: create_block_mask(mask_mod, 1, GROUP, tokens, tokens, device="cpu")
+    return lambda: create_block_mask(mask_mod, 1, heads, tokens, tokens, device="cpu")
 
 
 WHAT: dict[str, Callable[[int], Run]] = {
     "lists": lambda tokens: fine_lists(tokens, q_lists=False),
     "lists and transposes": lambda tokens: fine_lists(tokens, q_lists=True),
     "selection": selection,
-    "logits alone": logits,
+    "all logits alone": lambda tokens: logits(tokens, visible=False),
+    "visible logits alone": lambda tokens: logits(tokens, visible=True),
     "selection and all masks": everything,
-    "create_block_mask": dense,
+    "create_block_mask, one head": lambda tokens: dense(tokens, 1),
+    "create_block_mask, G heads": lambda tokens: dense(tokens, GROUP),
 }
 
 
@@ -236,9 +240,9 @@ def main() -> None:
         "measured": {},
     }
     head = "".join(f"{n:>20}" for n in arguments.tokens)
-    print(f"{'tokens':24}{head}   exponents of time, memory")
+    print(f"{'tokens':28}{head}   exponents of time, memory")
     for what in arguments.what:
-        sizes = [n for n in arguments.tokens if what != "create_block_mask" or n <= DENSE_UP_TO]
+        sizes = [n for n in arguments.tokens if "create_block_mask" not in what or n <= DENSE_UP_TO]
         found = {n: measured_apart(what, n) for n in sizes}
         slopes = {
             name: exponent({n: figures[name] for n, figures in found.items()})
@@ -250,7 +254,7 @@ def main() -> None:
             for n in arguments.tokens
         )
         ends = ", ".join("-" if x is None else f"{x:.2f}" for x in slopes.values())
-        print(f"{what:24}{cells}   {ends}", flush=True)
+        print(f"{what:28}{cells}   {ends}", flush=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
