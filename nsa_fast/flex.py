@@ -55,7 +55,7 @@ class Attention(NamedTuple):
 def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str:
     """The backend to use, or an error that says what runs."""
     if backend is None:
-        backend = "compiled" if q.device.type == "cuda" else "eager"
+        backend = "compiled" if is_triton(q.device) else "eager"
     check_choice("backend", backend, BACKENDS)
     if not q.is_floating_point():
         raise TypeError(f"q has dtype {q.dtype}; it must be a floating point type.")

@@ -34,7 +34,13 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from broken_nsa_fast import BUILDS  # noqa: E402
 from nsa_fast import flex, interpreter, tiles  # noqa: E402
-from nsa_fast.adapter import NsaFast, NsaFastCompiled, NsaFastInterpreted  # noqa: E402
+from nsa_fast.adapter import (  # noqa: E402
+    NsaFast,
+    NsaFastCompiled,
+    NsaFastInterpreted,
+    NsaFastLayer,
+)
+from nsa_ref.semantics import LUCIDRAINS  # noqa: E402
 from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
 from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.conformance import Options, run_property  # noqa: E402
@@ -194,6 +200,43 @@ def test_lists_of_several_blocks_are_walked(branch: Branch, tmp_path: Path) -> N
     assert blocks == ([True, True, False, True] if branch is SLIDING else [True] * 4)
     options = Options(case=case, findings=tmp_path)
     record = run_property(PROPERTIES[f"A3_{branch.name}_gradients"], INTERPRETED, options)
+    assert record.finding is None, record.finding["text"]
+    assert record.cases == 1
+
+
+class _Layer(NsaFastInterpreted):
+    """The whole layer, which verify leaves out here: through module, selection and all branches."""
+
+    semantics = NsaFastLayer.semantics
+
+    def __init__(self) -> None:
+        super().__init__(NsaFastLayer)
+
+    def offers(self, method: str) -> bool:
+        return method in ("layer", "decode", "varlen")
+
+    def offers_vjp(self, method: str) -> bool:
+        return method == "layer"
+
+
+LAYER = _Layer()
+
+
+@runs
+@pytest.mark.parametrize(("name", "tokens"), [("A4_layer_gradients", 40), ("G3_decode", 10)])
+def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int, tmp_path: Path) -> None:
+    case = dataclasses.replace(
+        CASE,
+        semantics=LUCIDRAINS,
+        batch=1,
+        q_len=tokens,
+        kv_len=tokens,
+        compress_block_size=8,
+        num_mem_kv=1,
+        num_selected_blocks=2,
+        sliding_window_size=20,
+    )
+    record = run_property(PROPERTIES[name], LAYER, Options(case=case, findings=tmp_path))
     assert record.finding is None, record.finding["text"]
     assert record.cases == 1
 
