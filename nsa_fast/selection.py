@@ -129,19 +129,26 @@ def select_blocks(
     if chosen.numel() == 0 or sizes.blocks == 0:
         return chosen
     memory = mem_k.shape[2]
+    columns = columns.flatten(0, 1)
+    slices = list(chunks(q, max(columns.shape[-1], sizes.blocks)))
+    # taken once: pages that every chunk asks the system for cost as much as the softmax
+    largest = batch * q_heads * slices[0].stop * columns.shape[-1]
+    buffers = columns.new_empty(2, largest)
     with without_autocast(q.device):
-        for rows in chunks(q, max(columns.shape[-1], sizes.blocks)):
+        for rows in slices:
             first, last = rows.start + kv_len - q_len, rows.stop - 1 + kv_len - q_len
             blocks, windows = _within_reach(last, sizes, semantics)
             if blocks == 0:
                 continue
             position = torch.arange(first, last + 1, device=q.device)
             needed = memory + windows
-            part = q[:, :, rows].to(dtype).reshape(batch, kv_heads, -1, head_dim)
-            logits = (part @ columns[..., :needed]).mul_(factor)
             # (batch, heads, heads that share, rows, memory and windows)
-            logits = logits.view(batch, heads, q_heads // heads, len(position), needed)
-            best = _best(logits, position, first, memory, blocks, sizes, semantics, n)
+            shape = (batch, heads, q_heads // heads, len(position), needed)
+            logits, p_cmp = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            part = q[:, :, rows].to(dtype).reshape(len(columns), -1, head_dim)
+            product = logits.view(*part.shape[:2], needed)
+            torch.bmm(part, columns[..., :needed], out=product).mul_(factor)
+            best = _best(logits, p_cmp, position, first, memory, blocks, sizes, semantics, n)
             chosen[:, :, rows, : best.shape[-1]] = best
     return chosen
 
@@ -176,6 +183,7 @@ def _num_visible(position: int, sizes: _Sizes, semantics: Semantics) -> int:
 
 def _best(
     logits: Tensor,
+    p_cmp: Tensor,
     position: Tensor,
     first: int,
     memory: int,
@@ -184,14 +192,20 @@ def _best(
     semantics: Semantics,
     n: int,
 ) -> Tensor:
-    """I4 to I6 for the rows from p = first on: (batch, heads, rows, at most n), -1 if unused."""
+    """I4 to I6 for the rows from p = first on: (batch, heads, rows, at most n), -1 if unused.
+
+    p_cmp : room for as many numbers as logits
+    """
     candidates, forced = _candidates(position, blocks, sizes, semantics)
     # the columns before are visible to all rows: most of them, and so many fewer to mask
     shown = _num_visible(first, sizes, semantics) if semantics.causal else 0
     visible = _visible(position, slice(shown, logits.shape[-1] - memory), sizes, semantics)
     if semantics.importance == "overlap":
         logits[..., memory + shown :].masked_fill_(~visible, -torch.inf)
-        scores = _overlap_scores(logits, memory, blocks, sizes, semantics)
+        torch.softmax(logits, dim=-1, out=p_cmp)
+        if memory + shown == 0:  # of a row that sees nothing the softmax is NaN
+            p_cmp.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
+        scores = _overlap_scores(p_cmp[..., memory:], blocks, sizes, semantics)
         quantity, forced_rank = scores, torch.tensor(semantics.forced_score, dtype=scores.dtype)
     else:
         visible = F.pad(visible, (shown, 0), value=True)
@@ -265,19 +279,9 @@ def _first_end(sizes: _Sizes, semantics: Semantics) -> int:
     return (sizes.size if semantics.compress_alignment == "start" else sizes.stride) - 1
 
 
-def _overlap_scores(
-    logits: Tensor, memory: int, blocks: int, sizes: _Sizes, semantics: Semantics
-) -> Tensor:
-    """Eq. 8 to 10: (batch, heads, rows, blocks). Overwrites the logits: they are the largest."""
-    windows = logits.shape[-1] - memory
-    if logits.shape[-1] > 0:
-        largest = logits.amax(dim=-1, keepdim=True)
-        logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
-        total = logits.sum(dim=-1, keepdim=True)
-        # a row that sees nothing: 0, where softmax gives NaN
-        logits.div_(total.masked_fill_(total == 0, 1))
-    p_cmp = logits[..., memory:].sum(dim=2)
-
+def _overlap_scores(p_cmp: Tensor, blocks: int, sizes: _Sizes, semantics: Semantics) -> Tensor:
+    """Eq. 9 and 10: (batch, heads, rows, blocks)."""
+    p_cmp, windows = p_cmp.sum(dim=2), p_cmp.shape[-1]
     # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n for windows that start at i d, and over
     # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
     per_block, per_window = sizes.block // sizes.stride, sizes.size // sizes.stride
