@@ -1,8 +1,8 @@
 """What masks and selection cost on a CPU, as the sequence grows: python -m benchmarks.cost
 
 Prints a table and writes it, with the versions, as JSON. One kv head; every figure comes from a
-process of its own with one thread: seconds of that thread, the least of up to seven runs, and peak
-memory, what the first run added to what the process and its inputs held before.
+process of its own with one thread: seconds of that thread, the least of up to seven runs, and, of
+one more run, the most that torch had allocated on top of the inputs.
 
 An exponent is the slope of log(figure) over log(tokens) by least squares, from 8k tokens on, or
 from the start where fewer are asked for. Beside the selection stands the bare product q k_cmp, in
@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.profiler import ProfilerActivity, profile
 
 from nsa_fast import block_lists, block_masks, branches, compress_pool, mask_mods, select_blocks
 from nsa_fast import selection as selection_module
@@ -182,28 +181,41 @@ def processor() -> str:
     return platform.machine()
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def peak_bytes(run: Run) -> int:
+    """What torch allocates on a CPU, at most at a time: from what its allocator tells a profiler.
+
+    The system knows less: pages that were asked for before serve again, and count for nobody.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    results = recorded.profiler.kineto_results
+    events, changes = list(results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag.name == "Allocation":
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda each: each[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
 def measure(what: str, tokens: int) -> dict[str, float]:
-    """In this process, which must be a fresh one: its peak is all that the system tells."""
+    """In this process, which had better be a fresh one."""
     torch.set_num_threads(1)
     WHAT[what](256)()  # what is loaded or set up once
     run = WHAT[what](tokens)
-    before, seconds = resident(), []
+    seconds: list[float] = []
     for _ in range(7):
         # of this process alone: neighbours make a clock on the wall tell other exponents
         start = time.process_time()
         run()
         seconds.append(time.process_time() - start)
-        if len(seconds) == 1:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if sum(seconds) > 10:
             break
-    return {"seconds": min(seconds), "MiB": max(0, peak - before) / 2**20}
+    return {"seconds": min(seconds), "MiB": peak_bytes(run) / 2**20}
 
 
 def measured_apart(what: str, tokens: int) -> dict[str, float]:

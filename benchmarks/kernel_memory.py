@@ -35,9 +35,15 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
 import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from benchmarks.cost import RESULTS, SIZES, WINDOW, exponent, processor  # noqa: E402
+from benchmarks.cost import (  # noqa: E402
+    RESULTS,
+    SIZES,
+    WINDOW,
+    exponent,
+    peak_bytes,
+    processor,
+)
 from nsa_fast import NativeSparseAttention, interpreter  # noqa: E402
 from nsa_ref.testing.loading import versions  # noqa: E402
 
@@ -70,24 +76,6 @@ def peak_of_cuda(run: Callable[[], object]) -> tuple[int, float]:
     return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
 
 
-def peak_of_cpu(run: Callable[[], object]) -> int:
-    """The same, from what torch's allocator tells the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    results = recorded.profiler.kineto_results
-    events, changes = list(results.experimental_event_tree()), []
-    while events:
-        event = events.pop()
-        events.extend(event.children)
-        if event.tag.name == "Allocation":
-            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda each: each[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 def measure(tokens: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     device = "cpu" if DRY else "cuda"
@@ -108,7 +96,7 @@ def measure(tokens: int) -> dict[str, dict[str, float]]:
         run()  # compiles
         name = run.__name__.replace("_", " ")
         if DRY:
-            found[name] = {"MiB": peak_of_cpu(run) / 2**20}
+            found[name] = {"MiB": peak_bytes(run) / 2**20}
         else:
             peaks, seconds = zip(*(peak_of_cuda(run) for _ in range(5)))
             found[name] = {"MiB": max(peaks) / 2**20, "seconds": min(seconds)}
