@@ -16,6 +16,7 @@ from nsa_ref.layer import (
     layer_vjp,
     layer_weight_shapes,
     varlen,
+    varlen_vjp,
 )
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
@@ -86,4 +87,5 @@ __all__ = [
     "undecided_rows",
     "valid_selection",
     "varlen",
+    "varlen_vjp",
 ]

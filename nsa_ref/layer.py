@@ -734,6 +734,50 @@ def varlen(
     return np.concatenate([none, *rows], axis=0)
 
 
+def varlen_vjp(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    cu_seqlens: np.ndarray,
+    d_out: np.ndarray,
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics = PAPER,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Gradients of <d_out, varlen(x, weights, cu_seqlens)> with respect to x and every weight.
+
+    ::
+
+        dx        each sequence's own, one behind the other
+        dweights  the sum over the sequences, for they share the weights
+
+    Shapes
+    ------
+    x, cu_seqlens : as `varlen`
+    d_out : as `varlen` returns
+    returns : (dx, dweights), of the shapes of x and of each of the weights
+
+    Raises
+    ------
+    ValueError, TypeError : as `varlen`; d_out of a wrong shape
+
+    Source
+    ------
+    G4; G1, A3, A4, C4 for each sequence
+    """
+    x, d_out = as_float64("x", x), as_float64("d_out", d_out)
+    check_shape("x", x.shape, ("total tokens", sizes.model_dim))
+    check_shape("d_out", d_out.shape, (x.shape[0], "out_dim"))
+    bounds = check_cu_seqlens(cu_seqlens, x.shape[0])
+    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
+    none, total = layer_vjp(x[None, :0], weights, d_out[None, :0], **how)
+    rows = [none[0]]
+    for start, stop in itertools.pairwise(bounds):
+        dx, dweights = layer_vjp(x[None, start:stop], weights, d_out[None, start:stop], **how)
+        rows.append(dx[0])
+        total = {name: total[name] + dweights[name] for name in total}
+    return np.concatenate(rows, axis=0), total
+
+
 def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
     """The offsets as a list, if they start at 0, never decrease and end at `tokens`.
 

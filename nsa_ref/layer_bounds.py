@@ -70,7 +70,7 @@ from nsa_ref.bounds import (
     score_bounds,
 )
 from nsa_ref.checks import check_multiple, check_one_of, check_shape
-from nsa_ref.compress import compress_windows
+from nsa_ref.compress import compress_windows, num_compress_blocks
 from nsa_ref.layer import LayerSizes, layer_weight_shapes
 from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import shared_strides
@@ -172,6 +172,72 @@ def layer_bounds(
     dx = _final(of_kernel.dx, rows[0]) + _final(of_oracle.dx, rows[1])
     dweights = {name: of_kernel.dweights[name] + of_oracle.dweights[name] for name in w}
     return LayerBounds(out, scores, dx, dweights)
+
+
+def packed_weight_bounds(
+    lengths: Sequence[int],
+    dweights: Sequence[Mapping[str, ArrayLike]],
+    bounds: Sequence[Mapping[str, ArrayLike]],
+    *,
+    sizes: LayerSizes,
+    semantics: Semantics,
+    numerics: str,
+) -> dict[str, Array]:
+    """Deterministic bounds on the weights' gradients of packed sequences, summed over them.
+
+    A right layer runs its sequences one by one and adds up what it stored, or makes one sum over
+    the terms of all of them, or something between the two. With c_s terms in sequence s::
+
+        one sum        B_s holds acc(c_s) = (c_s + 2) u_a times the sizes of its terms, and the
+                       sum of all has acc(C), C = sum c_s: at most C / c_s times as much
+        one by one     S - 1 additions in any order, each perhaps stored
+        B = sum_s B_s C / c_s + ((1 + u)^(S - 1) - 1) sum_s (|dW_s| + B_s C / c_s) + (S - 1) eta
+
+    A term is a window for the weights of a compression map, and a token for all others (memory
+    has one for every head of a group as well, which cancels). The oracle's own sum is included.
+    dx needs nothing of this: each of its rows belongs to one sequence.
+
+    Shapes
+    ------
+    lengths : tokens of each of the S sequences
+    dweights : of each sequence by itself, the float64 oracle's
+    bounds : on each of these, `layer_bounds(...).dweights`
+    numerics : a key of NUMERICS
+    returns : one bound for every element of every weight's gradient
+
+    Raises
+    ------
+    ValueError : an unknown row, lists of different lengths
+
+    Source
+    ------
+    G4; NUMERICS 2, acc(n)
+    """
+    check_one_of("numerics", numerics, NUMERICS)
+    for name, given in (("dweights", dweights), ("bounds", bounds)):
+        if len(given) != len(lengths):
+            raise ValueError(f"{name} has {len(given)} entries; it must have {len(lengths)}.")
+    map_sizes = sizes.compress_block_size, sizes.compress_block_sliding_stride
+    windows = [
+        num_compress_blocks(length, *map_sizes, semantics.compress_alignment) for length in lengths
+    ]
+    summed = {}
+    for name in layer_weight_shapes(sizes, semantics):
+        terms = windows if name.startswith("compress_") else lengths
+        each = [
+            _Layer(
+                np.asarray(gradient[name], dtype=np.float64),
+                np.asarray(bound[name], dtype=np.float64) * (sum(terms) / count),
+            )
+            for gradient, bound, count in zip(dweights, bounds, terms)
+            if count  # without a term the gradient is 0, and so is its bound
+        ]
+        if not each:
+            summed[name] = np.zeros(layer_weight_shapes(sizes, semantics)[name])
+            continue
+        of_oracle = _total([_exactly(part.value) for part in each], NUMERICS["fp64"])
+        summed[name] = _total(each, NUMERICS[numerics]).error + of_oracle.error
+    return summed
 
 
 def _projection(letter: str, branch: str, semantics: Semantics) -> str:

@@ -18,10 +18,24 @@ import layer_emulation as emulation
 from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
 from nsa_ref.attention import attend, attend_vjp
-from nsa_ref.bounds import NUMERICS, _Layer, _pool, attention_bounds
+from nsa_ref.bounds import (
+    NUMERICS,
+    _exactly,
+    _Layer,
+    _pool,
+    _sum_gradient,
+    attention_bounds,
+)
 from nsa_ref.compress import COMPRESS_MAPS
-from nsa_ref.layer import layer, layer_vjp, selection_inputs
-from nsa_ref.layer_bounds import LayerBounds, _attention, _masks, _Pass, layer_bounds
+from nsa_ref.layer import layer, layer_vjp, layer_weight_shapes, selection_inputs
+from nsa_ref.layer_bounds import (
+    LayerBounds,
+    _attention,
+    _masks,
+    _Pass,
+    layer_bounds,
+    packed_weight_bounds,
+)
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 
@@ -279,6 +293,119 @@ def test_without_d_out_there_are_no_gradients() -> None:
     found = layer_bounds(case.x, case.weights, case.block_indices, **how)
     assert found.dx is None and found.dweights is None
     assert np.array_equal(found.out, bounds_of(case, "fp32").out)
+
+
+# ---- packed sequences
+
+
+def part(case: LayerCase, entry: int, length: int) -> LayerCase:
+    """The first tokens of one batch entry, as a case of its own."""
+    rows = slice(entry, entry + 1)
+    return dataclasses.replace(
+        case,
+        x=case.x[rows, :length],
+        block_indices=case.block_indices[rows, :, :length],
+        d_out=case.d_out[rows, :length],
+    )
+
+
+@pytest.mark.parametrize("row", ["fp32", "bf16-eager", "fp16"])
+def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> None:
+    """One sum over the terms of all sequences, where they are of one length; or one by one."""
+    largest, rng = 0.0, generator(57, ROWS.index(row))
+    for seed in range(6):
+        semantics = emulation.with_semantics(PAPER if seed % 2 else LUCIDRAINS_FLEX, rng)
+        case = emulation.draw_case(rng, row, semantics, seq_len=8, batch=3, num_mem_kv=1)
+        together = seed < 3
+        lengths = [8, 8, 8] if together else rng.permutation([8, int(rng.integers(1, 8)), 1])
+        alone = [part(case, i, int(length)) for i, length in enumerate(lengths)]
+        right = [emulation.reference(each).dweights for each in alone]
+        each_bound = [bounds_of(each, row).dweights for each in alone]
+        bounds = packed_weight_bounds(
+            lengths, right, each_bound, sizes=case.sizes, semantics=semantics, numerics=row
+        )
+        way = Way.draw(rng, row)
+        if together:
+            got = emulation.layer(case, row, way).dweights
+        else:
+            got = {name: np.zeros_like(weight) for name, weight in case.weights.items()}
+            for gradients in (emulation.layer(each, row, way).dweights for each in alone):
+                got = {n: flash_emulation.rounded(got[n] + gradients[n], row) for n in got}
+        for name, bound in bounds.items():
+            used = budget_used(got[name], np.sum([each[name] for each in right], axis=0), bound)
+            assert used <= 1, f"{row}, seed {seed}, {lengths}, {way}: {name} uses {used}"
+            largest = max(used, largest)
+    print(f"\nbudget used by right layers of packed sequences, {row}: {largest:.3f}")
+
+
+#: A layer, for the names and shapes of its weights.
+FLAT = emulation.draw_case(generator(58), "fp32", PAPER, num_mem_kv=1)
+FLAT_SHAPES = layer_weight_shapes(FLAT.sizes, PAPER)
+
+
+def of_bias(gradient: Array, bound: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """No gradient but this one of the gates' biases, and its bound."""
+    zeros = {name: np.zeros(shape) for name, shape in FLAT_SHAPES.items()}
+    return zeros | {"gates.bias": gradient}, zeros | {"gates.bias": bound}
+
+
+def test_gradients_that_are_added_up_in_a_coarse_dtype_are_rounded_every_time() -> None:
+    """Four gradients without an error, added in bfloat16 in any order."""
+    rng, shape = generator(59), (64 * FLAT_SHAPES["gates.bias"][0],)
+    each = flash_emulation.rounded(rng.standard_normal((4, *shape)), "bf16")
+    wide = dataclasses.replace(FLAT.sizes, q_heads=64 * FLAT.sizes.q_heads)
+    given, exact = zip(*(of_bias(gradient, 0.0 * gradient) for gradient in each))
+    how: dict[str, Any] = {"sizes": wide, "semantics": PAPER, "numerics": "bf16"}
+    bound = packed_weight_bounds([3, 1, 9, 2], given, exact, **how)["gates.bias"]
+    largest = 0.0
+    for order in itertools.permutations(range(4)):
+        total = each[order[0]]
+        for i in order[1:]:
+            total = flash_emulation.rounded(total + each[i], "bf16")
+        largest = max(largest, budget_used(total, each.sum(axis=0), bound))
+    assert 1 / 4 < largest <= 1
+
+
+def test_terms_that_are_lost_in_the_sum_over_all_sequences_are_within_its_bound() -> None:
+    """A sequence of one large term, then one of 1000: each less than half of the large one's ulp.
+
+    By itself the second is all but exact, and so is the first.
+    """
+    small = np.float32(0.9 * 2.0**-24)
+    terms = [np.ones((1, 1, 1)), np.full((1, 1000, 1), small, dtype=np.float64)]
+    shape = FLAT_SHAPES["gates.bias"]
+    fp32 = NUMERICS["fp32"]
+    each = [
+        of_bias(
+            np.broadcast_to(part.sum(axis=(0, 1)), shape),
+            np.broadcast_to(_sum_gradient(_exactly(part), (0, 1), fp32), shape),
+        )
+        for part in terms
+    ]
+    given, alone = zip(*each)
+    how: dict[str, Any] = {"sizes": FLAT.sizes, "semantics": PAPER, "numerics": "fp32"}
+    bound = packed_weight_bounds([1, 1000], given, alone, **how)["gates.bias"]
+    in_one = np.float32(0.0)
+    for term in np.concatenate(terms, axis=1).ravel():
+        in_one += np.float32(term)
+    error = abs(float(in_one) - sum(part.sum() for part in terms))
+    assert in_one == 1 and (error > 100 * sum(each["gates.bias"] for each in alone)).all()
+    assert (error <= bound).all()
+
+
+def test_sequences_without_a_term_are_nothing_in_the_sum() -> None:
+    """G4: neither their bounds nor their number counts; without any, 0 is exact."""
+    ones, some = np.ones(FLAT_SHAPES["gates.bias"]), of_bias
+    how: dict[str, Any] = {"sizes": FLAT.sizes, "semantics": PAPER, "numerics": "fp32"}
+    one = packed_weight_bounds([3], *zip(some(ones, ones)), **how)
+    given, bounds = zip(some(ones, ones), some(0 * ones, ones), some(0 * ones, ones))
+    three = packed_weight_bounds([3, 0, 0], given, bounds, **how)
+    assert all(np.array_equal(one[name], three[name]) for name in FLAT_SHAPES)
+    none = packed_weight_bounds([], [], [], **how)
+    assert {name: bound.shape for name, bound in none.items()} == FLAT_SHAPES
+    assert not any(bound.any() for bound in none.values())
+    with pytest.raises(ValueError, match=r"bounds has 2 entries; it must have 3"):
+        packed_weight_bounds([3, 0, 0], given, bounds[:2], **how)
 
 
 # ---- attention of inputs that are off

@@ -6,6 +6,7 @@ That it is the layer at all, a second definition says: `LayerInSteps`, before th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -28,9 +29,10 @@ from nsa_ref import (
     layer_vjp,
     layer_weight_shapes,
     varlen,
+    varlen_vjp,
 )
 from nsa_ref.layer import rotate, selection_inputs
-from nsa_ref.layer_bounds import layer_bounds
+from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.properties.catalogue import PROPERTIES
 
@@ -133,10 +135,17 @@ def complex_step_agrees(case: Case) -> None:
     d_out = case.array("d_out", case.batch, case.kv_len, case.layer_width)
     dx, dweights = layer_vjp(x, weights, d_out, **keywords)
     bounds = layer_bounds(x, weights, chosen, d_out, numerics="fp64", **keywords)
-    for name, original, gradient, bound in [
-        ("x", x, dx, bounds.dx),
-        *((name, weights[name], dweights[name], bounds.dweights[name]) for name in weights),
-    ]:
+
+    def run(x: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
+        return layer(x, weights, block_indices=chosen, **keywords) * d_out
+
+    steps_agree(run, x, weights, {"x": dx} | dweights, {"x": bounds.dx} | bounds.dweights)
+
+
+def steps_agree(run, x, weights, gradients, bounds) -> None:
+    """Of three elements of x and of every weight; run gives d_out times what the layer gives."""
+    for name, original in {"x": x, **weights}.items():
+        gradient = gradients[name]
         assert gradient.shape == original.shape
         flat = np.arange(original.size)
         for place in {*flat[:1], *flat[-1:], *flat[len(flat) // 2 :][:1]}:
@@ -144,9 +153,8 @@ def complex_step_agrees(case: Case) -> None:
             moved = original.astype(complex)
             moved[index] += STEP * 1j
             arguments = (moved, weights) if name == "x" else (x, {**weights, name: moved})
-            out = layer(*arguments, block_indices=chosen, **keywords)
-            derivative = (out * d_out).sum().imag / STEP
-            assert abs(gradient[index] - derivative) <= bound[index], (name, index)
+            derivative = run(*arguments).sum().imag / STEP
+            assert abs(gradient[index] - derivative) <= bounds[name][index], (name, index)
 
 
 #: The presets, the layers of two projects whose operators they are, and all that is turned.
@@ -267,6 +275,64 @@ def test_g4_packed_sequences_are_each_by_itself_to_the_last_bit():
     np.testing.assert_array_equal(packed[:3], layer(x[:, :3], weights, **keywords)[0])
     np.testing.assert_array_equal(packed[3:], layer(x[:, 3:], weights, **keywords)[0])
     assert varlen(x[0, :0], weights, np.array([0]), **keywords).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["PAPER", "LUCIDRAINS"])
+def test_g4_gradients_of_packed_sequences_are_the_complex_step(name):
+    """x of the first sequence, one between and the last; weights, summed over all of them.
+
+    A step of 1e-30 moves no score, so that the choice of blocks is the same without being held.
+    """
+    lengths = [4, 0, 1, 5]
+    ends = np.cumsum([0, *lengths])
+    case = Case(
+        semantics=PRESETS[name],
+        q_heads=2,
+        q_len=ends[-1].item(),
+        kv_len=ends[-1].item(),
+        head_dim=4,
+        value_dim=3,
+        model_dim=5,
+        compress_block_size=2,
+        compress_map="mlp",
+        compress_positions=True,
+        selection_block_size=2,
+        num_selected_blocks=1,
+        sliding_window_size=1,
+        num_mem_kv=1,
+    )
+    x, weights, keywords = of(case)
+    x, d_out = x[0], case.array("d_out", ends[-1], case.layer_width)
+    dx, dweights = varlen_vjp(x, weights, ends, d_out, **keywords)
+    alone, bounds = [], []
+    for start, stop in itertools.pairwise(ends):
+        part = x[None, start:stop], weights
+        chosen = layer_block_indices(*part, **keywords)
+        given = *part, chosen, d_out[None, start:stop]
+        bounds.append(layer_bounds(*given, numerics="fp64", **keywords))
+        alone.append(layer_vjp(*part, d_out[None, start:stop], **keywords))
+    summed = packed_weight_bounds(
+        lengths,
+        [gradients for _, gradients in alone],
+        [bound.dweights for bound in bounds],
+        numerics="fp64",
+        **keywords,
+    )
+    of_x = np.concatenate([bound.dx[0] for bound in bounds])
+    np.testing.assert_array_equal(dx, np.concatenate([rows[0] for rows, _ in alone]))
+    steps_agree(
+        lambda x, weights: varlen(x, weights, ends, **keywords) * d_out,
+        x,
+        weights,
+        {"x": dx} | dweights,
+        {"x": of_x} | summed,
+    )
+
+
+def test_g4_a_gradient_for_every_token_is_needed():
+    x, weights = np.zeros((7, 2)), zeros(ONE, PAPER)
+    with pytest.raises(ValueError, match=r"d_out has shape \(8, 2\); it must be \(7, out_dim\)"):
+        varlen_vjp(x, weights, np.array([0, 7]), np.zeros((8, 2)), sizes=ONE)
 
 
 @pytest.mark.parametrize(
