@@ -179,6 +179,26 @@ class OffsetsInBlocks(LayerInSteps):
         return [0, *(offset // size * size for offset in offsets[1:-1]), offsets[-1]]
 
 
+@mutant("G4", "memory has the gradient of the first sequence alone")
+class MemoryGradientOfOneSequence(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        parts = []
+        for start, stop in itertools.pairwise(self.bounds(case, cu_seqlens)):
+            parts.append(self._run(case, weights, x[None, start:stop], None, False)[0])
+            weights = {n: w.detach() if n.startswith("mem_") else w for n, w in weights.items()}
+        return torch.cat(parts)
+
+
+@mutant("G4", "dx of a sequence's first token goes to the last token of the one before")
+class GradientsLeak(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        before = x.roll(1, 0)
+        first = torch.isin(torch.arange(len(x)), cu_seqlens[1:])[:, None]
+        # the value is x, whatever stands before it
+        moved = torch.where(first, x.detach() + (before - before.detach()), x)
+        return super().varlen(case, weights, moved, cu_seqlens)
+
+
 @mutant("A4", "a straight-through term: no change in the output, a gradient in the scores")
 class GradientThroughTheChoice(LayerInSteps):
     def after_selection(self, out: Tensor, scores: Tensor) -> Tensor:

@@ -95,6 +95,12 @@ class ForgetsGates(OracleImplementation):
         return dx, {n: gradient for n, gradient in dweights.items() if n != "gates.bias"}
 
 
+class ForgetsGatesOfSequences(OracleImplementation):
+    def varlen_vjp(self, *arguments: Any) -> Any:
+        dx, dweights = super().varlen_vjp(*arguments)
+        return dx, {n: gradient for n, gradient in dweights.items() if n != "gates.bias"}
+
+
 @pytest.mark.parametrize(
     ("base", "name", "text"),
     [
@@ -102,8 +108,53 @@ class ForgetsGates(OracleImplementation):
         (GivesComplexNumbers, "G1_layer_output", "layer has dtype complex128; it must hold real"),
         (ForgetsGates, "G1_layer_gradients_with_blocks", "lacks gradients of ['gates.bias']"),
         (GivesATuple, "W1_sliding_mask_through_the_layer", "layer is a tuple"),
+        (ForgetsGatesOfSequences, "G4_varlen_gradients", "lacks gradients of ['gates.bias']"),
     ],
 )
 def test_odd_results_are_said_in_one_line(base: type, name: str, text: str, tmp_path: Path) -> None:
     found = finding(name, port(base), tmp_path)
     assert found is not None and text in found["text"]
+
+
+class GatesUpsideDown(OracleImplementation):
+    """Wrong in all that it does, and equally."""
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        weights, *rest = arguments
+        return super().run(method, case, weights | {"gates.bias": -weights["gates.bias"]}, *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "offered", "hint"),
+    [
+        ("G3_decode", ("decode",), "layer is not offered: a mistake of decode"),
+        ("G4_varlen", ("varlen",), "layer is not offered: a mistake of varlen"),
+        (
+            "G4_varlen_gradients",
+            ("layer", "varlen", "varlen_vjp"),
+            "gradients of layer are not offered: a mistake of varlen",
+        ),
+    ],
+)
+def test_without_the_layer_nobody_can_tell_whose_mistake_it_is(
+    name: str, offered: tuple[str, ...], hint: str, tmp_path: Path
+) -> None:
+    """Which is said beside the finding; with it, the layer is to blame."""
+    clause = name[:2]
+    alone = finding(name, port(GatesUpsideDown, offers=lambda _, what: what in offered), tmp_path)
+    assert alone is not None and alone["clause"] == clause
+    assert f"{hint} cannot be told from one of the layer itself" in alone["text"]
+    whole = finding(name, port(GatesUpsideDown), tmp_path)
+    assert whole is not None and whole["clause"] == "G1" and hint not in whole["text"]
+
+
+class OneSequence(OracleImplementation):
+    """cu_seqlens are not read."""
+
+    def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> Any:
+        return super().layer(case, weights, x[None])[0]
+
+
+def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_path: Path) -> None:
+    found = finding("G4_varlen", port(OneSequence, limits={"batch": (2,)}), tmp_path)
+    assert found is not None and found["clause"] == "G4"

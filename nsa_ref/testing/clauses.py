@@ -48,5 +48,6 @@ CLAUSES = {
     'is pooled, or "before_pooling", as tokens.',
     "G3": "Decoding with a cache equals the same row of the parallel form, at every step, from the "
     "first token, with memory.",
-    "G4": "Sequences of different lengths in one batch (cu_seqlens) equal each of them by itself.",
+    "G4": "Sequences of different lengths in one batch (cu_seqlens) equal each of them by itself, "
+    "with all gradients; those of the weights are summed over the sequences.",
 }

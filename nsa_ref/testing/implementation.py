@@ -21,7 +21,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention, attend, attend_vjp
 from nsa_ref.compress import pool, pool_vjp
-from nsa_ref.layer import decode, layer, layer_vjp, varlen
+from nsa_ref.layer import decode, layer, layer_vjp, varlen, varlen_vjp
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
@@ -157,6 +157,12 @@ class Implementation:
         self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
     ) -> tuple[Any, dict[str, Any]]:
         raise NotOffered("layer_with_blocks_vjp")
+
+    def varlen_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """dx (tokens, model_dim); dweights summed over the sequences."""
+        raise NotOffered("varlen_vjp")
 
     # how the judge calls them: NumPy in, NumPy out
 
@@ -320,8 +326,8 @@ class TorchImplementation(Implementation):
             return gradients_of[id(item)]
 
         gathered = tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
-        # the layer takes its weights first, and its gradients come as those of pool do
-        return gathered[::-1] if method.startswith("layer") else gathered
+        # a layer takes its weights first, and its gradients come as those of pool do
+        return gathered if attention or method == "pool" else gathered[::-1]
 
 
 class OracleImplementation(Implementation):
@@ -501,6 +507,12 @@ class OracleImplementation(Implementation):
         weights, x, d_out = _float64(weights, x, d_out)
         forced = {"block_indices": block_indices, **_layer_sizes(case)}
         return _stored(case, layer_vjp(x, weights, d_out, **forced))
+
+    def varlen_vjp(
+        self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        weights, x, d_out = _float64(weights, x, d_out)
+        return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **_layer_sizes(case)))
 
 
 def _layer_sizes(case: Case) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from nsa_ref.testing.properties.layer import (
     layer_output,
     mask_through_the_layer,
     packed,
+    packed_gradients,
     where_scores_decide,
 )
 from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
@@ -692,6 +693,15 @@ def _layer_properties() -> None:
         "G4_varlen_of_many_blocks",
         method="varlen",
         **(chooses | {"examples": 8}),
+    )
+    _register(
+        "G4",
+        "layer",
+        packed_gradients,
+        "G4_varlen_gradients",
+        method="varlen",
+        backward=True,
+        **(common | {"examples": 8}),
     )
     for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
         _register(

@@ -8,6 +8,7 @@ through it. A layer that takes blocks from outside is asked with the definition'
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from nsa_ref.attention import Attention
 from nsa_ref.compress import compress_windows
 from nsa_ref.layer import NORM_EPS, layer, layer_block_indices, layer_vjp, selection_inputs
-from nsa_ref.layer_bounds import LayerBounds, layer_bounds
+from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
 from nsa_ref.selection import forced_blocks, importance, selection_candidates, undecided_rows
 from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
@@ -30,7 +31,7 @@ from nsa_ref.testing.branches import (
     call,
 )
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Check, Outcome, settle
 from nsa_ref.testing.properties.common import declared as declared_by
@@ -179,12 +180,21 @@ def _compared(
         if clause != "G1" and implementation.offers("layer"):
             # what is wrong in parallel as well is not this clause's
             _compared(implementation, "layer", case, x, weights, "G1")
+        elif clause != "G1" and isinstance(error, Broken):
+            raise _hinted(error, method) from None
         if clause == "G1" and isinstance(error, Broken):
             _blame_the_rotation(implementation, method, case, x, weights)
         raise error
     settled = settle([compared])
     rows = int(undecided.sum())
     return dataclasses.replace(settled, ambiguous=rows, decided=not rows or rows < undecided.size)
+
+
+def _hinted(broken: Broken, method: str, *, backward: bool = False) -> Broken:
+    """The finding, and that it may lie in what `method` has in common with `layer`."""
+    what = "gradients of layer are" if backward else "layer is"
+    hint = f"{what} not offered: a mistake of {method} cannot be told from one of the layer itself"
+    return Broken(broken.clause, f"{broken.text}\n{hint}", worst=broken.worst)
 
 
 def _blame_the_rotation(
@@ -271,104 +281,206 @@ def layer_gradients(method: str, clause: str) -> Check:
 
     def check(implementation: Implementation, case: Case) -> Outcome:
         x, weights = case.tokens(), case.layer_weights()
-        truth = _truth(implementation, case, x, weights)
-        d_out = case.array("d_out", case.batch, case.kv_len, case.layer_width)
-        undecided = truth.undecided & (method != "layer_with_blocks")
-        d_out = np.where(undecided[..., None], 0, d_out).astype(d_out.dtype)
-        extra = (truth.block_indices,) if method == "layer_with_blocks" else ()
-        arguments = (weights, x, *extra, d_out)
-        found = call(implementation.run_vjp, method, case, *arguments)
-        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
-            raise Broken("G1", f"{method}_vjp must return (dx, dweights), a tuple with a dict")
-        if set(found[1]) != set(weights):
-            missing = sorted(set(weights) - set(found[1]))
-            unknown = sorted(set(found[1]) - set(weights))
-            raise Broken("G1", f"{method}_vjp lacks gradients of {missing}, has {unknown}")
-        dx, dweights = layer_vjp(
-            truth.x,
-            truth.weights,
-            d_out.astype(np.float64),
-            sizes=case.layer_sizes,
-            semantics=case.semantics,
-            block_indices=truth.block_indices,
-        )
-        bounds = layer_bounds(
-            truth.x,
-            truth.weights,
-            truth.block_indices,
-            d_out.astype(np.float64),
-            sizes=case.layer_sizes,
-            semantics=case.semantics,
-            numerics=implementation.numerics[case.dtype],
-        )
-        assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
-        try:
-            compared = [
-                compare(clause, "dx", as_float64("dx", found[0], x.shape), dx, bounds.dx),
-                *(
-                    compare(
-                        clause,
-                        f"d{name}",
-                        as_float64(f"d{name}", found[1][name], want.shape),
-                        want,
-                        bounds.dweights[name],
-                    )
-                    for name, want in dweights.items()
-                ),
-            ]
-        except Broken as broken:
-            if clause != "A4":
-                raise
-            # a wrong choice has wrong gradients, too
-            _compared(implementation, "layer", case, x, weights, "G1")
-            if not implementation.offers_vjp("layer_with_blocks"):
-                hint = "layer_with_blocks is not offered: this may be A4, a gradient of the choice"
-                raise Broken("G1", f"{broken.text}\n{hint}", worst=broken.worst) from None
-            # wrong with the choice handed in, too: nothing to do with the choice
-            layer_gradients("layer_with_blocks", "G1")(implementation, case)
-            raise
-        rows = int(undecided.sum())
-        decided = not rows or rows < undecided.size
-        return dataclasses.replace(settle(compared), ambiguous=rows, decided=decided)
+        return _gradients_compared(implementation, method, case, x, weights, clause)
 
     return check
 
 
+def _gradients_compared(
+    implementation: Implementation,
+    method: str,
+    case: Case,
+    x: np.ndarray,
+    weights: Weights,
+    clause: str,
+) -> Outcome:
+    truth = _truth(implementation, case, x, weights)
+    d_out = case.array("d_out", *x.shape[:2], case.layer_width)
+    undecided = truth.undecided & (method != "layer_with_blocks")
+    d_out = np.where(undecided[..., None], 0, d_out).astype(d_out.dtype)
+    extra = (truth.block_indices,) if method == "layer_with_blocks" else ()
+    found = _run_vjp(implementation, method, "G1", case, weights, x, *extra, d_out)
+    dx, dweights, bounds = _true_gradients(implementation, case, truth, d_out)
+    assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
+    try:
+        compared = [
+            compare(clause, "dx", found[0], dx, bounds.dx),
+            *_weights_compared(clause, found[1], dweights, bounds.dweights),
+        ]
+    except Broken as broken:
+        if clause != "A4":
+            raise
+        # a wrong choice has wrong gradients, too
+        _compared(implementation, "layer", case, x, weights, "G1")
+        if not implementation.offers_vjp("layer_with_blocks"):
+            hint = "layer_with_blocks is not offered: this may be A4, a gradient of the choice"
+            raise Broken("G1", f"{broken.text}\n{hint}", worst=broken.worst) from None
+        # wrong with the choice handed in, too: nothing to do with the choice
+        _gradients_compared(implementation, "layer_with_blocks", case, x, weights, "G1")
+        raise
+    rows = int(undecided.sum())
+    decided = not rows or rows < undecided.size
+    return dataclasses.replace(settle(compared), ambiguous=rows, decided=decided)
+
+
+def _run_vjp(
+    implementation: Implementation,
+    method: str,
+    clause: str,
+    case: Case,
+    weights: Weights,
+    x: np.ndarray,
+    *more: np.ndarray,
+) -> tuple[np.ndarray, Weights]:
+    """dx and dweights, float64, if they have the form that the plug says."""
+    found = call(implementation.run_vjp, method, case, weights, x, *more)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        raise Broken(clause, f"{method}_vjp must return (dx, dweights), a tuple with a dict")
+    if set(found[1]) != set(weights):
+        missing = sorted(set(weights) - set(found[1]))
+        unknown = sorted(set(found[1]) - set(weights))
+        raise Broken(clause, f"{method}_vjp lacks gradients of {missing}, has {unknown}")
+    dweights = {n: as_float64(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
+    return as_float64("dx", found[0], x.shape), dweights
+
+
+def _true_gradients(
+    implementation: Implementation, case: Case, truth: _Truth, d_out: np.ndarray
+) -> tuple[np.ndarray, Weights, LayerBounds]:
+    """The definition's dx and dweights, and the bounds on them."""
+    how: dict[str, Any] = {"sizes": case.layer_sizes, "semantics": case.semantics}
+    d_out = d_out.astype(np.float64)
+    dx, dweights = layer_vjp(
+        truth.x, truth.weights, d_out, block_indices=truth.block_indices, **how
+    )
+    numerics = implementation.numerics[case.dtype]
+    given = truth.x, truth.weights, truth.block_indices, d_out
+    return dx, dweights, layer_bounds(*given, numerics=numerics, **how)
+
+
+def _weights_compared(
+    clause: str, found: Weights, expected: Weights, bounds: Weights
+) -> list[Comparison]:
+    return [
+        compare(clause, f"d{name}", found[name], want, bounds[name])
+        for name, want in expected.items()
+    ]
+
+
+class _Packed(NamedTuple):
+    """Sequences one behind the other, and what each is by itself.
+
+    batch : a batch that is declared, should 1 not be
+    rows : where each stands in x
+    alone : the case of each, which has its length and a batch of 1
+    """
+
+    case: Case
+    batch: int
+    weights: Weights
+    x: np.ndarray
+    cu_seqlens: np.ndarray
+    lengths: list[int]
+    rows: list[slice]
+    alone: list[Case]
+    truths: list[_Truth]
+
+    @property
+    def undecided(self) -> np.ndarray:
+        """Rows for which another choice of blocks may be right: (tokens,)."""
+        none = np.zeros(0, dtype=bool)
+        return np.concatenate([none, *(truth.undecided[0] for truth in self.truths)])
+
+    def settled(self, compared: list[Comparison]) -> Outcome:
+        rows = int(self.undecided.sum())
+        decided = not rows or rows < len(self.x)
+        return dataclasses.replace(settle(compared), ambiguous=rows, decided=decided)
+
+    def blame(self, implementation: Implementation, broken: Broken, *, backward: bool) -> Broken:
+        """The finding, with a hint if nobody can tell whether the layer itself is right.
+
+        Raises
+        ------
+        Broken : if it is not, for what is wrong with it
+        """
+        offered = implementation.offers_vjp if backward else implementation.offers
+        if not offered("layer"):
+            return _hinted(broken, "varlen", backward=backward)
+        for alone, rows in zip(self.alone, self.rows):
+            batch = 1 if declared_by(implementation, alone) else self.batch
+            alone = dataclasses.replace(alone, batch=batch)
+            x = np.repeat(self.x[None, rows], batch, axis=0)
+            if backward:
+                _gradients_compared(implementation, "layer", alone, x, self.weights, "A4")
+            else:
+                _compared(implementation, "layer", alone, x, self.weights, "G1")
+        return broken
+
+
+def _packed(implementation: Implementation, case: Case) -> _Packed:
+    _check_pairs(case)
+    # packed tokens have no batch, so that limits of it do not matter
+    every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in case.sequence_lengths()]
+    every = [each for each in every if declared_by(implementation, each)]
+    alone = [dataclasses.replace(each, batch=1) for each in every]
+    batch, case = case.batch, dataclasses.replace(case, batch=1)
+    lengths = [each.kv_len for each in alone]
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int64)
+    rows = [slice(start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+    weights, x = case.layer_weights(), case.array("x", int(cu_seqlens[-1]), case.model_dim)
+    truths = [_truth(implementation, each, x[None, r], weights) for each, r in zip(alone, rows)]
+    return _Packed(case, batch, weights, x, cu_seqlens, lengths, rows, alone, truths)
+
+
 def packed(implementation: Implementation, case: Case) -> Outcome:
     """G4: sequences one behind the other are what each is by itself."""
-    _check_pairs(case)
-    case = dataclasses.replace(case, batch=1)
-    weights = case.layer_weights()
-    lengths = [
-        length
-        for length in case.sequence_lengths()
-        if declared_by(implementation, dataclasses.replace(case, q_len=length, kv_len=length))
-    ]
-    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int64)
-    x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
+    given = _packed(implementation, case)
+    case, x = given.case, given.x
     actual = as_float64(
         "varlen",
-        call(implementation.run, "varlen", case, weights, x, cu_seqlens),
+        call(implementation.run, "varlen", case, given.weights, x, given.cu_seqlens),
         (len(x), case.layer_width),
     )
-    compared, undecided = [], 0
-    for i, length in enumerate(lengths):
-        rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
-        alone = dataclasses.replace(case, q_len=length, kv_len=length)
-        truth = _truth(implementation, alone, x[None, rows], weights)
-        expected = _expected(alone, truth)
-        name = f"varlen, sequence {i} of lengths {lengths}"
-        try:
+    compared = []
+    try:
+        for i, (rows, truth) in enumerate(zip(given.rows, given.truths)):
+            name = f"varlen, sequence {i} of lengths {given.lengths}"
+            expected, out = _expected(given.alone[i], truth), truth.undecided
             have = actual[None, rows]
-            out = truth.undecided
             compared.append(_rows_compared("G4", name, have, expected, truth.bounds.out, out))
-        except Broken:
-            if implementation.offers("layer"):
-                _compared(implementation, "layer", alone, x[None, rows], weights, "G1")
-            raise
-        undecided += int(truth.undecided.sum())
-    decided = not undecided or undecided < len(x)
-    return dataclasses.replace(settle(compared), ambiguous=undecided, decided=decided)
+    except Broken as broken:
+        raise given.blame(implementation, broken, backward=False) from None
+    return given.settled(compared)
+
+
+def packed_gradients(implementation: Implementation, case: Case) -> Outcome:
+    """G4: so are their gradients; those of the weights, which they share, add up."""
+    given = _packed(implementation, case)
+    case, x = given.case, given.x
+    d_out = case.array("d_out", len(x), case.layer_width)
+    d_out = np.where(given.undecided[:, None], 0, d_out).astype(d_out.dtype)
+    arguments = given.weights, x, given.cu_seqlens, d_out
+    found = _run_vjp(implementation, "varlen", "G4", case, *arguments)
+    of_each, bounds_of_each, compared = [], [], []
+    sizes: dict[str, Any] = {"sizes": case.layer_sizes, "semantics": case.semantics}
+    try:
+        for i, (rows, truth) in enumerate(zip(given.rows, given.truths)):
+            alone = given.alone[i]
+            dx, dweights, bounds = _true_gradients(implementation, alone, truth, d_out[None, rows])
+            assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
+            name = f"dx, sequence {i} of lengths {given.lengths}"
+            compared.append(compare("G4", name, found[0][None, rows], dx, bounds.dx))
+            of_each.append(dweights)
+            bounds_of_each.append(bounds.dweights)
+        summed = {n: np.sum([each[n] for each in of_each], axis=0) for n in given.weights}
+        numerics = implementation.numerics[case.dtype]
+        bounds_of_sum = packed_weight_bounds(
+            given.lengths, of_each, bounds_of_each, numerics=numerics, **sizes
+        )
+        compared += _weights_compared("G4", found[1], summed, bounds_of_sum)
+    except Broken as broken:
+        raise given.blame(implementation, broken, backward=True) from None
+    return given.settled(compared)
 
 
 class _ThroughTheLayer(Implementation):
