@@ -1,20 +1,25 @@
-"""The whole layer of nsa_fast against the definition written densely, clauses G1, G2 and G4.
+"""The whole layer of nsa_fast beside the oracle, G1, G2 and G4, where the judge does not go.
 
-Both sides compute in float64, and are compared after float32's spacing; see `assert_same`.
+Both sides compute in float64; every element is held to its bound (`nsa_ref.layer_bounds`).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from nsa_ref.layer import LayerSizes, layer_block_indices, layer_vjp, layer_weight_shapes
+from nsa_ref.layer import layer as oracle
+from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
@@ -22,7 +27,6 @@ from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from dense_layer import dense_layer, dense_projections, weights_of  # noqa: E402
 from nsa_fast import NativeSparseAttention, native_sparse_attention  # noqa: E402
 
 MODEL_DIM = 10
@@ -100,38 +104,89 @@ def some_blocks(semantics: Semantics, batch: int, seq_len: int) -> Tensor:
     return torch.randint(-1, seq_len // 4 + 2, (batch, heads, seq_len, 3), generator=generator)
 
 
-def assert_same(
-    name: str, found: Tensor, expected: Tensor, *, largest: float | None = None
-) -> None:
-    """Equal but for float64's rounding: closer than float32's spacing at the largest element.
+class Right(NamedTuple):
+    """What the definition says about some tokens, and how far a right layer may be from it."""
 
-    float64 has 29 bits more than float32, so the spacing leaves room for 2^29 roundings of that
-    size. An element here is the end of fewer than 2^15 operations whose results are less than
-    2^10 times the largest element; one wrong key, gate or angle changes it by far more.
-
-    largest : of all results of the call, where some may be 0 by cancellation
-    """
-    a, b = found.detach().numpy(), expected.detach().numpy()
-    assert a.shape == b.shape and a.dtype == b.dtype == np.float64, name
-    if a.size:
-        spacing = np.spacing(np.float32(largest or np.abs(b).max()))
-        assert np.abs(a - b).max() <= spacing, f"{name}: off by {np.abs(a - b).max()} > {spacing}"
+    out: np.ndarray
+    dx: np.ndarray
+    dweights: dict[str, np.ndarray]
+    bounds: LayerBounds
 
 
-def assert_same_gradients(found: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Without memory, what is added to all compressed keys has a gradient of 0 by cancellation."""
-    got, wanted = gradients(found, inputs), gradients(expected, inputs)
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values() if gradient.numel())
-    for name, gradient in got.items():
-        assert_same(f"d {name}", gradient, wanted[name], largest=largest)
+class Layer:
+    """nsa_fast's layer and the definition, with the same weights: float64, none of them zero."""
+
+    def __init__(
+        self, semantics: Semantics, compress_map: str, num_mem_kv: int, **changes: Any
+    ) -> None:
+        how = SIZES | changes
+        self.how: dict[str, Any] = how | {"semantics": semantics, "compress_map": compress_map}
+        self.semantics = semantics
+        self.sizes = LayerSizes(
+            model_dim=MODEL_DIM,
+            compress_map=compress_map,
+            compress_positions=True,
+            num_mem_kv=num_mem_kv,
+            **how,
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            / math.sqrt(max(1, shape[-1]))
+            for name, shape in layer_weight_shapes(self.sizes, semantics).items()
+        }
+
+    @classmethod
+    def of(cls, made: NativeSparseAttention) -> Layer:
+        """With the sizes and the weights of a module, in float64."""
+        layer = made.layer
+        sizes = {name: getattr(layer, name) for name in SIZES}
+        both = cls(layer.semantics, layer.compress_map, made.num_mem_kv, **sizes)
+        both.weights = {name: weight.detach() for name, weight in made.named_parameters()}
+        return both
+
+    def __call__(self, x: Tensor, cache: nsa_fast.Cache | None = None, **how: Any) -> Tensor:
+        return native_sparse_attention(x, self.weights, **(self.how | how), cache=cache)
+
+    def right(self, x: Tensor, blocks: Tensor | None = None, d_out: Tensor | None = None) -> Right:
+        """By the oracle, with blocks of its own choice if none are handed in."""
+        weights = {name: weight.detach().numpy() for name, weight in self.weights.items()}
+        given: tuple[Any, ...] = x.detach().numpy(), weights
+        how: dict[str, Any] = {"sizes": self.sizes, "semantics": self.semantics}
+        chosen = layer_block_indices(*given, **how) if blocks is None else blocks.numpy()
+        out = oracle(*given, **how, block_indices=chosen)
+        if d_out is None:
+            bounds = layer_bounds(*given, chosen, numerics="fp64", **how)
+            return Right(out, np.zeros(0), {}, bounds)
+        gradient = d_out.numpy()
+        dx, dweights = layer_vjp(*given, gradient, **how, block_indices=chosen)
+        bounds = layer_bounds(*given, chosen, gradient, numerics="fp64", **how)
+        return Right(out, dx, dweights, bounds)
+
+    def assert_right(self, x: Tensor, blocks: Tensor | None = None, **found: Tensor) -> None:
+        """Every one of these is the definition's rows of x, or the last of them."""
+        right = self.right(x, blocks)
+        for name, rows in found.items():
+            first = x.shape[1] - rows.shape[1]
+            assert_within(name, rows, right.out[:, first:], right.bounds.out[:, first:])
+
+
+def assert_within(name: str, found: Tensor, expected: np.ndarray, bound: np.ndarray) -> None:
+    """No element is further from the definition than a right one may be."""
+    array = found.detach().numpy()
+    assert array.shape == expected.shape and array.dtype == np.float64, name
+    assert np.isfinite(bound).all(), name
+    compare("G1", name, array, expected, bound)
+
+
+def some_d_out(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
 
 
 def gradients(out: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    d_out = torch.randn(out.shape, generator=generator, dtype=out.dtype)
     # with 3 tokens there is no window, and nothing that the weights of a map take part in
     found = torch.autograd.grad(
-        out, [*inputs.values()], d_out, allow_unused=True, materialize_grads=True
+        out, [*inputs.values()], some_d_out(out), allow_unused=True, materialize_grads=True
     )
     return dict(zip(inputs, found))
 
@@ -140,18 +195,19 @@ def gradients(out: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seq_len", [21, 3])
 def test_the_layer_and_its_gradients_are_the_definition(kind: str, seq_len: int) -> None:
     """G1, G2: out, and the gradient of x and of every weight, for blocks that are handed in."""
-    semantics, compress_map, memory = KINDS[kind]
-    weights = weights_of(MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=memory)
-    x, blocks = tokens(2, seq_len), some_blocks(semantics, 2, seq_len)
-    inputs = {"x": x, **weights}
+    both = Layer(*KINDS[kind])
+    x, blocks = tokens(2, seq_len), some_blocks(both.semantics, 2, seq_len)
+    inputs = {"x": x, **both.weights}
     for tensor in inputs.values():
         tensor.requires_grad_()
-    found = native_sparse_attention(
-        x, weights, **SIZES, compress_map=compress_map, semantics=semantics, block_indices=blocks
-    )
-    expected = dense_layer(x, weights, blocks, SIZES, semantics)
-    assert_same("out", found, expected)
-    assert_same_gradients(found, expected, inputs)
+    found = both(x, block_indices=blocks)
+    right = both.right(x, blocks, some_d_out(found))
+    assert right.bounds.dx is not None and right.bounds.dweights is not None
+    assert_within("out", found, right.out, right.bounds.out)
+    expected = {"x": right.dx} | right.dweights
+    bounds = {"x": right.bounds.dx} | right.bounds.dweights
+    for name, gradient in gradients(found, inputs).items():
+        assert_within(f"d {name}", gradient, expected[name], bounds[name])
 
 
 @pytest.mark.parametrize("kind", UNJUDGED)
@@ -160,24 +216,8 @@ def test_the_layer_selects_by_what_its_compress_branch_reads(kind: str) -> None:
 
     Near ties do not matter: k_cmp and q are off by float64's rounding, random scores by far more.
     """
-    semantics, compress_map, memory = KINDS[kind]
-    weights = weights_of(MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=memory)
-    x = tokens(2, 30)
-    read = dense_projections(x, weights, SIZES, semantics)
-    selection = ("compress_block_size", "compress_block_sliding_stride", "selection_block_size",
-                 "num_selected_blocks", "num_initial_blocks", "num_local_blocks")  # fmt: skip
-    blocks = nsa_fast.select_blocks(
-        read["q_compress"],
-        read["k_cmp"],
-        read["mem_k"],
-        kv_len=30,
-        semantics=semantics,
-        **{name: SIZES[name] for name in selection},
-    )
-    found = native_sparse_attention(
-        x, weights, **SIZES, compress_map=compress_map, semantics=semantics
-    )
-    assert_same("out", found, dense_layer(x, weights, blocks, SIZES, semantics))
+    both, x = Layer(*KINDS[kind]), tokens(2, 30)
+    both.assert_right(x, out=both(x))
 
 
 EDGES: dict[str, dict[str, Any]] = {
@@ -200,28 +240,17 @@ EDGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["rotary on all", "LUCIDRAINS_FLEX", "pooled once turned"])
 def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
     """In parallel, and through a cache: the blocks are handed in."""
-    semantics, compress_map, memory = KINDS[kind]
-    sizes = SIZES | EDGES[edge]
-    batch, seq_len = sizes.pop("batch", 2), sizes.pop("seq_len", 19)
-    weights = weights_of(MODEL_DIM, sizes, semantics, compress_map=compress_map, num_mem_kv=memory)
+    changes = dict(EDGES[edge])
+    batch, seq_len = changes.pop("batch", 2), changes.pop("seq_len", 19)
+    both = Layer(*KINDS[kind], **changes)
     x, cache = tokens(batch, seq_len), nsa_fast.Cache(batch)
-    shape = (batch, sizes["kv_heads"], seq_len, sizes["num_selected_blocks"])
+    shape = (batch, both.sizes.kv_heads, seq_len, both.sizes.num_selected_blocks)
     blocks = torch.randint(-1, 8, shape, generator=torch.Generator().manual_seed(0))
-    how = sizes | {"compress_map": compress_map, "semantics": semantics}
-    found = native_sparse_attention(x, weights, **how, block_indices=blocks)
+    found = both(x, block_indices=blocks)
     ends = [0, min(3, seq_len), *range(9, seq_len), seq_len]
-    rows = [
-        native_sparse_attention(
-            x[:, a:b], weights, **how, block_indices=blocks[:, :, a:b], cache=cache
-        )
-        for a, b in pairwise(ends)
-    ]
+    rows = [both(x[:, a:b], cache, block_indices=blocks[:, :, a:b]) for a, b in pairwise(ends)]
     assert cache.length == seq_len
-    out_dim = sizes["q_heads"] * sizes["value_dim"]
-    assert found.shape == (batch, seq_len, MODEL_DIM if semantics.output_projection else out_dim)
-    if found.numel():
-        assert_same("out", found, dense_layer(x, weights, blocks, sizes, semantics))
-        assert_same("rows", torch.cat(rows, dim=1), found)
+    both.assert_right(x, blocks, out=found, rows=torch.cat(rows, dim=1))
 
 
 # --- variable lengths -----------------------------------------------------------------------------
@@ -229,34 +258,44 @@ def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
 
 @pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all", "pooled once turned"])
 def test_packed_sequences_are_the_sequences_one_by_one(kind: str) -> None:
-    """G4, with sequences of no token, of one, and shorter than a window."""
-    semantics, compress_map, memory = KINDS[kind]
-    weights = weights_of(MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=memory)
-    run: Callable[..., Tensor] = lambda x, **how: native_sparse_attention(  # noqa: E731
-        x, weights, **SIZES, compress_map=compress_map, semantics=semantics, **how
-    )
+    """G4, with sequences of no token, of one, and shorter than a window; gradients as well."""
+    both = Layer(*KINDS[kind])
     lengths = [0, 17, 1, 0, 3, 9, 0]
     ends = np.cumsum([0, *lengths])
     x = tokens(1, sum(lengths))[0]
-    for tensor in (x, *weights.values()):
+    inputs = {"x": x, **both.weights}
+    for tensor in inputs.values():
         tensor.requires_grad_()
-    found = run(x, cu_seqlens=torch.from_numpy(ends).int())
-    alone = [run(x[None, a:b])[0] for a, b in pairwise(ends)]
-    assert_same("out", found, torch.cat(alone))
-    assert_same_gradients(found, torch.cat(alone), {"x": x, **weights})
-    blocks = some_blocks(semantics, 1, sum(lengths))[0]
-    found = run(x, cu_seqlens=torch.from_numpy(ends), block_indices=blocks)
-    alone = [run(x[None, a:b], block_indices=blocks[None, :, a:b])[0] for a, b in pairwise(ends)]
-    assert_same("out", found, torch.cat(alone))
+    found = both(x, cu_seqlens=torch.from_numpy(ends).int())
+    d_out = some_d_out(found)
+    alone = [both.right(x[None, a:b], None, d_out[None, a:b]) for a, b in pairwise(ends)]
+    weights_bounds = packed_weight_bounds(
+        lengths,
+        [each.dweights for each in alone],
+        [each.bounds.dweights or {} for each in alone],
+        sizes=both.sizes,
+        semantics=both.semantics,
+        numerics="fp64",
+    )
+    got = gradients(found, inputs)
+    for each, a, b in zip(alone, ends, ends[1:]):
+        assert each.bounds.dx is not None
+        assert_within(f"out {a}:{b}", found[None, a:b], each.out, each.bounds.out)
+        assert_within(f"dx {a}:{b}", got["x"][None, a:b], each.dx, each.bounds.dx)
+    for name, bound in weights_bounds.items():
+        summed = np.sum([each.dweights[name] for each in alone], axis=0)
+        assert_within(f"d {name}", got[name], summed, bound)
+
+    blocks = some_blocks(both.semantics, 1, sum(lengths))[0]
+    found = both(x, cu_seqlens=torch.from_numpy(ends), block_indices=blocks)
+    for a, b in pairwise(ends):
+        both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
 
 
 @pytest.mark.parametrize("ends", [[0], [0, 0], [0, 0, 0]])
 def test_no_tokens_at_all_are_packed_into_no_rows(ends: list[int]) -> None:
-    weights = weights_of(MODEL_DIM, SIZES, PAPER, compress_map="mean")
     x = tokens(1, 0)[0].requires_grad_()
-    out = native_sparse_attention(
-        x, weights, **SIZES, compress_map="mean", cu_seqlens=torch.tensor(ends)
-    )
+    out = Layer(PAPER, "mean", 0)(x, cu_seqlens=torch.tensor(ends))
     assert out.shape == (0, 20)
     out.sum().backward()
     assert x.grad is not None
@@ -273,17 +312,15 @@ def module(semantics: Semantics = PAPER, **changes: Any) -> NativeSparseAttentio
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_dict_has_the_names_of_the_definition(kind: str) -> None:
     semantics, compress_map, memory = KINDS[kind]
-    weights = weights_of(MODEL_DIM, SIZES, semantics, compress_map=compress_map, num_mem_kv=memory)
-    layer = module(semantics, compress_map=compress_map, num_mem_kv=memory).double()
-    shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
-    assert shapes == {name: tensor.shape for name, tensor in weights.items()}
-    layer.load_state_dict(weights)
+    both = Layer(*KINDS[kind])
+    made = module(semantics, compress_map=compress_map, num_mem_kv=memory).double()
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    assert shapes == layer_weight_shapes(both.sizes, semantics)
+    made.load_state_dict(both.weights)
     x = tokens(2, 13)
-    expected = native_sparse_attention(
-        x, weights, **SIZES, compress_map=compress_map, semantics=semantics
-    )
-    assert torch.equal(layer(x), expected)
-    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    expected = both(x)
+    assert torch.equal(made(x), expected)
+    assert torch.equal(copy.deepcopy(made)(x), expected)
 
 
 def test_a_new_layer_reads_its_sliding_branch_first() -> None:
@@ -362,8 +399,7 @@ def test_no_gradient_comes_from_the_choice_of_blocks() -> None:
 
 def call(**changes: Any) -> Callable[[], object]:
     """A small call with some arguments changed; weights={name: tensor} changes single weights."""
-    weights = weights_of(MODEL_DIM, SIZES, PAPER, compress_map="mean", num_mem_kv=1)
-    weights |= changes.pop("weights", {})
+    weights = Layer(PAPER, "mean", 1).weights | changes.pop("weights", {})
     arguments = SIZES | {"x": tokens(2, 8), "compress_map": "mean"} | changes
     arguments["weights"] = {name: x for name, x in weights.items() if x is not None}
     return lambda: native_sparse_attention(**arguments)
