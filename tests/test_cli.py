@@ -520,3 +520,19 @@ def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
     )
     assert set(layer) == set(report.EDGE_READ_BY) > {"decode", "G = 16", "inputs huge"}
     assert set(fine) == {"l no multiple of d", "l < d"}
+
+
+def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path) -> None:
+    """What EDGE_READ_BY says, seen on the cases themselves: an excuse too many hides a gap."""
+    records = [
+        run_property(
+            dataclasses.replace(prop, check=lambda implementation, case: Outcome()),
+            OracleImplementation(),
+            Options(findings=tmp_path),
+        ).to_json()
+        for prop in PROPERTIES.values()
+        if prop.about == "layer"
+    ]
+    unmet = set(report.unmet_edges(records))
+    assert {edge for edge in report.EDGE_READ_BY if edge not in unmet} == set()
+    assert set(report.excused_edges(records, [[]])) == unmet
