@@ -29,6 +29,7 @@ import os
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,31 @@ def test_the_command_finds_and_replays(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "replays" / path.name).read_text())
     for key in ("clause", "property", "case", "text"):
         assert again[key] == found[key]
+
+
+class KeepsItsMemory(nsa_fast.NativeSparseAttention):
+    """Reads the memory that it was made with: right after `load_state_dict`, which writes there."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.kept = [self.mem_k]
+
+    def forward(self, x: Any, cache: Any = None, *, cu_seqlens: Any = None) -> Any:
+        weights = {name: attrgetter(name)(self) for name in self._names}
+        weights["mem_k"] = self.kept[0].to(x.dtype)
+        run = nsa_fast.native_sparse_attention
+        return run(x, weights, **self.layer.arguments(), cache=cache, cu_seqlens=cu_seqlens)
+
+
+def test_a_module_that_ignores_a_weight_it_is_given_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """G1: the judge hands its weights to the module itself, and to nothing that it kept."""
+    monkeypatch.setattr(nsa_fast, "NativeSparseAttention", KeepsItsMemory)
+    prop, options = PROPERTIES["G1_layer_output"], Options(findings=tmp_path, shrink=False)
+    found = run_property(prop, nsa_fast.adapter.NsaFastLayer(), options).finding
+    assert found is not None and found["clause"] == "G1"
+    assert "the implementation failed" not in found["text"]
 
 
 # --- caches ---------------------------------------------------------------------------------------

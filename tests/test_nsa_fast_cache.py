@@ -82,7 +82,7 @@ class Decoding(RuleBasedStateMachine):
         self.seed += 1
         seen = torch.cat([seen, tokens(len(seen), count, seed=self.seed)], dim=1)
         rows = self.layer(seen[:, cache.length :], cache)
-        self.layer.assert_right(seen, **{f"the last {count} of {seen.shape[1]} rows": rows})
+        self.layer.assert_right(seen, **{f"rows {len(seen[0]) - count} to {len(seen[0])}": rows})
         self.held[which % len(self.held)] = cache, seen
 
     @rule(which=WHICH, back=st.integers(1, 9), count=COUNT)
