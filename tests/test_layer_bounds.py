@@ -313,10 +313,10 @@ def part(case: LayerCase, entry: int, length: int) -> LayerCase:
 def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> None:
     """One sum over the terms of all sequences, where they are of one length; or one by one."""
     largest, rng = 0.0, generator(57, ROWS.index(row))
-    for seed in range(6):
+    for seed in range(4):
         semantics = emulation.with_semantics(PAPER if seed % 2 else LUCIDRAINS_FLEX, rng)
         case = emulation.draw_case(rng, row, semantics, seq_len=8, batch=3, num_mem_kv=1)
-        together = seed < 3
+        together = seed < 2
         lengths = [8, 8, 8] if together else rng.permutation([8, int(rng.integers(1, 8)), 1])
         alone = [part(case, i, int(length)) for i, length in enumerate(lengths)]
         right = [emulation.reference(each).dweights for each in alone]

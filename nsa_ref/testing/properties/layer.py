@@ -359,10 +359,10 @@ def _true_gradients(
 
 
 def _weights_compared(
-    clause: str, found: Weights, expected: Weights, bounds: Weights
+    clause: str, found: Weights, expected: Weights, bounds: Weights, of: str = ""
 ) -> list[Comparison]:
     return [
-        compare(clause, f"d{name}", found[name], want, bounds[name])
+        compare(clause, f"d{name}{of}", found[name], want, bounds[name])
         for name, want in expected.items()
     ]
 
@@ -477,7 +477,8 @@ def packed_gradients(implementation: Implementation, case: Case) -> Outcome:
         bounds_of_sum = packed_weight_bounds(
             given.lengths, of_each, bounds_of_each, numerics=numerics, **sizes
         )
-        compared += _weights_compared("G4", found[1], summed, bounds_of_sum)
+        of = f", summed over sequences of lengths {given.lengths}"
+        compared += _weights_compared("G4", found[1], summed, bounds_of_sum, of)
     except Broken as broken:
         raise given.blame(implementation, broken, backward=True) from None
     return given.settled(compared)
