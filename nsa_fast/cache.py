@@ -74,6 +74,8 @@ class Cache:
             other._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         return other
 
+    __copy__ = copy
+
     def __repr__(self) -> str:
         return f"Cache(batch={self.batch}, length={self._length})"
 

@@ -260,6 +260,7 @@ CACHES: dict[str, Callable[[NativeSparseAttention], Cache]] = {
     "made by it": lambda layer: layer.empty_cache(2),
     "used by it": used_by,
     "a copy": lambda layer: used_by(layer).copy(),
+    "another copy": lambda layer: copy.copy(used_by(layer)),
     "emptied": lambda layer: emptied(used_by(layer)),
 }
 OTHERS: dict[str, Callable[[NativeSparseAttention], NativeSparseAttention]] = {
@@ -302,6 +303,16 @@ def test_a_stored_cache_belongs_to_the_layer_that_uses_it_first(
     Layer.of(layer).assert_right(x[:, :7], rows=again(x[:, 5:7], cache))
     with pytest.raises(ValueError, match=BELONGS):
         layer(x[:, 7:], cache)
+
+
+def test_a_copy_by_the_library_shares_nothing_either() -> None:
+    """Tokens that the copy takes do not stand in the place of the cache's own."""
+    layer, x = module().double(), tokens(2, 9)
+    cache = used_by(layer)
+    other, first = copy.copy(cache), layer(x[:, 5:7], cache)
+    layer(x[:, :4], other)
+    rows = torch.cat([first, layer(x[:, 7:], cache)], dim=1)
+    Layer.of(layer).assert_right(x, rows=rows)
 
 
 def test_a_layer_that_made_a_cache_is_what_it_was() -> None:
