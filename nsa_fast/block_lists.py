@@ -41,7 +41,7 @@ class BlockLists(NamedTuple):
 
     num_blocks, full_num_blocks : int32 (batch, heads, row blocks)
     indices, full_indices : int32 (batch, heads, row blocks, slots); where OWN_STRIDES, each with
-        slots of its own, and full_indices may be one list for all rows (`_shared`)
+        slots of its own, and full_indices may be one list for all rows (`shared`)
     """
 
     num_blocks: Tensor
@@ -146,17 +146,17 @@ def _transposed(
     )
 
 
-def _shared(indices: Tensor, rows: int) -> Tensor:
+def shared(indices: Tensor, rows: int) -> Tensor:
     """One list (slots,) as that of `rows` rows, each of which walks its beginning: stored once.
 
     Not expanded, which would make it a view: graphs are guarded on what a view is of.
     """
     slots = len(indices)
-    shared = torch.empty_strided(
+    stored = torch.empty_strided(
         (1, 1, rows, slots), (0, 0, 0, 1), dtype=torch.int32, device=indices.device
     )
-    shared[0, 0, 0] = indices
-    return shared
+    stored[0, 0, 0] = indices
+    return stored
 
 
 def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor
     """
     numbers, order = num_blocks.flatten().sort(descending=True, stable=True)
     longer = torch.bincount(numbers, minlength=columns + 1).flip(0).cumsum(0).flip(0)
-    return longer[None, None, 1 : columns + 1].to(torch.int32), _shared(order, columns)
+    return longer[None, None, 1 : columns + 1].to(torch.int32), shared(order, columns)
 
 
 def _used(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -269,8 +269,8 @@ def interval_lists(
     partial = stop - first - full
     lists = _filled(partial[None, None], partial_indices[None, None])
     if from_first:
-        whole_blocks = _shared(torch.arange(blocks, device=slot.device), len(full))
-        return BlockLists(*lists, full.to(torch.int32)[None, None], whole_blocks)
+        whole_blocks = shared(torch.arange(blocks, device=slot.device), len(full))
+        return BlockLists(*lists, full[None, None].to(torch.int32), whole_blocks)
     full_indices = full_first[:, None] + slot
     return BlockLists(*lists, *_filled(full[None, None], full_indices[None, None]))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.attention.flex_attention import BlockMask
 
 from nsa_fast import block_masks, flex
@@ -32,6 +33,7 @@ from nsa_fast.pool import num_compress_blocks
 from nsa_ref.semantics import PAPER, Semantics
 
 
+@_disable_dynamo
 def sliding_attention(
     q: Tensor,
     k: Tensor,
@@ -79,6 +81,7 @@ def sliding_attention(
     )
 
 
+@_disable_dynamo
 def compress_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -171,6 +174,7 @@ def compress_branch_mask(
     )
 
 
+@_disable_dynamo
 def fine_attention(
     q: Tensor,
     k: Tensor,

@@ -27,7 +27,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_attent
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks
+from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks, shared
 from nsa_fast.checks import check_choice, without_autocast
 from nsa_fast.crowded import with_crowded_columns
 
@@ -170,6 +170,7 @@ def _compiled(
 def _out_alone(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, options: Any
 ) -> Any:
+    _check_compiling()
     return flex_attention(
         q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, kernel_options=options
     )
@@ -178,6 +179,7 @@ def _out_alone(
 def _out_and_lse(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, options: Any
 ) -> Any:
+    _check_compiling()
     return flex_attention(
         q,
         k,
@@ -188,6 +190,20 @@ def _out_and_lse(
         kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
+
+
+def _check_compiling() -> None:
+    """torch.compile can be switched off from outside, and what it was given then runs eagerly.
+
+    FlexAttention would ask the predicate about every cell, and the fine branch's knows the choice
+    of blocks by the lists alone.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "backend='compiled' needs torch.compile, which is switched off (by "
+            "TORCHDYNAMO_DISABLE=1, torch.compiler.set_stance or the like). Switch it on, or take "
+            "backend='eager'."
+        )
 
 
 @functools.cache
@@ -288,9 +304,10 @@ def _fitted(
             if numbers is None:  # there is no backward to walk them
                 continue
             lists[f"{kind}_num_blocks"] = padded(numbers, 2, LEAST_LENGTH)
-            lists[f"{kind}_indices"] = padded(
-                padded(indices, 2, LEAST_LENGTH), 3, max(LEAST_LENGTH, slots)
-            )
+            rows, width = max(LEAST_LENGTH, indices.shape[2]), max(LEAST_LENGTH, slots)
+            if indices.stride(2) == 0:  # one list for all rows: what is padded would be no more
+                indices = shared(padded(indices[:, :, 0], 2, width)[0, 0], rows)
+            lists[f"{kind}_indices"] = padded(padded(indices, 2, rows), 3, width)
     return _with(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
 
 

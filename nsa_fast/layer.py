@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from nsa_fast.branches import compress_attention, fine_attention, sliding_attention
 from nsa_fast.cache import Cache
@@ -109,7 +110,15 @@ class Layer:
             empty_row=PerBranch(*rows),
             empty_lse=PAPER.empty_lse,
         )
-        for branch in BRANCHES:
+        remedy = {"compress": "num_mem_kv=1"}
+        if n == 0 and semantics.importance == "overlap" and semantics.score_floor is None:
+            remedy["fine"] = "num_selected_blocks=1"
+        for branch, row in zip(BRANCHES, rows):
+            if row != "zero" and branch in remedy:
+                raise ValueError(
+                    f"semantics.empty_row.{branch}={row!r} would show: some rows see no key. It "
+                    f"runs where none is empty. Try {remedy[branch]}."
+                )
             check_semantics(semantics, branch)
         return dataclasses.replace(self, semantics=semantics)
 
@@ -150,6 +159,7 @@ class Layer:
         return self.semantics.rotary != "none"
 
 
+@_disable_dynamo
 def native_sparse_attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
@@ -549,7 +559,7 @@ def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
 def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
     """First token and end of every sequence that has tokens; of one without, if none has."""
     check_tensor("cu_seqlens", cu_seqlens, ("sequences + 1",))
-    if cu_seqlens.is_floating_point() or cu_seqlens.dtype in (torch.bool, torch.complex64):
+    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
         raise TypeError(
             f"cu_seqlens has dtype {cu_seqlens.dtype}; it must hold integers, offsets in tokens."
         )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from nsa_fast.branches import default_scale
 from nsa_fast.checks import (
@@ -47,6 +48,7 @@ class _Sizes(NamedTuple):
     local: int
 
 
+@_disable_dynamo
 @torch.no_grad()
 def select_blocks(
     q: Tensor,

@@ -199,6 +199,14 @@ class GradientsLeak(LayerInSteps):
         return super().varlen(case, weights, moved, cu_seqlens)
 
 
+@mutant("G1", "blocks beyond the 128th are forced no more, and scores decide")
+class LayerForcedUpTo128(LayerInSteps):
+    def forced(self, case: Case, tokens: int, blocks: int) -> Tensor:
+        forced = super().forced(case, tokens, blocks).clone()
+        forced[..., 128:] = False
+        return forced
+
+
 @mutant("A4", "a straight-through term: no change in the output, a gradient in the scores")
 class GradientThroughTheChoice(LayerInSteps):
     def after_selection(self, out: Tensor, scores: Tensor) -> Tensor:

@@ -122,3 +122,8 @@ def test_results_say_where_they_come_from() -> None:
         report = json.loads(path.read_text())
         assert report["versions"]["commit"], path
         assert report["device"], path
+
+
+def test_the_costs_that_are_kept_are_those_of_this_script() -> None:
+    kept = json.loads((RESULTS / "cost-cpu.json").read_text())
+    assert list(kept["measured"]) == list(cost.WHAT)

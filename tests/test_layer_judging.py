@@ -155,6 +155,40 @@ class OneSequence(OracleImplementation):
         return super().layer(case, weights, x[None])[0]
 
 
+class OneBranchWrong(OracleImplementation):
+    """Twice the gate of one branch, or of all."""
+
+    branches: tuple[int, ...]
+
+    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+        out = np.zeros(())
+        shut = weights["gates.bias"].reshape(3, -1)
+        for branch in range(3):
+            # the sum of the branches, each by itself
+            bias = np.where(np.arange(3)[:, None] == branch, shut, -1e3)
+            rows = weights["gates.weight"].reshape(3, case.q_heads, -1)
+            rows = np.where(np.arange(3)[:, None, None] == branch, rows, 0)
+            alone = {"gates.bias": bias.ravel(), "gates.weight": rows.reshape(-1, case.model_dim)}
+            part = super().layer(case, {**weights, **alone}, x)
+            out = out + part * (2 if branch in self.branches else 1)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("branches", "text"),
+    [
+        ((1,), "with one gate open at a time, fine is wrong, compress and sliding are right"),
+        ((0, 2), "with one gate open at a time, compress and sliding are wrong, fine is right"),
+        ((0, 1, 2), "all branches are wrong with their gate alone open"),
+    ],
+)
+def test_a_wrong_layer_hears_which_branch_is_wrong(
+    branches: tuple[int, ...], text: str, tmp_path: Path
+) -> None:
+    found = finding("G1_layer_output", port(OneBranchWrong, branches=branches), tmp_path)
+    assert found is not None and text in found["text"]
+
+
 def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_path: Path) -> None:
     found = finding("G4_varlen", port(OneSequence, limits={"batch": (2,)}), tmp_path)
     assert found is not None and found["clause"] == "G4"

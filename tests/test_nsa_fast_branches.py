@@ -655,6 +655,21 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
         assert (array[~left_out] == 0).all()
 
 
+def test_compiled_kernels_are_never_run_eagerly() -> None:
+    """Their predicate knows the choice of blocks by the lists alone, which eager ignores."""
+    q, k, v = (torch.randn(2, heads, 20, 16) for heads in (8, 2, 2))
+    indices = torch.zeros(2, 2, 20, 1, dtype=torch.int64)
+    sizes: dict[str, Any] = {"selection_block_size": 5, "backend": "compiled"}
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(
+            RuntimeError,
+            match=r"needs torch\.compile, which is switched off .* Switch it on, or take",
+        ),
+    ):
+        nsa_fast.fine_attention(q, k, v, indices, **sizes)
+
+
 # --- compression ----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import pytest
 from nsa_ref.layer import LayerSizes, layer_block_indices, layer_vjp, layer_weight_shapes
 from nsa_ref.layer import layer as oracle
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -488,7 +488,22 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "rows that might be empty": (
         lambda: module(semantics=replace(LUCIDRAINS, kv_per_branch=True), num_mem_kv=0),
         ValueError,
-        r"semantics\.empty_row\.compress='uniform' is not what nsa_fast computes",
+        r"semantics\.empty_row\.compress='uniform' would show.* Try num_mem_kv=1\.",
+    ),
+    "rows without a block": (
+        lambda: module(semantics=FLA, num_selected_blocks=0),
+        ValueError,
+        r"semantics\.empty_row\.fine='nan' would show.* Try num_selected_blocks=1\.",
+    ),
+    "rows without a block, and no remedy": (
+        lambda: module(semantics=replace(FLA, score_floor=1e-10)),
+        ValueError,
+        r"semantics\.empty_row\.fine='nan' is not what nsa_fast computes",
+    ),
+    "offsets that are no integers": (
+        call(cu_seqlens=torch.zeros(2, dtype=torch.complex128), x=torch.zeros(0, 10)),
+        TypeError,
+        r"cu_seqlens has dtype torch\.complex128; it must hold integers",
     ),
     "an unknown map": (
         call(compress_map="max"),
@@ -533,3 +548,10 @@ def test_what_does_not_run_says_what_does(what: str) -> None:
     function, error, message = ERRORS[what]
     with pytest.raises(error, match=message):
         function()
+
+
+def test_a_model_around_the_layer_can_be_compiled() -> None:
+    """The layer is left as it is: on a GPU it compiles its own kernels."""
+    layer = module()
+    x = torch.randn(2, 20, layer.model_dim)
+    assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))

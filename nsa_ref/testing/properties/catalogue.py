@@ -301,6 +301,24 @@ def _many_tokens(draw: st.DrawFn, sizes: Sizes) -> None:
     sizes["kv_len"] = sizes["q_len"] = draw(st.integers(240, 260))
 
 
+def _many_blocks(draw: st.DrawFn, sizes: Sizes) -> None:
+    """More than 128 selection blocks of two tokens, forced ones among those that are chosen."""
+    _whole_layer(draw, sizes)
+    sizes |= {
+        "batch": 1,
+        "q_heads": 1,
+        "kv_heads": 1,
+        "compress_block_size": 4,
+        "compress_block_sliding_stride": 2,
+        "compress_map": "mean",
+        "selection_block_size": 2,
+        "num_initial_blocks": 1,
+        "num_local_blocks": 2,
+        "num_selected_blocks": 4,
+    }
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(266, 272))
+
+
 def _rotated(draw: st.DrawFn, sizes: Sizes) -> None:
     """Rows that see several keys, and compressed blocks further apart than tokens."""
     if sizes["compress_block_sliding_stride"] == 1:
@@ -685,6 +703,9 @@ def _layer_properties() -> None:
     many: dict[str, Any] = common | {"adjust": _many_tokens, "populated": True}
     many |= {"by_dtype": False, "examples": 2}
     _register("G3", "layer", row, "G3_decode_of_many_tokens", **decode, **many)
+    blocks: dict[str, Any] = many | {"adjust": _many_blocks}
+    output = layer_output("layer")
+    _register("G1", "layer", output, "G1_layer_output_of_many_blocks", method="layer", **blocks)
     _register("G4", "layer", packed, "G4_varlen", method="varlen", **(common | {"examples": 12}))
     _register(
         "G4",

@@ -184,6 +184,7 @@ def _compared(
             raise _hinted(error, method) from None
         if clause == "G1" and isinstance(error, Broken):
             _blame_the_rotation(implementation, method, case, x, weights)
+            raise _located(error, implementation, method, case, x, weights) from None
         raise error
     settled = settle([compared])
     rows = int(undecided.sum())
@@ -249,6 +250,37 @@ def _blame_the_rotation(
             "rotation, or else the scale or the heads of q and k"
         )
         raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+
+
+def _located(
+    broken: Broken,
+    implementation: Implementation,
+    method: str,
+    case: Case,
+    x: np.ndarray,
+    weights: Weights,
+) -> Broken:
+    """The finding, and which branches are wrong by themselves: one gate open, the others shut."""
+
+    def alone(branch: str) -> Weights:
+        return _with_gates(case, weights, (b == branch for b in BRANCHES))
+
+    wrong = [b for b in BRANCHES if not _is_right(implementation, method, case, x, alone(b))]
+    right = [b for b in BRANCHES if b not in wrong]
+    if not wrong:
+        hint = "each branch is right with its gate alone open: the gates, their order or their sum"
+    elif not right:
+        hint = "all branches are wrong with their gate alone open: look at what they have in common"
+    else:
+        verb = "is" if len(wrong) == 1 else "are"
+        hint = f"with one gate open at a time, {' and '.join(wrong)} {verb} wrong"
+        hint += f", {' and '.join(right)} {'is' if len(right) == 1 else 'are'} right"
+        forced = method == "layer" and implementation.offers("layer_with_blocks")
+        if wrong == ["fine"] and forced:
+            handed = _is_right(implementation, "layer_with_blocks", case, x, alone("fine"))
+            hint += "; with the choice of blocks handed in, "
+            hint += "all are right: it chooses others" if handed else "it is wrong as well"
+    return Broken(broken.clause, f"{broken.text}\n{hint}", worst=broken.worst)
 
 
 def _is_right(
