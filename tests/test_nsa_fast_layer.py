@@ -405,8 +405,8 @@ def call(**changes: Any) -> Callable[[], object]:
     return lambda: native_sparse_attention(**arguments)
 
 
-def packed(*ends: int) -> Callable[[], object]:
-    return call(x=tokens(1, 8)[0], cu_seqlens=torch.tensor(ends))
+def packed(*ends: int, dtype: torch.dtype = torch.int64) -> Callable[[], object]:
+    return call(x=tokens(1, 8)[0], cu_seqlens=torch.tensor(ends, dtype=dtype))
 
 
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -501,7 +501,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"semantics\.empty_row\.fine='nan' is not what nsa_fast computes",
     ),
     "offsets that are no integers": (
-        call(cu_seqlens=torch.zeros(2, dtype=torch.complex128), x=torch.zeros(0, 10)),
+        packed(0, dtype=torch.complex128),
         TypeError,
         r"cu_seqlens has dtype torch\.complex128; it must hold integers",
     ),
