@@ -105,7 +105,7 @@ def create_compress_mask(
         ("compress_block_sliding_stride", stride),
     ):
         check_size(name, value, 0, MAX_LENGTH)
-    return block_masks.compress_block_mask(
+    block_mask = block_masks.compress_block_mask(
         seq_len,
         kv_seq_len,
         stride,
@@ -116,6 +116,7 @@ def create_compress_mask(
         block_size=BLOCK_SIZE,
         device=default_device(device),
     )
+    return printable(block_mask)
 
 
 def create_fine_mask(

@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 import nsa_ref.masks
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
@@ -29,6 +29,7 @@ from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E
 from nsa_fast.crowded import visible_cells  # noqa: E402
 
 CPU = torch.device("cpu")
+NOT_CAUSAL = dataclasses.replace(PAPER, causal=False)
 LENGTHS = st.integers(0, 40)
 BLOCK_SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 FEW = settings(max_examples=60, deadline=None)
@@ -140,6 +141,9 @@ def test_sliding_masks_of_any_size_and_block_size(
     BLOCK_SIZES,
     st.booleans(),
 )
+# one row block names two blocks in part, at either end of their border; and every one there is
+@example(40, 40, 8, 4, 0, PAPER, (8, 8), True)
+@example(9, 8, 1, 1, 0, NOT_CAUSAL, (4, 2), True)
 def test_compress_masks_of_any_size_and_block_size(
     q_len: int,
     kv_len: int,
@@ -293,6 +297,25 @@ def test_create_fine_mask(
             seq_len, seq_len, block_size, indices, 2 * group, semantics
         )
         assert_reads(block_mask, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flexattention_prints_and_compiles_upstreams_masks(causal: bool) -> None:
+    """Both read lists that are as wide as there are blocks; narrower ones are an IndexError."""
+    indices = torch.zeros(1, 1, 700, 1, dtype=torch.int64)
+    for block_mask in (
+        nsa_fast.create_sliding_mask(700, 3, causal),
+        nsa_fast.create_compress_mask(700, 600, 1, 3, causal),
+        nsa_fast.create_fine_mask(700, 32, causal)(indices),
+    ):
+        rows, columns = block_mask.seq_lengths
+        cells = block_mask_readings(block_mask, rows, columns)["mask_mod"][0, 0]
+        row, column = np.arange(0, rows, 128), np.arange(0, columns, 128)
+        blocks = np.maximum.reduceat(np.maximum.reduceat(cells, row), column, axis=1)
+        np.testing.assert_array_equal(block_mask.to_dense()[0, 0], blocks)
+        assert str(block_mask)
+        for listed in (block_mask.kv_indices, block_mask.full_kv_indices):
+            assert listed is not None and listed.shape[3] == len(column)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
