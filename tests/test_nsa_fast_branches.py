@@ -21,6 +21,7 @@ from nsa_ref.bounds import attention_bounds, pool_bounds, score_bounds
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PerBranch, Semantics
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.probes import block_mask_readings
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
@@ -289,8 +290,38 @@ def test_rows_added_for_tensor_cores_change_nothing(
     assert_backward(NsaFastEager(), "fine", case)
 
 
+@pytest.mark.parametrize("block_size", [2, 10, 20])
+@pytest.mark.parametrize("edge", ["usual", "non-causal", "no key", "one key", "a prime group"])
+def test_columns_added_for_tensor_cores_change_nothing(
+    block_size: int, edge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Triton is handed, read by its lists: eager FlexAttention would ask the predicate."""
+    tile, attend = branches.fine_tile, flex.attend
+
+    def as_listed(*args: Any, **how: Any) -> Any:
+        name, q, k, v, build = args
+
+        def block_mask(q_lists: bool) -> Any:
+            mask, crowded_columns = build(q_lists)
+            assert mask.seq_lengths == (q.shape[2], k.shape[2])
+            cells = block_mask_readings(mask, *mask.seq_lengths)["kv lists"]
+            # one more row and column, which lengths below 2 are lengthened by
+            seen = torch.as_tensor(np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 2)))) != 0
+            return flex._with(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j]), crowded_columns
+
+        return attend(name, q, k, v, block_mask, **(how | {"backend": "eager"}))
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(flex, "resolve_backend", lambda *_: "compiled")
+    monkeypatch.setattr(branches, "fine_tile", lambda rows, size, _, on: tile(rows, size, cuda, on))
+    monkeypatch.setattr(flex, "attend", as_listed)
+    case = replace(selection_block_size=block_size, **EDGES[edge])
+    assert_forward(NsaFastEager(), "fine", case)
+    assert_backward(NsaFastEager(), "fine", case)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
-@pytest.mark.parametrize("block_size", [1, 4, 10, 16, 48, 64, 128])
+@pytest.mark.parametrize("block_size", [1, 4, 10, 16, 20, 48, 64, 128])
 def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
     device = torch.device("cuda")
     tile = branches.fine_tile(rows, block_size, device, "compiled")
@@ -746,11 +777,16 @@ SELECTIONS = {
     "logit mean, per head, non-causal": dataclasses.replace(
         LUCIDRAINS, share_selection=False, causal=False
     ),
+    "logit mean, no floor, non-causal": dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
+    "logit mean, own block": dataclasses.replace(
+        PAPER, importance="logit_mean", compress_alignment="end"
+    ),
+    "strict": dataclasses.replace(PAPER, compress_strict=True),
 }
 
 
 def selections(semantics: Semantics) -> Iterator[Case]:
-    """Usual, decode, no compressed block, queries before every key, fewer candidates than n."""
+    """Decode, no compressed block, queries before every key, fewer candidates than n, and so on."""
     for seed, sizes in enumerate(
         (
             {},
@@ -761,6 +797,8 @@ def selections(semantics: Semantics) -> Iterator[Case]:
             {"num_selected_blocks": 20},
             {"num_selected_blocks": 0},
             {"num_initial_blocks": 3, "num_local_blocks": 3},
+            {"q_len": 3, "kv_len": 40},  # a window ends with the first query
+            {"selection_block_size": 2, "num_initial_blocks": 0, "num_local_blocks": 0},
         )
     ):
         chosen = {"num_initial_blocks": 1, "num_local_blocks": 2, "seed": seed} | sizes
