@@ -174,11 +174,12 @@ def test_compress_masks_of_any_size_and_block_size(
     st.integers(0, 3),
     st.booleans(),
     st.sampled_from(SEMANTICS),
+    st.sampled_from([1, 64]),
     st.integers(0, 2**32),
 )
 # empty columns behind a short last block, and behind crowded ones
-@example(6, 6, 4, 4, 1, 1, False, NOT_CAUSAL, 0)
-@example(40, 40, 4, 4, 2, 3, False, PAPER, 0)
+@example(6, 6, 4, 4, 1, 1, False, NOT_CAUSAL, 64, 0)
+@example(40, 40, 4, 4, 2, 3, False, PAPER, 1, 0)
 def test_fine_masks_of_any_size_and_tile(
     q_len: int,
     kv_len: int,
@@ -188,19 +189,22 @@ def test_fine_masks_of_any_size_and_tile(
     empty_columns: int,
     complete: bool,
     semantics: Semantics,
+    most: int,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     indices = strange_indices(rng, (int(rng.integers(0, 3)), 2, q_len, n), -(-kv_len // block_size))
-    block_mask, crowded = block_masks.fine_block_mask(
-        kv_len,
-        torch.as_tensor(indices),
-        block_size,
-        semantics,
-        rows_per_token=rows_per_token,
-        columns_per_block=block_size if complete else block_size + empty_columns,
-        complete=complete,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_lists, "CROWDED", most)
+        block_mask, crowded = block_masks.fine_block_mask(
+            kv_len,
+            torch.as_tensor(indices),
+            block_size,
+            semantics,
+            rows_per_token=rows_per_token,
+            columns_per_block=block_size if complete else block_size + empty_columns,
+            complete=complete,
+        )
     expected = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
     expected = expected.repeat(rows_per_token, axis=2)
     if empty_columns and not complete:
