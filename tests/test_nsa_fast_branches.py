@@ -787,6 +787,7 @@ SELECTIONS = {
 
 def selections(semantics: Semantics) -> Iterator[Case]:
     """Decode, no compressed block, queries before every key, fewer candidates than n, and so on."""
+    free = {"num_selected_blocks": 9, "num_initial_blocks": 0, "num_local_blocks": 0}
     for seed, sizes in enumerate(
         (
             {},
@@ -797,8 +798,9 @@ def selections(semantics: Semantics) -> Iterator[Case]:
             {"num_selected_blocks": 20},
             {"num_selected_blocks": 0},
             {"num_initial_blocks": 3, "num_local_blocks": 3},
-            {"q_len": 3, "kv_len": 40},  # a window ends with the first query
-            {"selection_block_size": 2, "num_initial_blocks": 0, "num_local_blocks": 0},
+            # a window ends with the first query, and one with the last, in its own block
+            {"q_len": 3, "kv_len": 40} | free,
+            {"q_len": 3, "kv_len": 40, "selection_block_size": 2} | free,
         )
     ):
         chosen = {"num_initial_blocks": 1, "num_local_blocks": 2, "seed": seed} | sizes
