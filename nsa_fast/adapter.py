@@ -43,7 +43,7 @@ SEMANTICS = (
     dataclasses.replace(PAPER, window_closed=False),
     dataclasses.replace(PAPER, window_closed=False, causal=False),
     dataclasses.replace(PAPER, share_selection=False),
-    dataclasses.replace(PAPER, forced_score=1.0, score_floor=1e-10),
+    dataclasses.replace(PAPER, compress_strict=True, forced_score=1.0, score_floor=1e-10),
 )
 SHARED_SELECTION = tuple(semantics for semantics in SEMANTICS if semantics.share_selection)
 

@@ -6,7 +6,8 @@ only if every row and column in it that exists is visible; the kernels cut what 
 Nothing here is ever as large as rows x columns.
 
 All lists are int32, ascending, free of duplicates, and filled up with 0: a number in range, because
-the Triton kernels load the first entry of an empty list too.
+the Triton kernels load the first entry of an empty list too. Those that are stored once for all
+rows (`shared`) name every block, and a row walks the beginning of them.
 """
 
 from __future__ import annotations

@@ -405,7 +405,7 @@ def call(**changes: Any) -> Callable[[], object]:
     return lambda: native_sparse_attention(**arguments)
 
 
-def packed(*ends: int, dtype: torch.dtype = torch.int64) -> Callable[[], object]:
+def packed(*ends: int, dtype: torch.dtype | None = None) -> Callable[[], object]:
     return call(x=tokens(1, 8)[0], cu_seqlens=torch.tensor(ends, dtype=dtype))
 
 
