@@ -54,7 +54,6 @@ EDGE_READ_BY |= dict.fromkeys(
         "head_dim no power of two",
         "head_dim > 128",
         "batch 3",
-        "more than 128 blocks",
         "length around 128",
         *(f"inputs {kind}" for kind in INPUTS if kind not in ("randn", "flat")),
     ),
