@@ -31,17 +31,12 @@ from nsa_ref import (
     pool_weight_shapes,
     shared_strides,
 )
-from nsa_ref.bounds import (
-    FORMS,
-    MAPS,
-    NUMERICS,
-    attention_bounds,
-    logit_mean_bounds,
-    pool_bounds,
-    score_bounds,
-    slope_test,
-)
+from nsa_ref.bounds import FORMS, attention_bounds, slope_test
+from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
+from nsa_ref.map_bounds import pool_bounds
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 
 Bounds = Iterator[tuple[str, np.ndarray | None]]
 
@@ -82,7 +77,7 @@ def maps(number: int, rng: np.random.Generator) -> Bounds:
     """Every map, both alignments, with and without positions."""
     batch, kv_heads, dim, stride, factor = rng.integers(1, 4, 5)
     size, kv_len = int(stride * factor), int(rng.integers(0, 20))
-    name = MAPS[number % len(MAPS)]
+    name = COMPRESS_MAPS[number % len(COMPRESS_MAPS)]
     shapes = pool_weight_shapes(name, bool(number % 3), int(kv_heads), size, int(dim))
     x = rng.standard_normal((batch, kv_heads, kv_len, dim))
     weights = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
@@ -150,7 +145,7 @@ def layers(number: int, rng: np.random.Generator) -> Bounds:
         value_dim=int(rng.integers(1, 5)),
         compress_block_size=2 * stride,
         compress_block_sliding_stride=stride,
-        compress_map=MAPS[number % len(MAPS)],
+        compress_map=COMPRESS_MAPS[number % len(COMPRESS_MAPS)],
         compress_positions=bool(number % 2),
         selection_block_size=2 * stride,
         num_selected_blocks=3,

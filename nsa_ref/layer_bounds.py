@@ -47,33 +47,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nsa_ref.bounds import (
-    C_DIV,
-    C_EXP,
-    C_SCALE,
-    NUMERICS,
-    Array,
-    Numerics,
+from nsa_ref.bounds import _Exact, _group_bounds
+from nsa_ref.checks import check_multiple, check_one_of, check_shape
+from nsa_ref.compress import compress_windows, num_compress_blocks
+from nsa_ref.layer import LayerSizes, layer_weight_shapes
+from nsa_ref.map_bounds import _pool
+from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
+from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
+from nsa_ref.rounded import (
     _affine,
-    _Exact,
     _exactly,
     _final,
-    _group_bounds,
     _Layer,
     _overflow,
-    _pool,
     _product,
     _stored,
     _sum_gradient,
     _weight_gradient,
-    logit_mean_bounds,
-    score_bounds,
 )
-from nsa_ref.checks import check_multiple, check_one_of, check_shape
-from nsa_ref.compress import compress_windows, num_compress_blocks
-from nsa_ref.layer import LayerSizes, layer_weight_shapes
-from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import shared_strides
+from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 from nsa_ref.semantics import BRANCHES, PerBranch, Semantics
 
 C_TRIG = 2  # sine and cosine: units of u_elementwise, absolute

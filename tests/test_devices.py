@@ -19,7 +19,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="devices are torch's")
 
 from nsa_fast.adapter import NsaFastCompiled  # noqa: E402
-from nsa_ref.bounds import NUMERICS  # noqa: E402
+from nsa_ref.numerics import NUMERICS  # noqa: E402
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, OracleImplementation, devices  # noqa: E402
 from nsa_ref.testing.case import DTYPES  # noqa: E402

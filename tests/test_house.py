@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import nsa_ref
-from nsa_ref import bounds, layer_bounds
+from nsa_ref import bounds, layer_bounds, map_bounds, rounded, selection_bounds
 
 ROOT = Path(nsa_ref.__file__).parents[1]
 
@@ -28,7 +28,11 @@ ROOMS = (
     "compress",
     "selection",
     "layer",
+    "numerics",
+    "rounded",
     "bounds",
+    "map_bounds",
+    "selection_bounds",
     "layer_bounds",
 )
 HEAVY = ("torch", "hypothesis", "pytest", "ml_dtypes", "matplotlib", "rich", "xdist")
@@ -185,7 +189,11 @@ def test_everything_that_is_exported_exists() -> None:
 
 DEFINITIONS = [
     *((nsa_ref, name) for name in nsa_ref.__all__ if inspect.isfunction(getattr(nsa_ref, name))),
-    *((module, name) for module in (bounds, layer_bounds) for name in public(module)),
+    *(
+        (module, name)
+        for module in (rounded, bounds, map_bounds, selection_bounds, layer_bounds)
+        for name in public(module)
+    ),
 ]
 
 

@@ -18,14 +18,7 @@ import layer_emulation as emulation
 from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
 from nsa_ref.attention import attend, attend_vjp
-from nsa_ref.bounds import (
-    NUMERICS,
-    _exactly,
-    _Layer,
-    _pool,
-    _sum_gradient,
-    attention_bounds,
-)
+from nsa_ref.bounds import attention_bounds
 from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.layer import layer, layer_vjp, layer_weight_shapes, selection_inputs
 from nsa_ref.layer_bounds import (
@@ -36,6 +29,9 @@ from nsa_ref.layer_bounds import (
     layer_bounds,
     packed_weight_bounds,
 )
+from nsa_ref.map_bounds import _pool
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.rounded import _exactly, _Layer, _sum_gradient
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 

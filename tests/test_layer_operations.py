@@ -18,8 +18,9 @@ from torch import Tensor
 import flash_emulation
 from flash_emulation import Array, Generator, generator
 from layer_emulation import TORCH_DTYPES, _rotated
-from nsa_ref import bounds, layer_bounds
-from nsa_ref.bounds import NUMERICS, Numerics, _Layer
+from nsa_ref import layer_bounds, map_bounds, rounded
+from nsa_ref.numerics import NUMERICS, Numerics
+from nsa_ref.rounded import _Layer
 
 ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
 MANY = 3000
@@ -100,14 +101,14 @@ def common_input(d: Drawn, *, fused: bool) -> Case:
 def weight_gradient(d: Drawn) -> Case:
     (g, x), (h, y) = d.normal(2, MANY), d.normal(2, 2)
     exact = x.value.T.astype(wide) @ y.value.astype(wide)
-    error = layer_bounds._weight_gradient(x, y, d.numerics)
+    error = rounded._weight_gradient(x, y, d.numerics)
     return g.T @ h, exact, _Layer(exact.astype(np.float64), error)
 
 
 def sum_gradient(d: Drawn) -> Case:
     g, x = d.normal(3, MANY)
     exact = x.value.astype(wide).sum(axis=0)
-    error = layer_bounds._sum_gradient(x, (0,), d.numerics)
+    error = rounded._sum_gradient(x, (0,), d.numerics)
     return g.sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
 
 
@@ -193,14 +194,14 @@ def pooled_once_turned(d: Drawn) -> Case:
     turn = layer_bounds._turn(np.arange(MANY).astype(float), 4, d.numerics)
     turned = layer_bounds._rotated(given, turn, d.numerics)
     tokens = np.arange(MANY).reshape(-1, 2)
-    return got, exact, layer_bounds._pool(turned, {}, None, tokens, "mean", d.numerics).out
+    return got, exact, map_bounds._pool(turned, {}, None, tokens, "mean", d.numerics).out
 
 
 def head_weight_gradient(d: Drawn) -> Case:
     """The weight of one head, each of three batch entries by itself; one row in each."""
     (g, x), (h, y) = d.normal(3, 1, MANY), d.normal(3, 1, 2)
     exact = (x.value.swapaxes(1, 2).astype(wide) @ y.value.astype(wide)).sum(axis=0)
-    error = bounds._head_weight_gradient(x, y, d.numerics)
+    error = rounded._head_weight_gradient(x, y, d.numerics)
     return (g.mT @ h).sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
 
 

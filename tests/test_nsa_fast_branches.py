@@ -17,8 +17,10 @@ import pytest
 import nsa_ref.attention
 import nsa_ref.masks
 import nsa_ref.selection
-from nsa_ref.bounds import attention_bounds, pool_bounds, score_bounds
+from nsa_ref.bounds import attention_bounds
 from nsa_ref.compress import pool, pool_vjp
+from nsa_ref.map_bounds import pool_bounds
+from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PerBranch, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.probes import block_mask_readings

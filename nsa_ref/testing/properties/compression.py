@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.bounds import (
-    pool_bounds,
-)
 from nsa_ref.compress import pool, pool_vjp
+from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import (
     Broken,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nsa_ref.bounds import NUMERICS
+from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, Branch, Broken, Inconclusive, Inputs, Raised, call
 from nsa_ref.testing.case import DTYPES, Case

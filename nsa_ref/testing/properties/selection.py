@@ -8,10 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.bounds import (
-    logit_mean_bounds,
-    score_bounds,
-)
 from nsa_ref.masks import compress_mask
 from nsa_ref.selection import (
     AMBIGUOUS,
@@ -22,6 +18,7 @@ from nsa_ref.selection import (
     shared_strides,
     valid_selection,
 )
+from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 from nsa_ref.testing.branches import (
     Broken,
     Raised,
