@@ -43,9 +43,9 @@ import nsa_fast.adapter  # noqa: E402
 from broken_nsa_fast import BROKEN_CACHES, BUILDS, in_place, layer_with  # noqa: E402
 from nsa_fast import block_lists, block_masks, mask_mods  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
-from nsa_ref.testing.conformance import Options, message, run_property  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+from nsa_ref.testing.running import Options, message, run_property  # noqa: E402
 from test_nsa_fast_cache import RUN, Decoding  # noqa: E402
 
 #: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU

@@ -19,8 +19,8 @@ from rich.console import Console
 from nsa_ref.testing import Case, Implementation, OracleImplementation, cli, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
-from nsa_ref.testing.conformance import Options, run_property
 from nsa_ref.testing.properties import PROPERTIES, Outcome
+from nsa_ref.testing.running import Options, run_property
 from nsa_ref.testing.strategies import EDGES
 from port_zoo import Refuses, SlidingMask
 

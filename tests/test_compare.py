@@ -16,7 +16,8 @@ from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.branches import Broken, Inconclusive, Raised
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import NotOffered
-from nsa_ref.testing.properties import PROPERTIES, Outcome, Property, judge
+from nsa_ref.testing.judging import judge
+from nsa_ref.testing.properties import PROPERTIES, Outcome, Property
 
 #: 6 rows of 4: the last axis is the value_dim.
 EXPECTED = np.random.default_rng(1).standard_normal((1, 2, 3, 4))

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation, conformance, conformance_suite
-from nsa_ref.testing.conformance import (
+from nsa_ref.testing import Case, Implementation, conformance_suite, running
+from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import (
     CONVENTION,
     Options,
     Record,
@@ -27,8 +29,6 @@ from nsa_ref.testing.conformance import (
     run_property,
     running_folder,
 )
-from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
-from nsa_ref.testing.properties import PROPERTIES
 from port_zoo import (
     BadRefusal,
     OneKeyFewer,
@@ -47,7 +47,7 @@ EXPOSED = PROPERTIES["W1_sliding_mask_as_exposed"]
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the plugin's workers: a KeyboardInterrupt cannot come from the keyboard."""
-    monkeypatch.setattr(conformance, "_deaf", lambda: True)
+    monkeypatch.setattr(running, "_deaf", lambda: True)
 
 
 def judged(implementation: Implementation, folder: Path, **options: Any) -> Record:
@@ -70,7 +70,7 @@ def test_whatever_a_method_raises_is_a_finding(
 
 
 def test_ctrl_c_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conformance, "_deaf", lambda: False)
+    monkeypatch.setattr(running, "_deaf", lambda: False)
     with pytest.raises(KeyboardInterrupt):
         judged(Raises(KeyboardInterrupt()), tmp_path)
 
@@ -129,7 +129,7 @@ def test_shrinking_ends_when_its_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is then reported is the smallest that was seen, and no flakiness is imagined."""
-    monkeypatch.setattr(conformance, "SHRINKING_TIME", 0.0)
+    monkeypatch.setattr(running, "SHRINKING_TIME", 0.0)
     found = judged(WindowPlusOne(), tmp_path).finding
     assert found is not None and "Not every time" not in found["text"]
     again = judged(WindowPlusOne(), tmp_path, case=Case.from_json(found["case"])).finding
@@ -190,14 +190,14 @@ def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
         ("", "it ended its process (a crash, an abort or an exit)"),
         (
             "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call "
-            f'first):\n  File "/port.py", line 3 in sliding\n  File "{conformance.__file__}", '
+            f'first):\n  File "/port.py", line 3 in sliding\n  File "{running.__file__}", '
             "line 9 in run\n",
             'Segmentation fault\n  at "/port.py", line 3 in sliding',
         ),
         (
             "Timeout (0:00:02)!\nThread 0x2 (most recent call first):\n"
             '  File "/threading.py", line 1 in wait\n\nThread 0x1 (most recent call first):\n'
-            f'  File "/port.py", line 4 in fine\n  File "{conformance.__file__}", line 9 in run\n',
+            f'  File "/port.py", line 4 in fine\n  File "{running.__file__}", line 9 in run\n',
             'it hangs: no answer after 2 s\n  at "/port.py", line 4 in fine',
         ),
     ],

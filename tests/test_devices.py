@@ -23,8 +23,8 @@ from nsa_ref.numerics import NUMERICS  # noqa: E402
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, OracleImplementation, devices  # noqa: E402
 from nsa_ref.testing.case import DTYPES  # noqa: E402
-from nsa_ref.testing.conformance import Options, Record, _time, run_property  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
+from nsa_ref.testing.running import Options, Record, _time, run_property  # noqa: E402
 from nsa_ref.testing.strategies import far_lengths, large_sizes  # noqa: E402
 from standin_gpu import (  # noqa: E402
     CountsCompilations,
@@ -89,11 +89,11 @@ def test_a_lost_context_ends_that_case_and_a_fresh_worker_goes_on(place: Path) -
 def test_without_a_worker_to_end_nothing_more_is_tried_on_that_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nsa_ref.testing import conformance
+    from nsa_ref.testing import running
 
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(Standin, "lost", "")
-    monkeypatch.setattr(conformance, "_lost_devices", {})
+    monkeypatch.setattr(running, "_lost_devices", {})
     port = IllegalAccess()
     record = judged("W1_sliding_mask_as_exposed", port, tmp_path)
     assert record.finding is not None

@@ -10,9 +10,9 @@ import torch
 
 from nsa_ref.testing import cli
 from nsa_ref.testing.clauses import CLAUSES
-from nsa_ref.testing.conformance import Options, run_property
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import Options, run_property
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -1,13 +1,13 @@
 """What a port imports: the plug, and the suite that judges what is plugged in."""
 
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.conformance import conformance_suite
 from nsa_ref.testing.implementation import (
     Attention,
     Implementation,
     OracleImplementation,
     TorchImplementation,
 )
+from nsa_ref.testing.running import conformance_suite
 
 __all__ = [
     "Attention",

@@ -130,9 +130,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # not before: adapters import this package, and a worker's resources are assigned first
     from nsa_ref.testing.branches import BRANCHES
     from nsa_ref.testing.case import DTYPES, load_case
-    from nsa_ref.testing.conformance import Options
     from nsa_ref.testing.loading import DEVICES, CannotRun, load, resolve_device
     from nsa_ref.testing.profiles import LEVELS
+    from nsa_ref.testing.running import Options
 
     known = {
         "--device": DEVICES,
@@ -211,7 +211,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
     """A property whose worker died is reported with the case that did it."""
-    from nsa_ref.testing.conformance import lost
+    from nsa_ref.testing.running import lost
 
     node = report.node
     record, text = lost(
@@ -228,7 +228,7 @@ def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The workers' last words are needed no more."""
-    from nsa_ref.testing.conformance import forget_running
+    from nsa_ref.testing.running import forget_running
 
     if _distributes(session.config):
         findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]

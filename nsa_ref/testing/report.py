@@ -18,8 +18,8 @@ from rich.text import Text
 
 from nsa_ref.testing.case import INPUTS, Case
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from nsa_ref.testing.conformance import message
 from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import message
 from nsa_ref.testing.strategies import ABOUT, EDGES
 
 SCHEMA = "nsa-ref-report-1"

@@ -2,11 +2,10 @@
 
 A property is a function of an implementation and a case. It returns an `Outcome`, or raises
 `Broken` (the clause does not hold), `Inconclusive` (this case could not tell) or `NotOffered`.
-`judge` runs one, sets right which clause is to blame, and draws suspicions again.
+`judging.judge` runs one, sets right which clause is to blame, and draws suspicions again.
 """
 
 from nsa_ref.testing.properties.catalogue import PROPERTIES
 from nsa_ref.testing.properties.common import Outcome, Property
-from nsa_ref.testing.properties.judging import case_edges, judge
 
-__all__ = ["PROPERTIES", "Outcome", "Property", "case_edges", "judge"]
+__all__ = ["PROPERTIES", "Outcome", "Property"]
