@@ -24,7 +24,7 @@ from nsa_ref import (
     LUCIDRAINS_FLEX,
     PAPER,
     XUNHAO,
-    LayerSizes,
+    Sizes,
     compress_mask,
     layer_block_indices,
     layer_weight_shapes,
@@ -137,7 +137,7 @@ def layers(number: int, rng: np.random.Generator) -> Bounds:
     presets = (PAPER, LUCIDRAINS, LUCIDRAINS_FLEX, FLA, XUNHAO)
     semantics = presets[number % len(presets)]
     kv_heads, group, stride = (int(n) for n in rng.integers(1, 3, 3))
-    sizes = LayerSizes(
+    sizes = Sizes(
         model_dim=int(rng.integers(2, 7)),
         q_heads=kv_heads * group,
         kv_heads=kv_heads,

@@ -46,7 +46,7 @@ from nsa_fast import NativeSparseAttention
 from nsa_fast.rotary import rotate
 from nsa_ref import (
     LUCIDRAINS_FLEX,
-    LayerSizes,
+    Sizes,
     forced_blocks,
     importance,
     layer,
@@ -95,9 +95,9 @@ class Setup:
     checked_tokens: int = 128
 
     @property
-    def sizes(self) -> LayerSizes:
+    def sizes(self) -> Sizes:
         """Of one sparse layer, as the definition takes them."""
-        return LayerSizes(
+        return Sizes(
             model_dim=self.model_dim,
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
@@ -236,7 +236,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def undecided_tokens(
-    x: np.ndarray, weights: dict[str, np.ndarray], score_bounds: np.ndarray, sizes: LayerSizes
+    x: np.ndarray, weights: dict[str, np.ndarray], score_bounds: np.ndarray, sizes: Sizes
 ) -> np.ndarray:
     """(tokens,) bool: another choice of blocks may be right too (I5)."""
     tokens, block = x.shape[1], sizes.selection_block_size

@@ -9,7 +9,6 @@ from nsa_ref.compress import (
     pool_weight_shapes,
 )
 from nsa_ref.layer import (
-    LayerSizes,
     decode,
     layer,
     layer_block_indices,
@@ -45,6 +44,7 @@ from nsa_ref.semantics import (
     PerBranch,
     Semantics,
 )
+from nsa_ref.sizes import Sizes
 
 __all__ = [
     "AMBIGUOUS",
@@ -57,10 +57,10 @@ __all__ = [
     "VALID",
     "XUNHAO",
     "Attention",
-    "LayerSizes",
     "PerBranch",
     "SelectionVerdict",
     "Semantics",
+    "Sizes",
     "attend",
     "attend_vjp",
     "compress_mask",

@@ -12,8 +12,7 @@ import numpy as np
 
 from nsa_ref.attention import as_float64
 from nsa_ref.checks import check_at_least, check_bool, check_one_of, check_shape
-
-COMPRESS_MAPS = ("mean", "linear", "linear_per_head", "mlp")
+from nsa_ref.sizes import COMPRESS_MAPS
 
 
 def num_compress_blocks(

@@ -7,27 +7,19 @@ any derivative can be read off an imaginary step.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nsa_ref.attention import Attention, as_float64, attend, attend_vjp
-from nsa_ref.checks import (
-    check_at_least,
-    check_bool,
-    check_integer,
-    check_multiple,
-    check_one_of,
-    check_shape,
-)
-from nsa_ref.compress import COMPRESS_MAPS, pool, pool_vjp, pool_weight_shapes
+from nsa_ref.checks import check_integer, check_shape
+from nsa_ref.compress import pool, pool_vjp, pool_weight_shapes
 from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import BRANCHES, PAPER, Semantics
+from nsa_ref.sizes import Sizes
 
 #: Added to the mean square that `input_norm` divides by: float32's epsilon, in every dtype.
 NORM_EPS = 2.0**-23
@@ -36,56 +28,7 @@ NORM_EPS = 2.0**-23
 ROTARY_BASE = 10000.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSizes:
-    """The geometry of a layer, in tokens unless the name says blocks, heads or dim.
-
-    Raises
-    ------
-    ValueError, TypeError : a size that no layer could have, named with what would be right
-    """
-
-    model_dim: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    compress_block_size: int
-    compress_block_sliding_stride: int
-    compress_map: str
-    compress_positions: bool
-    selection_block_size: int
-    num_selected_blocks: int
-    num_initial_blocks: int
-    num_local_blocks: int
-    sliding_window_size: int
-    num_mem_kv: int
-
-    def __post_init__(self) -> None:
-        least_of = {
-            "num_selected_blocks": 0,
-            "num_initial_blocks": 0,
-            "num_local_blocks": 0,
-            "sliding_window_size": 0,
-            "num_mem_kv": 0,
-        }
-        for field in dataclasses.fields(self):
-            if field.type == "int":
-                check_at_least(field.name, getattr(self, field.name), least_of.get(field.name, 1))
-        check_multiple(
-            "q_heads",
-            self.q_heads,
-            "kv_heads",
-            self.kv_heads,
-            why="every kv head serves a group of equally many query heads",
-        )
-        check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
-        check_bool("compress_positions", self.compress_positions)
-
-
-def layer_weight_shapes(
-    sizes: LayerSizes, semantics: Semantics = PAPER
-) -> dict[str, tuple[int, ...]]:
+def layer_weight_shapes(sizes: Sizes, semantics: Semantics = PAPER) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the layer.
 
     ::
@@ -101,14 +44,14 @@ def layer_weight_shapes(
 
     Raises
     ------
-    TypeError : sizes that are no LayerSizes, semantics that is no Semantics
+    TypeError : sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     G1, C3, C4; arXiv 2502.11089, eq. 5
     """
-    if not isinstance(sizes, LayerSizes):
-        raise TypeError(f"sizes={sizes!r} must be a nsa_ref.LayerSizes.")
+    if not isinstance(sizes, Sizes):
+        raise TypeError(f"sizes={sizes!r} must be a nsa_ref.Sizes.")
     check_semantics(semantics)
     dim, heads, kv_heads = sizes.model_dim, sizes.q_heads, sizes.kv_heads
     dims = {"k": sizes.head_dim, "v": sizes.value_dim}
@@ -248,7 +191,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: LayerSizes, semantics: Semantics
+    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes, semantics: Semantics
 ) -> _Tokens:
     h = _normed(x, weights)
     q = _split(h @ weights["to_q.weight"].T, sizes.q_heads)
@@ -266,7 +209,7 @@ def _pooled(
     tokens: np.ndarray,
     weights: Mapping[str, np.ndarray],
     kind: str,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
 ) -> np.ndarray:
     return pool(tokens, _of_map(weights, kind), **_pool_sizes(sizes, semantics))
@@ -278,7 +221,7 @@ def _of_map(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarra
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
 
 
-def _pool_sizes(sizes: LayerSizes, semantics: Semantics) -> dict[str, Any]:
+def _pool_sizes(sizes: Sizes, semantics: Semantics) -> dict[str, Any]:
     return {
         "compress_block_size": sizes.compress_block_size,
         "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
@@ -293,7 +236,7 @@ def _branches(
     k_cmp: np.ndarray,
     v_cmp: np.ndarray,
     weights: Mapping[str, np.ndarray],
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     block_indices: np.ndarray | None,
 ) -> _Branches:
@@ -340,7 +283,7 @@ def _branches(
     return _Branches(rows, keys, values, mask, block_indices)
 
 
-def _selection_sizes(sizes: LayerSizes) -> dict[str, int]:
+def _selection_sizes(sizes: Sizes) -> dict[str, int]:
     return {
         "compress_block_size": sizes.compress_block_size,
         "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
@@ -386,7 +329,7 @@ def layer(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
     block_indices: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -432,7 +375,7 @@ def layer_block_indices(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> np.ndarray:
     """The blocks that `layer` selects: (batch, selection heads, seq_len, n) int64.
@@ -454,7 +397,7 @@ def selection_inputs(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q, k_cmp and mem_k as the layer's selection sees them: rotated if the switch says so.
@@ -482,7 +425,7 @@ def selection_inputs(
 def _of_all_rows(
     tokens: _Tokens,
     weights: Mapping[str, np.ndarray],
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     block_indices: np.ndarray | None,
 ) -> _Branches:
@@ -496,7 +439,7 @@ def layer_vjp(
     weights: Mapping[str, np.ndarray],
     d_out: np.ndarray,
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
     block_indices: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -589,7 +532,7 @@ def _through_pool(
     dv: np.ndarray,
     tokens: _Tokens,
     weights: Mapping[str, np.ndarray],
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     dweights: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -623,7 +566,7 @@ def decode(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> np.ndarray:
     """The same rows as `layer`, one token after the other through a cache.
@@ -681,7 +624,7 @@ def decode(
 
 
 def _last_window(
-    tokens: np.ndarray, weights: Mapping[str, np.ndarray], kind: str, sizes: LayerSizes
+    tokens: np.ndarray, weights: Mapping[str, np.ndarray], kind: str, sizes: Sizes
 ) -> np.ndarray:
     """The one block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
     size = sizes.compress_block_size
@@ -702,7 +645,7 @@ def varlen(
     weights: Mapping[str, np.ndarray],
     cu_seqlens: np.ndarray,
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> np.ndarray:
     """Sequences of different lengths, packed one behind the other: `layer` of each by itself.
@@ -740,7 +683,7 @@ def varlen_vjp(
     cu_seqlens: np.ndarray,
     d_out: np.ndarray,
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Gradients of <d_out, varlen(x, weights, cu_seqlens)> with respect to x and every weight.
@@ -800,7 +743,7 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
 
 
 def _checked(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: LayerSizes, semantics: Semantics
+    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes, semantics: Semantics
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """x and the weights as float64, of the right names and shapes."""
     shapes = layer_weight_shapes(sizes, semantics)

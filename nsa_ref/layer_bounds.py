@@ -50,7 +50,7 @@ from numpy.typing import ArrayLike, NDArray
 from nsa_ref.bounds import _Exact, _group_bounds
 from nsa_ref.checks import check_multiple, check_one_of, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
-from nsa_ref.layer import LayerSizes, layer_weight_shapes
+from nsa_ref.layer import layer_weight_shapes
 from nsa_ref.map_bounds import _pool
 from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
@@ -68,6 +68,7 @@ from nsa_ref.rounded import (
 from nsa_ref.selection import shared_strides
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 from nsa_ref.semantics import BRANCHES, PerBranch, Semantics
+from nsa_ref.sizes import Sizes
 
 C_TRIG = 2  # sine and cosine: units of u_elementwise, absolute
 EPS = 2.0**-23  # of RMSNorm, in every dtype
@@ -95,7 +96,7 @@ def layer_bounds(
     block_indices: ArrayLike,
     d_out: ArrayLike | None = None,
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     numerics: str,
 ) -> LayerBounds:
@@ -173,7 +174,7 @@ def packed_weight_bounds(
     dweights: Sequence[Mapping[str, ArrayLike]],
     bounds: Sequence[Mapping[str, ArrayLike]],
     *,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     numerics: str,
 ) -> dict[str, Array]:
@@ -242,7 +243,7 @@ def _masks(
     block_indices: NDArray[np.int64],
     batch: int,
     seq_len: int,
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
 ) -> PerBranch[Array]:
     """Multiplicities of each branch: (seq_len, columns), with (batch, q_heads) before for fine."""
@@ -267,7 +268,7 @@ def _scores(
     of_oracle: _Result,
     mem_k: Array,
     masks: PerBranch[Array],
-    sizes: LayerSizes,
+    sizes: Sizes,
     semantics: Semantics,
     numerics: str,
 ) -> Array | None:
@@ -586,7 +587,7 @@ class _Pass(NamedTuple):
     """The layer in one row of numerics."""
 
     row: Numerics
-    sizes: LayerSizes
+    sizes: Sizes
     semantics: Semantics
     weights: dict[str, Array]
     masks: PerBranch[Array]

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import flash_emulation
 from flash_emulation import Array, Generator, Inputs, Kernel
-from nsa_ref.compress import COMPRESS_MAPS, compress_windows, pool_weight_shapes
-from nsa_ref.layer import LayerSizes
+from nsa_ref.compress import compress_windows, pool_weight_shapes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
+from nsa_ref.sizes import COMPRESS_MAPS, Sizes
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -68,7 +68,7 @@ class Way:
 class LayerCase:
     """One layer's worth of input, as float64 that the dtype holds."""
 
-    sizes: LayerSizes
+    sizes: Sizes
     semantics: Semantics
     x: Array
     weights: dict[str, Array]
@@ -115,7 +115,7 @@ def draw_case(
         "sliding_window_size": int(rng.integers(0, 8)),
         "num_mem_kv": int(rng.choice([0, 1, 3])),
     }
-    geometry = LayerSizes(**(chosen | sizes))
+    geometry = Sizes(**(chosen | sizes))
     batch = int(rng.integers(1, 3)) if batch is None else batch
     x = rng.standard_normal((batch, seq_len, geometry.model_dim)) * rng.choice([0.3, 1.0, 2.0])
     size = float(rng.choice([0.5, 1.0, 2.0]))
@@ -155,7 +155,7 @@ def draw_case(
     )
 
 
-def weight_shapes(sizes: LayerSizes, semantics: Semantics) -> dict[str, tuple[int, ...]]:
+def weight_shapes(sizes: Sizes, semantics: Semantics) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     if semantics.input_norm:
         shapes["norm.weight"] = (sizes.model_dim,)

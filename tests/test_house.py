@@ -23,6 +23,7 @@ ROOT = Path(nsa_ref.__file__).parents[1]
 ROOMS = (
     "checks",
     "semantics",
+    "sizes",
     "masks",
     "attention",
     "compress",

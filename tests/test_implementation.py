@@ -10,7 +10,7 @@ import pytest
 
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import AttentionBounds, attention_bounds
-from nsa_ref.compress import COMPRESS_MAPS
+from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, Raised, call
 from nsa_ref.testing.case import DTYPES, LAYOUTS

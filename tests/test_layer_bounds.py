@@ -19,7 +19,6 @@ from flash_emulation import Array, generator
 from layer_emulation import LayerCase, Results, Way
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import attention_bounds
-from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.layer import layer, layer_vjp, layer_weight_shapes, selection_inputs
 from nsa_ref.layer_bounds import (
     LayerBounds,
@@ -34,6 +33,7 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.rounded import _exactly, _Layer, _sum_gradient
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
+from nsa_ref.sizes import COMPRESS_MAPS
 
 ROWS = tuple(emulation.TORCH_DTYPES)
 CASES = 10  # per row, two of each preset; half of them as small as can be

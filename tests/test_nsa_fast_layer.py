@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from nsa_ref.layer import LayerSizes, layer_block_indices, layer_vjp, layer_weight_shapes
 from nsa_ref.layer import layer as oracle
+from nsa_ref.layer import layer_block_indices, layer_vjp, layer_weight_shapes
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.sizes import Sizes
 from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -122,7 +123,7 @@ class Layer:
         how = SIZES | changes
         self.how: dict[str, Any] = how | {"semantics": semantics, "compress_map": compress_map}
         self.semantics = semantics
-        self.sizes = LayerSizes(
+        self.sizes = Sizes(
             model_dim=MODEL_DIM,
             compress_map=compress_map,
             compress_positions=True,

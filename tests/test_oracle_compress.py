@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
 from nsa_ref import compress_windows, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
-from nsa_ref.compress import COMPRESS_MAPS
+from nsa_ref.sizes import COMPRESS_MAPS
 
 STEP = 1e-30  # of the complex step
 ALIGNMENTS = st.sampled_from(["start", "end"])

@@ -21,8 +21,8 @@ from nsa_ref import (
     PAPER,
     PRESETS,
     XUNHAO,
-    LayerSizes,
     Semantics,
+    Sizes,
     decode,
     layer,
     layer_block_indices,
@@ -38,7 +38,7 @@ from nsa_ref.testing.properties.catalogue import PROPERTIES
 
 STEP = 1e-30  # of the complex step
 
-ONE = LayerSizes(
+ONE = Sizes(
     model_dim=2,
     q_heads=1,
     kv_heads=1,
@@ -57,7 +57,7 @@ ONE = LayerSizes(
 )
 
 
-def zeros(sizes: LayerSizes, semantics: Semantics) -> dict[str, np.ndarray]:
+def zeros(sizes: Sizes, semantics: Semantics) -> dict[str, np.ndarray]:
     return {n: np.zeros(shape) for n, shape in layer_weight_shapes(sizes, semantics).items()}
 
 
@@ -390,5 +390,5 @@ def test_weights_that_do_not_fit_are_named():
         layer(x, {**weights, "mem_k": np.zeros(2)}, sizes=ONE)
     with pytest.raises(ValueError, match=r"x has shape \(1, 2\); it must be \(batch, seq_len, 2\)"):
         layer(x[0], weights, sizes=ONE)
-    with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.LayerSizes"):
+    with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.Sizes"):
         layer(x, weights, sizes=None)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from nsa_ref.layer import LayerSizes, layer, layer_vjp, selection_inputs
+import nsa_ref
+from nsa_ref.layer import layer, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
@@ -467,7 +468,7 @@ class Definition(NamedTuple):
     another : rows in which that choice is valid and not the definition's own
     """
 
-    sizes: LayerSizes
+    sizes: nsa_ref.Sizes
     semantics: Semantics
     numerics: str
     weights: dict[str, np.ndarray]
@@ -520,7 +521,7 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
         share_selection=parts.semantics.share_selection,
         input_norm=parts.semantics.input_norm,
     )
-    sizes = LayerSizes(**parts.sizes)
+    sizes = nsa_ref.Sizes(**parts.sizes)
     weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
     tokens = x.detach().double().numpy()
     q, k_cmp, mem_k = selection_inputs(tokens, weights, sizes=sizes, semantics=semantics)

@@ -16,10 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
-from nsa_ref.compress import COMPRESS_MAPS, num_compress_blocks, pool_weight_shapes
-from nsa_ref.layer import LayerSizes, layer_weight_shapes
+from nsa_ref.checks import check_at_least, check_one_of
+from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
+from nsa_ref.layer import layer_weight_shapes
 from nsa_ref.semantics import PAPER, PRESETS, Semantics
+from nsa_ref.sizes import Sizes
 
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
@@ -49,10 +50,17 @@ INDICES = ("distinct", "few", "mixed", "same", "all", "none")
 #: How the arrays lie in memory (tensors only; NumPy implementations get them contiguous).
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 
+#: The fields that a case prints first, for a reader; the sizes follow, and then the data.
+PRINTED_FIRST = ("semantics", "dtype", "batch", "q_heads", "kv_heads", "q_len", "kv_len")
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Case:
-    """Sizes by their long names, all in tokens unless the name says blocks, heads or dim.
+class Case(Sizes):
+    """The sizes, and what else a trial needs. A case is handed to the definition as its sizes.
+
+    batch, q_len, kv_len : how many sequences, queries and keys
+    inputs, indices, layout : how the arrays are filled, and how they lie in memory
+    seed : of every array
 
     Raises
     ------
@@ -62,78 +70,25 @@ class Case:
     semantics: Semantics = PAPER
     dtype: str = "float64"
     batch: int = 1
-    q_heads: int = 1
-    kv_heads: int = 1
     q_len: int = 1
     kv_len: int = 1
-    head_dim: int = 1
-    value_dim: int = 1
-    compress_block_size: int = 1
-    compress_block_sliding_stride: int = 1
-    compress_map: str = "mean"
-    compress_positions: bool = False
-    selection_block_size: int = 1
-    num_selected_blocks: int = 1
-    num_initial_blocks: int = 0
-    num_local_blocks: int = 0
-    sliding_window_size: int = 0
-    num_mem_kv: int = 0
-    model_dim: int = 1
     inputs: str = "randn"
     indices: str = "distinct"
     layout: str = "contiguous"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.semantics, Semantics):
             raise TypeError(f"semantics={self.semantics!r} must be a nsa_ref.Semantics.")
         check_one_of("dtype", self.dtype, DTYPES)
-        for name, least in (
-            ("batch", 0),
-            ("q_heads", 1),
-            ("kv_heads", 1),
-            ("q_len", 0),
-            ("kv_len", 0),
-            ("head_dim", 1),
-            ("value_dim", 1),
-            ("compress_block_size", 1),
-            ("compress_block_sliding_stride", 1),
-            ("selection_block_size", 1),
-            ("num_selected_blocks", 0),
-            ("num_initial_blocks", 0),
-            ("num_local_blocks", 0),
-            ("sliding_window_size", 0),
-            ("num_mem_kv", 0),
-            ("model_dim", 1),
-            ("seed", 0),
-        ):
-            check_at_least(name, getattr(self, name), least)
-        check_multiple(
-            "q_heads",
-            self.q_heads,
-            "kv_heads",
-            self.kv_heads,
-            why="every kv head serves a group of equally many query heads",
-        )
-        check_multiple(
-            "selection_block_size",
-            self.selection_block_size,
-            "compress_block_sliding_stride",
-            self.compress_block_sliding_stride,
-            why="eq. 9 counts the overlap of blocks in whole strides",
-        )
-        check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
-        check_bool("compress_positions", self.compress_positions)
+        for name in ("batch", "q_len", "kv_len", "seed"):
+            check_at_least(name, getattr(self, name), 0)
         check_one_of("inputs", self.inputs, INPUTS)
         check_one_of("indices", self.indices, INDICES)
         check_one_of("layout", self.layout, LAYOUTS)
 
     # sizes that follow from the others
-
-    @property
-    def group_size(self) -> int:
-        """G, the query heads that share a kv head."""
-        return self.q_heads // self.kv_heads
 
     @property
     def selection_heads(self) -> int:
@@ -156,11 +111,9 @@ class Case:
         return -(-self.kv_len // self.selection_block_size)
 
     @property
-    def layer_sizes(self) -> LayerSizes:
-        """The geometry of the whole layer (G1)."""
-        return LayerSizes(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(LayerSizes)}
-        )
+    def layer_sizes(self) -> Sizes:
+        """The geometry by itself, as a layer takes it (G1)."""
+        return Sizes(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sizes)})
 
     @property
     def layer_width(self) -> int:
@@ -168,11 +121,6 @@ class Case:
         if self.semantics.output_projection:
             return self.model_dim
         return self.q_heads * self.value_dim
-
-    @property
-    def scale(self) -> float:
-        """What multiplies q.k (A1)."""
-        return float(self.head_dim**-0.5)
 
     @property
     def generic(self) -> bool:
@@ -208,13 +156,14 @@ class Case:
 
     def __repr__(self) -> str:
         """The fields that differ from their defaults, on one line that pastes back as Python."""
+        default_of = {field.name: field.default for field in dataclasses.fields(self)}
         shown = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
+        for name in dict.fromkeys((*PRINTED_FIRST, *default_of)):
+            value = getattr(self, name)
+            if value == default_of[name]:
                 continue
             text = str(describe(value)) if isinstance(value, Semantics) else repr(value)
-            shown.append(f"{field.name}={text}")
+            shown.append(f"{name}={text}")
         return f"Case({', '.join(shown)})"
 
     # data

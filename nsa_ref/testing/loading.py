@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import Semantics
+from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.semantics import Semantics
+from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation

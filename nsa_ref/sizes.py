@@ -1,0 +1,86 @@
+"""The geometry of Native Sparse Attention: every size that is neither a length nor a convention.
+
+Paper's letters: l = compress_block_size, d = compress_block_sliding_stride,
+l' = selection_block_size, n = num_selected_blocks, w = sliding_window_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
+
+COMPRESS_MAPS = ("mean", "linear", "linear_per_head", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Block sizes, stride and window in tokens; the rest in what the name says.
+
+    Masks, compression, selection and layer read what they need of it, so that no size is passed or
+    checked anywhere else.
+
+    Raises
+    ------
+    ValueError, TypeError : a size that no layer could have, named with what would be right
+    """
+
+    q_heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    value_dim: int = 1
+    compress_block_size: int = 1
+    compress_block_sliding_stride: int = 1
+    compress_map: str = "mean"
+    compress_positions: bool = False
+    selection_block_size: int = 1
+    num_selected_blocks: int = 1
+    num_initial_blocks: int = 0
+    num_local_blocks: int = 0
+    sliding_window_size: int = 0
+    num_mem_kv: int = 0
+    model_dim: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("q_heads", 1),
+            ("kv_heads", 1),
+            ("head_dim", 1),
+            ("value_dim", 1),
+            ("compress_block_size", 1),
+            ("compress_block_sliding_stride", 1),
+            ("selection_block_size", 1),
+            ("num_selected_blocks", 0),
+            ("num_initial_blocks", 0),
+            ("num_local_blocks", 0),
+            ("sliding_window_size", 0),
+            ("num_mem_kv", 0),
+            ("model_dim", 1),
+        ):
+            check_at_least(name, getattr(self, name), least)
+        check_multiple(
+            "q_heads",
+            self.q_heads,
+            "kv_heads",
+            self.kv_heads,
+            why="every kv head serves a group of equally many query heads",
+        )
+        check_multiple(
+            "selection_block_size",
+            self.selection_block_size,
+            "compress_block_sliding_stride",
+            self.compress_block_sliding_stride,
+            why="eq. 9 counts the overlap of blocks in whole strides",
+        )
+        check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
+        check_bool("compress_positions", self.compress_positions)
+
+    @property
+    def group_size(self) -> int:
+        """G, the query heads that share a kv head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What multiplies q.k (A1)."""
+        return float(self.head_dim**-0.5)
