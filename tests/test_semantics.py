@@ -19,7 +19,7 @@ def test_json_goes_both_ways(name: str) -> None:
 
 
 def test_presets_say_what_the_table_says() -> None:
-    """SEMANTICS.md, "Switches and presets"; what is not listed is PAPER's."""
+    """The switches that make each; what is not listed is PAPER's."""
     zero, fine_nan = PerBranch("zero", "zero", "zero"), PerBranch("zero", "nan", "zero")
     upstream = {
         "compress_alignment": "end",

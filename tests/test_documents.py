@@ -1,0 +1,92 @@
+"""The documents and the code say the same: what one cites, the other has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.semantics import PRESETS, Semantics
+from nsa_ref.testing.clauses import CLAUSES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
+]
+PAGES = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")]
+
+EQUATION = r"(?<!2104\.09864, )\beq\. \d+(?:(?:,| and| to) \d+)*"
+#: What comments and docstrings cite: W1, eq. 9, section 3.2; NUMERICS 2, "Selection".
+CITED = {
+    "semantics": rf"\b[ACFGIW]\d\b|{EQUATION}|section [\d.]+\d",
+    "numerics": r'NUMERICS \d(?:,? "[^"]+"|, acc\(n\))?',
+}
+
+
+def page_text(page: str) -> str:
+    return (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def headings(page: str) -> dict[str, str]:
+    """Title -> what stands below it; of "2. Bounds" the title is 2."""
+    parts = re.split(r"^#+ (\d(?=\. )|.+)(?:\. .+)?\n", page_text(page), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The rows of the table whose head begins with `first`; the head and its rule are rows."""
+    text = page_text(page)
+    lines = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()
+    return [[cell.strip(" `") for cell in line.strip("|").split(" |")] for line in lines]
+
+
+@pytest.mark.parametrize("page", CITED)
+def test_what_is_cited_has_a_heading(page: str) -> None:
+    titles = headings(page)
+    for path in SOURCES:
+        tokens = tokenize.generate_tokens(path.open().readline)
+        prose = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string[:3] == '"""']
+        for citation in re.findall(CITED[page], " ".join(" ".join(prose).split())):
+            wanted = re.findall(r'(?<=")[^"]+|acc\(n\)|(?<=NUMERICS )\d', citation) or [citation]
+            if citation.startswith("eq."):
+                wanted = [f"eq. {number}" for number in re.findall(r"\d+", citation)]
+            for title in wanted:
+                assert title in titles, f"{path.name} cites {citation}; docs/{page}.md has none"
+
+
+def test_every_clause_has_a_heading_and_its_sentence() -> None:
+    found = headings("semantics")
+    assert [title for title in found if re.fullmatch(r"[A-Z]\d", title)] == list(CLAUSES)
+    for clause, sentence in CLAUSES.items():
+        assert f"> {sentence}\n" in found[clause], f"docs/semantics.md says {clause} otherwise"
+
+
+def test_every_switch_preset_and_row_is_listed() -> None:
+    switches = [field.name for field in dataclasses.fields(Semantics)]
+    assert [row[0] for row in table("semantics", "switch")[2:]] == switches
+    assert table("presets", "switch")[0][2:] == list(PRESETS)
+    head, _, *rows = table("numerics", "row")
+    assert [row[0] for row in rows] == list(NUMERICS)
+    for name, *cells in rows:
+        for field, cell in zip(head[1:], cells):
+            number = sum(2.0 ** int(power) for power in re.findall(r"2\^(-\d+)", cell))
+            assert getattr(NUMERICS[name], field) == number, f"{name}: {field} is {cell} there"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
+    """Pages anywhere; on a page its links, `folder/file.py` and `folder/file.py::test_name`."""
+    text = path.read_text()
+    for name in re.findall(r"[\w./-]*\w\.md\b|\.\./shared\b", text):
+        places = (path.parent / name, ROOT / name, ROOT / "docs" / name)
+        assert any(place.exists() for place in places), f"{name} does not exist"
+    if path.suffix == ".md":
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (path.parent / target).exists(), target
+        for place, test in re.findall(r"`([\w/]+/[\w/.]*)(?:::(\w+))?`", text):
+            assert (ROOT / place).exists(), place
+            assert not test or f"def {test}(" in (ROOT / place).read_text(), f"{place}::{test}"
