@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layer_in_steps import LayerInSteps
-from mutants import mutant
 from nsa_ref.testing import Case
+from nsa_ref.testing.mutants import mutant
 
 
 @mutant("G1", "gates of fine and sliding exchanged")

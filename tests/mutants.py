@@ -1,7 +1,7 @@
 """The zoo: the oracle with one decision changed, and the clause that must notice.
 
-Each mutant is a mistake that somebody has made, or could. Those of the masks and the selection
-change one call of the oracle; those of the arithmetic change one line of `Kernel`, a second, dense
+Each mutant is a mistake that somebody has made, or could. Those of the masks stand in
+`nsa_ref.testing.mutants`; those of the arithmetic change one line of `Kernel`, a second, dense
 implementation of attention that is right as it stands.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -18,16 +16,16 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.compress import compress_windows
-from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
     compress_probabilities,
     forced_blocks,
     importance,
     selection_candidates,
 )
-from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
-from nsa_ref.testing import Case, Implementation, OracleImplementation
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER
+from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES
+from nsa_ref.testing.mutants import mutant
 
 #: Conventions with empty rows of zero, so that arithmetic can be changed one step at a time.
 PLAIN = (
@@ -154,233 +152,6 @@ class Kernel(OracleImplementation):
 def _as_computed(case: Case, *arrays: np.ndarray) -> list[np.ndarray]:
     dtype = np.float64 if case.dtype == "float64" else np.float32
     return [array.astype(dtype) for array in arrays]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """implementation : what is judged; clause : what must fail; mistake : in words"""
-
-    implementation: Implementation
-    clause: str
-    mistake: str
-
-
-ZOO: dict[str, Mutant] = {}
-
-
-def mutant(clause: str, mistake: str) -> Callable[[type], type]:
-    """Register an implementation class as a mutant that `clause` must kill."""
-
-    def register(cls: type) -> type:
-        cls.name = cls.__name__
-        ZOO[cls.__name__] = Mutant(cls(), clause, mistake)
-        return cls
-
-    return register
-
-
-# --- masks ----------------------------------------------------------------------------------------
-
-
-@mutant("W1", "the window is one key too long")
-class WindowPlusOne(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        w = case.sliding_window_size + 1
-        return sliding_mask(case.q_len, case.kv_len, w, case.semantics)
-
-
-@mutant("W1", "the window is one key too short")
-class WindowMinusOne(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        switched = dataclasses.replace(case.semantics, window_closed=False)
-        if not case.semantics.window_closed or case.sliding_window_size == 0:
-            return super().sliding_mask(case)
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, switched)
-
-
-@mutant("W1", "with a cache, row 0 is taken for position 0")
-class RowForPosition(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        length = max(case.q_len, case.kv_len)
-        w = case.sliding_window_size
-        return sliding_mask(length, length, w, case.semantics)[: case.q_len, : case.kv_len]
-
-
-@mutant("W1", "precedence: the causal cut is lost to the window's")
-class WindowForgetsTheFuture(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        both = dataclasses.replace(case.semantics, causal=False)
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, both)
-
-
-@mutant("W2", "the non-causal window looks back only")
-class WindowLooksBack(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        causal = dataclasses.replace(case.semantics, causal=True)
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, causal)
-
-
-@mutant("W3", "a window of 0 is taken for no window at all")
-class NoWindow(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        w = case.sliding_window_size or case.kv_len
-        return sliding_mask(case.q_len, case.kv_len, w, case.semantics)
-
-
-@mutant("W1", "distances are kept in 9 bits: the window is seen again 512 keys further back")
-class NarrowDistance(OracleImplementation):
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        mask = super().sliding_mask(case)
-        return mask | np.pad(mask[:, 512:], ((0, 0), (0, case.kv_len - mask[:, 512:].shape[1])))
-
-
-@mutant("C2", "the last token of a block is kept in 9 bits")
-class NarrowLastToken(OracleImplementation):
-    def compress_mask(self, case: Case) -> np.ndarray:
-        mask = _compress_mask(case, case.semantics).copy()
-        early = 512 // case.compress_block_sliding_stride + 1
-        mask[:, case.num_mem_kv + early :] = 1
-        return mask
-
-
-@mutant("F1", "blocks are told by the first token, which is kept in 9 bits")
-class NarrowFirstToken(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        mask = _fine_mask(case, block_indices)
-        mask[..., 512:] = 0
-        return mask
-
-
-@mutant("C2", "strictly before p where the last token may be p, and the other way round")
-class Strictness(OracleImplementation):
-    def compress_mask(self, case: Case) -> np.ndarray:
-        other = dataclasses.replace(
-            case.semantics, compress_strict=not case.semantics.compress_strict
-        )
-        return _compress_mask(case, other)
-
-
-@mutant("C2", "one block too many: visible from its first token on")
-class BlockTooEarly(OracleImplementation):
-    def compress_mask(self, case: Case) -> np.ndarray:
-        mask = _compress_mask(case, case.semantics).copy()
-        if case.semantics.causal:
-            for t in range(case.q_len):
-                p = t + case.kv_len - case.q_len
-                for i in range(case.num_compress_blocks):
-                    mask[t, case.num_mem_kv + i] = i * case.compress_block_sliding_stride <= p
-        return mask
-
-
-@mutant("C2", "a block's last token is found in whole strides, as if d divided l")
-class LastTokenByStride(OracleImplementation):
-    semantics = (PAPER,)
-
-    def compress_mask(self, case: Case) -> np.ndarray:
-        mask = _compress_mask(case, case.semantics).copy()
-        stride = case.compress_block_sliding_stride
-        for t in range(case.q_len):
-            p = t + case.kv_len - case.q_len
-            for i in range(case.num_compress_blocks):
-                last = (i + case.compress_block_size // stride) * stride - 1
-                mask[t, case.num_mem_kv + i] = p >= 0 and last <= p
-        return mask
-
-
-@mutant("C3", "memory is masked like the blocks")
-class MemoryMasked(OracleImplementation):
-    def compress_mask(self, case: Case) -> np.ndarray:
-        mask = _compress_mask(case, case.semantics).copy()
-        if case.semantics.causal:
-            for t in range(case.q_len):
-                p = t + case.kv_len - case.q_len
-                mask[t, : case.num_mem_kv] = np.arange(case.num_mem_kv) <= p
-        return mask
-
-
-@mutant("C3", "without causality blocks are still hidden")
-class AlwaysCausalBlocks(OracleImplementation):
-    def compress_mask(self, case: Case) -> np.ndarray:
-        return _compress_mask(case, dataclasses.replace(case.semantics, causal=True))
-
-
-def _compress_mask(case: Case, semantics: Semantics) -> np.ndarray:
-    return compress_mask(
-        case.q_len,
-        case.kv_len,
-        case.compress_block_size,
-        case.compress_block_sliding_stride,
-        case.num_mem_kv,
-        semantics,
-    )
-
-
-def _fine_mask(case: Case, block_indices: np.ndarray, **switched: Any) -> np.ndarray:
-    return fine_mask(
-        case.q_len,
-        case.kv_len,
-        case.selection_block_size,
-        block_indices,
-        case.q_heads,
-        dataclasses.replace(case.semantics, **switched),
-    )
-
-
-@mutant("F1", "the causal cut inside a block is missing")
-class NoCausalCut(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        # whole blocks that begin at or before p
-        mask = _fine_mask(case, block_indices, causal=False)
-        if case.semantics.causal:
-            size = case.selection_block_size
-            for t in range(case.q_len):
-                p = t + case.kv_len - case.q_len
-                mask[:, :, t] *= np.arange(case.kv_len) // size * size <= p
-        return mask
-
-
-@mutant("F1", "the query's own block is dropped")
-class OwnBlockDropped(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        mask = _fine_mask(case, block_indices)
-        if case.semantics.causal:
-            size = case.selection_block_size
-            for t in range(case.q_len):
-                p = t + case.kv_len - case.q_len
-                mask[:, :, t, max(0, p // size * size) :] = 0
-        return mask
-
-
-@mutant("F2", "the last block counts only if it is whole")
-class PartialBlockDropped(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        whole = case.kv_len // case.selection_block_size
-        return _fine_mask(case, np.where(block_indices >= whole, -1, block_indices))
-
-
-@mutant("F3", "blocks named twice count twice, or once where twice is declared")
-class Duplicates(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        other = {"set": "multiset", "multiset": "set"}[case.semantics.duplicates]
-        return _fine_mask(case, block_indices, duplicates=other)
-
-
-@mutant("F4", "without causality keys after p are cut all the same")
-class AlwaysCausalFine(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        return _fine_mask(case, block_indices, causal=True, own_block_extra=False)
-
-
-@mutant("I6", "-1 is read as block 0")
-class MinusOneIsZero(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        return _fine_mask(case, np.where(block_indices < 0, 0, block_indices))
-
-
-@mutant("I6", "indices are cast to 32 bits, and 2^32 + 1 is block 1")
-class IndicesWrap(OracleImplementation):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        return _fine_mask(case, block_indices.astype(np.int32).astype(np.int64))
 
 
 # --- arithmetic, forward --------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 
 import layer_mutants  # noqa: F401, they join the zoo
 from layer_in_steps import LayerInSteps
-from mutants import ZOO, AnotherOrder, Kernel, Selector
+from mutants import AnotherOrder, Kernel, Selector
 from nsa_ref.testing import Implementation
+from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import Options, run_property
 

@@ -1,0 +1,10 @@
+"""The zoo: right implementations with one mistake each, and the clause that must find it.
+
+A mutant overrides one step of the definition (masks), or of a second implementation that is right
+as it stands (attention, compression, selection, the layer).
+"""
+
+from nsa_ref.testing.mutants import masks
+from nsa_ref.testing.mutants.zoo import ZOO, Mutant, mutant
+
+__all__ = ["ZOO", "Mutant", "masks", "mutant"]
