@@ -19,10 +19,10 @@ from rich.console import Console
 from nsa_ref.testing import Case, Implementation, OracleImplementation, cli, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
+from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import Options, run_property
-from nsa_ref.testing.strategies import EDGES
-from port_zoo import Refuses, SlidingMask
+from port_zoo import SlidingMask
 
 HERE = Path(__file__).parent
 NO_MODULE = "port_that_is_not_there"
@@ -383,19 +383,6 @@ def test_the_report_is_json_whatever_is_in_it() -> None:
     json.dumps(data, allow_nan=False)
 
 
-def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
-    met = {edge: 1 for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")}
-    records = [record(edges=met, refused_edges={"decode": 4})]
-    assert set(report.unmet_edges(records)) == {"G = 16", "decode", "batch 3", "memory 16"}
-    # a window has no memory, and what was refused cannot be met
-    always = {"decode", "memory 16"}
-    assert set(report.excused_edges(records, [["q_heads"]])) == {"G = 16"} | always
-    assert set(report.excused_edges(records, [["q_heads"], []])) == always
-    assert set(report.excused_edges(records, [["batch"]])) == {"batch 3"} | always
-    records.append(record(name="C2_compress_mask_as_read", clause="C2", branch="compress"))
-    assert set(report.excused_edges(records, [[]])) == {"decode"}
-
-
 @pytest.mark.parametrize("field", ["spec", "property", "implementation", "device"])
 def test_a_file_to_replay_with_a_field_of_a_wrong_type(
     place: Path, field: str, capsys: pytest.CaptureFixture[str]
@@ -416,38 +403,6 @@ def test_nothing_but_ambiguous_rows_is_no_pass(tmp_path: Path) -> None:
     assert clause.verdict == "ambiguous"
 
 
-def test_edges_that_a_branch_never_has_are_excused() -> None:
-    """Eq. 9 needs d to divide l, so that only compress and pool draw l and d apart."""
-    apart = {"l no multiple of d", "l < d"}
-    met = {edge: 1 for edge in EDGES if edge not in apart}
-    for name, excused in (
-        ("F1_fine_mask_as_exposed", apart),
-        ("I2_selection", apart),
-        ("C2_compress_mask_as_exposed", set()),
-        ("C4_pool", set()),
-    ):
-        records = [record(name=name, edges=met)]
-        assert set(report.excused_edges(records, [[]])) == excused, name
-
-
-def test_a_field_that_a_branch_does_not_read_keeps_its_default(tmp_path: Path) -> None:
-    """What READ_BY says, seen on the cases themselves."""
-    for name, prop in PROPERTIES.items():
-        if name not in ("W1_sliding_mask_as_exposed", "F1_fine_mask_as_exposed", "C4_pool"):
-            continue
-        tried: list[Case] = []
-
-        def note(_: Implementation, case: Case, tried: list[Case] = tried) -> Outcome:
-            tried.append(case)
-            return Outcome()
-
-        asked = dataclasses.replace(prop, check=note)
-        run_property(asked, OracleImplementation(), Options(findings=tmp_path))
-        for field, readers in report.READ_BY.items():
-            values = {getattr(case, field) for case in tried}
-            assert prop.about in readers or values == {getattr(Case(), field)}, (name, field)
-
-
 def test_thorough_without_an_edge_could_not_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -462,12 +417,6 @@ def test_thorough_without_an_edge_could_not_run(
     assert "no decided case had batch 3. Try another --seed" in could_not_run(capsys, *arguments)
     met["batch 3"] = 1
     assert main([*arguments]) == HOLDS
-
-
-def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
-    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
-    result = run_property(prop, Refuses(), Options(findings=tmp_path))
-    assert not result.edges and result.refused_edges
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -509,30 +458,3 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("nsa-ref ")
-
-
-def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
-    """Its queries are its keys, and its sizes small: --branch layer can be thorough."""
-    met = {edge: 1 for edge in EDGES if edge not in report.EDGE_READ_BY}
-    layer, fine = (
-        report.excused_edges([record(name=name, edges=met)], [[]])
-        for name in ("G1_layer_output", "F1_fine_mask_as_exposed")
-    )
-    assert set(layer) == set(report.EDGE_READ_BY) > {"decode", "G = 16", "inputs huge"}
-    assert set(fine) == {"l no multiple of d", "l < d"}
-
-
-def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path) -> None:
-    """What EDGE_READ_BY says, seen on the cases themselves: an excuse too many hides a gap."""
-    records = [
-        run_property(
-            dataclasses.replace(prop, check=lambda implementation, case: Outcome()),
-            OracleImplementation(),
-            Options(findings=tmp_path),
-        ).to_json()
-        for prop in PROPERTIES.values()
-        if prop.about == "layer"
-    ]
-    unmet = set(report.unmet_edges(records))
-    assert {edge for edge in report.EDGE_READ_BY if edge not in unmet} == set()
-    assert set(report.excused_edges(records, [[]])) == unmet

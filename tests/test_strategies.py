@@ -16,16 +16,15 @@ from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
+from nsa_ref.testing.lattice import EDGES, VISIBLE, Edge, edges
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import Options
 from nsa_ref.testing.strategies import (
     ABOUT,
-    EDGES,
     GROUP_SIZES,
     HEAD_DIMS,
     Sizes,
     cases,
-    edges,
     fresh_seeds,
 )
 
@@ -92,11 +91,11 @@ def test_every_edge_is_somebodys() -> None:
     ("edge", "branch"), EDGE_OF_BRANCH, ids=[f"{edge}-{b.name}" for edge, b in EDGE_OF_BRANCH]
 )
 def test_edge_is_reached(edge: str, branch: Branch) -> None:
-    counts_keys = edge in ("no visible key", "one visible key")
     none = np.zeros(0)
 
     def stands_on_it(case: Case) -> bool:
-        return EDGES[edge](case, visible_keys(branch, case) if counts_keys else none)
+        counted = VISIBLE in EDGES[edge].reads
+        return EDGES[edge].met_by(case, visible_keys(branch, case) if counted else none)
 
     case = next(filter(stands_on_it, drawn_about(branch.name)), None)
     if case is None:  # a rare one
@@ -107,6 +106,19 @@ def test_edge_is_reached(edge: str, branch: Branch) -> None:
         )
     mask = branch.mask(case, case.block_indices() if branch.name == "fine" else None)
     assert edge in edges(case, mask)
+
+
+@pytest.mark.parametrize(
+    "edge", [e for e in EDGES.values() if VISIBLE not in e.reads], ids=lambda edge: edge.name
+)
+def test_every_field_that_an_edge_reads_can_decide_it(edge: Edge) -> None:
+    """It sees no other; one that decides nothing would excuse it wherever that is limited."""
+    drawn = [case for about in ABOUT for case in drawn_about(about)]
+    given = {tuple(getattr(case, field) for field in edge.reads) for case in drawn}
+    for i, field in enumerate(edge.reads):
+        values = {each[i] for each in given}
+        answers = ({edge.met(*each[:i], v, *each[i + 1 :]) for v in values} for each in given)
+        assert any(len(answer) == 2 for answer in answers), field
 
 
 @pytest.mark.parametrize("about", ABOUT)

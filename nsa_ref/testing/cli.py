@@ -27,11 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import DTYPES, Case, load_case
+from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version, try_loading
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import compiled, excused_edges, graphs, show, to_json, unmet_edges
+from nsa_ref.testing.report import compiled, graphs, show, to_json
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 

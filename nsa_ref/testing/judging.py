@@ -6,8 +6,6 @@ import dataclasses
 
 from nsa_ref.testing.branches import (
     BRANCHES,
-    COMPRESS,
-    FINE,
     Broken,
     Inconclusive,
     Raised,
@@ -16,7 +14,7 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.properties.masks import forward_mask
-from nsa_ref.testing.strategies import edges, fresh_seeds
+from nsa_ref.testing.strategies import fresh_seeds
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
 
@@ -57,12 +55,3 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
         forward_mask(branch, branch.mask_clause(case))(implementation, case)
     except (Raised, Inconclusive, NotOffered):
         return
-
-
-def case_edges(prop: Property, case: Case) -> list[str]:
-    """The edges of `strategies.EDGES` that this case tries this property on."""
-    if prop.extent:
-        return []
-    branch = next((b for b in BRANCHES if b.name == prop.branch), COMPRESS)
-    indices = case.block_indices() if branch is FINE else None
-    return edges(case, branch.mask(case, indices))

@@ -6,59 +6,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nsa_ref.testing.case import INPUTS, Case
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.running import message
-from nsa_ref.testing.strategies import ABOUT, EDGES
 
 SCHEMA = "nsa-ref-report-1"
-
-#: Fields that only some properties read (`Property.about`); the others keep the default, so that an
-#: edge of such a field cannot be met by them.
-READ_BY = {
-    "sliding_window_size": {"sliding", "layer"},
-    "num_mem_kv": {"compress", "pool", "selection", "layer"},
-    # these are multiples of one another, so whoever reads one varies all
-    "compress_block_size": {"compress", "pool", "selection", "fine", "layer"},
-    "compress_block_sliding_stride": {"compress", "pool", "selection", "fine", "layer"},
-    "selection_block_size": {"compress", "pool", "selection", "fine", "layer"},
-    "num_selected_blocks": {"fine", "selection", "layer"},
-    "indices": {"fine"},
-}
-
-#: The same of edges between fields; l and d are free of each other only where nothing needs eq. 9.
-EDGE_READ_BY: dict[str, Collection[str]] = {
-    "l no multiple of d": {"compress", "pool"},
-    "l < d": {"compress", "pool"},
-}
-#: A layer reads its own tokens, all of them and at least one, and is dear: its cases are small.
-EDGE_READ_BY |= dict.fromkeys(
-    (
-        "q_len 0",
-        "kv_len = q_len + 1",
-        "kv_len = q_len - 1",
-        "kv_len < q_len",
-        "decode",
-        "G = 16",
-        "head_dim no power of two",
-        "head_dim > 128",
-        "batch 3",
-        "length around 128",
-        *(f"inputs {kind}" for kind in INPUTS if kind not in ("randn", "flat")),
-    ),
-    ABOUT.keys() - {"layer"},
-)
 
 COLOURS = {
     "pass": "green",
@@ -154,64 +114,6 @@ def clauses(
         most = max(clause.budget_used or 0.0, worst)
         clause.budget_used = most if math.isfinite(most) else None
     return [asked[name] for name in CLAUSES if name in asked]
-
-
-def unmet_edges(records: list[dict[str, Any]]) -> list[str]:
-    """Edges of the lattice on which no decided case stood."""
-    met = {edge for record in records for edge in record["edges"]}
-    return [edge for edge in EDGES if edge not in met]
-
-
-def excused_edges(
-    records: list[dict[str, Any]], limits: Collection[Collection[str]]
-) -> dict[str, str]:
-    """Edges that need not be met, each with the reason.
-
-    limits : the fields that each implementation limits. An edge that looks at a limited field may
-        lie outside of the limits, which is the implementation's declaration and not a gap.
-    """
-    excused = {}
-    refused = {edge for record in records for edge in record.get("refused_edges", ())}
-    asked = {PROPERTIES[record["name"]].about for record in records if record["cases"]}
-    for edge in unmet_edges(records):
-        looked_at = _fields_of(edge)
-        if limits and all(looked_at & _widened(fields) for fields in limits):
-            excused[edge] = "outside of the declared limits"
-        elif edge in refused:
-            excused[edge] = "every such case was refused"
-        elif not all(asked & READ_BY.get(field, asked) for field in looked_at) or not (
-            asked & set(EDGE_READ_BY.get(edge, asked))
-        ):
-            excused[edge] = "nothing that was asked reads it"
-    return excused
-
-
-def _widened(limited: Collection[str]) -> set[str]:
-    """The heads are one quantity in three fields."""
-    heads = {"q_heads", "kv_heads", "group_size"}
-    return set(limited) | (heads if heads & set(limited) else set())
-
-
-def _fields_of(edge: str) -> set[str]:
-    """The fields of a case that an edge looks at, found by letting it look."""
-    looked_at: set[str] = set()
-    default = {f.name: getattr(Case(), f.name) for f in fields(Case)}
-
-    class Watched(SimpleNamespace):
-        def __getattribute__(self, name: str) -> Any:
-            if name in default:
-                looked_at.add(name)
-                return default[name]
-            if name == "num_selection_blocks":
-                looked_at.update(("kv_len", "selection_block_size"))
-            elif name == "group_size":
-                looked_at.update(("q_heads", "kv_heads"))
-            return getattr(Case(), name)
-
-    # comparisons that stop at the first False would hide the second field of one edge ("decode"):
-    # one field that is limited is enough to know
-    EDGES[edge](Watched(), np.ones((1, 1, 1), np.int64))  # type: ignore[arg-type]
-    return looked_at
 
 
 def to_json(

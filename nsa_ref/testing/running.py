@@ -36,7 +36,8 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
-from nsa_ref.testing.judging import case_edges, judge
+from nsa_ref.testing.judging import judge
+from nsa_ref.testing.lattice import case_edges
 from nsa_ref.testing.loading import check_declarations, one_line
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES, Outcome, Property

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 
 from nsa_ref.semantics import Semantics
@@ -37,6 +36,17 @@ ABOUT = {
     "layer": ("window", "compress", "map", "blocks", "forced", "model"),
 }
 
+#: The groups for which a field is varied; fields that are not named here always are.
+VARIED_BY = {
+    "sliding_window_size": ("window",),
+    "num_mem_kv": ("compress",),
+    # these are multiples of one another, so whoever reads one varies all
+    "compress_block_size": ("compress", "blocks"),
+    "compress_block_sliding_stride": ("compress", "blocks"),
+    "selection_block_size": ("compress", "blocks"),
+    "num_selected_blocks": ("blocks",),
+    "indices": ("indices",),
+}
 
 #: How q_len and kv_len stand to each other. A property tries them one after the other: left to
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
@@ -287,62 +297,3 @@ def large_sizes(implementation: Implementation) -> Sizes | None:
 def fresh_seeds(case: Case, count: int) -> list[Case]:
     """The same case with other data."""
     return [dataclasses.replace(case, seed=case.seed + 2**20 * (i + 1)) for i in range(count)]
-
-
-# The edges that every branch is to be tried on. A run counts how often each was met.
-
-Edge = Callable[[Case, np.ndarray], bool]
-
-#: name -> does the case stand on it, given the number of visible keys of each row?
-EDGES: dict[str, Edge] = {
-    "no visible key": lambda case, visible: bool((visible == 0).any()),
-    "one visible key": lambda case, visible: bool((visible == 1).any()),
-    "partial last block": lambda case, _: case.kv_len % case.selection_block_size != 0,
-    "kv_len < l": lambda case, _: case.kv_len < case.compress_block_size,
-    "kv_len < d": lambda case, _: case.kv_len < case.compress_block_sliding_stride,
-    "l no multiple of d": lambda case, _: (
-        case.compress_block_size % case.compress_block_sliding_stride != 0
-    ),
-    "l < d": lambda case, _: case.compress_block_size < case.compress_block_sliding_stride,
-    "kv_len < l'": lambda case, _: case.kv_len < case.selection_block_size,
-    "q_len 0": lambda case, _: case.q_len == 0,
-    "q_len 1": lambda case, _: case.q_len == 1,
-    "kv_len = q_len + 1": lambda case, _: case.kv_len == case.q_len + 1,
-    "kv_len = q_len - 1": lambda case, _: case.kv_len == case.q_len - 1,
-    "kv_len < q_len": lambda case, _: case.kv_len < case.q_len,
-    "decode": lambda case, _: case.q_len == 1 < case.kv_len,
-    "n = 1": lambda case, _: case.num_selected_blocks == 1,
-    "n = 0": lambda case, _: case.num_selected_blocks == 0,
-    "n = all blocks": lambda case, _: case.num_selected_blocks == case.num_selection_blocks,
-    "n > blocks": lambda case, _: case.num_selected_blocks > case.num_selection_blocks,
-    "w = 0": lambda case, _: case.sliding_window_size == 0,
-    "w = 1": lambda case, _: case.sliding_window_size == 1,
-    "w = kv_len - 1": lambda case, _: case.sliding_window_size == case.kv_len - 1,
-    "w = kv_len": lambda case, _: case.sliding_window_size == case.kv_len,
-    "w > kv_len": lambda case, _: case.sliding_window_size > case.kv_len,
-    "G = 1": lambda case, _: case.group_size == 1,
-    "G = 2": lambda case, _: case.group_size == 2,
-    "G prime > 2": lambda case, _: case.group_size in (3, 5),
-    "G = 16": lambda case, _: case.group_size == 16,
-    "kv_heads = 1": lambda case, _: case.kv_heads == 1,
-    "Dk != Dv": lambda case, _: case.head_dim != case.value_dim,
-    "head_dim no power of two": lambda case, _: case.head_dim & (case.head_dim - 1) != 0,
-    "head_dim > 128": lambda case, _: case.head_dim > 128,
-    "batch 0": lambda case, _: case.batch == 0,
-    "batch 3": lambda case, _: case.batch == 3,
-    "memory 0": lambda case, _: case.num_mem_kv == 0,
-    "memory 1": lambda case, _: case.num_mem_kv == 1,
-    "memory 16": lambda case, _: case.num_mem_kv == 16,
-    "more than 128 blocks": lambda case, _: case.num_selection_blocks > 128,
-    "length around 128": lambda case, _: 127 <= case.kv_len <= 130,
-} | {
-    f"{field} {kind}": (lambda case, _, field=field, kind=kind: getattr(case, field) == kind)
-    for field, kinds in (("inputs", INPUTS), ("indices", INDICES), ("layout", LAYOUTS))
-    for kind in kinds
-}
-
-
-def edges(case: Case, mask: np.ndarray) -> list[str]:
-    """The edges that a case stands on, given its mask (batch, q_heads, q_len, columns)."""
-    visible = (mask != 0).sum(-1)
-    return [name for name, met in EDGES.items() if met(case, visible)]

@@ -1,0 +1,162 @@
+"""The lattice: edges that cases are to stand on, which of them were met, which need not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from operator import lt, ne
+from typing import Any
+
+import numpy as np
+
+from nsa_ref.testing.branches import BRANCHES, COMPRESS, FINE
+from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
+from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.strategies import ABOUT, VARIED_BY
+
+#: What `Edge.reads` calls the number of visible keys of each row, which follows from the mask.
+VISIBLE = "visible"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A corner that cases are to stand on.
+
+    name : as reports print it
+    reads : the fields of a case that decide it, or VISIBLE
+    met : whether a case stands on it, a function of the values of `reads`
+    about : cases about anything else never stand on it (keys of `strategies.ABOUT`)
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    met: Callable[..., bool]
+    about: Collection[str] = tuple(ABOUT)
+
+    def met_by(self, case: Case, visible: np.ndarray) -> bool:
+        """Whether the case stands on it, given the number of visible keys of each row."""
+        return self.met(*(visible if r == VISIBLE else getattr(case, r) for r in self.reads))
+
+    def can_be_met(self, about: str) -> bool:
+        """Whether cases about this can stand on it: all that it reads is varied for them."""
+        groups = set(ABOUT[about])
+        varied = all(groups & set(VARIED_BY.get(field, groups)) for field in self.reads)
+        return about in self.about and varied
+
+
+#: A layer reads its own tokens, all of them and at least one, and is dear: its cases are small.
+NOT_LAYERS = tuple(about for about in ABOUT if about != "layer")
+#: l and d are free of each other only where nothing needs eq. 9.
+WINDOWS = ("compress", "pool")
+
+LENGTHS = ("q_len", "kv_len")
+WINDOW = ("compress_block_size", "compress_block_sliding_stride")
+BLOCKS = ("kv_len", "selection_block_size")
+CHOICE = ("num_selected_blocks", *BLOCKS)
+REACH = ("sliding_window_size", "kv_len")
+GROUP = ("q_heads", "kv_heads")
+
+
+def _count(kv_len: int, block: int) -> int:
+    return -(-kv_len // block)
+
+
+_EDGES = (
+    Edge("no visible key", (VISIBLE,), lambda visible: bool((visible == 0).any())),
+    Edge("one visible key", (VISIBLE,), lambda visible: bool((visible == 1).any())),
+    Edge("partial last block", BLOCKS, lambda kv_len, block: kv_len % block != 0),
+    Edge("kv_len < l", ("kv_len", "compress_block_size"), lt),
+    Edge("kv_len < d", ("kv_len", "compress_block_sliding_stride"), lt),
+    Edge("l no multiple of d", WINDOW, lambda block, stride: block % stride != 0, WINDOWS),
+    Edge("l < d", WINDOW, lt, WINDOWS),
+    Edge("kv_len < l'", BLOCKS, lt),
+    Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS),
+    Edge("q_len 1", ("q_len",), lambda q_len: q_len == 1),
+    Edge("kv_len = q_len + 1", LENGTHS, lambda q_len, kv_len: kv_len == q_len + 1, NOT_LAYERS),
+    Edge("kv_len = q_len - 1", LENGTHS, lambda q_len, kv_len: kv_len == q_len - 1, NOT_LAYERS),
+    Edge("kv_len < q_len", LENGTHS, lambda q_len, kv_len: kv_len < q_len, NOT_LAYERS),
+    Edge("decode", LENGTHS, lambda q_len, kv_len: q_len == 1 < kv_len, NOT_LAYERS),
+    Edge("n = 1", ("num_selected_blocks",), lambda n: n == 1),
+    Edge("n = 0", ("num_selected_blocks",), lambda n: n == 0),
+    Edge("n = all blocks", CHOICE, lambda n, kv_len, block: n == _count(kv_len, block)),
+    Edge("n > blocks", CHOICE, lambda n, kv_len, block: n > _count(kv_len, block)),
+    Edge("w = 0", ("sliding_window_size",), lambda w: w == 0),
+    Edge("w = 1", ("sliding_window_size",), lambda w: w == 1),
+    Edge("w = kv_len - 1", REACH, lambda w, kv_len: w == kv_len - 1),
+    Edge("w = kv_len", REACH, lambda w, kv_len: w == kv_len),
+    Edge("w > kv_len", REACH, lambda w, kv_len: w > kv_len),
+    Edge("G = 1", GROUP, lambda q_heads, kv_heads: q_heads == kv_heads),
+    Edge("G = 2", GROUP, lambda q_heads, kv_heads: q_heads == 2 * kv_heads),
+    Edge("G prime > 2", GROUP, lambda q_heads, kv_heads: q_heads // kv_heads in (3, 5)),
+    Edge("G = 16", GROUP, lambda q_heads, kv_heads: q_heads == 16 * kv_heads, NOT_LAYERS),
+    Edge("kv_heads = 1", ("kv_heads",), lambda kv_heads: kv_heads == 1),
+    Edge("Dk != Dv", ("head_dim", "value_dim"), ne),
+    Edge("head_dim no power of two", ("head_dim",), lambda dim: dim & (dim - 1) != 0, NOT_LAYERS),
+    Edge("head_dim > 128", ("head_dim",), lambda head_dim: head_dim > 128, NOT_LAYERS),
+    Edge("batch 0", ("batch",), lambda batch: batch == 0),
+    Edge("batch 3", ("batch",), lambda batch: batch == 3, NOT_LAYERS),
+    Edge("memory 0", ("num_mem_kv",), lambda memory: memory == 0),
+    Edge("memory 1", ("num_mem_kv",), lambda memory: memory == 1),
+    Edge("memory 16", ("num_mem_kv",), lambda memory: memory == 16),
+    Edge("more than 128 blocks", BLOCKS, lambda kv_len, block: _count(kv_len, block) > 128),
+    Edge("length around 128", ("kv_len",), lambda kv_len: 127 <= kv_len <= 130, NOT_LAYERS),
+    Edge("inputs randn", ("inputs",), "randn".__eq__),
+    Edge("inputs flat", ("inputs",), "flat".__eq__),
+    *(
+        Edge(f"inputs {kind}", ("inputs",), kind.__eq__, NOT_LAYERS)
+        for kind in INPUTS
+        if kind not in ("randn", "flat")
+    ),
+    *(Edge(f"indices {kind}", ("indices",), kind.__eq__) for kind in INDICES),
+    *(Edge(f"layout {kind}", ("layout",), kind.__eq__) for kind in LAYOUTS),
+)
+EDGES = {edge.name: edge for edge in _EDGES}
+
+
+def edges(case: Case, mask: np.ndarray) -> list[str]:
+    """The edges that a case stands on, given its mask (batch, q_heads, q_len, columns)."""
+    visible = (mask != 0).sum(-1)
+    return [edge.name for edge in _EDGES if edge.met_by(case, visible)]
+
+
+def case_edges(prop: Property, case: Case) -> list[str]:
+    """The edges that this case tries this property on."""
+    if prop.extent:
+        return []
+    branch = next((b for b in BRANCHES if b.name == prop.branch), COMPRESS)
+    indices = case.block_indices() if branch is FINE else None
+    return edges(case, branch.mask(case, indices))
+
+
+def unmet_edges(records: list[dict[str, Any]]) -> list[str]:
+    """Edges on which no decided case stood."""
+    met = {edge for record in records for edge in record["edges"]}
+    return [edge for edge in EDGES if edge not in met]
+
+
+def excused_edges(
+    records: list[dict[str, Any]], limits: Collection[Collection[str]]
+) -> dict[str, str]:
+    """Edges that need not be met, each with the reason.
+
+    limits : the fields that each implementation limits. An edge that reads a limited field may
+        lie outside of the limits, which is the implementation's declaration and not a gap.
+    """
+    excused = {}
+    refused = {edge for record in records for edge in record.get("refused_edges", ())}
+    asked = {PROPERTIES[record["name"]].about for record in records if record["cases"]}
+    for name in unmet_edges(records):
+        edge = EDGES[name]
+        if limits and all(_widened(fields) & set(edge.reads) for fields in limits):
+            excused[name] = "outside of the declared limits"
+        elif name in refused:
+            excused[name] = "every such case was refused"
+        elif not any(map(edge.can_be_met, asked)):
+            excused[name] = "nothing that was asked reads it"
+    return excused
+
+
+def _widened(limited: Collection[str]) -> set[str]:
+    """The heads are one quantity in three fields."""
+    heads = {"q_heads", "kv_heads", "group_size"}
+    return set(limited) | (heads if heads & set(limited) else set())

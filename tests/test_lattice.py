@@ -1,0 +1,102 @@
+"""The lattice: an edge that no case stood on is a gap, unless there is a reason for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
+from nsa_ref.testing.properties import PROPERTIES, Outcome
+from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.strategies import ABOUT, VARIED_BY
+from port_zoo import Refuses
+
+NEVER_OF_LAYERS = {edge.name for edge in EDGES.values() if "layer" not in edge.about}
+
+
+def record(name: str = "W1_sliding_mask_as_read", **edges: dict[str, int]) -> dict[str, Any]:
+    """What of a property's record says on which edges its cases stood."""
+    return {"name": name, "cases": 3, "edges": {}, "refused_edges": {}} | edges
+
+
+def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
+    met = {edge: 1 for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")}
+    records = [record(edges=met, refused_edges={"decode": 4})]
+    assert set(unmet_edges(records)) == {"G = 16", "decode", "batch 3", "memory 16"}
+    # a window has no memory, and what was refused cannot be met
+    always = {"decode", "memory 16"}
+    assert set(excused_edges(records, [["q_heads"]])) == {"G = 16"} | always
+    assert set(excused_edges(records, [["q_heads"], []])) == always
+    assert set(excused_edges(records, [["batch"]])) == {"batch 3"} | always
+    records.append(record(name="C2_compress_mask_as_read"))
+    assert set(excused_edges(records, [[]])) == {"decode"}
+
+
+def test_edges_that_a_branch_never_has_are_excused() -> None:
+    """Eq. 9 needs d to divide l, so that only compress and pool draw l and d apart."""
+    apart = {"l no multiple of d", "l < d"}
+    met = {edge: 1 for edge in EDGES if edge not in apart}
+    for name, excused in (
+        ("F1_fine_mask_as_exposed", apart),
+        ("I2_selection", apart),
+        ("C2_compress_mask_as_exposed", set()),
+        ("C4_pool", set()),
+    ):
+        records = [record(name=name, edges=met)]
+        assert set(excused_edges(records, [[]])) == excused, name
+
+
+@pytest.mark.parametrize(
+    "name", ["W1_sliding_mask_as_exposed", "F1_fine_mask_as_exposed", "C4_pool"]
+)
+def test_a_field_that_is_not_varied_keeps_its_default(name: str, tmp_path: Path) -> None:
+    """What VARIED_BY says, seen on the cases themselves."""
+    tried: list[Case] = []
+
+    def note(*asked: Any) -> Outcome:
+        tried.append(asked[-1])
+        return Outcome()
+
+    prop = dataclasses.replace(PROPERTIES[name], check=note)
+    run_property(prop, OracleImplementation(), Options(findings=tmp_path))
+    for field, groups in VARIED_BY.items():
+        values = {getattr(case, field) for case in tried}
+        varied = set(groups) & set(ABOUT[prop.about])
+        assert varied or values == {getattr(Case(), field)}, field
+
+
+def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
+    """Its queries are its keys, and its sizes small: --branch layer can be thorough."""
+    met = {edge: 1 for edge in EDGES if edge not in NEVER_OF_LAYERS}
+    layer, fine = (
+        excused_edges([record(name=name, edges=met)], [[]])
+        for name in ("G1_layer_output", "F1_fine_mask_as_exposed")
+    )
+    assert set(layer) == NEVER_OF_LAYERS > {"decode", "G = 16", "inputs huge"}
+    assert set(fine) == {"l no multiple of d", "l < d"}
+
+
+def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path) -> None:
+    """What `Edge.about` says, seen on the cases themselves: an excuse too many hides a gap."""
+    records = [
+        run_property(
+            dataclasses.replace(prop, check=lambda *_: Outcome()),
+            OracleImplementation(),
+            Options(findings=tmp_path),
+        ).to_json()
+        for prop in PROPERTIES.values()
+        if prop.about == "layer"
+    ]
+    unmet = set(unmet_edges(records))
+    assert unmet >= NEVER_OF_LAYERS
+    assert set(excused_edges(records, [[]])) == unmet
+
+
+def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
+    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
+    result = run_property(prop, Refuses(), Options(findings=tmp_path))
+    assert not result.edges and result.refused_edges
