@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""What the README and the pages of docs/ show is what happens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import Options, run_property
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
+ROOT = Path(__file__).parents[1]
+README, COMMAND, FAST_PATH = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/command.md", "docs/fast-path.md")
+)
 
 SOURCE = re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
 
 
 def adapter(source: str) -> Implementation:
-    """The adapter of the porting section, made from its source."""
+    """The adapter of the README, made from its source."""
     namespace: dict[str, Any] = {"__name__": "my_adapter"}
     exec(source, namespace)
     made: Implementation = namespace["MyPort"]("cpu")
@@ -54,8 +56,7 @@ def test_the_failure_shown_is_the_failure_found(tmp_path: Path) -> None:
 
 def test_the_table_of_options_is_complete() -> None:
     """Every option of verify has a row, and every row an option."""
-    table = README[README.index("## Options of `nsa-ref verify`") :]
-    table = table[: table.index("\n\nThe same names")]
+    table = COMMAND[: COMMAND.index("The same names")]
     named = set(re.findall(r"^\| `(-[-\w]+)`", table, re.MULTILINE))
     parser = cli._parser()
     commands = next(a for a in parser._actions if a.dest == "command")
@@ -73,9 +74,10 @@ def test_every_clause_that_is_judged_is_named() -> None:
 
 def test_the_layer_shown_runs_as_its_comments_say() -> None:
     """Shapes as commented, the cache's rows those of the parallel form, sequences apart."""
-    start = README.index("import torch\nfrom nsa_fast import NativeSparseAttention")
+    source = re.search(r"```python\n(.*?)```", FAST_PATH, re.DOTALL)
+    assert source is not None
     names: dict[str, Any] = {}
-    exec(README[start : README.index("```", start)], names)
+    exec(source.group(1), names)
     out, rows, layer, x = (names[name] for name in ("out", "rows", "layer", "x"))
     assert out.shape == (2, 200, 128) and names["packed"].shape == (200, 128)
     # to half the digits of float32: blocks that tie may be chosen differently, but not here
