@@ -28,8 +28,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import ProfilerActivity, profile
 
-from nsa_fast import block_lists, block_masks, branches, compress_pool, mask_mods, select_blocks
+from nsa_fast import block_lists, block_masks, compress_pool, select_blocks
 from nsa_fast import selection as selection_module
+from nsa_fast.layouts import FineLayout
+from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.loading import versions
 
@@ -43,6 +45,9 @@ SIZES = {
     "num_selected_blocks": 16,
 }
 WINDOW, GROUP, HEAD_DIM = 512, 4, 128
+
+WINDOWS = Windows(SIZES["compress_block_size"], SIZES["compress_block_sliding_stride"], PAPER)
+LAYOUT = FineLayout(GROUP, GROUP, SIZES["selection_block_size"], SIZES["selection_block_size"])
 
 CPU = torch.device("cpu")
 FIRST_OF_SLOPE = 2**13
@@ -75,14 +80,7 @@ def queries_and_blocks(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def fine_lists(tokens: int, q_lists: bool) -> Run:
     indices = choice(tokens)
     return lambda: block_masks.fine_block_mask(
-        tokens,
-        indices,
-        SIZES["selection_block_size"],
-        PAPER,
-        rows_per_token=GROUP,
-        columns_per_block=SIZES["selection_block_size"],
-        complete=False,
-        q_lists=q_lists,
+        tokens, indices, LAYOUT, PAPER, complete=False, q_lists=q_lists
     )
 
 
@@ -94,12 +92,11 @@ def selection(tokens: int) -> Run:
 def logits(tokens: int, visible: bool) -> Run:
     q, k_cmp = queries_and_blocks(tokens)
     columns = k_cmp.transpose(-1, -2)
-    size, stride = SIZES["compress_block_size"], SIZES["compress_block_sliding_stride"]
 
     def run() -> None:
         for rows in selection_module.chunks(q, columns.shape[-1]):
-            ended = max(0, (rows.stop - size) // stride + 1) if visible else columns.shape[-1]
-            _ = q[:, :, rows].reshape(1, 1, -1, HEAD_DIM) @ columns[..., :ended]
+            seen = WINDOWS.count(rows.stop) if visible else columns.shape[-1]
+            _ = q[:, :, rows].reshape(1, 1, -1, HEAD_DIM) @ columns[..., :seen]
 
     return run
 
@@ -110,26 +107,12 @@ def everything(tokens: int) -> Run:
     def run() -> object:
         indices = select_blocks(q, k_cmp, kv_len=tokens, **SIZES)
         return [
-            block_masks.fine_block_mask(
-                tokens,
-                indices,
-                SIZES["selection_block_size"],
-                PAPER,
-                rows_per_token=GROUP,
-                columns_per_block=SIZES["selection_block_size"],
-                complete=False,
-            ),
+            block_masks.fine_block_mask(tokens, indices, LAYOUT, PAPER, complete=False),
             block_masks.sliding_block_mask(
                 tokens, tokens, WINDOW, PAPER, block_size=(128, 128), device=CPU
             ),
-            branches.compress_branch_mask(
-                tokens,
-                tokens,
-                SIZES["compress_block_size"],
-                SIZES["compress_block_sliding_stride"],
-                0,
-                PAPER,
-                device=CPU,
+            block_masks.compress_block_mask(
+                tokens, k_cmp.shape[2], 0, WINDOWS, offset=0, device=CPU
             ),
         ]
 
@@ -147,7 +130,7 @@ def dense(tokens: int, heads: int) -> Run:
         own_block=False,
     )
     table, shape = block_lists.word_table(chosen)
-    mask_mod = mask_mods.fine_mask_mod(
+    mask_mod = block_masks.fine_mask_mod(
         "fine",
         table=table,
         shape=shape,

@@ -16,13 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import nsa_fast
-from nsa_fast import block_masks, branches, flex, interpreter
+from nsa_fast import block_masks, flex, interpreter, layouts
 from nsa_fast.crowded import visible_cells
+from nsa_fast.layer import Layer
+from nsa_fast.windows import Windows
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, XUNHAO, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import compile_counts
@@ -76,12 +77,7 @@ class NsaFast(TorchImplementation):
         device = torch.device(self.device)
         masks: dict[str, Any] = {
             "sliding_attention": block_masks.sliding_block_mask(
-                case.q_len,
-                case.kv_len,
-                case.sliding_window_size,
-                case.semantics,
-                block_size=branches.token_block_size(device),
-                device=device,
+                case.q_len, case.kv_len, case.sliding_window_size, case.semantics, device=device
             )
         }
         if case.q_len == case.kv_len and case.semantics.window_closed:
@@ -91,16 +87,15 @@ class NsaFast(TorchImplementation):
         return masks
 
     def compress_mask(self, case: Case) -> dict[str, Any]:
-        device = torch.device(self.device)
-        stride = case.compress_block_sliding_stride
+        device, stride = torch.device(self.device), case.compress_block_sliding_stride
+        windows = Windows(case.compress_block_size, stride, case.semantics)
         masks: dict[str, Any] = {
-            "compress_attention": branches.compress_branch_mask(
+            "compress_attention": block_masks.compress_block_mask(
                 case.q_len,
-                case.kv_len,
-                case.compress_block_size,
-                stride,
+                windows.count(case.kv_len),
                 case.num_mem_kv,
-                case.semantics,
+                windows,
+                offset=case.kv_len - case.q_len,
                 device=device,
             )
         }
@@ -119,42 +114,28 @@ class NsaFast(TorchImplementation):
         return masks
 
     def fine_mask(self, case: Case, block_indices: Tensor) -> dict[str, Any]:
-        rows = case.q_heads // block_indices.shape[1]
-        size, eager = case.selection_block_size, self.backend == "eager"
-        rows_per_token, columns_per_block = branches.fine_tile(
-            rows, size, block_indices.device, self.backend
+        group, eager = case.q_heads // block_indices.shape[1], self.backend == "eager"
+        layout = layouts.fine_layout(
+            group, case.selection_block_size, block_indices.device, self.backend
         )
-        grouped, crowded = block_masks.fine_block_mask(
-            case.kv_len,
-            block_indices,
-            size,
-            case.semantics,
-            rows_per_token=rows_per_token,
-            columns_per_block=columns_per_block,
-            complete=eager,
+        block_mask, crowded = block_masks.fine_block_mask(
+            case.kv_len, block_indices, layout, case.semantics, complete=eager
         )
-        key = np.arange(case.kv_len)
-        # the branch's rows stand token by token; the judge's stand head by head
-        masks: dict[str, Any] = {}
-        readings = block_mask_readings(grouped, *grouped.seq_lengths)
+        readings = block_mask_readings(block_mask, *block_mask.seq_lengths)
         if not eager:
             del readings["mask_mod"]  # it knows what is cut, and the lists what is chosen
         if crowded is not None:
-            readings["q lists"] += visible_cells(crowded, grouped).cpu().numpy()
+            readings["q lists"] += visible_cells(crowded, block_mask).cpu().numpy()
+        masks: dict[str, Any] = {}
         for part, cells in readings.items():
-            batch, heads = cells.shape[:2]
-            cells = cells[..., key // size * columns_per_block + key % size]
-            cells = cells.reshape(batch, heads, case.q_len, rows_per_token, case.kv_len)
-            cells = cells[:, :, :, :rows].swapaxes(2, 3)
-            masks[f"fine_attention {part}"] = cells.reshape(
-                batch, case.q_heads, case.q_len, case.kv_len
-            )
+            cells = layout.gathered(torch.from_numpy(cells), case.kv_len)
+            masks[f"fine_attention {part}"] = layout.head_major(cells).numpy()
         own_block = case.semantics.own_block_extra or not case.semantics.causal
         if case.q_len == case.kv_len and own_block:
             create = nsa_fast.create_fine_mask(
                 case.kv_len, case.selection_block_size, case.semantics.causal
             )
-            masks["create_fine_mask"] = create(block_indices, rows)
+            masks["create_fine_mask"] = create(block_indices, group)
         return masks
 
     # branches
@@ -351,21 +332,8 @@ class NsaFastLayer(TorchImplementation):
 
 def _sizes(case: Case) -> dict[str, Any]:
     """As the layer takes them, as a module and as a function."""
-    return {
-        "q_heads": case.q_heads,
-        "kv_heads": case.kv_heads,
-        "head_dim": case.head_dim,
-        "value_dim": case.value_dim,
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-        "compress_map": case.compress_map,
-        "selection_block_size": case.selection_block_size,
-        "num_selected_blocks": case.num_selected_blocks,
-        "num_initial_blocks": case.num_initial_blocks,
-        "num_local_blocks": case.num_local_blocks,
-        "sliding_window_size": case.sliding_window_size,
-        "semantics": case.semantics,
-    }
+    names = {field.name for field in dataclasses.fields(Layer)} - {"backend"}
+    return {name: getattr(case, name) for name in names}
 
 
 def _module(case: Case) -> nsa_fast.NativeSparseAttention:

@@ -12,6 +12,7 @@ rows (`shared`) name every block, and a row walks the beginning of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast.mask_mods import WORD_BITS, MaskMod
+#: A predicate: (batch, head, row, column), tensors that broadcast -> whether the cell is visible.
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 #: The attention functions lengthen anything shorter to this, because the compiler makes a graph of
 #: its own for a length of 1, and FlexAttention refuses 0.
 LEAST_LENGTH = 2
 
+#: Blocks to a word of the membership table.
+WORD_BITS = 32
+
 #: Entries of the smallest membership table: 65536 tokens x 32 blocks.
 LEAST_TABLE = 2**16
 
-#: How many times the entries of the lists their transposes may hold, filled up: what a column block
-#: may be named by is this times the mean.
+#: A transposed list may be at most this many times as long as the average one. Lists are filled up
+#: to the longest, so that the transposes take at most this many times the room of the lists.
 CROWDED = 4
 
 #: Whether the kernels find the full lists by strides of their own; PyTorch 2.11 takes those of the

@@ -1,8 +1,12 @@
-"""The BlockMask of each branch, for the sizes and the Semantics of one call.
+"""The mask of each branch: its predicate, its block lists, and both together as a BlockMask.
 
-The attention functions look these builders up here, and so does the adapter: what is judged is what
-is used, and a deliberately broken build is planted in one place. With q_lists=False the transposed
-lists, which only a backward walks, are left out.
+A predicate (FlexAttention's mask_mod) says whether a cell (row, column) is visible. Eager
+FlexAttention evaluates it everywhere and ignores the lists; compiled kernels walk the lists and ask
+it inside partial blocks only. All but `named_mask_mod` are complete in themselves.
+
+The attention functions and the adapter look the builders up here: what is judged is what is used,
+and a deliberately broken build is planted in one place. q_lists=False leaves out the transposed
+lists, which only a backward walks.
 """
 
 from __future__ import annotations
@@ -11,10 +15,66 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast import block_lists, mask_mods
-from nsa_fast.block_lists import Crowded, count_blocks
-from nsa_fast.mask_mods import PAST_THE_END
+from nsa_fast import block_lists
+from nsa_fast.block_lists import WORD_BITS, BlockLists, Chosen, Crowded, MaskMod, count_blocks
+from nsa_fast.flex import is_triton
+from nsa_fast.layouts import FineLayout
+from nsa_fast.windows import Windows
 from nsa_ref.semantics import Semantics
+
+#: How far ahead of its position p a query sees where nothing is causal: past any end.
+PAST_THE_END = 2**30
+
+
+def token_block_size(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a block in the sliding and compress branches.
+
+    128 is what FlexAttention's Triton tiles divide. A CPU has no such need, and small blocks leave
+    more of a window out.
+    """
+    return (128, 128) if is_triton(device) else (16, 16)
+
+
+def _scalars(device: torch.device, *values: int) -> list[Tensor]:
+    """int32 tensors without axes, for a predicate to capture.
+
+    A Python number would be compiled into the kernel, and every new window or length would be
+    another graph.
+    """
+    return [torch.full((), value, dtype=torch.int32, device=device) for value in values]
+
+
+def _ahead(semantics: Semantics) -> int:
+    """How far ahead of its position a query sees in compress and fine."""
+    return 0 if semantics.causal else PAST_THE_END
+
+
+def _positions(
+    q_len: int, q_block_size: int, offset: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p of the first and of the last row of every row block, and whether it has rows at all."""
+    first = torch.arange(count_blocks(q_len, q_block_size), device=device) * q_block_size
+    last = (first + q_block_size).clamp(max=q_len) - 1
+    return first + offset, last + offset, last >= first
+
+
+# --- sliding: W1, W2 ------------------------------------------------------------------------------
+
+
+def sliding_mask_mod(
+    name: str, *, offset: int, newest: int, oldest: int, kv_len: int, device: torch.device
+) -> MaskMod:
+    """Visible iff newest <= p - j <= oldest, where p = t + offset is not negative."""
+    offset_, newest_, oldest_, kv_len_ = _scalars(device, offset, newest, oldest, kv_len)
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        position = row + offset_
+        distance = position - column
+        real = (position >= 0) & (column < kv_len_)
+        return real & (distance >= newest_) & (distance <= oldest_)
+
+    mask_mod.__name__ = name
+    return mask_mod
 
 
 def sliding_block_mask(
@@ -23,14 +83,16 @@ def sliding_block_mask(
     sliding_window_size: int,
     semantics: Semantics,
     *,
-    block_size: tuple[int, int],
     device: torch.device,
+    block_size: tuple[int, int] | None = None,
     q_lists: bool = True,
 ) -> BlockMask:
     """W1, W2: the own key and the w before it (and behind it, if nothing is causal).
 
+    block_size : rows and columns of a block; default `token_block_size`
     returns : (1, 1, q_len, kv_len)
     """
+    block_size = block_size or token_block_size(device)
     oldest = sliding_window_size if semantics.window_closed else sliding_window_size - 1
     newest = 0 if semantics.causal else -oldest
     offset = kv_len - q_len
@@ -48,17 +110,17 @@ def sliding_block_mask(
         torch.where(all_see, (last - oldest).clamp(0, kv_len), nothing),
         torch.where(all_see, (first - newest + 1).clamp(0, kv_len), nothing),
     )
-    columns = count_blocks(kv_len, block_size[1])
     reach = max(0, oldest - newest) + block_size[0]  # columns that a row block can see
+    slots = min(count_blocks(kv_len, block_size[1]), -(-reach // block_size[1]) + 1)
     lists = block_lists.interval_lists(
         some,
         every,
         kv_len=kv_len,
         kv_block_size=block_size[1],
-        slots=min(columns, -(-reach // block_size[1]) + 1),
-        partial_slots=min(columns, -(-reach // block_size[1]) + 1),
+        slots=slots,
+        partial_slots=slots,
     )
-    mask_mod = mask_mods.sliding_mask_mod(
+    mask_mod = sliding_mask_mod(
         f"sliding_{sliding_window_size}",
         offset=offset,
         newest=newest,
@@ -71,38 +133,70 @@ def sliding_block_mask(
     )
 
 
+# --- compress: C2, C3 -----------------------------------------------------------------------------
+
+
+def compress_mask_mod(
+    name: str,
+    *,
+    offset: int,
+    ahead: int,
+    stride: int,
+    first_seen: int,
+    memory: int,
+    columns: int,
+    device: torch.device,
+) -> MaskMod:
+    """Memory, and block i iff i d + first_seen <= p + ahead, where p = t + offset >= 0.
+
+    first_seen : the first position that sees block 0; every further one is seen d later
+    """
+    offset_, ahead_, stride_, first_seen_, memory_, columns_ = _scalars(
+        device, offset, ahead, stride, first_seen, memory, columns
+    )
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        position = row + offset_
+        seen = (column - memory_) * stride_ + first_seen_ <= position + ahead_
+        real = (position >= 0) & (column < columns_)
+        return (column < memory_) | (seen & real)
+
+    mask_mod.__name__ = name
+    return mask_mod
+
+
 def compress_block_mask(
     q_len: int,
     num_blocks: int,
-    compress_block_sliding_stride: int,
     num_mem_kv: int,
+    windows: Windows,
     *,
     offset: int,
-    first_end: int,
-    causal: bool,
-    block_size: tuple[int, int],
     device: torch.device,
+    block_size: tuple[int, int] | None = None,
     q_lists: bool = True,
 ) -> BlockMask:
-    """C2, C3: memory columns, then every block i with i d + first_end <= p = t + offset.
+    """C2, C3: memory columns, then the first num_blocks windows, each from its position on.
 
     Where nothing is causal, every block for every query with p >= 0.
 
-    first_end : the last token of block 0, in tokens; one more where a block is visible a step later
+    offset : p - t
+    block_size : as `sliding_block_mask`
     returns : (1, 1, q_len, num_mem_kv + num_blocks)
     """
-    stride, columns = compress_block_sliding_stride, num_mem_kv + num_blocks
-    ahead = 0 if causal else PAST_THE_END
+    block_size = block_size or token_block_size(device)
+    columns = num_mem_kv + num_blocks
+    causal, ahead = windows.semantics.causal, _ahead(windows.semantics)
     first, last, real = _positions(q_len, block_size[0], offset, device)
 
     def stop(position: Tensor) -> Tensor:
         """Columns that a query at `position` sees; always the first ones."""
-        ended = ((position + ahead - first_end) // stride + 1).clamp(0, num_blocks)
-        return torch.where(real, num_mem_kv + torch.where(position >= 0, ended, 0), 0)
+        seen = windows.num_seen(position + ahead).clamp(0, num_blocks)
+        return torch.where(real, num_mem_kv + torch.where(position >= 0, seen, 0), 0)
 
     start, blocks = torch.zeros_like(first), count_blocks(columns, block_size[1])
     # columns by which the rows of a block can differ
-    moved = block_size[0] // stride + 1 if causal else num_blocks if offset < 0 else 0
+    moved = block_size[0] // windows.stride + 1 if causal else num_blocks if offset < 0 else 0
     lists = block_lists.interval_lists(
         (start, stop(last)),
         (start, stop(first)),
@@ -112,12 +206,12 @@ def compress_block_mask(
         partial_slots=min(blocks, -(-moved // block_size[1]) + 1),
         from_first=True,
     )
-    mask_mod = mask_mods.compress_mask_mod(
-        f"compress_{stride}_mem_{num_mem_kv}",
+    mask_mod = compress_mask_mod(
+        f"compress_{windows.stride}_mem_{num_mem_kv}",
         offset=offset,
         ahead=ahead,
-        stride=stride,
-        first_end=first_end,
+        stride=windows.stride,
+        first_seen=windows.seen_from(0),
         memory=num_mem_kv,
         columns=columns,
         device=device,
@@ -127,86 +221,192 @@ def compress_block_mask(
     )
 
 
+# --- fine: F1 to F4 -------------------------------------------------------------------------------
+
+
+def fine_mask_mod(
+    name: str,
+    *,
+    table: Tensor,
+    shape: tuple[int, int, int],
+    offset: int,
+    ahead: int,
+    block_size: int,
+    rows_per_token: int,
+    heads_per_choice: int,
+    kv_len: int,
+) -> MaskMod:
+    """Visible iff the column's block is one of the token's and j <= p + ahead, p >= 0.
+
+    The table knows every block, so that it grows with tokens x blocks.
+
+    table : int32 (entries,), words of 32 blocks; bit b of word w stands for block 32 w + b
+    shape : (heads that choose, tokens, words), by which the table is read: one flat table of a
+        size that hardly varies, because Inductor's C++ template confuses the symbols of captured
+        sizes with its own
+    rows_per_token : rows of the mask that belong to one token, one after the other
+    heads_per_choice : heads of the mask that share a choice of blocks
+    """
+    heads_, tokens_, words_, offset_, ahead_, block_size_ = _scalars(
+        table.device, *shape, offset, ahead, block_size
+    )
+    rows_per_token_, heads_per_choice_, kv_len_ = _scalars(
+        table.device, rows_per_token, heads_per_choice, kv_len
+    )
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        token = row // rows_per_token_
+        block = column // block_size_
+        choice = (batch * heads_ + head // heads_per_choice_) * tokens_ + token
+        # what table[...] becomes in the end, without the custom Function that carries gradients to
+        # captured tensors and costs an eager call 5 ms
+        word = torch.ops.aten.index(table, [choice * words_ + block // WORD_BITS])
+        chosen = ((word >> (block % WORD_BITS)) & 1) == 1
+        position = token + offset_
+        real = (position >= 0) & (column < kv_len_)
+        return chosen & (column <= position + ahead_) & real
+
+    mask_mod.__name__ = name
+    return mask_mod
+
+
+def named_mask_mod(
+    name: str, *, offset: int, ahead: int, layout: FineLayout, kv_len: int, device: torch.device
+) -> MaskMod:
+    """F1 inside the blocks that the lists name: visible iff j <= p + ahead, where p >= 0.
+
+    A token's lists say which blocks it has, and no kernel asks about others: nothing here grows
+    with tokens x blocks.
+    """
+    offset_, ahead_, block_size_, columns_per_block_, rows_per_token_, kv_len_ = _scalars(
+        device,
+        offset,
+        ahead,
+        layout.block_size,
+        layout.columns_per_block,
+        layout.rows_per_token,
+        kv_len,
+    )
+
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        position = row // rows_per_token_ + offset_
+        block, place = column // columns_per_block_, column % columns_per_block_
+        key = block * block_size_ + place
+        real = (position >= 0) & (place < block_size_) & (key < kv_len_)
+        return real & (key <= position + ahead_)
+
+    mask_mod.__name__ = name
+    return mask_mod
+
+
+def _chosen(
+    kv_len: int, block_indices: Tensor, selection_block_size: int, semantics: Semantics
+) -> Chosen:
+    """The blocks that each token sees (F1, F3), cut at p if anything is causal."""
+    return block_lists.chosen_blocks(
+        block_indices,
+        kv_len=kv_len,
+        block_size=selection_block_size,
+        offset=kv_len - block_indices.shape[2],
+        ahead=_ahead(semantics),
+        own_block=semantics.causal and semantics.own_block_extra,
+    )
+
+
 def fine_block_mask(
     kv_len: int,
     block_indices: Tensor,
-    selection_block_size: int,
+    layout: FineLayout,
     semantics: Semantics,
     *,
-    rows_per_token: int,
-    columns_per_block: int,
     complete: bool,
     q_lists: bool = True,
 ) -> tuple[BlockMask, Crowded | None]:
-    """F1 to F4 for queries that stand token by token, each with `rows_per_token` rows.
+    """F1 to F4 for queries that stand token by token, as `layout` says.
 
     The rows of one token are one row block: they share its choice, so that the lists are the
     selected blocks themselves. Blocks before the query are full, the one that it cuts is partial.
 
     block_indices : integers (batch, heads, q_len, n), any values
-    columns_per_block : columns of a selection block; those behind its tokens are empty
     complete : the predicate knows the choice as well, for eager FlexAttention, by a table of
         tokens x blocks bits; it wants no empty columns
     returns : (batch, heads, q_len * rows_per_token, columns), and the column blocks that the
         transposed lists leave out: `crowded.py` has their dk and dv
     """
-    q_len = block_indices.shape[2]
-    offset, ahead = kv_len - q_len, 0 if semantics.causal else PAST_THE_END
-    chosen = block_lists.chosen_blocks(
-        block_indices,
-        kv_len=kv_len,
-        block_size=selection_block_size,
-        offset=offset,
-        ahead=ahead,
-        own_block=semantics.causal and semantics.own_block_extra,
-    )
-    name, columns = f"fine_{selection_block_size}", kv_len
+    q_len, size = block_indices.shape[2], layout.block_size
+    offset, ahead = kv_len - q_len, _ahead(semantics)
+    chosen = _chosen(kv_len, block_indices, size, semantics)
     if complete:
         table, shape = block_lists.word_table(chosen)
-        mask_mod = mask_mods.fine_mask_mod(
-            name,
+        mask_mod = fine_mask_mod(
+            f"fine_{size}",
             table=table,
             shape=shape,
             offset=offset,
             ahead=ahead,
-            block_size=selection_block_size,
-            rows_per_token=rows_per_token,
+            block_size=size,
+            rows_per_token=layout.rows_per_token,
             heads_per_choice=1,
             kv_len=kv_len,
         )
     else:
-        mask_mod = mask_mods.named_mask_mod(
-            name,
+        mask_mod = named_mask_mod(
+            f"fine_{size}",
             offset=offset,
             ahead=ahead,
-            block_size=selection_block_size,
-            columns_per_block=columns_per_block,
-            rows_per_token=rows_per_token,
+            layout=layout,
             kv_len=kv_len,
             device=block_indices.device,
         )
-        if columns_per_block != selection_block_size:
-            columns = chosen.num_blocks * columns_per_block
-    lists = block_lists.token_lists(chosen, columns_per_block)
+    columns = kv_len if complete else layout.num_columns(kv_len)
+    lists = block_lists.token_lists(chosen, layout.columns_per_block)
     crowded = None
     if q_lists:
-        crowded = block_lists.crowded_columns(lists, count_blocks(columns, columns_per_block))
+        blocks = count_blocks(columns, layout.columns_per_block)
+        crowded = block_lists.crowded_columns(lists, blocks)
     block_mask = block_lists.to_block_mask(
         lists,
         mask_mod,
-        q_len=q_len * rows_per_token,
+        q_len=q_len * layout.rows_per_token,
         kv_len=columns,
-        block_size=(rows_per_token, columns_per_block),
+        block_size=(layout.rows_per_token, layout.columns_per_block),
         q_lists=q_lists,
         crowded=crowded,
     )
     return block_mask, crowded
 
 
-def _positions(
-    q_len: int, q_block_size: int, offset: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p of the first and of the last row of every row block, and whether it has rows at all."""
-    first = torch.arange(count_blocks(q_len, q_block_size), device=device) * q_block_size
-    last = (first + q_block_size).clamp(max=q_len) - 1
-    return first + offset, last + offset, last >= first
+def tiled_fine_block_mask(
+    block_indices: Tensor,
+    selection_block_size: int,
+    semantics: Semantics,
+    *,
+    heads_per_choice: int,
+    block_size: tuple[int, int],
+) -> BlockMask:
+    """F1 to F4 for queries that stand head by head, as many as keys, in blocks of any size.
+
+    block_indices : as `fine_block_mask`
+    returns : (batch, heads * heads_per_choice, q_len, q_len)
+    """
+    seq_len = block_indices.shape[2]
+    chosen = _chosen(seq_len, block_indices, selection_block_size, semantics)
+    lists = block_lists.tiled_lists(
+        chosen, q_len=seq_len, q_block_size=block_size[0], kv_block_size=block_size[1]
+    )
+    lists = BlockLists(*(part.repeat_interleave(heads_per_choice, dim=1) for part in lists))
+    table, shape = block_lists.word_table(chosen)
+    mask_mod = fine_mask_mod(
+        f"fine_{selection_block_size}",
+        table=table,
+        shape=shape,
+        offset=0,
+        ahead=_ahead(semantics),
+        block_size=selection_block_size,
+        rows_per_token=1,
+        heads_per_choice=heads_per_choice,
+        kv_len=seq_len,
+    )
+    return block_lists.to_block_mask(
+        lists, mask_mod, q_len=seq_len, kv_len=seq_len, block_size=block_size
+    )

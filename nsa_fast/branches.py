@@ -13,13 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast import block_masks, flex
-from nsa_fast.block_lists import Crowded
+from nsa_fast import block_masks, flex, layouts
 from nsa_fast.checks import (
     MAX_LENGTH,
     check_alike,
+    check_device,
     check_finite,
     check_group,
     check_indices,
@@ -29,7 +28,7 @@ from nsa_fast.checks import (
     check_tensor,
 )
 from nsa_fast.flex import Attention
-from nsa_fast.pool import num_compress_blocks
+from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
 
@@ -63,22 +62,16 @@ def sliding_attention(
     window = check_length("sliding_window_size", sliding_window_size)
     check_qkv(q, k, v)
     backend = flex.resolve_backend(backend, q, k, v)
-
-    def block_mask(q_lists: bool) -> tuple[BlockMask, None]:
-        mask = block_masks.sliding_block_mask(
-            q.shape[2],
-            k.shape[2],
-            window,
-            semantics,
-            block_size=token_block_size(q.device),
-            device=q.device,
-            q_lists=q_lists,
-        )
-        return mask, None
-
-    return flex.attend(
-        "sliding", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
+    scale = default_scale(scale, q)
+    block_mask = block_masks.sliding_block_mask(
+        q.shape[2],
+        k.shape[2],
+        window,
+        semantics,
+        device=q.device,
+        q_lists=flex.wants_grad(q, k, v),
     )
+    return flex.attend("sliding", q, k, v, block_mask, backend=backend, scale=scale)
 
 
 @_disable_dynamo
@@ -108,13 +101,10 @@ def compress_attention(
     """
     check_semantics(semantics, "compress")
     kv_len = check_length("kv_len", kv_len)
-    size = check_size("compress_block_size", compress_block_size, 1, MAX_LENGTH)
-    stride = check_size(
-        "compress_block_sliding_stride", compress_block_sliding_stride, 1, MAX_LENGTH
-    )
+    windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
     check_qkv(q, k_cmp, v_cmp, names=("q", "k_cmp", "v_cmp"))
-    blocks = num_compress_blocks(kv_len, size, stride, semantics)
     batch, kv_heads = k_cmp.shape[:2]
+    blocks = windows.count(kv_len)
     check_tensor("k_cmp", k_cmp, (batch, kv_heads, blocks, q.shape[3]))
     if (mem_k is None) != (mem_v is None):
         raise TypeError("mem_k and mem_v must be given together, or neither.")
@@ -126,52 +116,17 @@ def compress_attention(
         check_alike(q=q, mem_k=mem_k, mem_v=mem_v)
         k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
     backend = flex.resolve_backend(backend, q, k, v)
-
-    def block_mask(q_lists: bool) -> tuple[BlockMask, None]:
-        mask = compress_branch_mask(
-            q.shape[2],
-            kv_len,
-            size,
-            stride,
-            memory,
-            semantics,
-            device=q.device,
-            q_lists=q_lists,
-        )
-        return mask, None
-
-    return flex.attend(
-        "compress", q, k, v, block_mask, backend=backend, scale=default_scale(scale, q)
+    scale = default_scale(scale, q)
+    block_mask = block_masks.compress_block_mask(
+        q.shape[2],
+        blocks,
+        memory,
+        windows,
+        offset=kv_len - q.shape[2],
+        device=q.device,
+        q_lists=flex.wants_grad(q, k, v),
     )
-
-
-def compress_branch_mask(
-    q_len: int,
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    num_mem_kv: int,
-    semantics: Semantics,
-    *,
-    device: torch.device,
-    q_lists: bool = True,
-) -> BlockMask:
-    """The mask of `compress_attention`: C1's blocks, seen when C2 says."""
-    stride = compress_block_sliding_stride
-    start = semantics.compress_alignment == "start"
-    last_token = (compress_block_size if start else stride) - 1  # of block 0
-    return block_masks.compress_block_mask(
-        q_len,
-        num_compress_blocks(kv_len, compress_block_size, stride, semantics),
-        stride,
-        num_mem_kv,
-        offset=kv_len - q_len,
-        first_end=last_token + 1 if semantics.compress_strict else last_token,
-        causal=semantics.causal,
-        block_size=token_block_size(device),
-        device=device,
-        q_lists=q_lists,
-    )
+    return flex.attend("compress", q, k, v, block_mask, backend=backend, scale=scale)
 
 
 @_disable_dynamo
@@ -205,93 +160,23 @@ def fine_attention(
     kv_heads, kv_len = k.shape[1:3]
     heads = kv_heads if semantics.share_selection else q_heads
     check_indices("block_indices", block_indices, (batch, heads, q_len, "n"))
-    if block_indices.device != q.device:
-        raise ValueError(
-            f"block_indices is on {block_indices.device} and q on {q.device}; "
-            "they must be on one device."
-        )
+    check_device("block_indices", block_indices, "q", q)
     backend = flex.resolve_backend(backend, q, k, v)
-    rows = q_heads // heads  # of one token that share a choice
-    rows_per_token, columns_per_block = fine_tile(rows, block_size, q.device, backend)
-
-    def block_mask(q_lists: bool) -> tuple[BlockMask, Crowded | None]:
-        return block_masks.fine_block_mask(
-            kv_len,
-            block_indices,
-            block_size,
-            semantics,
-            rows_per_token=rows_per_token,
-            columns_per_block=columns_per_block,
-            complete=backend == "eager",
-            q_lists=q_lists,
-        )
-
-    found = flex.attend(
-        "fine",
-        _token_major(q, heads, rows_per_token),
-        _spread(k, block_size, columns_per_block),
-        _spread(v, block_size, columns_per_block),
-        block_mask,
-        backend=backend,
-        scale=default_scale(scale, q),
+    scale = default_scale(scale, q)
+    layout = layouts.fine_layout(q_heads // heads, block_size, q.device, backend)
+    block_mask, crowded = block_masks.fine_block_mask(
+        kv_len,
+        block_indices,
+        layout,
+        semantics,
+        complete=backend == "eager",
+        q_lists=flex.wants_grad(q, k, v),
     )
-    lse = None if found.lse is None else found.lse[..., None]
-    return Attention(
-        _head_major(found.out, q_heads, rows_per_token),
-        None if lse is None else _head_major(lse, q_heads, rows_per_token)[..., 0],
-    )
-
-
-def token_block_size(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a block in the sliding and compress branches.
-
-    128 is what FlexAttention's Triton tiles divide. A CPU has no such need, and small blocks leave
-    more of a window out.
-    """
-    return (128, 128) if flex.is_triton(device) else (16, 16)
-
-
-def fine_tile(
-    rows: int, selection_block_size: int, device: torch.device, backend: str
-) -> tuple[int, int]:
-    """Rows of a token and columns of a selection block, for `rows` heads that share a choice.
-
-    The Triton kernels multiply tiles of at least 16 x 16, in powers of two: smaller groups get
-    empty rows, and selection blocks that 16 does not divide get empty columns. All others
-    take tiles of any size.
-    """
-    if backend == "eager" or not flex.is_triton(device):
-        return rows, selection_block_size
-    least = 16
-    power = 1 << (rows - 1).bit_length()
-    return max(least, power), -(-selection_block_size // least) * least
-
-
-def _token_major(q: Tensor, heads: int, rows_per_token: int) -> Tensor:
-    """(batch, heads * rows, q_len, dim) -> (batch, heads, q_len * rows_per_token, dim)."""
-    batch, q_heads, q_len, dim = q.shape
-    q = q.reshape(batch, heads, q_heads // heads, q_len, dim).transpose(2, 3)
-    q = flex.padded(q, 3, rows_per_token)
-    return q.reshape(batch, heads, q_len * rows_per_token, dim)
-
-
-def _spread(x: Tensor, block_size: int, columns_per_block: int) -> Tensor:
-    """(batch, kv_heads, kv_len, dim) with zeros behind the tokens of every selection block."""
-    if columns_per_block == block_size:
-        return x
-    batch, kv_heads, kv_len, dim = x.shape
-    blocks = -(-kv_len // block_size)
-    x = flex.padded(x, 2, blocks * block_size)
-    x = flex.padded(x.reshape(batch, kv_heads, blocks, block_size, dim), 3, columns_per_block)
-    return x.reshape(batch, kv_heads, blocks * columns_per_block, dim)
-
-
-def _head_major(x: Tensor, q_heads: int, rows_per_token: int) -> Tensor:
-    """The way back, without the rows that were added."""
-    batch, heads, rows, dim = x.shape
-    q_len = rows // rows_per_token
-    x = x.reshape(batch, heads, q_len, rows_per_token, dim)[:, :, :, : q_heads // heads]
-    return x.transpose(2, 3).reshape(batch, q_heads, q_len, dim)
+    q, k, v = layout.token_major(q), layout.spread(k), layout.spread(v)
+    out, lse = flex.attend("fine", q, k, v, block_mask, crowded, backend=backend, scale=scale)
+    if lse is not None:
+        lse = layout.head_major(lse[..., None])[..., 0]
+    return Attention(layout.head_major(out), lse)
 
 
 def default_scale(scale: float | None, q: Tensor) -> float:

@@ -77,15 +77,19 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
     return value
 
 
-def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
-    """A tensor of integers (bool is none) of this shape."""
+def check_integers(name: str, value: Any, shape: tuple[int | str, ...], *, holds: str) -> Tensor:
+    """A tensor of integers (bool is none) of this shape; `holds` says what they mean."""
     tensor = check_tensor(name, value, shape)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(
-            f"{name} has dtype {tensor.dtype}; it must hold integers: block numbers, "
-            "and -1 in unused slots. Try torch.int64."
+            f"{name} has dtype {tensor.dtype}; it must hold integers: {holds}. Try torch.int64."
         )
     return tensor
+
+
+def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
+    """Numbers of selection blocks, of this shape."""
+    return check_integers(name, value, shape, holds="block numbers, and -1 in unused slots")
 
 
 def check_alike(**tensors: Tensor) -> None:
@@ -97,11 +101,16 @@ def check_alike(**tensors: Tensor) -> None:
                 f"{name} has dtype {tensor.dtype} and {first} {reference.dtype}; "
                 "they must be the same."
             )
-        if tensor.device != reference.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and {first} on {reference.device}; "
-                "they must be on one device."
-            )
+        check_device(name, tensor, first, reference)
+
+
+def check_device(name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+    """ValueError unless both are on one device."""
+    if tensor.device != of.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {of_name} on {of.device}; "
+            "they must be on one device."
+        )
 
 
 def check_group(q_heads: int, kv_heads: int) -> int:
@@ -112,6 +121,17 @@ def check_group(q_heads: int, kv_heads: int) -> int:
             "positive multiple of the heads of k: query head h reads kv head h // G."
         )
     return q_heads // kv_heads
+
+
+def check_stride_divides(name: str, size: int, stride: int) -> None:
+    """ValueError unless a size in tokens is a whole number of strides."""
+    if size % stride:
+        near = max(size // stride, 1) * stride
+        raise ValueError(
+            f"{name}={size} must be a multiple of compress_block_sliding_stride={stride}: eq. 9 "
+            f"counts the overlap of windows and blocks in whole strides. Try {near} or "
+            f"{near + stride}."
+        )
 
 
 def check_semantics(semantics: Any, branch: str) -> Semantics:

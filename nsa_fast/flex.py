@@ -94,7 +94,8 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: Callable[[bool], tuple[BlockMask, Crowded | None]],
+    block_mask: BlockMask,
+    crowded: Crowded | None = None,
     *,
     backend: str,
     scale: float,
@@ -102,18 +103,15 @@ def attend(
     """FlexAttention of q (batch, q_heads, q_len, head_dim) through a block mask.
 
     name : the branch, and what else is compiled in; compiled graphs carry it
-    block_mask : builds the mask, for the lengths of q and k, with q lists or without, and says
-        which column blocks those leave out; not called if there is no query
+    block_mask : for the lengths of q and k; with q lists if a backward is to be recorded
+    crowded : the column blocks that these leave out
     """
     with without_autocast(q.device):
         if q.shape[0] == 0 or q.shape[2] == 0:
             return _of_no_query(q, k, v)
         q_len, value_dim = q.shape[2], v.shape[3]
-        needs_grad = wants_grad(q, k, v)
-        # the eager operator asks for q lists too, though it reads none
-        mask, crowded = block_mask(needs_grad)
-        mask, q, k, v = _fitted(mask, q, k, v, backend)
-        if needs_grad:
+        mask, q, k, v = _fitted(block_mask, q, k, v, backend)
+        if wants_grad(q, k, v):
             q, k, v = _Once.apply(q, k, v)
         if backend == "eager":
             out, lse = _eager(q, k, v, mask, scale)

@@ -24,16 +24,20 @@ from nsa_fast.checks import (
     MAX_LENGTH,
     check_alike,
     check_choice,
+    check_device,
     check_indices,
+    check_integers,
     check_kind,
     check_length,
     check_semantics,
     check_size,
     check_tensor,
 )
-from nsa_fast.pool import MAP_WEIGHTS, compress_pool, num_compress_blocks
+from nsa_fast.layouts import split_heads, tokens_first
+from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
 from nsa_fast.rotary import rotate, wide_dtype
 from nsa_fast.selection import select_blocks
+from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 
 #: Of the input norm, in every dtype: float32's machine epsilon.
@@ -62,8 +66,7 @@ class Layer:
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_dim"):
             check_size(name, getattr(self, name), 1)
-        for name in ("compress_block_size", "compress_block_sliding_stride"):
-            check_size(name, getattr(self, name), 1, MAX_LENGTH)
+        Windows.checked(**self.compress_sizes, semantics=self.semantics)
         check_size("selection_block_size", self.selection_block_size, 1, MAX_LENGTH)
         for name in ("num_selected_blocks", "num_initial_blocks", "num_local_blocks"):
             check_size(name, getattr(self, name), 0)
@@ -86,10 +89,10 @@ class Layer:
     def as_run(self, num_mem_kv: int, *, own_choice: bool) -> Layer:
         """With the switches that the branches run, where no row can tell the difference.
 
-        A choice of the layer's own names no block twice, so `duplicates` shows in blocks that are
-        handed in alone. `empty_row` shows in rows that see nothing: there are none in compress if
-        there is memory, in sliding if the own key is in the window, and in fine if the own block is
-        extra, or if n >= 1 and no score is too low. lse is not used here.
+        `duplicates` shows in blocks that are handed in only: the layer's own choice names no block
+        twice. `empty_row` shows in rows that see nothing only. There are none in compress if there
+        is memory, in sliding if the own key is in the window, and in fine if the own block is
+        extra, or if n >= 1 and no score is too low. The layer does not use lse.
 
         Raises
         ------
@@ -136,24 +139,27 @@ class Layer:
         return [f"_{branch}" for branch in BRANCHES] if self.semantics.kv_per_branch else [""]
 
     @property
-    def compress_sizes(self) -> dict[str, Any]:
+    def windows(self) -> Windows:
+        return Windows(self.compress_block_size, self.compress_block_sliding_stride, self.semantics)
+
+    @property
+    def compress_sizes(self) -> dict[str, int]:
         return {
             "compress_block_size": self.compress_block_size,
             "compress_block_sliding_stride": self.compress_block_sliding_stride,
         }
 
     def num_compress_blocks(self, kv_len: int) -> int:
-        return num_compress_blocks(kv_len, **self.compress_sizes, semantics=self.semantics)
+        return self.windows.count(kv_len)
 
     def name(self, kind: str, branch: str) -> str:
         """Under which name `_project` leaves a branch's keys ("k") or values ("v")."""
         if self.semantics.kv_per_branch:
             return f"{kind}_{branch}"
-        rotated = kind == "k" and self.turns_tokens(branch)
-        return "k_rotated" if rotated else kind
+        return "k_rotated" if kind == "k" and self.rotates_keys(branch) else kind
 
-    def turns_tokens(self, branch: str) -> bool:
-        """Whether a branch, or the pooling before it, reads keys that are turned token by token."""
+    def rotates_keys(self, branch: str) -> bool:
+        """Whether a branch, or the pooling before it, reads keys rotated token by token."""
         if branch == "compress":
             return self.semantics.rotary == "before_pooling"
         return self.semantics.rotary != "none"
@@ -256,11 +262,7 @@ def native_sparse_attention(
     if block_indices is not None:
         shape = (layer.selection_heads, x.shape[1], "n")
         check_indices("block_indices", block_indices, shape if packed else (x.shape[0], *shape))
-        if block_indices.device != x.device:
-            raise ValueError(
-                f"block_indices is on {block_indices.device} and x on {x.device}; "
-                "they must be on one device."
-            )
+        check_device("block_indices", block_indices, "x", x)
         block_indices = block_indices[None] if packed else block_indices
     if cache is None:
         out = _parallel(x, weights, layer, spans, block_indices)
@@ -306,7 +308,7 @@ def _appended(
     tokens = _project(h, weights, layer, position)
     key = _cached_with(layer)
     cache.check(key, tokens["q"].dtype, x.device)
-    for name in tokens.keys() - {"q", "q_rotated"}:
+    for name in tokens.keys() - {"q", "q_cmp"}:
         tokens[name] = cache.write(name, before, tokens[name])
     old, new = layer.num_compress_blocks(before), layer.num_compress_blocks(after)
     for kind in ("k", "v"):
@@ -333,31 +335,30 @@ def _normed(x: Tensor, weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
 def _project(
     h: Tensor, weights: Mapping[str, Tensor], layer: Layer, position: Tensor
 ) -> dict[str, Tensor]:
-    """Every q, k, v that a branch reads, (batch, heads, tokens, dim), by `Layer.name`.
+    """Every q, k, v that a branch reads, (batch, heads, tokens, dim); k and v by `Layer.name`.
 
-    "q" is what compress and the selection read, "q_rotated" what fine and sliding read.
+    Fine and sliding read "q", compress and the selection "q_cmp".
     """
     rotary = layer.semantics.rotary
 
-    def heads(name: str, count: int) -> Tensor:
-        return F.linear(h, weights[f"{name}.weight"]).unflatten(-1, (count, -1)).transpose(1, 2)
+    def projected(name: str, heads: int) -> Tensor:
+        return split_heads(F.linear(h, weights[f"{name}.weight"]), heads)
 
-    q = heads("to_q", layer.q_heads)
-    q_rotated = q if rotary == "none" else rotate(q, position)
-    everywhere = rotary in ("all", "before_pooling")
-    tokens = {"q": q_rotated if everywhere else q, "q_rotated": q_rotated}
+    plain_q = projected("to_q", layer.q_heads)
+    q = plain_q if rotary == "none" else rotate(plain_q, position)
+    tokens = {"q": q, "q_cmp": q if rotary in ("all", "before_pooling") else plain_q}
     for kind in ("k", "v"):
         for branch in BRANCHES:
             name = layer.name(kind, branch)
             if name in tokens:
                 continue
             if name == "k_rotated" and "k" in tokens:
-                projected = tokens["k"]
+                found = tokens["k"]
             else:
-                projected = heads(f"to_{name.removesuffix('_rotated')}", layer.kv_heads)
-            if kind == "k" and layer.turns_tokens(branch):
-                projected = rotate(projected, position)
-            tokens[name] = projected
+                found = projected(f"to_{name.removesuffix('_rotated')}", layer.kv_heads)
+            if kind == "k" and layer.rotates_keys(branch):
+                found = rotate(found, position)
+            tokens[name] = found
     return tokens
 
 
@@ -371,21 +372,18 @@ def _pool(
         for name, weight in weights.items()
         if name.startswith(prefix)
     }
-    semantics = layer.semantics
-    if skip:
-        # the windows that are left are those of tokens of their own, which start with one
-        size, stride = layer.compress_block_size, layer.compress_block_sliding_stride
-        start = semantics.compress_alignment == "start"
-        first = skip * stride if start else (skip + 1) * stride - size
-        tokens = F.pad(tokens, (0, 0, -first, 0)) if first < 0 else tokens[:, :, first:]
-        semantics = dataclasses.replace(semantics, compress_alignment="start")
+    # the first window that is left begins with the first token that is left
     return compress_pool(
-        tokens, own, **layer.compress_sizes, compress_map=layer.compress_map, semantics=semantics
+        from_token(tokens, layer.windows.first_token(skip)),
+        own,
+        **layer.compress_sizes,
+        compress_map=layer.compress_map,
+        semantics=dataclasses.replace(layer.semantics, compress_alignment="start"),
     )
 
 
 def _rotated_blocks(kind: str, pooled: Tensor, first: int, layer: Layer) -> Tensor:
-    """Compressed keys, block i turned by i d where rotary is "all"; values as they are."""
+    """Compressed keys or values from block `first` on; rotary "all" rotates key i by i d (G2)."""
     if kind == "v" or layer.semantics.rotary != "all":
         return pooled
     block = torch.arange(first, first + pooled.shape[2], device=pooled.device)
@@ -402,7 +400,7 @@ def _attend(
     block_indices: Tensor | None,
 ) -> list[Tensor]:
     """Compress, fine, sliding: (batch, q_heads, q_len, value_dim), for the last q_len tokens."""
-    q, q_rotated = tokens["q"], tokens["q_rotated"]
+    q, q_cmp = tokens["q"], tokens["q_cmp"]
     k, v = ([tokens[layer.name(kind, branch)] for branch in BRANCHES] for kind in ("k", "v"))
     kv_len = k[0].shape[2]
     mem_k, mem_v = (
@@ -411,7 +409,7 @@ def _attend(
     run: dict[str, Any] = {"semantics": layer.semantics, "backend": layer.backend}
     if block_indices is None:
         block_indices = select_blocks(
-            q,
+            q_cmp,
             tokens["k_cmp"],
             mem_k,
             kv_len=kv_len,
@@ -423,23 +421,21 @@ def _attend(
             semantics=layer.semantics,
         )
     compressed = compress_attention(
-        q, tokens["k_cmp"], tokens["v_cmp"], mem_k, mem_v, kv_len=kv_len, **layer.compress_sizes,
-        **run,
+        q_cmp, tokens["k_cmp"], tokens["v_cmp"], mem_k, mem_v, kv_len=kv_len,
+        **layer.compress_sizes, **run,
     )  # fmt: skip
 
     k_fine, v_fine = k[1], v[1]
     size, chosen = layer.selection_block_size, block_indices.shape[-1]
     if layer.semantics.causal and q.shape[2] == 1 and (chosen + 1) * size < kv_len:
         k_fine, v_fine, block_indices = _gathered(k_fine, v_fine, block_indices, layer)
-    fine = fine_attention(
-        q_rotated, k_fine, v_fine, block_indices, selection_block_size=size, **run
-    )
+    fine = fine_attention(q, k_fine, v_fine, block_indices, selection_block_size=size, **run)
 
     near = 0
     if layer.semantics.causal:
         near = max(0, kv_len - q.shape[2] - layer.sliding_window_size)
     sliding = sliding_attention(
-        q_rotated,
+        q,
         k[2][:, :, near:],
         v[2][:, :, near:],
         sliding_window_size=layer.sliding_window_size,
@@ -481,8 +477,7 @@ def _combined(h: Tensor, outs: list[Tensor], weights: Mapping[str, Tensor], laye
     wide = wide_dtype(outs[0].dtype)
     gates = logits.to(wide).sigmoid().unflatten(-1, (len(BRANCHES), layer.q_heads))
     total = sum(
-        gates[:, :, branch, :, None] * out.transpose(1, 2).to(wide)
-        for branch, out in enumerate(outs)
+        gates[:, :, branch, :, None] * tokens_first(out).to(wide) for branch, out in enumerate(outs)
     )
     assert isinstance(total, Tensor)
     merged = total.to(outs[0].dtype).flatten(-2)
@@ -528,18 +523,8 @@ def weight_shapes(layer: Layer) -> dict[str, tuple[int | str, ...]]:
         for suffix in layer.suffixes:
             shapes[f"to_{kind}{suffix}.weight"] = (layer.kv_heads * dim, "model_dim")
         shapes[f"mem_{kind}"] = (layer.kv_heads, "num_mem_kv", dim)
-        shapes[f"compress_{kind}.positions"] = (layer.kv_heads, size, dim)
-        per_head = (layer.kv_heads,) if layer.compress_map == "linear_per_head" else ()
-        of_map: dict[str, tuple[int | str, ...]] = {
-            "weight": (*per_head, dim, size * dim),
-            "bias": (*per_head, dim),
-            "weight_in": ("hidden", size * dim),
-            "bias_in": ("hidden",),
-            "weight_out": (dim, "hidden"),
-            "bias_out": (dim,),
-        }
-        for name in MAP_WEIGHTS[layer.compress_map]:
-            shapes[f"compress_{kind}.{name}"] = of_map[name]
+        of_map = map_shapes(layer.compress_map, layer.kv_heads, size, dim, "hidden")
+        shapes |= {f"compress_{kind}.{name}": shape for name, shape in of_map.items()}
     shapes["gates.weight"] = (len(BRANCHES) * layer.q_heads, "model_dim")
     shapes["gates.bias"] = (len(BRANCHES) * layer.q_heads,)
     if semantics.output_projection:
@@ -558,25 +543,23 @@ def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
 
 def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
     """First token and end of every sequence that has tokens; of one without, if none has."""
-    check_tensor("cu_seqlens", cu_seqlens, ("sequences + 1",))
-    if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool:
-        raise TypeError(
-            f"cu_seqlens has dtype {cu_seqlens.dtype}; it must hold integers, offsets in tokens."
+    check_integers("cu_seqlens", cu_seqlens, ("sequences + 1",), holds="offsets in tokens")
+    offsets = cu_seqlens.tolist()
+    if not offsets or offsets[0] != 0:
+        raise ValueError(
+            f"cu_seqlens={offsets} must start with 0, where the first sequence begins."
         )
-    ends = cu_seqlens.tolist()
-    if not ends or ends[0] != 0:
-        raise ValueError(f"cu_seqlens={ends} must start with 0, where the first sequence begins.")
-    for index, (start, stop) in enumerate(pairwise(ends)):
+    for index, (start, stop) in enumerate(pairwise(offsets)):
         if stop < start:
             raise ValueError(
                 f"cu_seqlens[{index + 1}]={stop} must be at least cu_seqlens[{index}]={start}: "
                 "sequences stand one behind the other."
             )
-    if ends[-1] != total_tokens:
+    if offsets[-1] != total_tokens:
         raise ValueError(
-            f"cu_seqlens[-1]={ends[-1]} must be {total_tokens}, the number of tokens in x."
+            f"cu_seqlens[-1]={offsets[-1]} must be {total_tokens}, the number of tokens in x."
         )
-    return [(a, b) for a, b in pairwise(ends) if b > a] or [(0, 0)]
+    return [(a, b) for a, b in pairwise(offsets) if b > a] or [(0, 0)]
 
 
 def _check_cache(cache: Cache, x: Tensor, layer: Layer, packed: bool) -> None:

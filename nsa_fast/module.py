@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa_fast.cache import Cache
-from nsa_fast.checks import check_flag, check_size
+from nsa_fast.checks import check_flag, check_size, check_stride_divides
 from nsa_fast.layer import NORM_EPS, Layer, native_sparse_attention
+from nsa_fast.pool import map_shapes
 from nsa_ref.semantics import BRANCHES, PAPER, PRESETS, Semantics
 
 #: Gate biases at first: the sliding branch is open, and the others learn beside it.
@@ -92,8 +93,11 @@ class NativeSparseAttention(nn.Module):
             backend=backend,
         )
         self.layer.as_run(self.num_mem_kv, own_choice=True)
-        _check_strides(self.layer)
         layer = self.layer
+        # at once, instead of at the first selection
+        check_stride_divides("selection_block_size", selection_block_size, layer.windows.stride)
+        if semantics.importance == "overlap":
+            check_stride_divides("compress_block_size", compress_block_size, layer.windows.stride)
         if semantics.input_norm:
             self.norm = nn.RMSNorm(model_dim, eps=NORM_EPS)
         self.to_q = nn.Linear(model_dim, q_heads * head_dim, bias=False)
@@ -163,18 +167,10 @@ class _CompressMap(nn.Module):
         super().__init__()
         size = layer.compress_block_size
         flat = size * dim
-        shapes: dict[str, tuple[int, ...]] = {}
-        if positions:
-            shapes["positions"] = (layer.kv_heads, size, dim)
-        if layer.compress_map == "linear":
-            shapes |= {"weight": (dim, flat), "bias": (dim,)}
-        if layer.compress_map == "linear_per_head":
-            shapes |= {"weight": (layer.kv_heads, dim, flat), "bias": (layer.kv_heads, dim)}
-        if layer.compress_map == "mlp":
-            shapes |= {"weight_in": (flat, flat), "bias_in": (flat,)}
-            shapes |= {"weight_out": (dim, flat), "bias_out": (dim,)}
+        shapes = map_shapes(layer.compress_map, layer.kv_heads, size, dim, hidden=flat)
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            if positions or name != "positions":
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self._bound = 1 / math.sqrt(flat)
         self.reset_parameters()
 
@@ -195,20 +191,3 @@ def _described(semantics: Semantics) -> str:
     switches = {field.name: getattr(semantics, field.name) for field in fields(semantics)}
     changed = {name: x for name, x in switches.items() if x != getattr(PAPER, name)}
     return f"replace(PAPER, {', '.join(f'{name}={x!r}' for name, x in changed.items())})"
-
-
-def _check_strides(layer: Layer) -> None:
-    """At once, instead of at the first selection."""
-    stride = layer.compress_block_sliding_stride
-    names = ["selection_block_size"]
-    if layer.semantics.importance == "overlap":
-        names.append("compress_block_size")
-    for name in names:
-        value = getattr(layer, name)
-        if value % stride:
-            near = max(value // stride, 1) * stride
-            raise ValueError(
-                f"{name}={value} must be a multiple of compress_block_sliding_stride={stride}: "
-                "eq. 9 counts the overlap of windows and blocks in whole strides. "
-                f"Try {near} or {near + stride}."
-            )

@@ -1,4 +1,4 @@
-"""Compressed keys or values from tokens: windows (C1) and the maps over them (C4)."""
+"""Compressed keys or values from tokens: the maps over windows (C4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_fast.checks import check_choice, check_size, check_tensor, without_autocast
+from nsa_fast.checks import check_choice, check_kind, check_tensor, without_autocast
+from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import PAPER, Semantics
 
 #: The weights that each map takes, besides "positions".
@@ -20,18 +21,22 @@ MAP_WEIGHTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def num_compress_blocks(
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    semantics: Semantics = PAPER,
-) -> int:
-    """Compressed blocks of kv_len tokens (C1): incomplete windows are dropped."""
-    if semantics.compress_alignment == "end":
-        return kv_len // compress_block_sliding_stride
-    if kv_len < compress_block_size:
-        return 0
-    return (kv_len - compress_block_size) // compress_block_sliding_stride + 1
+def map_shapes(
+    compress_map: str, kv_heads: int, compress_block_size: int, dim: int, hidden: int | str
+) -> dict[str, tuple[int | str, ...]]:
+    """Name and shape of every weight that a map takes, "positions" first."""
+    flat = compress_block_size * dim
+    per_head = (kv_heads,) if compress_map == "linear_per_head" else ()
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "positions": (kv_heads, compress_block_size, dim),
+        "weight": (*per_head, dim, flat),
+        "bias": (*per_head, dim),
+        "weight_in": (hidden, flat),
+        "bias_in": (hidden,),
+        "weight_out": (dim, hidden),
+        "bias_out": (dim,),
+    }
+    return {name: shapes[name] for name in ("positions", *MAP_WEIGHTS[compress_map])}
 
 
 def compress_pool(
@@ -69,33 +74,26 @@ def compress_pool(
     TypeError : something that is no tensor, or of another dtype than x
     """
     check_choice("compress_map", compress_map, tuple(MAP_WEIGHTS))
-    if not isinstance(semantics, Semantics):
-        raise TypeError(f"semantics={semantics!r} must be a nsa_ref.Semantics.")
-    size = check_size("compress_block_size", compress_block_size, 1)
-    stride = check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1)
+    check_kind(semantics)
+    windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
     check_tensor("x", x, ("batch", "kv_heads", "kv_len", "dim"))
-    weights = _checked_weights(dict(weights or {}), x, size, compress_map)
+    weights = _checked_weights(dict(weights or {}), x, windows.size, compress_map)
     with without_autocast(x.device):
-        return _pooled(x, weights, size, stride, compress_map, semantics)
+        return _pooled(x, weights, windows, compress_map)
 
 
 def _pooled(
-    x: Tensor,
-    weights: Mapping[str, Tensor],
-    size: int,
-    stride: int,
-    compress_map: str,
-    semantics: Semantics,
+    x: Tensor, weights: Mapping[str, Tensor], windows: Windows, compress_map: str
 ) -> Tensor:
     dtype = x.dtype
     if compress_map == "mean" and dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    windows = _windows(x, size, stride, semantics)
+    tokens = _tokens_of(windows, x)
     if "positions" in weights:
-        windows = windows + weights["positions"].to(windows.dtype)[:, None]
+        tokens = tokens + weights["positions"].to(tokens.dtype)[:, None]
     if compress_map == "mean":
-        return windows.mean(dim=-2).to(dtype)
-    flat = windows.flatten(-2)
+        return tokens.mean(dim=-2).to(dtype)
+    flat = tokens.flatten(-2)
     if compress_map == "linear":
         return F.linear(flat, weights["weight"], weights["bias"])
     if compress_map == "linear_per_head":
@@ -107,16 +105,13 @@ def _pooled(
     return F.linear(inner, weights["weight_out"], weights["bias_out"])
 
 
-def _windows(x: Tensor, size: int, stride: int, semantics: Semantics) -> Tensor:
+def _tokens_of(windows: Windows, x: Tensor) -> Tensor:
     """(batch, kv_heads, blocks, l, dim); zeros where a window begins before token 0."""
-    batch, heads, kv_len, dim = x.shape
-    blocks = num_compress_blocks(kv_len, size, stride, semantics)
+    blocks = windows.count(x.shape[2])
     if blocks == 0:
-        return x[:, :, :0, None].expand(batch, heads, 0, size, dim)
-    if semantics.compress_alignment == "end":
-        before = size - stride  # block 0 ends with token d - 1, so it begins l - d before token 0
-        x = F.pad(x, (0, 0, before, 0)) if before > 0 else x[:, :, -before:]
-    return x.unfold(2, size, stride)[:, :, :blocks].transpose(-1, -2)
+        return x[:, :, :0, None].expand(*x.shape[:2], 0, windows.size, x.shape[3])
+    x = from_token(x, windows.first_token(0))
+    return x.unfold(2, windows.size, windows.stride)[:, :, :blocks].transpose(-1, -2)
 
 
 def _checked_weights(
@@ -129,21 +124,11 @@ def _checked_weights(
             f"{list(wanted)}, and 'positions' if there are any."
         )
     heads, dim = x.shape[1], x.shape[3]
-    flat = size * dim
     hidden: int | str = "hidden"
     if compress_map == "mlp":
-        first = check_tensor("weights['weight_in']", weights["weight_in"], ("hidden", flat))
+        first = check_tensor("weights['weight_in']", weights["weight_in"], ("hidden", size * dim))
         hidden = first.shape[0]
-    per_head = (heads,) if compress_map == "linear_per_head" else ()
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "positions": (heads, size, dim),
-        "weight": (*per_head, dim, flat),
-        "bias": (*per_head, dim),
-        "weight_in": (hidden, flat),
-        "bias_in": (hidden,),
-        "weight_out": (dim, hidden),
-        "bias_out": (dim,),
-    }
+    shapes = map_shapes(compress_map, heads, size, dim, hidden)
     for name, weight in weights.items():
         check_tensor(f"weights[{name!r}]", weight, shapes[name])
         if weight.dtype != x.dtype:

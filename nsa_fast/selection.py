@@ -20,12 +20,14 @@ from nsa_fast.branches import default_scale
 from nsa_fast.checks import (
     check_alike,
     check_group,
+    check_kind,
     check_length,
     check_size,
+    check_stride_divides,
     check_tensor,
     without_autocast,
 )
-from nsa_fast.pool import num_compress_blocks
+from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
 #: Scores of one chunk of queries: 2**24 float32 are 64 MiB. On a CPU chunks that fit into its cache
@@ -38,14 +40,23 @@ PAD_LOGIT = -1e3
 
 
 class _Sizes(NamedTuple):
-    kv_len: int
-    size: int
-    stride: int
-    windows: int
-    block: int
-    blocks: int
-    initial: int
-    local: int
+    """What a choice depends on beside q and k_cmp."""
+
+    windows: Windows
+    num_windows: int
+    block_size: int
+    num_blocks: int
+    num_selected: int
+    num_initial: int
+    num_local: int
+
+    @property
+    def semantics(self) -> Semantics:
+        return self.windows.semantics
+
+    @property
+    def strides_per_block(self) -> int:
+        return self.block_size // self.windows.stride
 
 
 @_disable_dynamo
@@ -92,31 +103,27 @@ def select_blocks(
         selection_block_size or, for "overlap", compress_block_size
     TypeError : sizes that are no integers, dtypes that differ
     """
-    if not isinstance(semantics, Semantics):
-        raise TypeError(f"semantics={semantics!r} must be a nsa_ref.Semantics.")
+    check_kind(semantics)
     kv_len = check_length("kv_len", kv_len)
-    size = check_size("compress_block_size", compress_block_size, 1)
-    stride = check_size("compress_block_sliding_stride", compress_block_sliding_stride, 1)
-    block = check_size("selection_block_size", selection_block_size, 1)
+    windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
+    block_size = check_size("selection_block_size", selection_block_size, 1)
     sizes = _Sizes(
-        kv_len=kv_len,
-        size=size,
-        stride=stride,
-        windows=num_compress_blocks(kv_len, size, stride, semantics),
-        block=block,
-        blocks=-(-kv_len // block),
-        initial=check_size("num_initial_blocks", num_initial_blocks, 0),
-        local=check_size("num_local_blocks", num_local_blocks, 0),
+        windows=windows,
+        num_windows=windows.count(kv_len),
+        block_size=block_size,
+        num_blocks=-(-kv_len // block_size),
+        num_selected=check_size("num_selected_blocks", num_selected_blocks, 0),
+        num_initial=check_size("num_initial_blocks", num_initial_blocks, 0),
+        num_local=check_size("num_local_blocks", num_local_blocks, 0),
     )
-    n = check_size("num_selected_blocks", num_selected_blocks, 0)
-    _check_stride_divides("selection_block_size", sizes.block, sizes.stride)
+    check_stride_divides("selection_block_size", block_size, windows.stride)
     if semantics.importance == "overlap":
-        _check_stride_divides("compress_block_size", sizes.size, sizes.stride)
+        check_stride_divides("compress_block_size", windows.size, windows.stride)
     check_tensor("q", q, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
     check_size("the last axis of q", head_dim, 1)
     factor = default_scale(scale, q)
-    check_tensor("k_cmp", k_cmp, (batch, "kv_heads", sizes.windows, head_dim))
+    check_tensor("k_cmp", k_cmp, (batch, "kv_heads", sizes.num_windows, head_dim))
     kv_heads = k_cmp.shape[1]
     check_group(q_heads, kv_heads)
     if mem_k is None:
@@ -127,30 +134,31 @@ def select_blocks(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     columns = torch.cat([mem_k, k_cmp], dim=2).to(dtype).transpose(-1, -2)
     heads = kv_heads if semantics.share_selection else q_heads
-    chosen = torch.full((batch, heads, q_len, n), -1, dtype=torch.int64, device=q.device)
-    if chosen.numel() == 0 or sizes.blocks == 0:
+    shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)
+    chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
+    if chosen.numel() == 0 or sizes.num_blocks == 0:
         return chosen
     memory = mem_k.shape[2]
     columns = columns.flatten(0, 1)
-    slices = list(chunks(q, max(columns.shape[-1], sizes.blocks)))
+    slices = list(chunks(q, max(columns.shape[-1], sizes.num_blocks)))
     # taken once: pages that every chunk asks the system for cost as much as the softmax
     largest = batch * q_heads * slices[0].stop * columns.shape[-1]
     buffers = columns.new_empty(2, largest)
     with without_autocast(q.device):
         for rows in slices:
             first, last = rows.start + kv_len - q_len, rows.stop - 1 + kv_len - q_len
-            blocks, windows = _within_reach(last, sizes, semantics)
-            if blocks == 0:
+            num_blocks, num_windows = _within_reach(last, sizes)
+            if num_blocks == 0:
                 continue
             position = torch.arange(first, last + 1, device=q.device)
-            needed = memory + windows
+            needed = memory + num_windows
             # (batch, heads, heads that share, rows, memory and windows)
             shape = (batch, heads, q_heads // heads, len(position), needed)
             logits, p_cmp = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             part = q[:, :, rows].to(dtype).reshape(len(columns), -1, head_dim)
             product = logits.view(*part.shape[:2], needed)
             torch.bmm(part, columns[..., :needed], out=product).mul_(factor)
-            best = _best(logits, p_cmp, position, first, memory, blocks, sizes, semantics, n)
+            best = _best(sizes, logits, p_cmp, position, first, memory, num_blocks)
             chosen[:, :, rows, : best.shape[-1]] = best
     return chosen
 
@@ -164,53 +172,51 @@ def chunks(q: Tensor, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, q_len))
 
 
-def _within_reach(position: int, sizes: _Sizes, semantics: Semantics) -> tuple[int, int]:
+def _within_reach(position: int, sizes: _Sizes) -> tuple[int, int]:
     """Blocks that a query up to `position` can choose, and the windows that score them.
 
     All others are left out of everything: half of the work where nothing lies ahead.
     """
-    if not semantics.causal:
-        return sizes.blocks, sizes.windows
-    blocks = min(sizes.blocks, max(0, position // sizes.block + 1))
-    if semantics.importance == "overlap":
-        return blocks, _num_visible(position, sizes, semantics)
-    return blocks, min(sizes.windows, blocks * (sizes.block // sizes.stride))
+    if not sizes.semantics.causal:
+        return sizes.num_blocks, sizes.num_windows
+    blocks = min(sizes.num_blocks, max(0, position // sizes.block_size + 1))
+    if sizes.semantics.importance == "overlap":
+        return blocks, _num_seen(position, sizes)
+    return blocks, min(sizes.num_windows, blocks * sizes.strides_per_block)
 
 
-def _num_visible(position: int, sizes: _Sizes, semantics: Semantics) -> int:
-    """Windows that a query at `position` sees, the first ones, if causal (C2)."""
-    ended = position + (0 if semantics.compress_strict else 1) - _first_end(sizes, semantics)
-    return min(sizes.windows, max(0, -(-ended // sizes.stride)))
+def _num_seen(position: int, sizes: _Sizes) -> int:
+    """Windows that a query at `position` sees, if it is causal (C2)."""
+    return min(sizes.num_windows, max(0, sizes.windows.num_seen(position)))
 
 
 def _best(
+    sizes: _Sizes,
     logits: Tensor,
     p_cmp: Tensor,
     position: Tensor,
     first: int,
     memory: int,
-    blocks: int,
-    sizes: _Sizes,
-    semantics: Semantics,
-    n: int,
+    num_blocks: int,
 ) -> Tensor:
     """I4 to I6 for the rows from p = first on: (batch, heads, rows, at most n), -1 if unused.
 
     p_cmp : room for as many numbers as logits
     """
-    candidates, forced = _candidates(position, blocks, sizes, semantics)
-    # the columns before are visible to all rows: most of them, and so many fewer to mask
-    shown = _num_visible(first, sizes, semantics) if semantics.causal else 0
-    visible = _visible(position, slice(shown, logits.shape[-1] - memory), sizes, semantics)
+    semantics = sizes.semantics
+    candidates, forced = _candidates(position, num_blocks, sizes)
+    # all rows see the windows before: most of them, and so many fewer to mask
+    seen_by_all = _num_seen(first, sizes) if semantics.causal else 0
+    visible = _visible(position, slice(seen_by_all, logits.shape[-1] - memory), sizes)
     if semantics.importance == "overlap":
-        logits[..., memory + shown :].masked_fill_(~visible, -torch.inf)
+        logits[..., memory + seen_by_all :].masked_fill_(~visible, -torch.inf)
         torch.softmax(logits, dim=-1, out=p_cmp)
-        if memory + shown == 0:  # of a row that sees nothing the softmax is NaN
+        if memory + seen_by_all == 0:  # of a row that sees nothing the softmax is NaN
             p_cmp.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
-        scores = _overlap_scores(p_cmp[..., memory:], blocks, sizes, semantics)
+        scores = _overlap_scores(p_cmp[..., memory:], num_blocks, sizes)
         quantity, forced_rank = scores, torch.tensor(semantics.forced_score, dtype=scores.dtype)
     else:
-        visible = F.pad(visible, (shown, 0), value=True)
+        visible = F.pad(visible, (seen_by_all, 0), value=True)
         scores = _logit_means(logits[..., memory:], visible, candidates, sizes)
         padded = F.pad(scores, (1, 0), value=PAD_LOGIT)
         quantity = padded.softmax(dim=-1)[..., 1:]
@@ -223,7 +229,7 @@ def _best(
     # candidates stand before all others, whatever their scores: -inf becomes the least number
     ranked = ranked.nan_to_num(nan=torch.inf)
     ranked = torch.where(candidates, ranked, -torch.inf)
-    best = _highest(ranked, min(n, blocks))
+    best = _highest(ranked, min(sizes.num_selected, num_blocks))
     valid = candidates.expand_as(ranked).gather(-1, best)
     if semantics.score_floor is not None:
         valid = valid & (quantity.gather(-1, best) > semantics.score_floor)
@@ -245,63 +251,55 @@ def _highest(scores: Tensor, n: int) -> Tensor:
     return best.gather(-1, order)
 
 
-def _candidates(
-    position: Tensor, blocks: int, sizes: _Sizes, semantics: Semantics
-) -> tuple[Tensor, Tensor]:
+def _candidates(position: Tensor, num_blocks: int, sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Which blocks may be chosen, and which of them are forced: bool (rows, blocks)."""
-    block = torch.arange(blocks, device=position.device)
-    own = (position // sizes.block)[:, None]
-    candidates = torch.ones((len(position), blocks), dtype=torch.bool, device=block.device)
+    semantics = sizes.semantics
+    block = torch.arange(num_blocks, device=position.device)
+    own = (position // sizes.block_size)[:, None]
+    candidates = torch.ones((len(position), num_blocks), dtype=torch.bool, device=block.device)
     if semantics.causal:
-        candidates = block * sizes.block <= position[:, None]
+        candidates = block * sizes.block_size <= position[:, None]
     own_excluded = semantics.causal and semantics.own_block_extra
     if semantics.importance == "logit_mean":
-        strides = sizes.block // sizes.stride
-        candidates = candidates & (block < sizes.windows // strides)  # complete ones only
-        own_excluded = own_excluded or strides != 1
+        complete = sizes.num_windows // sizes.strides_per_block
+        candidates = candidates & (block < complete)
+        own_excluded = own_excluded or sizes.strides_per_block != 1
     if own_excluded:
         candidates = candidates & (block != own)
     if semantics.own_block_extra:
         return candidates, torch.zeros_like(candidates)
-    local = (block > own - sizes.local) & (block <= own)
-    return candidates, candidates & ((block < sizes.initial) | local)
+    local = (block > own - sizes.num_local) & (block <= own)
+    return candidates, candidates & ((block < sizes.num_initial) | local)
 
 
-def _visible(position: Tensor, windows: slice, sizes: _Sizes, semantics: Semantics) -> Tensor:
-    """C2: bool (rows, windows)."""
-    if not semantics.causal:
-        return (position >= 0)[:, None].expand(-1, windows.stop - windows.start)
-    last = torch.arange(windows.start, windows.stop, device=position.device) * sizes.stride
-    last = last + _first_end(sizes, semantics)
-    return last < position[:, None] if semantics.compress_strict else last <= position[:, None]
+def _visible(position: Tensor, blocks: slice, sizes: _Sizes) -> Tensor:
+    """C2: bool (rows, blocks)."""
+    if not sizes.semantics.causal:
+        return (position >= 0)[:, None].expand(-1, blocks.stop - blocks.start)
+    block = torch.arange(blocks.start, blocks.stop, device=position.device)
+    return sizes.windows.seen_from(block) <= position[:, None]
 
 
-def _first_end(sizes: _Sizes, semantics: Semantics) -> int:
-    """The last token of window 0 (C1)."""
-    return (sizes.size if semantics.compress_alignment == "start" else sizes.stride) - 1
-
-
-def _overlap_scores(p_cmp: Tensor, blocks: int, sizes: _Sizes, semantics: Semantics) -> Tensor:
+def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:
     """Eq. 9 and 10: (batch, heads, rows, blocks)."""
-    p_cmp, windows = p_cmp.sum(dim=2), p_cmp.shape[-1]
+    p_cmp, num_windows = p_cmp.sum(dim=2), p_cmp.shape[-1]
     # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n for windows that start at i d, and over
     # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
-    per_block, per_window = sizes.block // sizes.stride, sizes.size // sizes.stride
-    before = per_window - 1 if semantics.compress_alignment == "start" else 0
-    total_strides = blocks * per_block
-    after = total_strides + per_window - 1 - before - windows
+    per_block, per_window = sizes.strides_per_block, sizes.windows.size // sizes.windows.stride
+    before = per_window - 1 if sizes.semantics.compress_alignment == "start" else 0
+    total_strides = num_blocks * per_block
+    after = total_strides + per_window - 1 - before - num_windows
     padded = F.pad(p_cmp, (before, after))
     over_windows = padded[..., :total_strides].clone()
     for n in range(1, per_window):
         over_windows += padded[..., n : n + total_strides]
-    return over_windows.unflatten(-1, (blocks, per_block)).sum(dim=-1)
+    return over_windows.unflatten(-1, (num_blocks, per_block)).sum(dim=-1)
 
 
 def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Sizes) -> Tensor:
     """I3: (batch, heads, rows, blocks), -inf where a block is no candidate."""
-    strides = sizes.block // sizes.stride
-    blocks = candidates.shape[-1]
-    complete = min(logits.shape[-1] // strides, blocks)
+    strides, num_blocks = sizes.strides_per_block, candidates.shape[-1]
+    complete = min(logits.shape[-1] // strides, num_blocks)
     logits = logits[..., : complete * strides].masked_fill(~visible[:, : complete * strides], 0)
     terms = logits.shape[2] * strides
     total = logits.sum(dim=2).unflatten(-1, (complete, strides)).sum(dim=-1)
@@ -309,15 +307,5 @@ def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Si
     hidden = 1 - shown.to(total.dtype) / strides
     # the share of invisible ones times their logit: the plain sum would overflow
     means = total / terms + hidden * (torch.finfo(total.dtype).min / 10)
-    means = F.pad(means, (0, blocks - complete), value=-torch.inf)
+    means = F.pad(means, (0, num_blocks - complete), value=-torch.inf)
     return means.masked_fill(~candidates, -torch.inf)
-
-
-def _check_stride_divides(name: str, size: int, stride: int) -> None:
-    if size % stride:
-        near = max(size // stride, 1) * stride
-        raise ValueError(
-            f"{name}={size} must be a multiple of compress_block_sliding_stride={stride}: eq. 9 "
-            f"counts the overlap of windows and blocks in whole strides. Try {near} or "
-            f"{near + stride}."
-        )

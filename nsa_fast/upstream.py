@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nsa_fast import block_lists, block_masks, mask_mods
+from nsa_fast import block_masks
 from nsa_fast.block_lists import count_blocks
 from nsa_fast.checks import MAX_LENGTH, check_flag, check_indices, check_length, check_size
 from nsa_fast.flex import padded
-from nsa_fast.mask_mods import PAST_THE_END
-from nsa_ref.semantics import LUCIDRAINS_FLEX
+from nsa_fast.windows import Windows
+from nsa_ref.semantics import LUCIDRAINS_FLEX, Semantics
 
 BLOCK_SIZE = (128, 128)
 
@@ -57,14 +58,13 @@ def create_sliding_mask(
             "there are blocks. Try nsa_fast.sliding_attention, whose lists are as wide as the "
             "window."
         )
-    semantics = dataclasses.replace(LUCIDRAINS_FLEX, causal=check_flag("causal", causal))
     block_mask = block_masks.sliding_block_mask(
         seq_len,
         seq_len,
         window_size,
-        semantics,
-        block_size=BLOCK_SIZE,
+        flex_semantics(causal),
         device=default_device(device),
+        block_size=BLOCK_SIZE,
     )
     return printable(block_mask)
 
@@ -108,13 +108,12 @@ def create_compress_mask(
     block_mask = block_masks.compress_block_mask(
         seq_len,
         kv_seq_len,
-        stride,
         mem_kv_len,
+        # l is not known, and does not matter: windows are aligned at their end
+        Windows(stride, stride, flex_semantics(causal)),
         offset=0,
-        first_end=stride,  # its last token is stride - 1, and it is visible a step later
-        causal=check_flag("causal", causal),
-        block_size=BLOCK_SIZE,
         device=default_device(device),
+        block_size=BLOCK_SIZE,
     )
     return printable(block_mask)
 
@@ -143,43 +142,23 @@ def create_fine_mask(
     """
     seq_len = check_length("seq_len", seq_len)
     fine_block_size = check_size("fine_block_size", fine_block_size, 1, MAX_LENGTH)
-    causal = check_flag("causal", causal)
+    semantics = flex_semantics(causal)
 
     def mask(selected_block_indices: Tensor, num_grouped_queries: int = 1) -> BlockMask:
         indices = check_indices(
             "selected_block_indices", selected_block_indices, ("batch", "kv_heads", seq_len, "n")
         )
         group = check_size("num_grouped_queries", num_grouped_queries, 1, MAX_LENGTH)
-        ahead = 0 if causal else PAST_THE_END
-        chosen = block_lists.chosen_blocks(
-            indices,
-            kv_len=seq_len,
-            block_size=fine_block_size,
-            offset=0,
-            ahead=ahead,
-            own_block=causal,
-        )
-        lists = block_lists.tiled_lists(
-            chosen, q_len=seq_len, q_block_size=BLOCK_SIZE[0], kv_block_size=BLOCK_SIZE[1]
-        )
-        lists = block_lists.BlockLists(*(part.repeat_interleave(group, dim=1) for part in lists))
-        table, shape = block_lists.word_table(chosen)
-        mask_mod = mask_mods.fine_mask_mod(
-            f"fine_{fine_block_size}",
-            table=table,
-            shape=shape,
-            offset=0,
-            ahead=ahead,
-            block_size=fine_block_size,
-            rows_per_token=1,
-            heads_per_choice=group,
-            kv_len=seq_len,
-        )
-        return block_lists.to_block_mask(
-            lists, mask_mod, q_len=seq_len, kv_len=seq_len, block_size=BLOCK_SIZE
+        return block_masks.tiled_fine_block_mask(
+            indices, fine_block_size, semantics, heads_per_choice=group, block_size=BLOCK_SIZE
         )
 
     return mask
+
+
+def flex_semantics(causal: Any) -> Semantics:
+    """The conventions of all three; TypeError unless causal is a bool."""
+    return dataclasses.replace(LUCIDRAINS_FLEX, causal=check_flag("causal", causal))
 
 
 def default_device(device: torch.device | str | None) -> torch.device:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nsa_fast.layer
-from nsa_fast import Cache, adapter, block_lists, block_masks, mask_mods
+from nsa_fast import Cache, adapter, block_lists, block_masks
 from nsa_fast.block_lists import BlockLists, Crowded
 from nsa_fast.checks import MAX_LENGTH
 from nsa_fast.layer import Layer
@@ -349,10 +349,10 @@ WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_mor
 
 PredicateWrong = _build(
     "mask_mod wrong",
-    (mask_mods, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
-    (mask_mods, "compress_mask_mod", _adding(first_end=-1)),  # a token too early
-    (mask_mods, "fine_mask_mod", _adding(ahead=1)),  # the key after p
-    (mask_mods, "named_mask_mod", _adding(ahead=1)),
+    (block_masks, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
+    (block_masks, "compress_mask_mod", _adding(first_seen=-1)),  # a token too early
+    (block_masks, "fine_mask_mod", _adding(ahead=1)),  # the key after p
+    (block_masks, "named_mask_mod", _adding(ahead=1)),
 )
 
 ListsTooShort = _build("lists one short", (block_lists, "to_block_mask", _with_lists(_one_short)))

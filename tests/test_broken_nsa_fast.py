@@ -41,7 +41,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 import nsa_fast.adapter  # noqa: E402
 from broken_nsa_fast import BROKEN_CACHES, BUILDS, in_place, layer_with  # noqa: E402
-from nsa_fast import block_lists, block_masks, mask_mods  # noqa: E402
+from nsa_fast import block_lists, block_masks  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
@@ -273,10 +273,10 @@ def test_a_broken_build_leaves_nothing_behind() -> None:
     """What is patched is patched back, also when the call raises."""
     places = [
         (block_masks, "sliding_block_mask"),
-        (mask_mods, "sliding_mask_mod"),
-        (mask_mods, "compress_mask_mod"),
-        (mask_mods, "fine_mask_mod"),
-        (mask_mods, "named_mask_mod"),
+        (block_masks, "sliding_mask_mod"),
+        (block_masks, "compress_mask_mod"),
+        (block_masks, "fine_mask_mod"),
+        (block_masks, "named_mask_mod"),
         (block_lists, "to_block_mask"),
         (block_lists, "transposed"),
         (block_lists, "crowded_columns"),

@@ -31,9 +31,11 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from nsa_fast import block_lists, block_masks, branches, crowded, flex, selection  # noqa: E402
+from nsa_fast import block_lists, block_masks, crowded, flex, layouts, selection  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
+from nsa_fast.layouts import FineLayout  # noqa: E402
 from nsa_fast.pool import MAP_WEIGHTS  # noqa: E402
+from nsa_fast.windows import Windows  # noqa: E402
 
 BRANCHES = ("sliding", "compress", "fine")
 
@@ -281,12 +283,27 @@ def test_compiled_on_a_cpu_runs_without_gradients_if_none_are_recorded() -> None
 # --- layouts for a GPU, run by the eager operator -------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [FineLayout(3, 4, 5, 8), FineLayout(2, 2, 4, 4)])
+def test_a_layout_has_a_way_back(layout: FineLayout) -> None:
+    """With empty rows and columns, which are zeros, and without; the last block is short."""
+    q, k = torch.randn(2, 2 * layout.heads_per_choice, 7, 3), torch.randn(2, 2, 11, 3)
+    rows, columns = layout.token_major(q), layout.spread(k)
+    assert rows.shape == (2, 2, 7 * layout.rows_per_token, 3)
+    assert columns.shape == (2, 2, layout.num_columns(11), 3)
+    assert torch.equal(layout.head_major(rows), q)
+    assert torch.equal(layout.gathered(columns.mT, 11).mT, k)
+    for laid_out, given in ((rows, q), (columns, k)):
+        assert int((laid_out != 0).sum()) == given.numel()
+
+
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_rows_added_for_tensor_cores_change_nothing(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert branches.fine_tile(group, 4, torch.device("cuda"), "compiled") == (16, 16)
-    monkeypatch.setattr(branches, "fine_tile", lambda *sizes: (16, 4))
+    layout = layouts.fine_layout(group, 4, torch.device("cuda"), "compiled")
+    assert layout == FineLayout(group, 16, 4, 16)
+    rows_alone = layout._replace(columns_per_block=4)
+    monkeypatch.setattr(layouts, "fine_layout", lambda *sizes: rows_alone)
     case = replace(q_heads=2 * group)
     assert_forward(NsaFastEager(), "fine", case)
     assert_backward(NsaFastEager(), "fine", case)
@@ -298,24 +315,23 @@ def test_columns_added_for_tensor_cores_change_nothing(
     block_size: int, edge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Triton is handed, read by its lists: eager FlexAttention would ask the predicate."""
-    tile, attend = branches.fine_tile, flex.attend
+    layout, attend = layouts.fine_layout, flex.attend
 
-    def as_listed(*args: Any, **how: Any) -> Any:
-        name, q, k, v, build = args
+    def as_listed(
+        name: str, q: Any, k: Any, v: Any, mask: Any, crowded_columns: Any, **how: Any
+    ) -> Any:
+        assert mask.seq_lengths == (q.shape[2], k.shape[2])
+        cells = block_mask_readings(mask, *mask.seq_lengths)["kv lists"]
+        # one more row and column, which lengths below 2 are lengthened by
+        seen = torch.as_tensor(np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 2)))) != 0
+        mask = flex._with(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j])
+        return attend(name, q, k, v, mask, crowded_columns, **(how | {"backend": "eager"}))
 
-        def block_mask(q_lists: bool) -> Any:
-            mask, crowded_columns = build(q_lists)
-            assert mask.seq_lengths == (q.shape[2], k.shape[2])
-            cells = block_mask_readings(mask, *mask.seq_lengths)["kv lists"]
-            # one more row and column, which lengths below 2 are lengthened by
-            seen = torch.as_tensor(np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 2)))) != 0
-            return flex._with(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j]), crowded_columns
+    def on_cuda(heads: int, block_size: int, _: Any, backend: str) -> FineLayout:
+        return layout(heads, block_size, torch.device("cuda"), backend)
 
-        return attend(name, q, k, v, block_mask, **(how | {"backend": "eager"}))
-
-    cuda = torch.device("cuda")
     monkeypatch.setattr(flex, "resolve_backend", lambda *_: "compiled")
-    monkeypatch.setattr(branches, "fine_tile", lambda rows, size, _, on: tile(rows, size, cuda, on))
+    monkeypatch.setattr(layouts, "fine_layout", on_cuda)
     monkeypatch.setattr(flex, "attend", as_listed)
     case = replace(selection_block_size=block_size, **EDGES[edge])
     assert_forward(NsaFastEager(), "fine", case)
@@ -326,10 +342,12 @@ def test_columns_added_for_tensor_cores_change_nothing(
 @pytest.mark.parametrize("block_size", [1, 4, 10, 16, 20, 48, 64, 128])
 def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
     device = torch.device("cuda")
-    tile = branches.fine_tile(rows, block_size, device, "compiled")
+    layout = layouts.fine_layout(rows, block_size, device, "compiled")
+    tile = layout.rows_per_token, layout.columns_per_block
     options = flex.kernel_options(tile, device)
     assert options is not None and tile[0] >= rows and tile[1] >= block_size
-    assert branches.fine_tile(rows, block_size, device, "eager") == (rows, block_size)
+    eager = layouts.fine_layout(rows, block_size, device, "eager")
+    assert eager == FineLayout(rows, rows, block_size, block_size)
     for name, of in (("fwd_BLOCK_M", 0), ("fwd_BLOCK_N", 1), ("bwd_BLOCK_M1", 0),
                      ("bwd_BLOCK_N1", 1), ("bwd_BLOCK_M2", 0), ("bwd_BLOCK_N2", 1)):  # fmt: skip
         assert options[name] >= 16 and tile[of] % options[name] == 0
@@ -339,7 +357,7 @@ def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
 
 def test_tokens_on_a_gpu_are_in_blocks_that_every_triton_tile_divides() -> None:
     device = torch.device("cuda")
-    assert branches.token_block_size(device) == (128, 128)
+    assert block_masks.token_block_size(device) == (128, 128)
     # any tile does; one kernel, whatever the length
     assert flex.kernel_options((128, 128), device) == {"FORCE_USE_FLEX_ATTENTION": True}
     assert flex.kernel_options((128, 128), torch.device("cpu")) is None
@@ -617,7 +635,7 @@ def test_a_backward_gets_transposed_lists(monkeypatch: pytest.MonkeyPatch) -> No
         return q, q[..., 0]
 
     monkeypatch.setattr(flex, "_compiled", stub)
-    monkeypatch.setattr(branches.flex, "resolve_backend", lambda *call: "compiled")
+    monkeypatch.setattr(flex, "resolve_backend", lambda *call: "compiled")
     call()()
     call(q=torch.zeros(1, 4, 8, 4, requires_grad=True))()
     call(v=torch.zeros(1, 2, 8, 3, requires_grad=True))()
@@ -652,21 +670,15 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
     expected = nsa_ref.attention.attend_vjp(*wide, mask, *d_wide)
 
     rows = case.q_heads // heads
+    layout = FineLayout(rows, rows, 4, 4)
     block_mask, found = block_masks.fine_block_mask(
-        62,
-        torch.as_tensor(indices),
-        4,
-        semantics,
-        rows_per_token=rows,
-        columns_per_block=4,
-        complete=True,
+        62, torch.as_tensor(indices), layout, semantics, complete=True
     )
     assert found is not None and found.left_out.sum(1).tolist() == [1, 2]
     kind = getattr(torch, dtype)
     q, k, v, d_out, d_lse = (torch.as_tensor(array).to(kind) for array in (*wide, *d_wide))
-    q = branches._token_major(q, heads, rows)
-    d_out = branches._token_major(d_out, heads, rows)
-    d_lse = branches._token_major(d_lse[..., None], heads, rows)[..., 0].float()
+    q, d_out = layout.token_major(q), layout.token_major(d_out)
+    d_lse = layout.token_major(d_lse[..., None])[..., 0].float()
     scale = case.head_dim**-0.5
     out, lse = flex._eager(q, k, v, block_mask, scale)
     leaves = [tensor.detach().requires_grad_() for tensor in (k, v, out, lse)]
@@ -918,7 +930,7 @@ def test_a_chunk_leaves_out_nothing_that_its_rows_can_choose(
     generator = torch.Generator().manual_seed(0)
     for q_len, kv_len in ((50, 50), (7, 50), (50, 41), (9, 3)):
         q = torch.randn(1, 2, q_len, 5, generator=generator, dtype=torch.float64)
-        windows = nsa_fast.pool.num_compress_blocks(kv_len, 4, 2, semantics)
+        windows = Windows(4, 2, semantics).count(kv_len)
         k_cmp, mem_k = (
             torch.randn(1, 1, length, 5, generator=generator, dtype=torch.float64)
             for length in (windows, 2)

@@ -24,9 +24,11 @@ from torch.nn.attention.flex_attention import BlockMask  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from nsa_fast import block_lists, block_masks, branches, mask_mods, upstream  # noqa: E402
+from nsa_fast import block_lists, block_masks, upstream  # noqa: E402
 from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E402
 from nsa_fast.crowded import visible_cells  # noqa: E402
+from nsa_fast.layouts import FineLayout  # noqa: E402
+from nsa_fast.windows import Windows  # noqa: E402
 
 CPU = torch.device("cpu")
 NOT_CAUSAL = dataclasses.replace(PAPER, causal=False)
@@ -155,11 +157,17 @@ def test_compress_masks_of_any_size_and_block_size(
     own_strides: bool,
 ) -> None:
     expected = nsa_ref.masks.compress_mask(q_len, kv_len, size, stride, memory, semantics)
+    windows = Windows(size, stride, semantics)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branches, "token_block_size", lambda device: block_size)
         patch.setattr(block_lists, "OWN_STRIDES", own_strides)
-        block_mask = branches.compress_branch_mask(
-            q_len, kv_len, size, stride, memory, semantics, device=CPU
+        block_mask = block_masks.compress_block_mask(
+            q_len,
+            windows.count(kv_len),
+            memory,
+            windows,
+            offset=kv_len - q_len,
+            device=CPU,
+            block_size=block_size,
         )
         assert_reads(block_mask, expected)
 
@@ -194,39 +202,24 @@ def test_fine_masks_of_any_size_and_tile(
 ) -> None:
     rng = np.random.default_rng(seed)
     indices = strange_indices(rng, (int(rng.integers(0, 3)), 2, q_len, n), -(-kv_len // block_size))
+    columns_per_block = block_size if complete else block_size + empty_columns
+    layout = FineLayout(rows_per_token, rows_per_token, block_size, columns_per_block)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_lists, "CROWDED", most)
         block_mask, crowded = block_masks.fine_block_mask(
-            kv_len,
-            torch.as_tensor(indices),
-            block_size,
-            semantics,
-            rows_per_token=rows_per_token,
-            columns_per_block=block_size if complete else block_size + empty_columns,
-            complete=complete,
+            kv_len, torch.as_tensor(indices), layout, semantics, complete=complete
         )
-    expected = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
-    expected = expected.repeat(rows_per_token, axis=2)
-    if empty_columns and not complete:
-        blocks = -(-kv_len // block_size)
-        behind = [(0, 0)] * 3
-        expected = np.pad(expected, [*behind, (0, blocks * block_size - kv_len)])
-        expected = expected.reshape(*expected.shape[:3], blocks, block_size)
-        expected = np.pad(expected, [*behind, (0, 0), (0, empty_columns)])
-        expected = expected.reshape(*expected.shape[:3], blocks * (block_size + empty_columns))
-    assert_reads(block_mask, expected, crowded, complete)
+    cells = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
+    expected = np.zeros((*cells.shape[:3], layout.num_columns(kv_len)), cells.dtype)
+    key = np.arange(kv_len)
+    expected[..., key // block_size * columns_per_block + key % block_size] = cells
+    assert_reads(block_mask, expected.repeat(rows_per_token, axis=2), crowded, complete)
 
 
 def test_more_blocks_than_one_word_of_the_table_holds() -> None:
     indices = np.array([[[[0, 31, 32, 63, 64, 69]] * 70]])
     block_mask, crowded = block_masks.fine_block_mask(
-        70,
-        torch.as_tensor(indices),
-        1,
-        PAPER,
-        rows_per_token=1,
-        columns_per_block=1,
-        complete=True,
+        70, torch.as_tensor(indices), FineLayout(1, 1, 1, 1), PAPER, complete=True
     )
     assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, 1, indices, 1, PAPER), crowded)
 
@@ -427,13 +420,7 @@ def test_fine_lists_of_16k_tokens_grow_with_tokens_times_n() -> None:
     indices = torch.randint(0, tokens // block_size, (1, 1, tokens, n))
     with Largest() as largest:
         block_mask, _ = block_masks.fine_block_mask(
-            tokens,
-            indices,
-            block_size,
-            PAPER,
-            rows_per_token=16,
-            columns_per_block=block_size,
-            complete=False,
+            tokens, indices, FineLayout(16, 16, block_size, block_size), PAPER, complete=False
         )
     # the transposes may be that many times as large as the lists
     assert largest.elements <= block_lists.CROWDED * tokens * n
@@ -456,14 +443,15 @@ def test_sliding_lists_of_a_million_tokens_are_as_wide_as_the_window() -> None:
 def test_compress_lists_of_a_million_tokens_grow_with_the_tokens(num_mem_kv: int) -> None:
     """What all rows walk the beginning of is stored once, and the rest is as narrow as a window."""
     tokens = 2**20
+    windows = Windows(32, 16, PAPER)
+    blocks = windows.count(tokens)
     with Largest() as largest:
-        block_mask = branches.compress_branch_mask(
-            tokens, tokens, 32, 16, num_mem_kv, PAPER, device=torch.device("cpu")
+        block_mask = block_masks.compress_block_mask(
+            tokens, blocks, num_mem_kv, windows, offset=0, device=CPU, block_size=(16, 16)
         )
-    rows, _ = branches.token_block_size(torch.device("cpu"))
-    assert largest.elements <= 8 * tokens // rows
+    assert largest.elements <= 8 * tokens // 16
     assert block_mask.full_kv_indices is not None
-    assert block_mask.full_kv_indices.shape[3] == -(-(num_mem_kv + tokens // 16 - 1) // 16)
+    assert block_mask.full_kv_indices.shape[3] == -(-(num_mem_kv + blocks) // 16)
 
 
 def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:
@@ -505,7 +493,7 @@ def test_transposed_lists_are_of_one_width_only_for_the_torch_that_needs_it(
     monkeypatch.setattr(block_lists, "CROWDED", 64)
     indices = torch.zeros(1, 1, 64, 1, dtype=torch.int64)  # all see block 0: whole, but for 3
     block_mask, crowded = block_masks.fine_block_mask(
-        64, indices, 4, PAPER, rows_per_token=1, columns_per_block=4, complete=True
+        64, indices, FineLayout(1, 1, 4, 4), PAPER, complete=True
     )
     assert crowded is None
     assert block_mask.q_indices.shape[3] == (3 if own_strides else 61)
@@ -530,10 +518,8 @@ def test_transposed_lists_stay_narrow_where_every_token_sees_the_initial_block()
         block_mask, crowded = block_masks.fine_block_mask(
             tokens,
             papers_choice(tokens, block_size, n),
-            block_size,
+            FineLayout(4, 4, block_size, block_size),
             PAPER,
-            rows_per_token=4,
-            columns_per_block=block_size,
             complete=False,
         )
         assert crowded is not None
@@ -643,7 +629,7 @@ def broken_lists(build: Callable[..., Any]) -> Callable[..., Any]:
     ("module", "builder", "plant", "wrong_parts"),
     [
         (block_masks, "sliding_block_mask", broken_window, {"mask_mod", "kv lists", "q lists"}),
-        (mask_mods, "sliding_mask_mod", broken_mask_mod, {"mask_mod", "kv lists", "q lists"}),
+        (block_masks, "sliding_mask_mod", broken_mask_mod, {"mask_mod", "kv lists", "q lists"}),
         (block_lists, "interval_lists", broken_lists, {"kv lists", "q lists"}),
         (block_lists, "transposed", broken_lists, {"q lists"}),
     ],
