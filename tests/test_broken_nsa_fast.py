@@ -44,8 +44,10 @@ from broken_nsa_fast import BROKEN_CACHES, BUILDS, in_place, layer_with  # noqa:
 from nsa_fast import block_lists, block_masks  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
+from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
-from nsa_ref.testing.running import Options, message, run_property  # noqa: E402
+from nsa_ref.testing.running import run_property  # noqa: E402
+from nsa_ref.testing.wording import message  # noqa: E402
 from test_nsa_fast_cache import RUN, Decoding  # noqa: E402
 
 #: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU

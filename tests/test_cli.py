@@ -20,8 +20,9 @@ from nsa_ref.testing import Case, Implementation, OracleImplementation, cli, rep
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.lattice import EDGES
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
-from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.running import run_property
 from port_zoo import SlidingMask
 
 HERE = Path(__file__).parent
@@ -273,7 +274,11 @@ def test_a_seed_is_the_cases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "branch", "words"),
     [
-        ("port_zoo:SlidingMask", "selection", "nothing of mask could be judged: select is not"),
+        (
+            "port_zoo:SlidingMask",
+            "selection",
+            "nothing of mask could be judged: not offered: s",
+        ),
         ("port_zoo:Refuses", "sliding", "it is Sunday"),
         ("port_zoo:DiesInWorkers", "sliding", "not in the workers"),
     ],
@@ -298,7 +303,7 @@ def test_a_replay_that_decides_nothing_is_no_pass(place: Path) -> None:
     (place / "case.json").write_text(json.dumps(data))
     done = nsa_ref("replay", "case.json", "port_zoo:SlidingMask")
     assert done.returncode == COULD_NOT_RUN
-    assert "sliding is not offered" in done.stderr
+    assert "not offered: sliding" in done.stderr
 
 
 def test_a_case_of_ones_own_is_tried_on_the_properties_that_are_about_such_cases(
@@ -323,11 +328,12 @@ def record(**changes: Any) -> dict[str, Any]:
         "implementation": "port [0, 0]",
         "device": "cpu",
         "cases": 3,
-        "inconclusive": 0,
+        "inconclusive": {},
         "ambiguous": 0,
-        "not_offered": 0,
+        "undecided": 0,
+        "not_offered": {},
+        "not_tried": {},
         "budget_used": None,
-        "reasons": {},
         "edges": {},
         "refused_edges": {},
         "finding": None,
@@ -342,7 +348,8 @@ def shown(records: list[dict[str, Any]], **more: Any) -> str:
 
 
 def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
-    text = shown([record(inconclusive=12345, ambiguous=12345, not_offered=123, cases=0)])
+    unlucky = {"inconclusive": {"no power": 12345}, "not_offered": {"lse": 123}}
+    text = shown([record(**unlucky, ambiguous=12345, cases=0)])
     assert "port [0, 0] on cpu" in text
     assert "inconclusive" in text and "\u2026" not in text
     assert max(map(len, text.split("edges not reached")[0].splitlines())) <= 80
@@ -351,13 +358,14 @@ def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
 def test_what_is_not_offered_names_the_method_and_the_implementation() -> None:
     text = shown(
         [
-            record(cases=0, not_offered=1, reasons={"gradients of fine are not offered": 1}),
-            record(not_offered=2, reasons={"not offered: lse of fine": 2}),
-            record(implementation="other"),
+            record(cases=0, not_offered={"gradients of fine": 1}),
+            record(not_offered={"lse of fine": 2}, inconclusive={"no power": 1}),
+            record(implementation="other", not_tried={"long sequences": 1}),
         ]
     )
     assert "not offered by port [0, 0]: gradients of fine; lse of fine (2 cases)\n" in text
     assert "by other" not in text
+    assert "not tried with other: long sequences\n" in text
 
 
 def test_properties_that_came_to_no_end_are_no_pass() -> None:

@@ -16,19 +16,14 @@ import numpy as np
 import pytest
 
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation, conformance_suite, running
+from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
+from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.running import (
-    CONVENTION,
-    Options,
-    Record,
-    announced,
-    lost,
-    message,
-    run_property,
-    running_folder,
-)
+from nsa_ref.testing.running import run_property
+from nsa_ref.testing.verdicts import Record
+from nsa_ref.testing.wording import message
 from port_zoo import (
     BadRefusal,
     OneKeyFewer,
@@ -45,9 +40,9 @@ EXPOSED = PROPERTIES["W1_sliding_mask_as_exposed"]
 
 
 @pytest.fixture
-def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the plugin's workers: a KeyboardInterrupt cannot come from the keyboard."""
-    monkeypatch.setattr(running, "_deaf", lambda: True)
+    monkeypatch.setattr(judging, "ignores_ctrl_c", lambda: True)
 
 
 def judged(implementation: Implementation, folder: Path, **options: Any) -> Record:
@@ -57,7 +52,7 @@ def judged(implementation: Implementation, folder: Path, **options: Any) -> Reco
 
 @pytest.mark.parametrize("error", exceptions(), ids=lambda error: type(error).__name__)
 def test_whatever_a_method_raises_is_a_finding(
-    error: BaseException, tmp_path: Path, deaf: None
+    error: BaseException, tmp_path: Path, no_ctrl_c: None
 ) -> None:
     """Also what would skip a test or end the run; and the case is made small."""
     found = judged(Raises(error), tmp_path).finding
@@ -70,7 +65,7 @@ def test_whatever_a_method_raises_is_a_finding(
 
 
 def test_ctrl_c_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_deaf", lambda: False)
+    monkeypatch.setattr(judging, "ignores_ctrl_c", lambda: False)
     with pytest.raises(KeyboardInterrupt):
         judged(Raises(KeyboardInterrupt()), tmp_path)
 
@@ -164,7 +159,7 @@ def test_the_message_has_its_order(tmp_path: Path) -> None:
             "smallest case: Case(",
             "expected",
             "replay: nsa-ref replay ",
-            CONVENTION,
+            "This may be a difference of convention: ",
         )
     ]
     assert places == sorted(places)
@@ -190,14 +185,14 @@ def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
         ("", "it ended its process (a crash, an abort or an exit)"),
         (
             "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call "
-            f'first):\n  File "/port.py", line 3 in sliding\n  File "{running.__file__}", '
+            f'first):\n  File "/port.py", line 3 in sliding\n  File "{last_words.__file__}", '
             "line 9 in run\n",
             'Segmentation fault\n  at "/port.py", line 3 in sliding',
         ),
         (
             "Timeout (0:00:02)!\nThread 0x2 (most recent call first):\n"
             '  File "/threading.py", line 1 in wait\n\nThread 0x1 (most recent call first):\n'
-            f'  File "/port.py", line 4 in fine\n  File "{running.__file__}", line 9 in run\n',
+            f'  File "/port.py", line 4 in fine\n  File "{last_words.__file__}", line 9 in run\n',
             'it hangs: no answer after 2 s\n  at "/port.py", line 4 in fine',
         ),
     ],
@@ -211,18 +206,19 @@ def test_the_case_that_took_its_worker_down_is_what_is_reported(
     case = Case(q_len=3, kv_len=5)
     with announced(EXPOSED, SlidingMask(), Options(findings=tmp_path, timeout=2.0), case):
         pass
-    folder = running_folder(tmp_path, "run")
+    folder = folder_of_run(tmp_path, "run")
     (folder / "gw7.trace").write_text(trace)
-    record, text = lost(f"test_{EXPOSED.name}_mask", "gw7", "run", tmp_path)
+    asked = ("gw7", "run", tmp_path)
+    record = finding_of_dead_worker(f"test_{EXPOSED.name}_mask", *asked)
     assert record is not None and record.finding is not None
     assert Case.from_json(record.finding["case"]) == case
+    text = message(record.finding)
     assert words in text and f"case: {case}" in text
     assert not (folder / "gw7.json").exists()
     # and a second death, outside of any case, blames nobody
-    record, text = lost(f"test_{EXPOSED.name}_mask", "gw7", "run", tmp_path)
+    record = finding_of_dead_worker(f"test_{EXPOSED.name}_mask", *asked)
     assert record is not None and record.finding is None and record.cases == 0
-    assert "outside of any case" in text
-    assert lost("test_something_else", "gw7", "run", tmp_path) == (None, "")
+    assert finding_of_dead_worker("test_something_else", *asked) is None
 
 
 # --- the suite ------------------------------------------------------------------------------------

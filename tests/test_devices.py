@@ -23,9 +23,12 @@ from nsa_ref.numerics import NUMERICS  # noqa: E402
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, OracleImplementation, devices  # noqa: E402
 from nsa_ref.testing.case import DTYPES  # noqa: E402
+from nsa_ref.testing.last_words import timeout_of  # noqa: E402
+from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
-from nsa_ref.testing.running import Options, Record, _time, run_property  # noqa: E402
+from nsa_ref.testing.running import run_property  # noqa: E402
 from nsa_ref.testing.strategies import far_lengths, large_sizes  # noqa: E402
+from nsa_ref.testing.verdicts import Record  # noqa: E402
 from standin_gpu import (  # noqa: E402
     CountsCompilations,
     IllegalAccess,
@@ -103,8 +106,8 @@ def test_without_a_worker_to_end_nothing_more_is_tried_on_that_device(
     after = judged("C2_compress_mask_as_exposed", port, tmp_path)
     assert after.finding is None
     assert after.cases == 0
-    (reason,) = after.reasons
-    assert reason.startswith("not tried: standin:0 was lost to this process (CUDA error")
+    (reason,) = after.not_tried
+    assert reason.startswith("standin:0 was lost to this process (CUDA error")
     assert judged("W1_sliding_mask_as_read", OracleImplementation(), tmp_path).cases > 0
 
 
@@ -276,7 +279,7 @@ def test_the_definition_passes_large_tensors(
     name = f"A3_{branch}_large_tensors_backward" if backward else f"A1_{branch}_large_tensors"
     record = judged(name, port, tmp_path)
     assert record.finding is None, record.finding["text"]
-    assert record.cases + record.inconclusive == 1
+    assert record.cases + record.inconclusive.total() == 1
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
@@ -335,7 +338,7 @@ def test_large_tensors_keep_to_the_limits(
     record = judged("A1_sliding_large_tensors", port, tmp_path)
     assert record.finding is None, record.finding["text"]
     assert record.cases == (not said)
-    assert all(said in reason for reason in record.reasons)
+    assert all(said in reason for reason in record.not_tried)
     for case in seen:
         assert all(getattr(case, field) in allowed for field, allowed in limits.items())
 
@@ -388,8 +391,8 @@ def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
 
 def test_large_tensors_wait_for_a_gpu_with_room(tmp_path: Path) -> None:
     record = judged("A1_sliding_large_tensors", OracleImplementation(), tmp_path)
-    (reason,) = record.reasons
-    assert reason == ("not tried: tensors beyond 2^31 elements, which take a GPU with 64 GiB free")
+    (reason,) = record.not_tried
+    assert reason == "tensors beyond 2^31 elements, which take a GPU with 64 GiB free"
     for port in (OracleImplementation(), NsaFastCompiled("cuda")):
         sizes = large_sizes(port)
         assert sizes is not None
@@ -441,7 +444,7 @@ def test_long_sequences_keep_to_the_limits(
     assert record.finding is None
     assert bool(record.cases) == bool(lengths)
     if not lengths:
-        assert dict(record.reasons) == {"not tried: long sequences, which its limits exclude": 1}
+        assert record.not_tried == {"long sequences, which its limits exclude": 1}
 
 
 LONG = 300
@@ -570,5 +573,5 @@ def test_warm_compiles_each_kind_once_and_then_judges(place: Path) -> None:
 def test_a_case_in_the_interpreter_may_take_longer():
     """A gradient's read-out of some 130 keys takes a minute there, on a machine of its own."""
     prop = PROPERTIES["A3_sliding_mask_as_read_backward"]
-    times = [_time(prop, device, 120.0) for device in ("cpu", "cuda", "interpreter")]
+    times = [timeout_of(prop, device, 120.0) for device in ("cpu", "cuda", "interpreter")]
     assert times == [120.0, 120.0, 600.0]

@@ -44,9 +44,10 @@ from nsa_ref.semantics import LUCIDRAINS  # noqa: E402
 from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
 from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
+from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
 from nsa_ref.testing.properties.common import gradient_bounds  # noqa: E402
-from nsa_ref.testing.running import Options, run_property  # noqa: E402
+from nsa_ref.testing.running import run_property  # noqa: E402
 
 #: Why nothing can be run here, if nothing can.
 MISSING = interpreter.missing()

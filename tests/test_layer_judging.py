@@ -10,8 +10,9 @@ import pytest
 
 from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.running import run_property
 
 #: Those that set up more than they draw.
 SET_UP = (

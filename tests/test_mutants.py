@@ -11,8 +11,9 @@ from layer_in_steps import LayerInSteps
 from mutants import AnotherOrder, Kernel, Selector
 from nsa_ref.testing import Implementation
 from nsa_ref.testing.mutants import ZOO
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.running import run_property
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -11,8 +11,9 @@ import torch
 from nsa_ref.testing import cli
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.running import run_property
 
 ROOT = Path(__file__).parents[1]
 README, COMMAND, FAST_PATH = (

@@ -17,8 +17,8 @@ from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.lattice import EDGES, VISIBLE, Edge, edges
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.running import Options
 from nsa_ref.testing.strategies import (
     ABOUT,
     GROUP_SIZES,

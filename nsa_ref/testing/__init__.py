@@ -7,7 +7,7 @@ from nsa_ref.testing.implementation import (
     OracleImplementation,
     TorchImplementation,
 )
-from nsa_ref.testing.running import conformance_suite
+from nsa_ref.testing.suites import conformance_suite
 
 __all__ = [
     "Attention",

@@ -26,13 +26,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa_ref.testing.branches import BRANCHES
-from nsa_ref.testing.case import DTYPES, Case, load_case
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version, try_loading
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import compiled, graphs, show, to_json
+from nsa_ref.testing.wording import reasons
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -40,8 +42,8 @@ HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 LOADING_TIMEOUT = 120.0
 
 
-#: So many workers may die one after the other before they have judged anything.
-STILLBORN = 3
+#: So many workers may die one after the other, none of which has judged anything.
+IDLE_DEATHS = 3
 
 
 class Collector:
@@ -53,7 +55,7 @@ class Collector:
         self.findings: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.interrupted = False
-        self._stillborn = 0
+        self._idle_deaths = 0
         self._progress = Progress(
             TextColumn("{task.description:46}", markup=False),
             BarColumn(),
@@ -75,7 +77,7 @@ class Collector:
         """One property is done, or died with its worker."""
         properties: Any = dict(report.user_properties)
         if "nsa_ref_warm" in properties and report.when == "call":
-            self._stillborn = 0
+            self._idle_deaths = 0
             self.warmed.append(properties["nsa_ref_warm"])
             self._progress.update(self._task, advance=1, description="compiling what will be run")
             return
@@ -98,8 +100,8 @@ class Collector:
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """Workers that die before they judge anything would be replaced for ever."""
         if error:
-            self._stillborn += 1
-            if self._stillborn > STILLBORN:
+            self._idle_deaths += 1
+            if self._idle_deaths > IDLE_DEATHS:
                 self.errors.append(
                     "the worker processes die before they have judged anything: loading the "
                     "implementation works in one process and not in the workers"
@@ -116,7 +118,7 @@ class Collector:
             NodeManager.EXIT_TIMEOUT = 1
 
     def _add(self, record: dict[str, Any]) -> None:
-        self._stillborn = 0
+        self._idle_deaths = 0
         self.records.append(record)
         if record["finding"] is not None:
             self.findings.append(record["finding"])
@@ -240,16 +242,15 @@ def _check_complete(collector: Collector, names: str) -> None:
         more = len(collector.errors) - 1
         raise CannotRun(collector.errors[0] + (f" (and {more} more like it)" if more else ""))
     if not any(record["cases"] for record in collector.records):
-        reasons = dict.fromkeys(r for record in collector.records for r in record["reasons"])
-        why = "; ".join(reasons) or "no case was tried"
-        raise CannotRun(f"nothing of {names} could be judged: {why}")
+        why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
+        raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
 
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
     """Run one saved case again, with the property that it broke."""
     started = time.monotonic()
     path = Path(arguments.case)
-    case, data = _read_case(path)
+    case, data = _read(path)
     spec = arguments.implementation or data.get("spec")
     if not spec:
         raise CannotRun(
@@ -307,7 +308,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the definition's masks of a case, in the terminal or into a PNG."""
     path = Path(arguments.case)
-    case, _ = _read_case(path)
+    case, _ = _read(path)
     if not case.batch:
         raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
     masks = {}
@@ -424,16 +425,9 @@ def _own_pytest() -> Iterator[None]:
             os.environ.update(before)
 
 
-def _read_case(path: Path) -> tuple[Case, dict[str, Any]]:
+def _read(path: Path) -> tuple[Case, Finding]:
     try:
-        text = path.read_text()
-        data = json.loads(text)
-        if not isinstance(data, dict):
-            raise ValueError("it must hold a JSON object")
-        for name in ("spec", "property", "implementation", "device"):
-            if not isinstance(data.get(name, ""), str):
-                raise ValueError(f"{name}={data[name]!r} must be a text")
-        return load_case(text), data
+        return read_finding(path)
     except FileNotFoundError:
         raise CannotRun(f"there is no file {path}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:

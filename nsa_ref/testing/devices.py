@@ -26,7 +26,7 @@ class Device:
     longest : tokens of the longest sequence that is tried; attention on a CPU may be dense
     many : elements beyond which an offset does not fit into 32 bits
     heads_probed : of a group in the backward read-out, where every head is a call of its own
-    patience : so many times the time of another device may be taken by a case
+    time_factor : a case may take so many times as long as on another device
     """
 
     share = 1.0
@@ -34,7 +34,7 @@ class Device:
     longest = 1024
     many = 2**31
     heads_probed = 4
-    patience = 1
+    time_factor = 1
 
     def __init__(self, name: str) -> None:
         """name : as torch writes it, for instance "cuda:1"."""
@@ -144,7 +144,7 @@ class Interpreter(Device):
     share = 1 / 10
     shortest = 16
     heads_probed = 1
-    patience = 5
+    time_factor = 5
 
     def describe(self) -> str:
         return "Triton's interpreter, as sm_90"

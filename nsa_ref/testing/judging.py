@@ -1,8 +1,11 @@
-"""Running one property on one case, and finding the clause that is to blame."""
+"""Judging one case: what a property says of it, which clause is to blame, and who failed."""
 
 from __future__ import annotations
 
 import dataclasses
+import signal
+import traceback
+from pathlib import Path
 
 from nsa_ref.testing.branches import (
     BRANCHES,
@@ -11,7 +14,8 @@ from nsa_ref.testing.branches import (
     Raised,
 )
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
+from nsa_ref.testing.loading import one_line
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.properties.masks import forward_mask
 from nsa_ref.testing.strategies import fresh_seeds
@@ -25,10 +29,31 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     A wrong value whose case also shows a wrong mask is the mask's fault, and reported as such,
     with both masks side by side. A suspicion counts if three fresh seeds all show it again.
 
+    Code under test may raise what no test expects: SystemExit, pytest.skip, an error out of an
+    array that it returned. Whose fault such an exception is, the oracle says: if it gets through
+    the same case, the judge is able to, and the implementation is at fault.
+
     Raises
     ------
     Broken, Inconclusive, NotOffered
     """
+    try:
+        return _ask(prop, implementation, case)
+    except (Broken, NotOffered, Inconclusive):
+        raise
+    except Raised as error:
+        where = "" if error.__cause__ is None else _where(error.__cause__)
+        raise Broken(prop.clause, f"the implementation failed: {error}{where}") from error
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not ignores_ctrl_c():
+            raise  # the user's
+        if isinstance(error, Exception) and not _oracle_can(prop, case):
+            raise
+        text = f"the implementation failed: {one_line(error)}{_where(error)}"
+        raise Broken(prop.clause, text) from error
+
+
+def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     if reason := implementation.supports(case):
         raise NotOffered(reason)
     try:
@@ -39,8 +64,6 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
                 raise Broken(prop.clause, f"{outcome.suspicion} (and with 3 fresh seeds)")
             outcome = dataclasses.replace(outcome, budget=None, suspicion="")
         return outcome
-    except Raised as error:
-        raise Broken(prop.clause, f"the implementation failed: {error}") from error
     except Broken as broken:
         values = broken.clause in ("A1", "A2", "A3", "A5")
         if values and prop.branch in BRANCH_NAMES and not prop.extent:
@@ -55,3 +78,27 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
         forward_mask(branch, branch.mask_clause(case))(implementation, case)
     except (Raised, Inconclusive, NotOffered):
         return
+
+
+def _oracle_can(prop: Property, case: Case) -> bool:
+    """Whether the property gets to an answer when the definition itself is asked."""
+    try:
+        _ask(prop, OracleImplementation(), case)
+    except (Broken, NotOffered, Inconclusive, Raised):
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def ignores_ctrl_c() -> bool:
+    """This process does not react to Ctrl-C (see plugin.py): a KeyboardInterrupt is no user's."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def _where(error: BaseException) -> str:
+    """The line of the adapter that raised, and the innermost one, below the message."""
+    here = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
+    lines = [f"\n  at {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
+    return "".join(dict.fromkeys([*lines[:1], *lines[-1:]]))

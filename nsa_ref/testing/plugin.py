@@ -131,8 +131,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from nsa_ref.testing.branches import BRANCHES
     from nsa_ref.testing.case import DTYPES, load_case
     from nsa_ref.testing.loading import DEVICES, CannotRun, load, resolve_device
+    from nsa_ref.testing.options import Options
     from nsa_ref.testing.profiles import LEVELS
-    from nsa_ref.testing.running import Options
 
     known = {
         "--device": DEVICES,
@@ -164,7 +164,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # workers may run in another directory
         findings=Path(config.getoption("--findings")).absolute(),
         timeout=config.getoption("--case-timeout"),
-        last_words=True,
+        traces=True,
     )
     if _distributes(config):
         # inherited by the workers, where NumPy reads it before this file is there
@@ -211,28 +211,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
     """A property whose worker died is reported with the case that did it."""
-    from nsa_ref.testing.running import lost
+    from nsa_ref.testing.last_words import finding_of_dead_worker
+    from nsa_ref.testing.wording import message
 
-    node = report.node
-    record, text = lost(
-        crashitem.rpartition("::")[2],
-        node.gateway.id,
-        node.workerinput["testrunuid"],
-        node.config.nsa_ref_options.findings,
-    )
+    node, test = report.node, crashitem.rpartition("::")[2]
+    folder = node.config.nsa_ref_options.findings
+    run = node.workerinput["testrunuid"]
+    record = finding_of_dead_worker(test, node.gateway.id, run, folder)
     if record is not None:
-        report.longrepr = text
+        report.longrepr = (
+            f"{test}: its worker process died outside of any case"
+            if record.finding is None
+            else message(record.finding)
+        )
         report.user_properties.append(("nsa_ref", record.to_json()))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The workers' last words are needed no more."""
-    from nsa_ref.testing.running import forget_running
+    """What the workers left to be read by `pytest_handlecrashitem` is needed no more."""
+    from nsa_ref.testing.last_words import remove_folder_of_run
 
     if _distributes(session.config):
         findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]
-        forget_running(findings, session.config.option.testrunuid)
+        remove_folder_of_run(findings, session.config.option.testrunuid)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

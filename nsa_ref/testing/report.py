@@ -16,7 +16,7 @@ from rich.text import Text
 
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
-from nsa_ref.testing.running import message
+from nsa_ref.testing.wording import message, reasons
 
 SCHEMA = "nsa-ref-report-1"
 
@@ -33,18 +33,21 @@ COLOURS = {
 class Clause:
     """A clause's verdict.
 
-    cases : decided ones; inconclusive, ambiguous (rows) and not_offered are counted beside them
-    missing : properties that were asked for and never came to an end
+    cases, budget_used, inconclusive, ambiguous, undecided, not_offered, not_tried : as in a
+        `Record`, over all properties
+    missing : properties that were asked for and came to no end, of `asked_for`
     """
 
     id: str
     cases: int = 0
     budget_used: float | None = None
-    inconclusive: int = 0
+    inconclusive: Counter[str] = field(default_factory=Counter)
     ambiguous: int = 0
-    not_offered: int = 0
+    undecided: int = 0
+    not_offered: Counter[str] = field(default_factory=Counter)
+    not_tried: Counter[str] = field(default_factory=Counter)
     missing: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    asked_for: int = 0
     broken: bool = False
 
     @property
@@ -67,11 +70,23 @@ class Clause:
             "verdict": self.verdict,
             "cases": self.cases,
             "budget_used": self.budget_used,
-            "inconclusive": self.inconclusive,
+            "inconclusive": self.inconclusive.total(),
             "ambiguous": self.ambiguous,
-            "not_offered": self.not_offered,
-            "reason": "; ".join(self.reasons),
+            "not_offered": self.refused,
+            "reason": "; ".join([*self.unfinished, *reasons(vars(self))]),
         }
+
+    @property
+    def refused(self) -> int:
+        """Cases, or whole properties, that were not offered or not tried."""
+        return self.not_offered.total() + self.not_tried.total()
+
+    @property
+    def unfinished(self) -> list[str]:
+        """A sentence about the missing properties, if there are any."""
+        if not self.missing:
+            return []
+        return [f"{self.missing} of {self.asked_for} properties came to no end"]
 
 
 def clauses(
@@ -90,21 +105,20 @@ def clauses(
         asked.setdefault(finding["clause"], Clause(finding["clause"])).broken = True
     for name, count in asked_for.items():
         ended = [r for r in records if r["clause"] == name and not r.get("lost")]
-        asked[name].missing = missing = count - len(ended)
-        if missing:
-            asked[name].reasons[f"{missing} of {count} properties came to no end"] += 1
+        asked[name].asked_for, asked[name].missing = count, count - len(ended)
     for record in records:
         clause = asked[record["clause"]]
         found = record["finding"]
         # what another clause is to blame for says nothing about this one
         elsewhere = found is not None and found["clause"] != clause.id
         clause.cases += 0 if elsewhere else record["cases"]
-        clause.inconclusive += record["inconclusive"] + elsewhere
         clause.ambiguous += record["ambiguous"]
-        clause.not_offered += record["not_offered"]
-        clause.reasons.update(record["reasons"])
+        clause.undecided += record["undecided"]
+        clause.inconclusive.update(record["inconclusive"])
+        clause.not_offered.update(record["not_offered"])
+        clause.not_tried.update(record["not_tried"])
         if elsewhere:
-            clause.reasons[f"{record['name']}: see {found['clause']}"] += 1
+            clause.inconclusive[f"{record['name']}: see {found['clause']}"] += 1
         if record["budget_used"] is not None and not elsewhere:
             clause.budget_used = max(clause.budget_used or 0.0, record["budget_used"])
     for finding in findings:
@@ -214,9 +228,9 @@ def show(
             Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict]),
             str(clause.cases),
             "" if clause.budget_used is None else f"{clause.budget_used:.3f}",
-            str(clause.inconclusive or ""),
+            str(clause.inconclusive.total() or ""),
             str(clause.ambiguous or ""),
-            str(clause.not_offered or ""),
+            str(clause.refused or ""),
         )
     console.print()
     console.print(table)
@@ -249,35 +263,22 @@ def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
     """Who does not offer what, and why a clause could not be decided."""
     lines = []
     for name in dict.fromkeys(record["implementation"] for record in records):
-        absent: Counter[str] = Counter()
-        untried: dict[str, None] = {}
-        whole = set()
-        for record in records:
-            if record["implementation"] != name or not record["not_offered"]:
-                continue
-            for reason, count in record["reasons"].items():
-                if reason.startswith("inconclusive: "):
-                    continue
-                if reason.startswith("not tried: "):
-                    untried[reason.removeprefix("not tried: ")] = None
-                    continue
-                plain = _plain(reason)
-                absent[plain] += count
-                if not record["cases"]:
-                    whole.add(plain)
+        own = [record for record in records if record["implementation"] == name]
+        absent = sum((Counter(record["not_offered"]) for record in own), Counter[str]())
+        whole = {what for record in own if not record["cases"] for what in record["not_offered"]}
         if absent:
-            what = (
-                reason if reason in whole else f"{reason} ({count} cases)"
-                for reason, count in sorted(absent.items())
+            counted = (
+                what if what in whole else f"{what} ({count} cases)"
+                for what, count in sorted(absent.items())
             )
-            lines.append(f"not offered by {name}: {'; '.join(what)}")
-        if untried:
+            lines.append(f"not offered by {name}: {'; '.join(counted)}")
+        if untried := dict.fromkeys(why for record in own for why in record["not_tried"]):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
         if clause.verdict == "inconclusive":
-            why = "; ".join(reason.removeprefix("inconclusive: ") for reason in clause.reasons)
+            why = "; ".join([*clause.unfinished, *clause.inconclusive])
             lines.append(f"{clause.id} inconclusive: {why}")
     return lines
 
@@ -290,11 +291,3 @@ def _alike(findings: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         key = (finding["implementation"], finding["clause"], re.sub(r"[-+.\d]+", "#", first_line))
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
-
-
-def _plain(reason: str) -> str:
-    return (
-        reason.removeprefix("not offered: ")
-        .removesuffix(" is not offered")
-        .removesuffix(" are not offered")
-    )

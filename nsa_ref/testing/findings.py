@@ -1,0 +1,94 @@
+"""Findings: a broken case as data, kept in a file, read again for its replay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from nsa_ref.testing.case import Case, load_case
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import Property
+
+#: A finding as it is kept: what `described` gives, what is broken, and where it is kept.
+Finding = dict[str, Any]
+
+
+def described(
+    prop: Property, implementation: Implementation, options: Options, case: Case
+) -> Finding:
+    """What a replay needs to know."""
+    return {
+        "property": prop.name,
+        "clause": prop.clause,
+        "spec": options.spec or _spec(implementation),
+        "implementation": implementation.name,
+        "device": implementation.device,
+        "timeout": options.timeout,
+        "case": case.to_json(),
+    }
+
+
+def _spec(implementation: Implementation) -> str:
+    """How a replay can name an implementation that a test file made: by its class, if it can."""
+    cls = type(implementation)
+    module = sys.modules.get(cls.__module__)
+    if module is None or getattr(module, cls.__qualname__, None) is not cls:
+        return ""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def save_finding(finding: Finding, folder: Path) -> Finding:
+    """Write a finding into the folder; adds `file` and `replay`."""
+    # an exception's message may hold what no terminal can print
+    finding["text"] = finding["text"].encode(errors="replace").decode()
+    # a crash while a broken case is made smaller is a finding of its own
+    ended = [finding["ended"]] if "ended" in finding else []
+    name = "-".join((finding["clause"], finding["property"], finding["implementation"], *ended))
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    path = folder / f"{name}.json"
+    # a finding names its implementation itself, unless nothing can find its class again
+    spec = "" if finding["spec"] else " MODULE:OBJECT"
+    finding |= {"file": str(path), "replay": f"nsa-ref replay {shlex.quote(str(path))}{spec}"}
+    write_json(path, finding)
+    return finding
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON in one step: a process that dies meanwhile leaves no half of a file."""
+    text = json.dumps(data, indent=1) + "\n"
+    half = path.with_suffix(".half")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another worker removed the empty folder
+            half.write_text(text)
+            half.replace(path)
+            return
+
+
+def read_finding(path: Path) -> tuple[Case, Finding]:
+    """A case and what its file says besides, which is nothing if it was written by hand.
+
+    Raises
+    ------
+    OSError, ValueError, TypeError, KeyError : the file holds no case
+    """
+    text = path.read_text()
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError("it must hold a JSON object")
+    for name in ("spec", "property", "implementation", "device"):
+        if not isinstance(data.get(name, ""), str):
+            raise ValueError(f"{name}={data[name]!r} must be a text")
+    return load_case(text), data
+
+
+def remove_if_empty(*folders: Path) -> None:
+    """Remove those folders that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

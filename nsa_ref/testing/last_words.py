@@ -1,0 +1,159 @@
+"""What a worker process leaves behind when it dies: its case, and where it was.
+
+A case is written to a file of the worker's own before it is launched, so that a crash, an abort or
+a hang is a finding with its case (`finding_of_dead_worker`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.devices import device_of
+from nsa_ref.testing.findings import Finding, described, remove_if_empty, save_finding, write_json
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.verdicts import Record
+
+#: A case with tensors of more than 2^31 elements may take so many times as long as another one;
+#: most of that time is the judge's.
+LARGE_TIME_FACTOR = 5
+
+
+def worker_id() -> str | None:
+    """The pytest-xdist worker that this process is, if it is one."""
+    return os.environ.get("PYTEST_XDIST_WORKER")
+
+
+def folder_of_run(findings: Path, run: str) -> Path:
+    """Where the workers of one run write which case they are about to launch."""
+    return findings / "running" / run
+
+
+def _own_folder(options: Options) -> Path:
+    return folder_of_run(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
+
+
+@contextlib.contextmanager
+def announced(
+    prop: Property, implementation: Implementation, options: Options, case: Case
+) -> Iterator[None]:
+    """Write the case down before it is launched; end this worker if it takes too long.
+
+    Only in a worker process: the run's own process must not be ended. The file stays until
+    `withdraw`, because a crash may come a little later than its cause.
+    """
+    worker = worker_id()
+    if worker is None:
+        yield
+        return
+    folder = _own_folder(options)
+    write_json(folder / f"{worker}.json", described(prop, implementation, options, case))
+    trace = _trace_file(folder / f"{worker}.trace") if options.traces else sys.__stderr__
+    assert trace is not None
+    seconds = timeout_of(prop, implementation.device, options.timeout)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def timeout_of(prop: Property, device: str, timeout: float) -> float:
+    """Seconds that a case of this property may take on this device."""
+    large = LARGE_TIME_FACTOR if prop.extent == "large" else 1
+    return timeout * device_of(device).time_factor * large
+
+
+_trace_files: dict[Path, TextIO] = {}
+
+
+def _trace_file(path: Path) -> TextIO:
+    """The file into which Python writes where it was when it died; open until then."""
+    if path not in _trace_files:
+        _trace_files[path] = path.open("w")
+        faulthandler.enable(file=_trace_files[path])
+    return _trace_files[path]
+
+
+def withdraw(options: Options) -> None:
+    """Remove this worker's announcement: its property is done."""
+    if (worker := worker_id()) is None:
+        return
+    folder = _own_folder(options)
+    (folder / f"{worker}.json").unlink(missing_ok=True)
+    remove_if_empty(folder, folder.parent, options.findings)
+
+
+def end_worker(finding: Finding, options: Options) -> NoReturn:
+    """End this worker, whose device is lost; another one takes over, on a device that answers.
+
+    `finding_of_dead_worker` reports the finding from what is written here.
+    """
+    path = _own_folder(options) / f"{worker_id()}.json"
+    write_json(path, finding | {"ended": "device"})
+    os._exit(1)
+
+
+def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> Record | None:
+    """What became of a property whose worker died.
+
+    test : the name of its test function
+    returns : None if the test is no property's; a record without a finding if the worker died
+        outside of any case, which is nobody's fault that could be proved
+    """
+    name = test.removeprefix("test_")
+    known = [p for p in PROPERTIES if name == p or name.startswith(f"{p}_")]
+    if not known:
+        return None
+    prop = PROPERTIES[max(known, key=len)]
+    record = Record(
+        name=prop.name, clause=prop.clause, branch=prop.branch, implementation="", device=""
+    )
+    folder = folder_of_run(findings, run)
+    path, trace = folder / f"{worker}.json", folder / f"{worker}.trace"
+    if not path.exists():
+        return record
+    finding = json.loads(path.read_text())
+    path.unlink()
+    if "ended" not in finding:
+        last_words = trace.read_text(errors="replace") if trace.exists() else ""
+        if last_words.startswith("Timeout"):
+            seconds = timeout_of(prop, finding["device"], finding["timeout"])
+            finding["ended"], text = "hang", f"it hangs: no answer after {seconds:g} s"
+        else:
+            finding["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
+            if last_words.startswith("Fatal Python error"):
+                text += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
+        finding["text"] = f"the implementation failed: {text}{_frames(last_words)}"
+    finding["worst"] = {}
+    record.implementation, record.device = finding["implementation"], finding["device"]
+    record.cases = 1
+    record.finding = save_finding(finding, findings)
+    return record
+
+
+def _frames(last_words: str) -> str:
+    """The innermost lines of the thread that ran the case, up to the judge's own."""
+    here = str(Path(__file__).parent)
+    for thread in last_words.split("\n\n"):
+        frames = [line for line in thread.splitlines() if line.startswith("  File")]
+        ours = [i for i, line in enumerate(frames) if here in line]
+        if ours:
+            return "".join(f"\n  at{f.removeprefix('  File')}" for f in frames[: ours[0]][:4])
+    return ""
+
+
+def remove_folder_of_run(findings: Path, run: str) -> None:
+    """Remove what the workers of a finished run left, and folders that hold nothing then."""
+    shutil.rmtree(folder_of_run(findings, run), ignore_errors=True)
+    remove_if_empty(findings / "running", findings)

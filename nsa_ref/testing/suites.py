@@ -1,0 +1,161 @@
+"""Properties as pytest tests: a suite that judges implementations, and one that warms them up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nsa_ref.testing.branches import BRANCHES, Branch
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.last_words import announced, withdraw
+from nsa_ref.testing.loading import check_declarations
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.running import generate, is_asked, run_property
+from nsa_ref.testing.wording import message, reasons
+
+
+def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..., None]]:
+    """Test functions for a port's own test file, one per property and implementation.
+
+    ::
+
+        from nsa_ref.testing import conformance_suite
+        from my_port.nsa_adapter import MyPort
+        globals().update(conformance_suite(MyPort()))
+
+    Raises
+    ------
+    TypeError : an argument that is no `Implementation` instance
+    TypeError, ValueError : what it declares makes no sense, or two have the same name
+    """
+    tests: dict[str, Callable[..., None]] = {}
+    for implementation in implementations:
+        if not isinstance(implementation, Implementation):
+            raise TypeError(
+                f"conformance_suite takes instances of nsa_ref.testing.Implementation, not "
+                f"{implementation!r}. Try conformance_suite(MyPort())."
+            )
+    check_declarations(implementations)
+    # one implementation after the other: workers begin with long runs of tests, and what one of
+    # them compiles is in the cache when another comes to it
+    for implementation in implementations:
+        for prop in PROPERTIES.values():
+            name = f"test_{prop.name}"
+            if len(implementations) > 1:
+                name += f"_{_identifier(implementation.name)}"
+            tests[name] = _judging_test(name, prop, implementation)
+    return tests
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _judging_test(
+    name: str, prop: Property, implementation: Implementation
+) -> Callable[[pytest.FixtureRequest], None]:
+    def test(request: pytest.FixtureRequest) -> None:
+        record = run_property(prop, implementation, _options(request))
+        request.node.user_properties.append(("nsa_ref", record.to_json()))
+        if record.finding is not None:
+            pytest.fail(message(record.finding), pytrace=False)
+        if not record.cases:
+            # neither a pass nor a failure, and pytest has one word for that
+            why = ", ".join(reasons(record.to_json())) or "no case was decided"
+            pytest.skip(f"{prop.clause}: {why}")
+
+    test.__name__ = test.__qualname__ = name
+    test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
+    test.nsa_ref_branch = prop.branch  # type: ignore[attr-defined]
+    test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
+    test.nsa_ref_implementation = implementation.name  # type: ignore[attr-defined]
+    return test
+
+
+def _options(request: pytest.FixtureRequest) -> Options:
+    return getattr(request.config, "nsa_ref_options", None) or Options()
+
+
+def warming_suite(*implementations: Implementation) -> dict[str, Callable[..., None]]:
+    """Test functions that compile what `conformance_suite` will run, and judge nothing.
+
+    One for each branch, dtype and direction of each implementation: no two compile the same.
+    """
+    tests: dict[str, Callable[..., None]] = {}
+    for implementation in implementations:
+        for branch in BRANCHES:
+            for backward in (False, True):
+                offers = implementation.offers_vjp if backward else implementation.offers
+                if not offers(branch.name):
+                    continue
+                for dtype in implementation.numerics:
+                    direction = "backward" if backward else "forward"
+                    parts = ("test_warm", branch.name, direction, dtype, implementation.name)
+                    name = _identifier("_".join(parts))
+                    tests[name] = _warming_test(name, implementation, branch, backward, dtype)
+    return tests
+
+
+def _warming_test(
+    name: str, implementation: Implementation, branch: Branch, backward: bool, dtype: str
+) -> Callable[[pytest.FixtureRequest], None]:
+    def test(request: pytest.FixtureRequest) -> None:
+        options = _options(request)
+        if options.dtypes and dtype not in options.dtypes:
+            pytest.skip(f"{dtype} is not asked for")
+        before = Counter(implementation.compile_counts())
+        failed = 0
+        for prop, case in _one_case_a_graph(implementation, branch, backward, dtype, options):
+            try:
+                with announced(prop, implementation, options, case):
+                    inputs = branch.inputs(case)
+                    if backward:
+                        branch.backward(implementation, case, inputs, *case.upstream_gradients())
+                    else:
+                        branch.forward(implementation, case, inputs)
+            except NotOffered:
+                continue
+            except Exception:  # what goes wrong here goes wrong again before the judge
+                failed += 1
+        withdraw(options)
+        counts = Counter(implementation.compile_counts()) - before
+        if failed:
+            counts["cases that failed"] = failed
+        data = {"implementation": implementation.name, "compiled": dict(counts)}
+        request.node.user_properties.append(("nsa_ref_warm", data))
+
+    test.__name__ = test.__qualname__ = name
+    test.nsa_ref_branch = branch.name  # type: ignore[attr-defined]
+    return test
+
+
+def _one_case_a_graph(
+    implementation: Implementation, branch: Branch, backward: bool, dtype: str, options: Options
+) -> list[tuple[Property, Case]]:
+    """A case like those that will be judged for every kind of graph.
+
+    An implementation compiles one graph for each value of what it has limits on, but for lengths;
+    and one for each length of a long sequence.
+    """
+    fields = [f for f in implementation.limits if f not in ("q_len", "kv_len", "group_size")]
+    kinds: dict[tuple[Any, ...], tuple[Property, Case]] = {}
+
+    def keep(case: Case) -> None:
+        if case.batch and case.q_len and implementation.supports(case) is None:
+            sizes = (case.q_len, case.kv_len, case.num_selected_blocks) if prop.extent else ()
+            kind = (case.semantics, *sizes, *(getattr(case, field) for field in fields))
+            kinds.setdefault(kind, (prop, case))
+
+    asked = dataclasses.replace(options, dtypes=(dtype,))
+    for prop in PROPERTIES.values():
+        alike = prop.method == branch.name and prop.backward == backward
+        if alike and prop.extent != "large" and is_asked(prop, implementation, asked):
+            generate(prop, implementation, asked, keep)
+    return list(kinds.values())
