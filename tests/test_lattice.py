@@ -10,8 +10,9 @@ import pytest
 
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
-from nsa_ref.testing.running import Options, run_property
+from nsa_ref.testing.running import run_property
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
 from port_zoo import Refuses
 
