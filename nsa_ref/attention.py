@@ -13,6 +13,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
 
@@ -68,7 +69,7 @@ def attend(
     ------
     A1, A2, A5; arXiv 2502.11089, eq. 1 and 2
     """
-    q, k, v, mask, scale = _checked(q, k, v, mask, scale)
+    q, k, v, mask, scale = attention_arguments(q, k, v, mask, scale)
     check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
     check_one_of("empty_lse", empty_lse, (-math.inf, 0.0, math.inf))
     batch, q_heads, q_len, columns = mask.shape
@@ -134,7 +135,7 @@ def attend_vjp(
     ------
     A2, A3, A5; derived by hand from A1
     """
-    q, k, v, mask, scale = _checked(q, k, v, mask, scale)
+    q, k, v, mask, scale = attention_arguments(q, k, v, mask, scale)
     check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
     batch, q_heads, q_len, columns = mask.shape
     group = q_heads // k.shape[1]
@@ -186,10 +187,15 @@ def as_float64(name: str, x: object) -> np.ndarray:
         ) from None
 
 
-def _checked(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float | None
+def attention_arguments(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: ArrayLike, scale: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """The arguments that `attend` and `attend_vjp` share: float64, mask broadcast, scale set."""
+    """The arguments that `attend` and `attend_vjp` share: float64, mask broadcast, scale set.
+
+    Raises
+    ------
+    ValueError, TypeError : as `attend`
+    """
     q, k, v, mask = as_float64("q", q), as_float64("k", k), as_float64("v", v), np.asarray(mask)
     check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape

@@ -1,4 +1,4 @@
-"""How far a right kernel may be from the float64 oracle: one bound per element, no tolerance.
+"""How far right attention may be from the float64 oracle: one bound per element, no tolerance.
 
 An implementation *declares* its numerics, a row of `NUMERICS`, and that is all it may choose.
 Its inputs are rounded to its dtype and then taken as exact; what is left is the rounding of the
@@ -7,19 +7,17 @@ kernel's own arithmetic, and that is bounded here term by term, from the float64
 
 The error model
 ---------------
-``u`` is a unit roundoff: one rounding changes x by at most ``u |x|``, or by ``eta`` if the
-result underflows.
+The unit roundoffs ``u`` and the absolute errors ``eta`` are those of `nsa_ref.numerics`.
 
 - *Accumulation.* A sum of n products, in any order and blocking, is off by at most
-  ``acc(n) sum |terms|`` with ``acc(n) = (n + 2) u_accumulate``. Tensor cores accumulate in
-  float32 but may truncate, hence 2^-23 there and 2^-24 where arithmetic is IEEE.
+  ``acc(n) sum |terms|`` with ``acc(n) = (n + 2) u_accumulate``.
 - *Operands.* tf32 rounds both factors of a matrix product to 11 bits (``u_operand``).
-- *Storage.* 16-bit kernels hold inputs in 16 bits and sums in float32, and round the
-  probabilities before P V (``u_p``), dS before dS K (``u_ds``), delta (``u_delta``) and every
-  result (``u_store``). "-head" rows also store each query head's dk and dv before the group
-  sum; "-eager" rows round after every operation (``u_scores``, ``u_dp``) and keep the rounded
-  P for the backward pass (``keeps_p``). The row total adds P before it is rounded: a kernel that
-  adds the rounded P has lost half the digits of lse, and is not right here.
+- *Storage.* 16-bit kernels round the probabilities before P V (``u_p``), dS before dS K
+  (``u_ds``), delta (``u_delta``) and every result (``u_store``). "-head" rows also store each
+  query head's dk and dv before the group sum; "-eager" rows round after every operation
+  (``u_scores``, ``u_dp``) and keep the rounded P for the backward pass. The row total adds P
+  before it is rounded: a kernel that adds the rounded P has lost half the digits of lse, and is
+  not right here.
 - *Elementwise* float32: scale and log2 e cost at most ``C_SCALE`` roundings of a logit, exp
   ``C_EXP`` units in its result (ex2.approx), division ``C_DIV``.
 - *Inputs.* They are exact, unless their errors are given (the layer gives them). Then every size
@@ -38,6 +36,10 @@ Accept iff ``|error| <= min(deterministic, statistical)`` on generic data, and `
 deterministic`` on structured data. Rounding noise has no direction, so `slope_test` finds
 systematic errors that are smaller than one rounding.
 
+Inputs and results are pairs of `nsa_ref.rounded`. What lies between them is not made of its
+operations: the bounds rest on identities over a whole row (P sums to 1, out is a mean of v), which
+an analysis operation by operation does not see.
+
 Source: NUMERICS 2. Comments on a line name the error it stands for.
 """
 
@@ -45,15 +47,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
+from nsa_ref.attention import as_float64, attention_arguments
+from nsa_ref.checks import check_one_of, check_shape
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
-from nsa_ref.rounded import _overflow
+from nsa_ref.rounded import Rounded, exact, unless_overflow
 
 LAMBDA = 6.0  # standard bounds in the statistical form
 KEYS_PER_BLOCK = 16  # the smallest key block of a flash kernel: one rescaling per block
@@ -107,8 +109,9 @@ def attention_bounds(
 
     Raises
     ------
-    ValueError : an unknown row or form, shapes that do not fit, d_lse without d_out, errors of
-        inputs with another form than "deterministic"
+    ValueError : an unknown row or form, shapes that do not fit, d_lse or d_out_error without
+        d_out, errors of inputs with another form than "deterministic"
+    TypeError : as `attend`
 
     Source
     ------
@@ -116,258 +119,246 @@ def attention_bounds(
     """
     check_one_of("numerics", numerics, NUMERICS)
     check_one_of("form", form, FORMS)
-    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
-    batch, q_heads, q_len, head_dim = q.shape
-    check_shape("k", k.shape, (batch, "kv_heads", "columns", head_dim))
-    kv_heads, columns = k.shape[1:3]
-    check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
-    value_dim = v.shape[3]
-    check_at_least("kv_heads", kv_heads, 1)
-    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
-    group = q_heads // kv_heads
-    check_at_least("head_dim", head_dim, 1)
-    counts = np.asarray(mask, np.float64)
-    try:
-        mask = np.broadcast_to(counts, (batch, q_heads, q_len, columns))
-    except ValueError:
-        raise ValueError(
-            f"mask has shape {counts.shape}; it must broadcast to "
-            f"({batch}, {q_heads}, {q_len}, {columns})."
-        ) from None
-    if scale is None:
-        scale = head_dim**-0.5
-    if d_out is None:
-        if d_lse is not None:
-            raise ValueError("d_lse was given without d_out: pass zeros for d_out.")
-        d_out_ = None
-    else:
-        d_out_ = np.asarray(d_out, dtype=np.float64)
-        check_shape("d_out", d_out_.shape, (batch, q_heads, q_len, value_dim))
-    d_lse_ = np.zeros(q.shape[:3]) if d_lse is None else np.asarray(d_lse, dtype=np.float64)
-    check_shape("d_lse", d_lse_.shape, (batch, q_heads, q_len))
-    wrong: dict[str, Array] = {}
-    for name, of, given in (
-        ("q_error", q, q_error),
-        ("k_error", k, k_error),
-        ("v_error", v, v_error),
-        ("d_out_error", d_out_, d_out_error),
-    ):
-        if given is None:
+    q, k, v, mask, scale = attention_arguments(q, k, v, mask, scale)
+    given: dict[str, Array] = {"q": q, "k": k, "v": v}
+    if d_out is not None:
+        given["d_out"] = as_float64("d_out", d_out)
+        check_shape("d_out", given["d_out"].shape, (*q.shape[:3], v.shape[3]))
+    elif d_lse is not None or d_out_error is not None:
+        name = "d_lse" if d_lse is not None else "d_out_error"
+        raise ValueError(f"{name} was given without d_out: pass zeros for d_out.")
+    d_lse = np.zeros(q.shape[:3]) if d_lse is None else as_float64("d_lse", d_lse)
+    check_shape("d_lse", d_lse.shape, q.shape[:3])
+    inputs: dict[str, Any] = {name: exact(of) for name, of in given.items()}
+    errors: dict[str, Any] = {}
+    for name, error in zip(("q", "k", "v", "d_out"), (q_error, k_error, v_error, d_out_error)):
+        if error is None:
             continue
         if form != "deterministic":
-            raise ValueError(f"{name} was given with form={form!r}; it takes 'deterministic'.")
-        if of is None:
-            raise ValueError(f"{name} was given without d_out: pass zeros for d_out.")
-        wrong[name] = np.asarray(given, dtype=np.float64)
-        check_shape(name, wrong[name].shape, of.shape)
+            raise ValueError(
+                f"{name}_error was given with form={form!r}; it takes 'deterministic'."
+            )
+        errors[name] = Rounded(given[name], as_float64(f"{name}_error", error))
+        check_shape(f"{name}_error", errors[name].error.shape, given[name].shape)
 
-    out, lse = np.zeros((batch, q_heads, q_len, value_dim)), np.zeros((batch, q_heads, q_len))
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for b in range(batch):
-        for g in range(kv_heads):
-            heads = slice(g * group, (g + 1) * group)
-            errors = {
-                name: each[b, g if name in ("k_error", "v_error") else heads]
-                for name, each in wrong.items()
-            }
-            both_inputs = [
-                _Exact.of(
-                    q[b, heads],
-                    k[b, g],
-                    v[b, g],
-                    mask[b, heads],
-                    None if d_out_ is None else d_out_[b, heads],
-                    d_lse_[b, heads],
-                    float(scale),
-                    q_error=of_inputs.get("q_error"),
-                    k_error=of_inputs.get("k_error"),
-                    v_error=of_inputs.get("v_error"),
-                    d_out_error=of_inputs.get("d_out_error"),
-                )
-                for of_inputs in ([{}, errors] if errors else [{}])
-            ]
-            exact, off = both_inputs[0], both_inputs[-1]
-            of_kernel = _group_bounds(off, NUMERICS[numerics], form)
-            # the reference is float64 arithmetic too, and may err by its own bound
-            of_oracle = of_kernel
-            if numerics != "fp64" or errors:
-                of_oracle = _group_bounds(exact, NUMERICS["fp64"], form)
-            both = [x + y for x, y in zip(of_kernel, of_oracle)]
-            out[b, heads] = both[0].reshape(group, q_len, value_dim)
-            lse[b, heads] = both[1].reshape(group, q_len)
-            if d_out_ is not None:
-                dq[b, heads] = both[2].reshape(group, q_len, head_dim)
-                dk[b, g], dv[b, g] = both[3], both[4]
-    if d_out_ is None:
-        return AttentionBounds(out, lse, None, None, None)
-    return AttentionBounds(out, lse, dq, dk, dv)
+    how: dict[str, Any] = {"mask": mask, "d_lse": d_lse, "scale": float(scale), "form": form}
+    of_kernel = rounded_attention(**(inputs | errors), **how, row=NUMERICS[numerics])
+    # the reference is float64 arithmetic too, and may err by its own bound
+    of_oracle = of_kernel
+    if numerics != "fp64" or errors:
+        of_oracle = rounded_attention(**inputs, **how, row=NUMERICS["fp64"])
+    both = [x.error + y.error for x, y in zip(of_kernel, of_oracle)]
+    return AttentionBounds(*both[:2], *(both[2:] if d_out is not None else (None, None, None)))
 
 
-@dataclass(frozen=True)
-class _Exact:
+class RoundedAttention(NamedTuple):
+    """The results of attention, and how far a right kernel's may be from them."""
+
+    out: Rounded
+    lse: Rounded
+    dq: Rounded
+    dk: Rounded
+    dv: Rounded
+
+
+def rounded_attention(
+    q: Rounded,
+    k: Rounded,
+    v: Rounded,
+    d_out: Rounded | None = None,
+    *,
+    mask: Array,
+    d_lse: Array | None = None,
+    scale: float,
+    row: Numerics,
+    form: str = "deterministic",
+) -> RoundedAttention:
+    """`attention_bounds` of one row of numerics alone, and of arguments that are checked.
+
+    The gradients are 0 without d_out.
+
+    Source: NUMERICS 2; the quantities are those of A1 and A3
+    """
+    shapes = (
+        (*q.value.shape[:3], v.value.shape[3]),
+        q.value.shape[:3],
+        *(x.value.shape for x in (q, k, v)),
+    )
+    found = RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes))
+    for b, g, heads, x in groups(q, k, v, d_out, mask=mask, d_lse=d_lse, scale=scale):
+        places: tuple[slice | int, ...] = (heads, heads, heads, g, g)
+        for whole, part, at in zip(found, _group_bounds(x, row, form), places):
+            shape = whole.value[b, at].shape
+            whole.value[b, at] = part.value.reshape(shape)
+            whole.error[b, at] = part.error.reshape(shape)
+    return found
+
+
+def groups(
+    q: Rounded,
+    k: Rounded,
+    v: Rounded,
+    d_out: Rounded | None = None,
+    *,
+    mask: Array,
+    d_lse: Array | None = None,
+    scale: float,
+) -> Iterator[tuple[int, int, slice, Group]]:
+    """Batch entry, kv head, its query heads, and the quantities of their attention.
+
+    Source: A1, A3
+    """
+    batch, kv_heads = k.value.shape[:2]
+    size = q.value.shape[1] // kv_heads
+    if d_lse is None:
+        d_lse = np.zeros(q.value.shape[:3])
+    for b, g in np.ndindex(batch, kv_heads):
+        heads = slice(g * size, (g + 1) * size)
+        of_q, of_k, of_v = (
+            Rounded(x.value[b, at], x.error[b, at]) for x, at in ((q, heads), (k, g), (v, g))
+        )
+        of_d_out = None if d_out is None else Rounded(d_out.value[b, heads], d_out.error[b, heads])
+        yield b, g, heads, Group(of_q, of_k, of_v, of_d_out, mask[b, heads], d_lse[b, heads], scale)
+
+
+class Group:
     """The float64 quantities of one group of query heads, its rows stacked: rows = G * q_len.
 
-    Per pair (rows, columns): multiplicity, s, a (= sum_c |q_c| |k_c|), log_p, p (both with the
-    multiplicity), dp, r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta, d_lse.
+    Per pair (rows, columns): multiplicity, visible, s, a (= sum_c |q_c| |k_c|), log_p, p (both
+    with the multiplicity), dp, r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta,
+    d_lse. Per key (columns, 1): n_col.
 
-    Inputs that are off by *_error are largest at *_size, and a is made of those. They move a
-    logit by at most `moved` (rows, columns), and the maximum and lse of a row by `moved_row`.
-    `perturbed` is 1 if there are such errors, else 0: it multiplies what is of second order
-    where inputs are exact.
+    Inputs that are off have their sizes in a. They move a logit by at most `moved`
+    (rows, columns), and the maximum and lse of a row by `moved_row`. `perturbed` is 1 if there
+    are such errors, else 0: it multiplies what is of second order where inputs are exact.
     """
 
-    group: int
-    scale: float
-    q: Array
-    k: Array
-    v: Array
-    multiplicity: Array
-    s: Array
-    a: Array
-    m: Array
-    lse: Array
-    n: Array
-    n_col: Array
-    log_p: Array
-    p: Array
-    out: Array
-    d_out: Array | None
-    d_lse: Array
-    dp: Array
-    delta: Array
-    r: Array
-    ds: Array
-    dq: Array
-    dk: Array
-    dv: Array
-    q_error: Array
-    k_error: Array
-    v_error: Array
-    d_out_error: Array
-    q_size: Array
-    k_size: Array
-    v_size: Array
-    d_out_size: Array
-    moved: Array
-    moved_row: Array
-    perturbed: float
-
-    @classmethod
-    def of(
-        cls,
-        q: Array,
-        k: Array,
-        v: Array,
+    def __init__(
+        self,
+        q: Rounded,
+        k: Rounded,
+        v: Rounded,
+        d_out: Rounded | None,
         mask: Array,
-        d_out: Array | None,
         d_lse: Array,
         scale: float,
-        *,
-        q_error: Array | None = None,
-        k_error: Array | None = None,
-        v_error: Array | None = None,
-        d_out_error: Array | None = None,
-    ) -> _Exact:
-        group, q_len, head_dim = q.shape
-        columns, value_dim = v.shape
-        exact_inputs = all(e is None for e in (q_error, k_error, v_error, d_out_error))
-        q, mask = q.reshape(group * q_len, head_dim), mask.reshape(group * q_len, columns)
-        q_error = np.zeros_like(q) if q_error is None else q_error.reshape(q.shape)
-        k_error = np.zeros_like(k) if k_error is None else k_error
-        v_error = np.zeros_like(v) if v_error is None else v_error
-        visible = np.asarray(mask > 0)
+    ) -> None:
+        self.size, q_len, head_dim = q.value.shape
+        columns, value_dim = v.value.shape
+        rows = self.size * q_len
+        mask = mask.reshape(rows, columns)
+        self.backward = d_out is not None
+        if d_out is None:
+            d_out = exact(np.zeros((self.size, q_len, value_dim)))
+        self.perturbed = float(any(x.error.any() for x in (q, k, v, d_out)))
+        self.scale = abs(scale)
+        self.visible = visible = np.asarray(mask > 0)
+        self.multiplicity = np.where(visible, mask, 0.0)
+        self.n = self.multiplicity.sum(axis=1, keepdims=True)
+        self.n_col = self.multiplicity.sum(axis=0)[:, None]
+        empty = ~visible.any(axis=1, keepdims=True)
         # keys that nobody sees have no influence, not even as 0 * inf (A5)
         seen = np.any(visible, axis=0)[:, None]
-        k, v = np.where(seen, k, 0.0), np.where(seen, v, 0.0)
-        k_error, v_error = np.where(seen, k_error, 0.0), np.where(seen, v_error, 0.0)
-        q_size, k_size = np.abs(q) + q_error, np.abs(k) + k_error
-        empty = ~visible.any(axis=1, keepdims=True)
+        self.k, self.v = (x.map(lambda part: np.where(seen, part, 0.0)) for x in (k, v))
+        self.q = q.map(lambda part: part.reshape(rows, head_dim))
+        self.d_out = d_out.map(lambda part: part.reshape(rows, value_dim))
+        q_, k_, v_, d_out_ = (x.value for x in (self.q, self.k, self.v, self.d_out))
 
-        s = np.where(visible, scale * (q @ k.T), 0.0)
-        a = np.where(visible, q_size @ k_size.T, 0.0)
-        moved = np.zeros_like(s)
-        if not exact_inputs:
-            moved = abs(scale) * (q_error @ k_size.T + np.abs(q) @ k_error.T)
-            moved = np.where(visible, moved, 0.0)
-        m = np.max(s, axis=1, keepdims=True, initial=-np.inf, where=visible)
-        m = np.where(empty, 0.0, m)
-        weight = np.where(visible, mask * np.exp(np.minimum(s - m, 0.0)), 0.0)
+        self.s = np.where(visible, scale * (q_ @ k_.T), 0.0)
+        self.a = np.where(visible, self.q.size @ self.k.size.T, 0.0)
+        self.moved = np.zeros_like(self.s)
+        if self.perturbed:
+            moved = self.q.error @ self.k.size.T + np.abs(q_) @ self.k.error.T
+            self.moved = np.where(visible, self.scale * moved, 0.0)
+        self.moved_row = np.max(self.moved, axis=1, keepdims=True, initial=0.0)
+        m = np.max(self.s, axis=1, keepdims=True, initial=-np.inf, where=visible)
+        self.m = np.where(empty, 0.0, m)
+        weight = np.where(visible, mask * np.exp(np.minimum(self.s - self.m, 0.0)), 0.0)
         total = weight.sum(axis=1, keepdims=True) + empty
-        lse = np.where(empty, 0.0, m + np.log(total))
-        p = weight / total
+        self.lse = np.where(empty, 0.0, self.m + np.log(total))
+        self.p = weight / total
         log_mask = np.log(np.where(visible, mask, 1.0))
-        log_p = np.where(visible, s + log_mask - lse, -np.inf)
-        out = p @ v
+        self.log_p = np.where(visible, self.s + log_mask - self.lse, -np.inf)
+        self.out = self.p @ v_
 
-        d_lse = d_lse.reshape(group * q_len, 1) * ~empty
-        pairs, nothing = np.zeros_like(p), np.zeros_like
-        dp, delta, r, ds = pairs, np.zeros_like(m), pairs, pairs
-        dq, dk, dv = nothing(q), nothing(k), nothing(v)
-        wrong = d_out_size = np.zeros((group * q_len, value_dim))
-        if d_out is not None:
-            d_out = d_out.reshape(group * q_len, value_dim)
-            d_out_size = np.abs(d_out)
-            if d_out_error is not None:
-                wrong = d_out_error.reshape(d_out.shape)
-                d_out_size = d_out_size + wrong
-            dp = np.where(visible, d_out @ v.T, 0.0)
-            delta = np.sum(d_out * out, axis=1, keepdims=True)
-            r = np.where(visible, dp - delta + d_lse, 0.0)
-            ds = p * r
-            dq, dk, dv = scale * ds @ k, scale * ds.T @ q, p.T @ d_out
-        return cls(
-            group=group,
-            scale=abs(scale),
-            q=q,
-            k=k,
-            v=v,
-            multiplicity=np.where(visible, mask, 0.0),
-            s=s,
-            a=a,
-            m=m,
-            lse=lse,
-            n=np.where(visible, mask, 0.0).sum(axis=1, keepdims=True),
-            n_col=np.where(visible, mask, 0.0).sum(axis=0)[:, None],
-            log_p=log_p,
-            p=p,
-            out=out,
-            d_out=d_out,
-            d_lse=d_lse,
-            dp=dp,
-            delta=delta,
-            r=r,
-            ds=ds,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            q_error=q_error,
-            k_error=k_error,
-            v_error=v_error,
-            d_out_error=wrong,
-            q_size=q_size,
-            k_size=k_size,
-            v_size=np.abs(v) + v_error,
-            d_out_size=d_out_size,
-            moved=moved,
-            moved_row=np.max(moved, axis=1, keepdims=True, initial=0.0),
-            perturbed=0.0 if exact_inputs else 1.0,
-        )
+        if not self.backward:
+            return
+        self.d_lse = d_lse.reshape(rows, 1) * ~empty
+        self.dp = np.where(visible, d_out_ @ v_.T, 0.0)
+        self.delta = np.sum(d_out_ * self.out, axis=1, keepdims=True)
+        self.r = np.where(visible, self.dp - self.delta + self.d_lse, 0.0)
+        self.ds = self.p * self.r
+        self.dq, self.dk = scale * self.ds @ k_, scale * self.ds.T @ q_
+        self.dv = self.p.T @ d_out_
+
+    @property
+    def blocks(self) -> int:
+        """Rescalings of an online softmax: one per key block."""
+        return self.p.shape[1] // KEYS_PER_BLOCK
+
+    @property
+    def distance(self) -> Array:
+        """The largest |s - lse| that a kernel may have."""
+        return np.abs(self.s - self.lse) + self.moved + self.moved_row
 
     def by_head(self, left: Array, right: Array) -> Array:
         """left^T right of each query head on its own: (G, columns, dim)."""
         rows, columns = left.shape
-        left = left.reshape(self.group, rows // self.group, columns)
-        right = right.reshape(self.group, rows // self.group, right.shape[1])
+        left = left.reshape(self.size, rows // self.size, columns)
+        right = right.reshape(self.size, rows // self.size, right.shape[1])
         return left.transpose(0, 2, 1) @ right
 
-    def deviations(self) -> Iterator[tuple[slice, Array]]:
-        """|v_j - out_i| as (rows, columns, value_dim), a few rows at a time (memory)."""
+    def deviations(self, weights: Array, power: int) -> tuple[Array, Array]:
+        """sum_j weights_j |v_j - out|^power of every row, and the largest visible |v_j - out|."""
         rows, columns = self.p.shape
-        step = max(1, 2**20 // max(1, columns * self.v.shape[1]))
+        total, furthest = np.zeros_like(self.out), np.zeros_like(self.out)
+        step = max(1, 2**20 // max(1, columns * self.out.shape[1]))  # a few rows at a time: memory
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            yield part, np.abs(self.v[None] - self.out[part, None, :])
+            deviation = np.abs(self.v.value[None] - self.out[part, None, :])
+            total[part] = (weights[part, None, :] @ deviation**power)[:, 0]
+            seen = np.where(self.visible[part, :, None], deviation, 0.0)
+            furthest[part] = np.max(seen, axis=1, initial=0.0)
+        return total, furthest
+
+
+def _group_bounds(x: Group, row: Numerics, form: str) -> list[Rounded]:
+    """Of one group: out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
+    if form == "shared":
+        row = row.shared()
+    statistical = form == "statistical"
+    forward = _statistical_forward(x, row) if statistical else _deterministic_forward(x, row)
+    empty, unseen = x.n == 0, x.n_col == 0
+    # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
+    lost = np.asarray(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest)
+    lost &= row.rounds_every_operation
+    # what the kernel was given may be inf or NaN
+    lost |= ~np.isfinite(x.moved_row)
+
+    def result(value: Array, error: Array, unknown: Array, nothing: Array) -> Rounded:
+        error = np.where(unknown, np.inf, unless_overflow(Rounded(value, error), row).error)
+        return Rounded(value, np.where(nothing, 0.0, error))
+
+    out = result(x.out, forward.out, lost, empty)
+    # lse is never stored in 16 bits
+    lse = Rounded(x.lse, np.where(empty, 0.0, np.where(lost, np.inf, forward.lse)))
+    if not x.backward:
+        return [out, lse]
+    backward = _statistical_backward if statistical else _deterministic_backward
+    dq, dk, dv, ds = backward(x, row, forward)
+    # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
+    over = row.rounds_on_store & (np.abs(x.ds) + ds > row.largest)
+    # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
+    largest_dp = np.max(x.d_out.size @ x.v.size.T, axis=1, keepdims=True, initial=0)
+    lost_back = lost | (row.rounds_every_operation & (largest_dp > row.largest / 1.01))
+    over |= lost_back & x.visible
+    return [
+        out,
+        lse,
+        result(x.dq, dq, over.any(axis=1, keepdims=True), empty),
+        result(x.dk, dk, np.any(over, axis=0)[:, None], unseen),
+        result(x.dv, dv, np.any(lost & x.visible, axis=0)[:, None], unseen),
+    ]
 
 
 class _Forward(NamedTuple):
@@ -381,51 +372,7 @@ class _Forward(NamedTuple):
     by_logits: Array  # the part of out that is sum P_j e_j (v_j - o); 0 in rows with a cap
 
 
-def _group_bounds(x: _Exact, row: Numerics, form: str) -> tuple[Array, ...]:
-    """Bounds of one group: out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
-    if form == "shared":
-        row = row.shared()
-    if form == "statistical":
-        forward = _statistical_forward(x, row)
-    else:
-        forward = _deterministic_forward(x, row)
-    empty = np.asarray(x.n == 0)
-    out = np.where(empty, 0.0, _overflow(x.out, forward.out, row))
-    # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
-    lost = np.asarray(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest)
-    lost &= row.u_scores > 0
-    # what the kernel was given may be inf or NaN
-    lost |= ~np.isfinite(x.moved_row)
-    out = np.where(lost, np.inf, out)
-    lse = np.where(empty, 0.0, np.where(lost, np.inf, forward.lse))
-    if x.d_out is None:
-        return out, lse
-    if form == "statistical":
-        dq, dk, dv, ds = _statistical_backward(x, row, forward)
-    else:
-        dq, dk, dv, ds = _deterministic_backward(x, row, forward)
-    # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
-    stored = np.bool_(row.u_store > 0)
-    over = stored & (np.abs(x.ds) + ds > row.largest)
-    # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
-    largest_dp = np.max(x.d_out_size @ x.v_size.T, axis=1, keepdims=True, initial=0)
-    lost_back = lost | ((row.u_dp > 0) & (largest_dp > row.largest / 1.01))
-    over |= lost_back & (x.multiplicity > 0)
-    dq = np.where(over.any(axis=1, keepdims=True), np.inf, _overflow(x.dq, dq, row))
-    dk = np.where(np.any(over, axis=0)[:, None], np.inf, _overflow(x.dk, dk, row))
-    unread = np.any(lost & (x.multiplicity > 0), axis=0)[:, None]
-    dv = np.where(unread, np.inf, _overflow(x.dv, dv, row))
-    unseen = np.asarray(x.n_col == 0)
-    return (
-        out,
-        lse,
-        np.where(empty, 0.0, dq),
-        np.where(unseen, 0.0, dk),
-        np.where(unseen, 0.0, dv),
-    )
-
-
-def _weight_error(x: _Exact, d: Array, c: float) -> Array:
+def _weight_error(x: Group, d: Array, c: float) -> Array:
     """P E = P (expm1(d) + c exp(d)): error of P exp(s - m) when s is off by at most d.
 
     In logarithms where d is large, because P may be 0 and exp(d) inf: 0 * inf is NaN, but the
@@ -436,13 +383,24 @@ def _weight_error(x: _Exact, d: Array, c: float) -> Array:
     return np.where(d < 1.0, near, lifted - x.p) + c * lifted
 
 
-def _blocks(x: _Exact) -> int:
-    """Rescalings of an online softmax: one per key block."""
-    return x.p.shape[1] // KEYS_PER_BLOCK
+def _smallest_total(d: Array, lost: Array, c: float) -> Array:
+    """The row total relative to the true one, of which `lost` may be lost: (rows, 1).
+
+    Its largest logit is off by at most d, and adds 1 to the true total in any case.
+    """
+    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
+    return np.maximum(1.0 - lost, np.exp(-d_max) * (1.0 - c))
 
 
-def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
-    u_e, head_dim = row.u_elementwise, x.q.shape[1]
+def _stored_out(x: Group, row: Numerics, error: Array) -> Array:
+    """The error of out, once P and P v may have underflowed and it is stored."""
+    error = error + row.eta * (x.multiplicity @ x.v.size)
+    error += x.n * row.eta_accumulate
+    return error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta
+
+
+def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
     c_exp = C_EXP * u_e
     d = (
         x.scale * (row.accumulate(head_dim) + row.u_operands) * x.a  # the dot product q.k
@@ -453,119 +411,162 @@ def _deterministic_forward(x: _Exact, row: Numerics) -> _Forward:
         # constant's own error is a common factor of s, above, and a shift that cancels)
         + 2.0 * u_e * (np.abs(x.s - x.m) + x.moved + x.moved_row)
         + x.moved  # q and k that are off already
-    ) * (x.multiplicity > 0)
+    ) * x.visible
     pe = _weight_error(x, d, c_exp)
-    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
-    # the row total relative to the true one; it holds 1 in any case, from the largest logit
-    z = np.maximum(
-        1.0 - np.sum(x.p * (-np.expm1(-d) + c_exp), axis=1, keepdims=True),
-        np.exp(-d_max) * (1.0 - c_exp),
-    )
-    acc = row.accumulate(x.n + _blocks(x))  # acc(n'): one more rounding per rescaling
+    z = _smallest_total(d, np.sum(x.p * (-np.expm1(-d) + c_exp), axis=1, keepdims=True), c_exp)
+    acc = row.accumulate(x.n + x.blocks)  # acc(n'): one more rounding per rescaling
     u_v = row.u_p + row.u_operands  # P and v as P V reads them
 
-    first, furthest = np.zeros_like(x.out), np.zeros_like(x.out)
-    visible = (x.multiplicity > 0)[:, :, None]
-    for part, deviation in x.deviations():
-        first[part] = (pe[part, None, :] @ deviation)[:, 0]
-        furthest[part] = np.max(np.where(visible[part], deviation, 0.0), axis=1, initial=0.0)
     # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
-    core = (first + (u_v + acc) * ((x.p + pe) @ x.v_size)) / z
+    first, furthest = x.deviations(pe, 1)
+    core = (first + (u_v + acc) * ((x.p + pe) @ x.v.size)) / z
     if x.perturbed:  # v that is off already: the same mean of its errors
-        core += ((x.p + pe) @ x.v_error) / z
-        furthest += _largest_visible(x, x.v_error)
+        core += ((x.p + pe) @ x.v.error) / z
+        furthest += _largest_visible(x, x.v.error)
     # whatever the weights, o^ is a mean of visible v: no further off than the furthest
-    cap = furthest + (u_v + acc) * np.maximum(x.p @ x.v_size, np.abs(x.out) + furthest)
+    cap = furthest + (u_v + acc) * np.maximum(x.p @ x.v.size, np.abs(x.out) + furthest)
     error = np.minimum(core, cap)
     error *= 1.0 + x.perturbed * (acc + C_DIV * u_e)
     error += (acc + C_DIV * u_e) * np.abs(x.out)  # the row total and the division by it
-    error += row.eta * (x.multiplicity @ x.v_size)  # P that underflows, and
-    error += x.n * row.eta_accumulate  # P v that does
-    out = error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta  # storing
+    out = _stored_out(x, row, error)
 
     log_terms = row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse) + 2.0 * x.moved_row)
     from_weights = (
         np.maximum(np.log1p(np.sum(pe, axis=1, keepdims=True)), -np.log(z))
         + acc  # adding the weights up
-        + c_exp * (_blocks(x) + 1)  # one exp per rescaling
+        + c_exp * (x.blocks + 1)  # one exp per rescaling
     )
     # a sum of exponentials moves by no more than the logit that moves most
     from_logits = np.max(d, axis=1, keepdims=True, initial=0.0) + acc
-    from_logits += (C_EXP * (_blocks(x) + 2) + 1) * u_e
+    from_logits += (C_EXP * (x.blocks + 2) + 1) * u_e
     lse = np.minimum(from_weights, from_logits) + log_terms  # log, log2 e, adding m back
     by_logits = np.where(np.all(core < cap, axis=1, keepdims=True), first / z, 0.0)
     return _Forward(out, lse, d, pe, z, by_logits)
 
 
-def _largest_visible(x: _Exact, of_key: Array) -> Array:
+def _largest_visible(x: Group, of_key: Array) -> Array:
     """The largest of the visible keys' values: (rows, value_dim)."""
-    columns = [
-        np.max(np.where(x.multiplicity > 0, each, 0.0), axis=1, initial=0.0) for each in of_key.T
-    ]
+    columns = [np.max(np.where(x.visible, each, 0.0), axis=1, initial=0.0) for each in of_key.T]
     return np.stack(columns, axis=1) if columns else np.zeros_like(x.out)
 
 
-def _largest_p(x: _Exact, row: Numerics, lse_noise: Array) -> Array:
+def _statistical_forward(x: Group, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
+    c_exp = C_EXP * u_e
+    # independent errors of one logit; the constants scale and log2 e are a common factor of
+    # all logits and stay apart (`common`), only the rounding of the two products is in here
+    d = np.sqrt(
+        (x.scale * row.accumulate(head_dim, "statistical") * x.a) ** 2
+        + (row.u_scores * x.s) ** 2
+        + 2.0 * (u_e * x.s) ** 2
+        + 2.0 * (u_e * (x.s - x.m)) ** 2
+    )
+    d += x.scale * row.u_operands * x.a  # a rounded row of q is shared by all keys: linear
+    d *= x.visible
+    pe = _weight_error(x, d, c_exp)
+    common = C_SCALE * u_e
+    spread = LAMBDA * np.sqrt(np.sum(pe**2, axis=1, keepdims=True))
+    z = _smallest_total(d, spread, c_exp)
+    acc = row.accumulate(x.n + x.blocks, "statistical")
+    u_v = row.u_p + row.u_operands
+
+    first, furthest = x.deviations(pe**2, 2)
+    size = x.p @ x.v.size
+    core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v.value**2) + (acc * size) ** 2) / z
+    ps = x.p * x.s
+    mean_s = ps.sum(axis=1, keepdims=True)
+    core += common * np.abs(ps @ x.v.value - mean_s * x.out)  # the common factor, signed
+    cap = furthest + (u_v + acc) * np.maximum(size, np.abs(x.out) + furthest)
+    error = np.minimum(core, cap)
+    error += LAMBDA * (acc + C_DIV * u_e) * np.abs(x.out)
+    out = _stored_out(x, row, error)
+
+    lse = np.maximum(np.log1p(spread), -np.log(z))
+    lse += LAMBDA * (acc + c_exp * (x.blocks + 1))
+    lse += row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
+    lse += common * np.abs(mean_s)
+    return _Forward(out, lse, d, pe, z, np.zeros_like(out))
+
+
+# --- P, made again from lse -----------------------------------------------------------------------
+
+
+def recomputed_p_error(x: Group, row: Numerics, forward: _Forward | None = None) -> Array:
+    """|error| of P = exp(s - lse), made from rounded logits and a rounded lse: (rows, columns).
+
+    ::
+
+        min(P E(d + B_lse + 2 u_elementwise |s - lse|), max(P, largest P))
+
+    Source: NUMERICS 2, "backward" and "Selection"
+    """
+    if forward is None:
+        forward = _deterministic_forward(x, row)
+    return _capped_p_error(x, row, forward.d + forward.lse + 2.0 * row.u_elementwise * x.distance)
+
+
+def _capped_p_error(x: Group, row: Numerics, off: Array) -> Array:
+    """P E where s - lse is off by at most `off`, and at most max(P, P^)."""
+    pe = _weight_error(x, off * x.visible, C_EXP * row.u_elementwise)
+    largest = np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))
+    return np.minimum(pe, largest) * x.visible
+
+
+def _largest_p(x: Group, row: Numerics, lse_noise: Array) -> Array:
     """What a recomputed P = exp(s - lse) can reach: 1, but for s and lse rounded twice.
 
     lse is at least every logit of the same kernel; the backward pass may add the same dot
     product up in another order. Operand and score rounding are the same both times.
     """
-    u_e, head_dim = row.u_elementwise, x.q.shape[1]
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
     twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * (np.abs(x.s) + x.moved)
     return np.exp(np.minimum(2.0 * twice + lse_noise, LARGEST_EXPONENT))
 
 
-def _not_one(x: _Exact, row: Numerics, pb: Array, distance: Array) -> Array:
-    """How far the P of one kernel may be from adding up to 1: (rows, 1).
-
-    pb : the largest |P| it may have; distance : the largest |s - lse|
-    """
-    u_e = row.u_elementwise
-    each = _largest_p(x, row, _lse_noise(x, row) + 2.0 * u_e * distance)  # s and lse twice
-    error = pb * (each * (1.0 + C_EXP * u_e) - 1.0)
-    if row.keeps_p:
-        error = error + row.u_p * pb + row.eta * (x.multiplicity > 0)
-    return np.sum(error, axis=1, keepdims=True)
-
-
-def _lse_noise(x: _Exact, row: Numerics) -> Array:
+def _lse_noise(x: Group, row: Numerics) -> Array:
     """How far a stored lse may lie from the log of the sum over the kernel's own logits."""
     u_e = row.u_elementwise
     return (
-        row.accumulate(x.n + _blocks(x))
-        + C_EXP * (_blocks(x) + 3) * u_e
+        row.accumulate(x.n + x.blocks)
+        + C_EXP * (x.blocks + 3) * u_e
         + row.u_lse
         + (C_SCALE + 2.0) * u_e * (np.abs(x.m) + np.abs(x.lse) + 2.0 * x.moved_row)
     )
 
 
+def _not_one(x: Group, row: Numerics, pb: Array) -> Array:
+    """How far the P of one kernel, at most pb, may be from adding up to 1: (rows, 1)."""
+    u_e = row.u_elementwise
+    each = _largest_p(x, row, _lse_noise(x, row) + 2.0 * u_e * x.distance)  # s and lse twice
+    error = pb * (each * (1.0 + C_EXP * u_e) - 1.0)
+    if row.rounds_every_operation:
+        error = error + row.u_p * pb + row.eta * x.visible
+    return np.sum(error, axis=1, keepdims=True)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
 def _deterministic_backward(
-    x: _Exact, row: Numerics, forward: _Forward
+    x: Group, row: Numerics, forward: _Forward
 ) -> tuple[Array, Array, Array, Array]:
-    assert x.d_out is not None
-    u_e, value_dim = row.u_elementwise, x.v.shape[1]
-    d_out, visible = x.d_out_size, x.multiplicity > 0
-    # P again, from the rounded logits and the rounded lse
-    distance = np.abs(x.s - x.lse) + x.moved + x.moved_row
-    off = (forward.d + forward.lse + 2.0 * u_e * distance) * visible
-    pe = _weight_error(x, off, C_EXP * u_e)
-    largest = np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))  # |P^ - P| <= max(P, P^)
-    pe = np.minimum(pe, largest) * visible
+    u_e, value_dim = row.u_elementwise, x.v.value.shape[1]
+    d_out, visible = x.d_out.size, x.visible
+    pe = recomputed_p_error(x, row, forward)
     pe_dv = pe + (row.u_p + row.u_operands) * (x.p + pe)  # P, stored for P^T dO
-    if row.keeps_p:
+    if row.rounds_every_operation:
         # dS is made from the P that was stored; where that underflows it is off by eta, and
         # dS by eta |dP - D|, which heavy tails make large
         pe = pe + row.u_p * (x.p + pe) + row.eta * visible
     pb = x.p + pe
 
     ddp = (
-        (row.accumulate(value_dim) + row.u_operands) * (d_out @ x.v_size.T)  # dO . v
+        (row.accumulate(value_dim) + row.u_operands) * (d_out @ x.v.size.T)  # dO . v
         + value_dim * row.eta_accumulate
         + row.u_dp * np.abs(x.dp)  # stored, where every operation is
     ) * visible
     if x.perturbed:  # dO and v that are off already
-        moved = x.d_out_error @ x.v_size.T + np.abs(x.d_out) @ x.v_error.T
+        moved = x.d_out.error @ x.v.size.T + np.abs(x.d_out.value) @ x.v.error.T
         ddp += (1.0 + row.u_dp) * moved * visible
     # delta as dO . O, from the stored O
     through_out = np.sum(d_out * forward.out, axis=1, keepdims=True)
@@ -578,9 +579,9 @@ def _deterministic_backward(
         # sum P e (dP - D), which is less than dO of its size
         less = np.sum(d_out * forward.by_logits, axis=1, keepdims=True)
         moved = np.sum(forward.pe * deviation, axis=1, keepdims=True) / forward.z
-        moved += np.sum(x.d_out_error * forward.by_logits, axis=1, keepdims=True)
+        moved += np.sum(x.d_out.error * forward.by_logits, axis=1, keepdims=True)
         d_delta -= np.maximum(less - moved, 0.0)
-        d_delta += np.sum(x.d_out_error * np.abs(x.out), axis=1, keepdims=True)
+        d_delta += np.sum(x.d_out.error * np.abs(x.out), axis=1, keepdims=True)
     # delta as sum P dP (autograd's softmax): (P^ - P) (dP - D) + D (sum P^ - 1) + P (dP^ - dP)
     by_p = np.sum(
         pe * (deviation + np.abs(x.delta))
@@ -590,12 +591,12 @@ def _deterministic_backward(
         keepdims=True,
     )
     if x.perturbed:  # whatever the logits, P sums to 1 but for rounding
-        too_much = np.sum(pe, axis=1, keepdims=True) - _not_one(x, row, pb, distance)
+        too_much = np.sum(pe, axis=1, keepdims=True) - _not_one(x, row, pb)
         by_p -= np.maximum(too_much, 0.0) * np.abs(x.delta)
     d_delta = np.maximum(d_delta, by_p)
     d_delta += row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse) + d_delta)  # stored
     d_delta += 4.0 * u_e * np.abs(x.d_lse)  # ln 2, and d_lse joins delta or dP
-    d_delta += value_dim * row.eta_accumulate + row.eta * (row.u_delta > 0)
+    d_delta += value_dim * row.eta_accumulate + row.eta * row.rounds_on_store
 
     r = np.abs(x.r)
     error = pe * (r + d_delta) + pb * (ddp + 3.0 * u_e * r)  # P (dP - D + d_lse), three roundings
@@ -606,26 +607,26 @@ def _deterministic_backward(
     ds_all = ds + through_delta * (1.0 + u_ds)
 
     # dq: the delta error is one number per row, so it meets the *signed* sum of P k
-    abs_k, abs_q, abs_ds = x.k_size, x.q_size, np.abs(x.ds)
-    dq = ds @ abs_k + d_delta * (np.abs(x.p @ x.k) + u_ds * (x.p @ abs_k))
-    dq += (abs_ds + through_delta) @ x.k_error
+    abs_k, abs_q, abs_ds = x.k.size, x.q.size, np.abs(x.ds)
+    dq = ds @ abs_k + d_delta * (np.abs(x.p @ x.k.value) + u_ds * (x.p @ abs_k))
+    dq += (abs_ds + through_delta) @ x.k.error
     dq += row.accumulate(x.n) * ((abs_ds + ds + through_delta) @ abs_k)
     dq += x.n * row.eta_accumulate
     dq = _store(x.scale * dq, x.dq, row)
     # dk, dv: summed over the queries and the heads of the group
     acc = row.accumulate(x.n_col)
     dk = ds_all.T @ abs_q + acc * ((abs_ds + ds_all).T @ abs_q)
-    dk += abs_ds.T @ x.q_error
+    dk += abs_ds.T @ x.q.error
     dk += x.n_col * row.eta_accumulate
-    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q), row)
+    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row)
     dv = pe_dv.T @ d_out + acc * ((x.p + pe_dv).T @ d_out)
-    dv += x.p.T @ x.d_out_error
+    dv += x.p.T @ x.d_out.error
     dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate  # P underflows
-    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out), row)
+    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out.value), row)
     return dq, dk, dv, ds_all
 
 
-def _eta_ds(x: _Exact, row: Numerics) -> float:
+def _eta_ds(x: Group, row: Numerics) -> float:
     """Underflow of dS: stored before the scale, after it, or (eager) both."""
     return row.eta * (1.0 + (1.0 / x.scale if x.scale else 0.0))
 
@@ -642,7 +643,7 @@ def _store_group(error: Array, reference: Array, heads: Array, row: Numerics) ->
     heads : the exact part of each head, (G, columns, dim)
     """
     group = heads.shape[0]
-    if not row.per_head_rounding:
+    if not row.stores_each_head:
         return _store(error, reference, row) + (group - 1) * row.eta
     # G roundings lie on the first head, fewer on the others: (1 + u)^G - 1 on all of them
     u_group = math.expm1(group * math.log1p(row.u_store))
@@ -651,75 +652,28 @@ def _store_group(error: Array, reference: Array, heads: Array, row: Numerics) ->
     return (1.0 + u_group) * error + u_group * size + 2 * group * row.eta
 
 
-def _statistical_forward(x: _Exact, row: Numerics) -> _Forward:
-    u_e, head_dim = row.u_elementwise, x.q.shape[1]
-    c_exp = C_EXP * u_e
-    # independent errors of one logit; the constants scale and log2 e are a common factor of
-    # all logits and stay apart (`common`), only the rounding of the two products is in here
-    d = np.sqrt(
-        (x.scale * row.accumulate(head_dim, "statistical") * x.a) ** 2
-        + (row.u_scores * x.s) ** 2
-        + 2.0 * (u_e * x.s) ** 2
-        + 2.0 * (u_e * (x.s - x.m)) ** 2
-    )
-    d += x.scale * row.u_operands * x.a  # a rounded row of q is shared by all keys: linear
-    d *= x.multiplicity > 0
-    pe = _weight_error(x, d, c_exp)
-    common = C_SCALE * u_e
-    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
-    lowest = np.exp(-d_max) * (1.0 - c_exp)
-    spread = LAMBDA * np.sqrt(np.sum(pe**2, axis=1, keepdims=True))
-    z = np.maximum(1.0 - spread, lowest)
-    acc = row.accumulate(x.n + _blocks(x), "statistical")
-    u_v = row.u_p + row.u_operands
-
-    first, furthest = np.zeros_like(x.out), np.zeros_like(x.out)
-    visible = (x.multiplicity > 0)[:, :, None]
-    for part, deviation in x.deviations():
-        first[part] = ((pe[part] ** 2)[:, None, :] @ deviation**2)[:, 0]
-        furthest[part] = np.max(np.where(visible[part], deviation, 0.0), axis=1, initial=0.0)
-    size = x.p @ np.abs(x.v)
-    core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v**2) + (acc * size) ** 2) / z
-    ps = x.p * x.s
-    mean_s = ps.sum(axis=1, keepdims=True)
-    core += common * np.abs(ps @ x.v - mean_s * x.out)  # the common factor, signed
-    cap = furthest + (u_v + acc) * np.maximum(size, np.abs(x.out) + furthest)
-    error = np.minimum(core, cap)
-    error += LAMBDA * (acc + C_DIV * u_e) * np.abs(x.out)
-    error += row.eta * (x.multiplicity @ np.abs(x.v)) + x.n * row.eta_accumulate
-    out = error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta
-
-    lse = np.maximum(np.log1p(spread), -np.log(z))
-    lse += LAMBDA * (acc + c_exp * (_blocks(x) + 1))
-    lse += row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse))
-    lse += common * np.abs(mean_s)
-    return _Forward(out, lse, d, pe, z, np.zeros_like(out))
-
-
 def _statistical_backward(
-    x: _Exact, row: Numerics, forward: _Forward
+    x: Group, row: Numerics, forward: _Forward
 ) -> tuple[Array, Array, Array, Array]:
-    assert x.d_out is not None
-    u_e, value_dim = row.u_elementwise, x.v.shape[1]
-    d_out, visible = np.abs(x.d_out), x.multiplicity > 0
+    u_e, value_dim = row.u_elementwise, x.v.value.shape[1]
+    d_out, visible = x.d_out.size, x.visible
+    q, k, v = x.q.value, x.k.value, x.v.value
     u_v, u_ds = row.u_p + row.u_operands, row.u_ds + row.u_operands
     # independent part of the error of P; the row's lse error is shared by its keys (s_lse)
-    off = np.sqrt(forward.d**2 + 2.0 * (u_e * (x.s - x.lse)) ** 2) * visible
-    pe = _weight_error(x, off, C_EXP * u_e)
-    pe = np.minimum(pe, np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))) * visible
+    pe = _capped_p_error(x, row, np.sqrt(forward.d**2 + 2.0 * (u_e * (x.s - x.lse)) ** 2))
     pe_dv = np.sqrt(pe**2 + (u_v * x.p) ** 2)
-    if row.keeps_p:
+    if row.rounds_every_operation:
         pe = np.sqrt(pe**2 + (row.u_p * x.p) ** 2) + row.eta * visible
     s_lse = forward.lse / LAMBDA
     common = C_SCALE * u_e
 
     ddp = np.sqrt(
-        (row.accumulate(value_dim, "statistical") * (d_out @ np.abs(x.v).T)) ** 2
-        + row.u_operands**2 * (d_out**2 @ (x.v**2).T)
+        (row.accumulate(value_dim, "statistical") * (d_out @ x.v.size.T)) ** 2
+        + row.u_operands**2 * (d_out**2 @ (v**2).T)
         + (row.u_dp * x.dp) ** 2
     )
     ddp = (ddp + value_dim * row.eta_accumulate) * visible
-    acc = row.accumulate(x.n + _blocks(x), "statistical")
+    acc = row.accumulate(x.n + x.blocks, "statistical")
     size = np.sum(d_out * np.abs(x.out), axis=1, keepdims=True)
 
     def over_keys(terms: Array) -> Array:
@@ -727,9 +681,9 @@ def _statistical_backward(
 
     r_out = x.r - x.d_lse * visible  # dP - D: what O's errors reach delta through
     by_out = (  # delta as dO . O
-        row.u_store**2 * over_keys((x.d_out * x.out) ** 2)  # O as stored
+        row.u_store**2 * over_keys((x.d_out.value * x.out) ** 2)  # O as stored
         + over_keys((pe * r_out) ** 2)  # logits and exp
-        + (acc * over_keys(d_out * (x.p @ np.abs(x.v)))) ** 2  # P V
+        + (acc * over_keys(d_out * (x.p @ x.v.size))) ** 2  # P V
         + (row.accumulate(value_dim, "statistical") * size) ** 2  # dO . O
         + (C_DIV * u_e * size) ** 2  # the row total
     )
@@ -745,7 +699,7 @@ def _statistical_backward(
         + (row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse))) ** 2  # delta as stored
         + (4.0 * u_e * x.d_lse) ** 2  # ln 2, and d_lse joins delta or dP
     )
-    s_delta += value_dim * row.eta_accumulate + row.eta * (row.u_delta > 0)
+    s_delta += value_dim * row.eta_accumulate + row.eta * row.rounds_on_store
     s_ds = np.sqrt(
         (pe * x.r) ** 2 + (x.p * ddp) ** 2 + (u_ds * x.ds) ** 2 + 3.0 * (u_e * x.ds) ** 2
     )
@@ -753,30 +707,30 @@ def _statistical_backward(
     # the common factor c of all logits: P moves by c s (and by the lse), delta by c sum dS s
     delta_common = np.abs(over_keys(x.p * r_out * x.s))
 
-    abs_k, abs_q = np.abs(x.k), np.abs(x.q)
+    abs_k, abs_q = x.k.size, x.q.size
     dq = LAMBDA * np.sqrt(
-        s_ds**2 @ x.k**2
-        + (s_delta * (x.p @ x.k)) ** 2  # one number per row: the signed sum of P k
-        + (s_lse * (x.ds @ x.k)) ** 2
+        s_ds**2 @ k**2
+        + (s_delta * (x.p @ k)) ** 2  # one number per row: the signed sum of P k
+        + (s_lse * (x.ds @ k)) ** 2
         + (row.accumulate(x.n, "statistical") * (np.abs(x.ds) @ abs_k)) ** 2
     )
-    dq += common * (2.0 * np.abs(dss @ x.k) + delta_common * np.abs(x.p @ x.k))
+    dq += common * (2.0 * np.abs(dss @ k) + delta_common * np.abs(x.p @ k))
     dq += eta_ds * (x.multiplicity @ abs_k) + x.n * row.eta_accumulate
     dq = _store(x.scale * dq, x.dq, row)
 
     acc = row.accumulate(x.n_col, "statistical")
     shared = (x.p * s_delta) ** 2 + (x.ds * s_lse) ** 2
-    dk = LAMBDA * np.sqrt((s_ds**2 + shared).T @ x.q**2 + (acc * (np.abs(x.ds).T @ abs_q)) ** 2)
+    dk = LAMBDA * np.sqrt((s_ds**2 + shared).T @ q**2 + (acc * (np.abs(x.ds).T @ abs_q)) ** 2)
     dk += common * ((2.0 * np.abs(dss) + x.p * delta_common).T @ abs_q)
     dk += eta_ds * (x.multiplicity.T @ abs_q) + x.n_col * row.eta_accumulate
-    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q), row)
+    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row)
 
     dv = LAMBDA * np.sqrt(
         (pe_dv**2 + (x.p * s_lse) ** 2).T @ d_out**2 + (acc * (x.p.T @ d_out)) ** 2
     )
     dv += 2.0 * common * ((x.p * np.abs(x.s)).T @ d_out)
     dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate
-    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out), row)
+    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out.value), row)
     return dq, dk, dv, LAMBDA * np.sqrt(s_ds**2 + shared)
 
 

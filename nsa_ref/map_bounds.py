@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsa_ref.checks import check_at_least, check_one_of, check_shape
-from nsa_ref.compress import COMPRESS_MAPS
+from nsa_ref.compress import COMPRESS_MAPS, compress_windows
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import (
-    _affine,
-    _exactly,
-    _final,
-    _head_weight_gradient,
-    _Layer,
-    _product,
-    _stored,
-    _sum_gradient,
-    _weight_gradient,
+    Rounded,
+    affine,
+    exact,
+    joined,
+    matmul,
+    plus,
+    stored,
+    summed,
+    unless_overflow,
+    weight_gradient,
+    weight_gradient_by_entry,
 )
 
 
@@ -80,26 +82,29 @@ def pool_bounds(
     w = {key: np.asarray(value, dtype=np.float64) for key, value in weights.items()}
     length, stride = compress_block_size, compress_block_sliding_stride
     _check_pool_weights(w, compress_map, x.shape[1], length, x.shape[3])
-    kv_len = x.shape[2]
-    if compress_alignment == "start":
-        blocks = (kv_len - length) // stride + 1 if kv_len >= length else 0
-        first = np.arange(blocks) * stride
-    else:
-        blocks = kv_len // stride
-        first = (np.arange(blocks) + 1) * stride - length
-    tokens = first[:, None] + np.arange(length)[None, :]  # (blocks, l); < 0 is padding
+    windows = compress_windows(x.shape[2], length, stride, compress_alignment)
+    tokens = window_tokens(windows, length)
     g = None
     if d_out is not None:
-        g = _exactly(np.asarray(d_out, dtype=np.float64))
-        check_shape("d_out", g.value.shape, (*x.shape[:2], blocks, x.shape[3]))
+        g = exact(np.asarray(d_out, dtype=np.float64))
+        check_shape("d_out", g.value.shape, (*x.shape[:2], len(windows), x.shape[3]))
     rows = NUMERICS[numerics], NUMERICS["fp64"]
-    of_kernel, of_oracle = (_pool(_exactly(x), w, g, tokens, compress_map, row) for row in rows)
-    out = _final(of_kernel.out, rows[0]) + _final(of_oracle.out, rows[1])
+    of_kernel, of_oracle = (rounded_pool(exact(x), w, g, tokens, compress_map, row) for row in rows)
+    out = of_kernel.out.error + of_oracle.out.error
     if of_kernel.dx is None or of_oracle.dx is None:
         return PoolBounds(out, None, None)
-    dx = _final(of_kernel.dx, rows[0]) + _final(of_oracle.dx, rows[1])
-    dweights = {key: of_kernel.dweights[key] + of_oracle.dweights[key] for key in w}
+    dx = unless_overflow(of_kernel.dx, rows[0]).error + unless_overflow(of_oracle.dx, rows[1]).error
+    dweights = {key: of_kernel.dweights[key].error + of_oracle.dweights[key].error for key in w}
     return PoolBounds(out, dx, dweights)
+
+
+def window_tokens(windows: Sequence[tuple[int, int]], length: int) -> NDArray[np.int64]:
+    """The tokens of every window: (blocks, l); what is < 0 is padding.
+
+    Source: C1
+    """
+    first = np.array([start for start, _ in windows], dtype=np.int64)
+    return first[:, None] + np.arange(length)
 
 
 def _check_pool_weights(
@@ -128,30 +133,26 @@ def _check_pool_weights(
         check_shape(f"weights[{name!r}]", value.shape, shapes.get(name, (kv_heads, length, dim)))
 
 
-def _one_head(y: _Layer, head: int) -> _Layer:
-    return y.map(lambda part: part[:, head])
+class RoundedPool(NamedTuple):
+    """The results of a compression map, and how far a right kernel's may be from them."""
+
+    out: Rounded
+    dx: Rounded | None
+    dweights: dict[str, Rounded]
 
 
-def _all_heads(parts: Iterable[_Layer]) -> _Layer:
-    """The inverse of `_one_head`, for every head."""
-    return _Layer(*(np.stack(arrays, axis=1) for arrays in zip(*parts)))
-
-
-class _Pool(NamedTuple):
-    out: _Layer
-    dx: _Layer | None
-    dweights: dict[str, Array]
-
-
-def _pool(
-    x: _Layer,
+def rounded_pool(
+    x: Rounded,
     w: dict[str, Array],
-    g: _Layer | None,
+    g: Rounded | None,
     tokens: NDArray[np.int64],
     compress_map: str,
     row: Numerics,
-) -> _Pool:
-    """A compression map and, with the gradient g of its blocks, that of its tokens and weights."""
+) -> RoundedPool:
+    """A compression map and, with the gradient g of its blocks, that of its tokens and weights.
+
+    Source: C1, C4; NUMERICS 2, "Gates and combine"
+    """
     batch, kv_heads, kv_len, dim = x.value.shape
     blocks, length = tokens.shape
     inside = (tokens >= 0)[:, :, None]
@@ -163,61 +164,55 @@ def _pool(
 
     y = x.map(windows_of)
     if "positions" in w:
-        value = y.value + w["positions"][None, :, None]
-        y = _stored(value, y.error + row.u_accumulate * (np.abs(value) + y.error), row)
+        y = plus(y, w["positions"][None, :, None], row.u_accumulate, row)
     flat = y.map(lambda part: part.reshape(batch, kv_heads, blocks, length * dim))
+    dweights: dict[str, Rounded] = {}
 
-    hidden: _Layer | None = None
+    def through(d: Rounded, of: Rounded, ending: str = "") -> Rounded:
+        """The gradient of `of` from that of its affine map; those of the map's are noted."""
+        dweights["weight" + ending] = weight_gradient(d, of, row)
+        dweights["bias" + ending] = summed(d, (0, 1, 2), row)
+        return matmul(d, exact(w["weight" + ending]), row)
+
     if compress_map == "mean":
-        size = (np.abs(y.value) + y.error).sum(axis=3)
-        error = y.error.sum(axis=3) + row.accumulate(length) * size  # the sum
-        summed = _stored(y.value.sum(axis=3), error, row)
-        error = summed.error + 2.0 * row.u_elementwise * summed.size  # 1 / l, times
-        out = _stored(summed.value / length, error / length, row)
+        of_sum = summed(y, (3,), row)
+        error = of_sum.error + 2.0 * row.u_elementwise * of_sum.size  # 1 / l, times
+        out = stored(Rounded(of_sum.value / length, error / length), row)
+        if g is not None:
+            share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
+            error = share.error + 2.0 * row.u_elementwise * share.size
+            dflat = stored(Rounded(share.value, error), row)
     elif compress_map == "linear":
-        out = _affine(flat, w["weight"], w.get("bias"), row)
+        out = affine(flat, w["weight"], w["bias"], row)
+        if g is not None:
+            dflat = through(g, flat)
     elif compress_map == "linear_per_head":
-        out = _all_heads(
-            _affine(_one_head(flat, h), w["weight"][h], w["bias"][h], row) for h in range(kv_heads)
-        )
+        heads = _by_head(flat)
+        maps = zip(heads, w["weight"], w["bias"])
+        out = joined([affine(head, weight, bias, row) for head, weight, bias in maps], _all_heads)
+        if g is not None:
+            gs = _by_head(g)
+            each = [weight_gradient_by_entry(d, head, row) for d, head in zip(gs, heads)]
+            dweights = {"weight": joined(each, np.stack), "bias": summed(g, (0, 2), row)}
+            back = [matmul(d, exact(weight), row) for d, weight in zip(gs, w["weight"])]
+            dflat = joined(back, _all_heads)
     else:
-        before = _affine(flat, w["weight_in"], w.get("bias_in"), row)
+        before = affine(flat, w["weight_in"], w["bias_in"], row)
         # |relu(a) - relu(b)| <= |a - b|
-        hidden = _Layer(np.maximum(before.value, 0.0), before.error)
-        out = _affine(hidden, w["weight_out"], w.get("bias_out"), row)
-    if g is None:
-        return _Pool(out, None, {})
-
-    dweights: dict[str, Array] = {}
-    if compress_map == "mean":
-        share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
-        dy = _stored(share.value, share.error + 2.0 * row.u_elementwise * share.size, row)
-    elif compress_map == "linear_per_head":
-        heads = [(_one_head(g, h), _one_head(flat, h), w["weight"][h]) for h in range(kv_heads)]
-        dweights["weight"] = np.stack([_head_weight_gradient(d, y, row) for d, y, _ in heads])
-        dweights["bias"] = _sum_gradient(g, (0, 2), row)
-        dflat = _all_heads(_product(d, weight, row) for d, _, weight in heads)
-        dy = dflat.map(lambda part: part.reshape(y.value.shape))
-    else:
-        if compress_map == "mlp":
-            assert hidden is not None
-            dweights["weight_out"] = _weight_gradient(g, hidden, row)
-            if "bias_out" in w:
-                dweights["bias_out"] = _sum_gradient(g, (0, 1, 2), row)
-            dh = _product(g, w["weight_out"], row)
+        hidden = Rounded(np.maximum(before.value, 0.0), before.error)
+        out = affine(hidden, w["weight_out"], w["bias_out"], row)
+        if g is not None:
+            dh = through(g, hidden, "_out")
             on = before.value > 0
-            may_flip = np.abs(before.value) <= before.error
             # a unit that may be on or off: its whole gradient is in doubt
-            error = np.where(may_flip, np.abs(dh.value) + dh.error, np.where(on, dh.error, 0.0))
-            g = _Layer(np.where(on, dh.value, 0.0), error)
-        name = "weight" if compress_map == "linear" else "weight_in"
-        bias = "bias" if compress_map == "linear" else "bias_in"
-        dweights[name] = _weight_gradient(g, flat, row)
-        if bias in w:
-            dweights[bias] = _sum_gradient(g, (0, 1, 2), row)
-        dy = _Layer(*(part.reshape(y.value.shape) for part in _product(g, w[name], row)))
+            may_flip = np.abs(before.value) <= before.error
+            error = np.where(may_flip, dh.size, np.where(on, dh.error, 0.0))
+            dflat = through(Rounded(np.where(on, dh.value, 0.0), error), flat, "_in")
+    if g is None:
+        return RoundedPool(out, None, {})
+    dy = dflat.map(lambda part: part.reshape(y.value.shape))
     if "positions" in w:
-        dweights["positions"] = _sum_gradient(dy, (0, 2), row)
+        dweights["positions"] = summed(dy, (0, 2), row)
 
     dx, error, size = (np.zeros_like(x.value) for _ in range(3))
     windows = np.zeros(kv_len)
@@ -232,4 +227,13 @@ def _pool(
     u_sum = np.expm1(windows * math.log1p(row.u_store + row.u_accumulate))[None, None, :, None]
     error = error + u_sum * (size + error) + (windows * row.eta)[None, None, :, None]
     error = np.where(windows[None, None, :, None] > 0, error, 0.0)
-    return _Pool(out, _Layer(dx, error), {key: dweights[key] for key in w})
+    return RoundedPool(out, Rounded(dx, error), {key: dweights[key] for key in w})
+
+
+def _by_head(x: Rounded) -> list[Rounded]:
+    return [Rounded(x.value[:, h], x.error[:, h]) for h in range(x.value.shape[1])]
+
+
+def _all_heads(parts: Sequence[Array]) -> Array:
+    """The inverse of `_by_head`."""
+    return np.stack(parts, axis=1)

@@ -1,5 +1,18 @@
 """What each class of kernels rounds, and how coarsely: the rows that an implementation declares.
 
+``u`` is a unit roundoff: one rounding changes x by at most ``u |x|``, or by ``eta`` if the result
+underflows. Where the numbers of a row come from:
+
+- *The format.* ``largest``, ``eta`` and ``u_store`` are those of the dtype: 24 significant bits in
+  float32, 11 in float16, 8 in bfloat16, and 11 in an operand of tf32.
+- *What such kernels do.* 16-bit kernels hold inputs in 16 bits and sums in float32, and round what
+  they store. "-head" rows also store each query head's dk and dv before the group sum. "-eager"
+  rows store the result of every operation.
+- *The hardware.* Tensor cores accumulate in float32 but may truncate: hence 2^-23 there, and 2^-24
+  where arithmetic is IEEE. The C_* count units of float32's elementwise operations, ex2.approx
+  among them, and ``u_lse`` is that of a logarithm. ``benchmarks/hardware_constants.py`` measures
+  them on a GPU.
+
 Source: NUMERICS 2
 """
 
@@ -16,6 +29,7 @@ Array = NDArray[np.float64]
 C_EXP = 4  # ex2.approx and expf: units of u_elementwise in the result
 C_SCALE = 4  # scale, log2 e, their product and their own rounding: units of u_elementwise |s|
 C_DIV = 4  # the division by the row total, or a reciprocal and a product
+C_TRIG = 2  # sine and cosine: units of u_elementwise, absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,39 +38,70 @@ class Numerics:
 
     dtype : the dtype that inputs and results are stored in (NumPy's or ml_dtypes' name)
     largest : its largest finite number; a result beyond it may overflow, and its bound is inf
+    u_store : storing a number in a dtype that is narrower than the sums; 0 if it is not
+    eta : absolute error of storing a number that underflows the dtype
     u_accumulate : one addition inside a matrix product or a row sum
     accumulate_truncates : its rounding may have a direction, so it never averages out
+    eta_accumulate : absolute error of a product that underflows inside the accumulator
     u_operand : each factor of a matrix product as the hardware reads it (tf32)
-    u_p : probabilities, before they meet v or dO
-    u_store : every stored result
-    u_ds : dS, before it meets k or q
-    u_delta : delta = dO . O (minus d_lse), if it is stored in the dtype
-    eta : absolute error of storing a number that underflows the dtype
-    eta_accumulate : the same for a product inside the accumulator
     u_elementwise : one scalar operation
     u_lse : absolute error of log and of adding the maximum back
-    u_scores, u_dp : logits and dP, where every operation is rounded
-    per_head_rounding : dk and dv of each query head are stored before the group sum
-    keeps_p : the backward pass multiplies with the rounded P of the forward pass
+    stores_each_head : dk and dv of each query head are stored before the group sum
+    rounds_every_operation : the result of every operation is stored, also logits and dP, and the
+        backward pass multiplies with the P that the forward pass stored
     """
 
     dtype: str
     largest: float
+    u_store: float = 0.0
+    eta: float = 2.0**-126
     u_accumulate: float
     accumulate_truncates: bool = False
-    u_operand: float = 0.0
-    u_p: float = 0.0
-    u_store: float = 0.0
-    u_ds: float = 0.0
-    u_delta: float = 0.0
-    eta: float = 2.0**-126
     eta_accumulate: float = 2.0**-126
+    u_operand: float = 0.0
     u_elementwise: float = 2.0**-24
     u_lse: float = 2.0**-22
-    u_scores: float = 0.0
-    u_dp: float = 0.0
-    per_head_rounding: bool = False
-    keeps_p: bool = False
+    stores_each_head: bool = False
+    rounds_every_operation: bool = False
+
+    @property
+    def rounds_on_store(self) -> bool:
+        """The dtype is narrower than the sums: what is stored is rounded once more."""
+        return self.u_store > 0
+
+    @property
+    def u_p(self) -> float:
+        """Probabilities, before they meet v or dO."""
+        return self.u_store
+
+    @property
+    def u_delta(self) -> float:
+        """delta = dO . O (minus d_lse), which may be stored."""
+        return self.u_store
+
+    @property
+    def u_ds(self) -> float:
+        """dS before it meets k or q; stored twice where softmax' gradient and its scale are two."""
+        return self._stored_twice if self.rounds_every_operation else self.u_store
+
+    @property
+    def u_scores(self) -> float:
+        """Logits: q.k is stored, and scale * q.k is stored, where every operation is."""
+        return self._stored_twice if self.rounds_every_operation else 0.0
+
+    @property
+    def u_dp(self) -> float:
+        """dP, where every operation is stored."""
+        return self.u_store if self.rounds_every_operation else 0.0
+
+    @property
+    def u_operands(self) -> float:
+        """Relative error of a product of two rounded operands: 2 u_in + u_in^2."""
+        return 2.0 * self.u_operand + self.u_operand**2
+
+    @property
+    def _stored_twice(self) -> float:
+        return (1.0 + self.u_store) ** 2 - 1.0
 
     def accumulate(self, terms: ArrayLike, form: str = "deterministic") -> Array:
         """acc(n): the relative error of a sum of n products, against the sum of their sizes.
@@ -77,65 +122,29 @@ class Numerics:
         """
         return dataclasses.replace(
             self,
-            u_accumulate=self.u_accumulate if self.accumulate_truncates else 0.0,
-            u_p=0.0,
             u_store=0.0,
-            u_ds=0.0,
-            u_delta=0.0,
-            u_scores=0.0,
-            u_dp=0.0,
-            per_head_rounding=False,
-            keeps_p=False,
+            u_accumulate=self.u_accumulate if self.accumulate_truncates else 0.0,
+            stores_each_head=False,
+            rounds_every_operation=False,
         )
 
-    @property
-    def u_operands(self) -> float:
-        """Relative error of a product of two rounded operands: 2 u_in + u_in^2."""
-        return 2.0 * self.u_operand + self.u_operand**2
 
-
-def _sixteen_bit(dtype: str, u: float, eta: float, largest: float) -> Numerics:
-    return Numerics(
-        dtype=dtype,
-        largest=largest,
-        u_accumulate=2.0**-23,
-        accumulate_truncates=True,
-        u_p=u,
-        u_store=u,
-        u_ds=u,
-        u_delta=u,
-        eta=eta,
-    )
-
-
-def _by_head(row: Numerics) -> Numerics:
-    return dataclasses.replace(row, per_head_rounding=True)
-
-
-def _eager(row: Numerics) -> Numerics:
-    twice = (1.0 + row.u_store) ** 2 - 1.0  # two roundings on top of each other
-    return dataclasses.replace(
-        row,
-        per_head_rounding=True,
-        keeps_p=True,
-        u_scores=twice,  # q.k is stored, and scale * q.k is stored
-        u_dp=row.u_store,
-        u_ds=twice,  # softmax' output is stored, and scale times it is stored
-    )
-
-
-_LARGEST_FP32 = float(np.finfo(np.float32).max)
-_LARGEST_BF16 = (2.0 - 2.0**-7) * 2.0**127
-_FP32 = Numerics(dtype="float32", largest=_LARGEST_FP32, u_accumulate=2.0**-24)
-_BF16 = _sixteen_bit("bfloat16", 2.0**-8, 2.0**-126, _LARGEST_BF16)
-_FP16 = _sixteen_bit("float16", 2.0**-11, 2.0**-25, 65504.0)
+_FP32 = Numerics(dtype="float32", largest=float(np.finfo(np.float32).max), u_accumulate=2.0**-24)
+_BF16 = Numerics(
+    dtype="bfloat16",
+    largest=(2.0 - 2.0**-7) * 2.0**127,
+    u_store=2.0**-8,
+    u_accumulate=2.0**-23,
+    accumulate_truncates=True,
+)
+_FP16 = dataclasses.replace(_BF16, dtype="float16", largest=65504.0, u_store=2.0**-11, eta=2.0**-25)
 
 NUMERICS: dict[str, Numerics] = {
     "fp64": Numerics(
         dtype="float64",
         largest=float(np.finfo(np.float64).max),
-        u_accumulate=2.0**-53,
         eta=2.0**-1022,
+        u_accumulate=2.0**-53,
         eta_accumulate=2.0**-1022,
         u_elementwise=2.0**-53,
         u_lse=2.0**-51,
@@ -146,7 +155,7 @@ NUMERICS: dict[str, Numerics] = {
     ),
     "bf16": _BF16,
     "fp16": _FP16,
-    "bf16-head": _by_head(_BF16),
-    "bf16-eager": _eager(_BF16),
-    "fp16-eager": _eager(_FP16),
+    "bf16-head": dataclasses.replace(_BF16, stores_each_head=True),
+    "bf16-eager": dataclasses.replace(_BF16, stores_each_head=True, rounds_every_operation=True),
+    "fp16-eager": dataclasses.replace(_FP16, stores_each_head=True, rounds_every_operation=True),
 }

@@ -1,103 +1,423 @@
-"""A value and how far a right implementation may be from it, and the operations on such pairs."""
+"""A value and how far a right implementation may be from it, and the operations on such pairs.
+
+A running error analysis. Every intermediate result is a pair: its float64 value x, and e, how far
+the number x^ of a right implementation may be from it. Every operation makes the pair of its
+result out of the pairs that it reads, each rounding at its worst: what the errors of the operands
+become, and what the operation rounds itself, in one row of `nsa_ref.numerics`. The formulas below
+state that error; ``|x^|`` in them is the largest that it may be, ``|x| + e``.
+
+In 16-bit dtypes the result of every operation may be stored, which rounds it once more. A number
+that may overflow makes all that reads it unknown: its error is inf.
+
+Source: NUMERICS 2
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from nsa_ref.numerics import Array, Numerics
+from nsa_ref.layer import NORM_EPS, ROTARY_BASE
+from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, C_TRIG, Array, Numerics
 
 
-class _Layer(NamedTuple):
-    """An intermediate result and how far a right kernel may be from it."""
+class Rounded(NamedTuple):
+    """A value, and how far the number of a right implementation may be from it."""
 
     value: Array
     error: Array
 
     @property
     def size(self) -> Array:
+        """The largest magnitude of such a number."""
         return np.abs(self.value) + self.error
 
-    def map(self, change: Callable[[Array], Array]) -> _Layer:
+    def map(self, change: Callable[[Array], Array]) -> Rounded:
         """The same reshaping, transposition or choice of both."""
-        return _Layer(change(self.value), change(self.error))
+        return Rounded(change(self.value), change(self.error))
 
 
-def _exactly(value: Array) -> _Layer:
-    return _Layer(value, np.zeros_like(value))
+def exact(value: Array) -> Rounded:
+    """A number that every right implementation has: its error is 0.
+
+    Source: NUMERICS 2, inputs are taken as exact
+    """
+    return Rounded(value, np.zeros_like(value))
 
 
-def _stored(value: Array, error: Array, row: Numerics, times: int = 1) -> _Layer:
-    """An intermediate or final result, stored `times` times on its way."""
+def joined(parts: Sequence[Rounded], join: Callable[[Sequence[Array]], Array]) -> Rounded:
+    """Several pairs stacked or concatenated into one.
+
+    Source: NUMERICS 2; nothing is rounded
+    """
+    return Rounded(join([part.value for part in parts]), join([part.error for part in parts]))
+
+
+def unless_overflow(x: Rounded, row: Numerics) -> Rounded:
+    """inf where ``|x^|`` may lie beyond the dtype's largest number, else the error.
+
+    An error that is NaN came from 0 * inf, of something that overflowed before: inf as well.
+
+    Source: NUMERICS 2, storage
+    """
+    return Rounded(x.value, np.where(x.size <= row.largest, x.error, np.inf))
+
+
+def stored(x: Rounded, row: Numerics, times: int = 1) -> Rounded:
+    """x, stored `times` times on its way.
+
+    ::
+
+        e + ((1 + u_store)^times - 1) |x^| + times eta
+
+    Source: NUMERICS 2, storage
+    """
     u = math.expm1(times * math.log1p(row.u_store))
-    error = error + u * (np.abs(value) + error) + times * row.eta
-    return _Layer(value, _overflow(value, error, row))
+    error = x.error + u * (np.abs(x.value) + x.error) + times * row.eta
+    return unless_overflow(Rounded(x.value, error), row)
 
 
-def _product(y: _Layer, matrix: Array, row: Numerics) -> _Layer:
-    """y @ matrix, rounded and stored; matrix is exact."""
-    n, size = matrix.shape[0], np.abs(y.value) + y.error
-    error = y.error @ np.abs(matrix)  # what came in
-    error += (row.accumulate(n) + row.u_operands) * (size @ np.abs(matrix))  # the sum itself
-    error += n * row.eta_accumulate
-    return _stored(y.value @ matrix, error, row)
+def worse(x: Rounded, y: Rounded) -> Rounded:
+    """Two ways to the same value; a right implementation goes either.
 
-
-def _affine(y: _Layer, weight: Array, bias: Array | None, row: Numerics) -> _Layer:
-    """y W^T + b; the product may be stored before the bias is added."""
-    product = _product(y, weight.T, row)
-    if bias is None:
-        return product
-    value = product.value + bias
-    error = product.error + row.u_accumulate * (np.abs(value) + product.error)
-    return _stored(value, error, row)
-
-
-def _weight_gradient(g: _Layer, y: _Layer, row: Numerics) -> Array:
-    """Bound of sum over rows of g^T y, the gradient of a weight matrix; rows are flattened."""
-    g = _Layer(*(part.reshape(-1, part.shape[-1]) for part in g))
-    y = _Layer(*(part.reshape(-1, part.shape[-1]) for part in y))
-    n = g.value.shape[0]
-    g_size, y_size = np.abs(g.value) + g.error, np.abs(y.value) + y.error
-    error = g.error.T @ y_size + np.abs(g.value).T @ y.error
-    error += (row.accumulate(n) + row.u_operands) * (g_size.T @ y_size)
-    error += n * row.eta_accumulate
-    return _final(_stored(g.value.T @ y.value, error, row), row)
-
-
-def _head_weight_gradient(g: _Layer, y: _Layer, row: Numerics) -> Array:
-    """Bound of `_weight_gradient` where each batch entry's part may be stored before the sum.
-
-    g : (batch, rows, out), y : (batch, rows, in)
+    Source: NUMERICS 2; nothing is rounded
     """
-    g_t, size_t = np.swapaxes(g.value, 1, 2), np.swapaxes(g.size, 1, 2)
+    return Rounded(x.value, np.maximum(x.error, y.error))
+
+
+# --- products and sums ----------------------------------------------------------------------------
+
+
+def times(x: Rounded, y: Rounded, row: Numerics) -> Rounded:
+    """x y, element by element, stored.
+
+    ::
+
+        |x| e_y + e_x |y^| + u_elementwise |x^| |y^|
+
+    Source: NUMERICS 2, elementwise
+    """
+    error = np.abs(x.value) * y.error + x.error * y.size
+    error = error + row.u_elementwise * (x.size * y.size)
+    return stored(Rounded(x.value * y.value, error), row)
+
+
+def scaled(x: Rounded, factor: float, row: Numerics) -> Rounded:
+    """x times a number that may be rounded before it is multiplied with, stored.
+
+    ::
+
+        |factor| (e + 2 u_elementwise |x^|)
+
+    Source: NUMERICS 2, elementwise
+    """
+    error = x.error + 2.0 * row.u_elementwise * x.size
+    return stored(Rounded(x.value * factor, abs(factor) * error), row)
+
+
+def plus(x: Rounded, constant: Array | float, u: float, row: Numerics) -> Rounded:
+    """x + constant, which is exact, by an addition of unit roundoff u, stored.
+
+    ::
+
+        e + u (|x + constant| + e)
+
+    Source: NUMERICS 2, accumulation and elementwise
+    """
+    value = x.value + constant
+    return stored(Rounded(value, x.error + u * (np.abs(value) + x.error)), row)
+
+
+def total(parts: Sequence[Rounded], row: Numerics) -> Rounded:
+    """The sum of n tensors, in any order; every partial sum may be stored.
+
+    ::
+
+        sum e + ((1 + u_store + u_accumulate)^(n - 1) - 1) sum |x^| + (n - 1) eta
+
+    Source: NUMERICS 2, accumulation and storage
+    """
+    value = np.sum([part.value for part in parts], axis=0)
+    error = np.sum([part.error for part in parts], axis=0)
+    size = np.sum([part.size for part in parts], axis=0)
+    additions = len(parts) - 1
+    u = math.expm1(additions * math.log1p(row.u_store + row.u_accumulate))
+    return unless_overflow(Rounded(value, error + u * size + additions * row.eta), row)
+
+
+def summed(x: Rounded, axes: tuple[int, ...], row: Numerics) -> Rounded:
+    """The sum of x over `axes`, n terms in one accumulator, stored: gradients of biases.
+
+    ::
+
+        sum e + acc(n) sum |x^|
+
+    Source: NUMERICS 2, accumulation
+    """
+    n = math.prod(x.value.shape[axis] for axis in axes)
+    error = x.error.sum(axis=axes) + row.accumulate(n) * x.size.sum(axis=axes)
+    return stored(Rounded(x.value.sum(axis=axes), error), row)
+
+
+def inner(x: Rounded, y: Rounded, row: Numerics) -> Rounded:
+    """sum of x y over the last axis, n terms; the products p = x y may be stored.
+
+    ::
+
+        sum e_p + n eta_accumulate + (acc(n) + u_operands) (sum |x^| |y^| + sum e_p)
+
+    Source: NUMERICS 2, accumulation
+    """
+    product = times(x, y, row)
+    n = product.value.shape[-1]
+    size = np.sum(x.size * y.size, axis=-1)
+    error = np.sum(product.error, axis=-1) + n * row.eta_accumulate
+    error += (row.accumulate(n) + row.u_operands) * (size + np.sum(product.error, axis=-1))
+    return stored(Rounded(np.sum(product.value, axis=-1), error), row)
+
+
+def matmul(x: Rounded, y: Rounded, row: Numerics, terms: int | None = None) -> Rounded:
+    """x @ y, stored: the sums of n products that a matrix unit makes.
+
+    ::
+
+        |x| @ e_y + e_x @ |y^| + (acc(terms) + u_operands) |x^| @ |y^| + n eta_accumulate
+
+    terms : of the whole sum that this is a part of, default n
+
+    Source: NUMERICS 2, accumulation and operands
+    """
+    n = x.value.shape[-1]
+    error = x.error @ y.size + np.abs(x.value) @ y.error
+    error += (row.accumulate(n if terms is None else terms) + row.u_operands) * (x.size @ y.size)
+    error += n * row.eta_accumulate
+    return stored(Rounded(x.value @ y.value, error), row)
+
+
+def affine(
+    x: Rounded, weight: Array, bias: Array | None, row: Numerics, common: Array | None = None
+) -> Rounded:
+    """x W^T + b, of exact W and b; the product may be stored before b is added.
+
+    common : a relative error that whole rows of x have beside e. It is one factor of a row, and
+        one of the same row of x W^T: it does not add up over |x| |W|
+
+    Source: NUMERICS 2, "Gates and combine" (compression maps layer by layer)
+    """
+    product = matmul(x, exact(weight.T), row)
+    if common is not None:
+        product = Rounded(product.value, product.error + common * product.size)
+    return product if bias is None else plus(product, bias, row.u_accumulate, row)
+
+
+def weight_gradient(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
+    """g^T x over all axes but the last: the gradient of W, of x W^T.
+
+    Source: NUMERICS 2, accumulation and operands
+    """
+    g, x = (pair.map(lambda part: part.reshape(-1, part.shape[-1])) for pair in (g, x))
+    return matmul(g.map(np.transpose), x, row)
+
+
+def weight_gradient_by_entry(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
+    """`weight_gradient` where each batch entry's part may be stored before the sum.
+
+    Shapes
+    ------
+    g : (batch, rows, out)      x : (batch, rows, in)      returns : (out, in)
+
+    Source
+    ------
+    NUMERICS 2, accumulation and storage
+    """
     batch, n = g.value.shape[:2]
-    error = np.swapaxes(g.error, 1, 2) @ y.size + np.abs(g_t) @ y.error
-    error += (row.accumulate(batch * n) + row.u_operands) * (size_t @ y.size)
-    error += n * row.eta_accumulate
-    parts = _stored(g_t @ y.value, error, row)
-    value, stored = parts.value.sum(axis=0), parts.error.sum(axis=0)
-    return _final(_stored(value, stored, row), row)
+    parts = matmul(g.map(lambda part: np.swapaxes(part, 1, 2)), x, row, terms=batch * n)
+    return stored(parts.map(lambda part: part.sum(axis=0)), row)
 
 
-def _sum_gradient(g: _Layer, axes: tuple[int, ...], row: Numerics) -> Array:
-    """Bound of a plain sum of g over `axes`: biases and positions."""
-    n = math.prod(g.value.shape[axis] for axis in axes)
-    size = (np.abs(g.value) + g.error).sum(axis=axes)
-    error = g.error.sum(axis=axes) + row.accumulate(n) * size
-    return _final(_stored(g.value.sum(axis=axes), error, row), row)
+def input_gradient(parts: Sequence[tuple[Rounded, Array]], row: Numerics) -> Rounded:
+    """sum of g W over several projections of one input, as one matrix product or one by one.
 
+    ::
 
-def _final(result: _Layer, row: Numerics) -> Array:
-    return _overflow(result.value, result.error, row)
+        of each   its own error as a product, and (acc(all) - acc(its own terms)) |g^| @ |W|
 
-
-def _overflow(reference: Array, bound: Array, row: Numerics) -> Array:
-    """inf where a right result may lie beyond the dtype's largest number, else the bound.
-
-    A bound that is NaN came from 0 * inf, of something that overflowed before.
+    Source: NUMERICS 2, accumulation and storage
     """
-    return np.where(np.abs(reference) + bound <= row.largest, bound, np.inf)
+    width = sum(weight.shape[0] for _, weight in parts)
+    products = []
+    for g, weight in parts:
+        product = matmul(g, exact(weight), row)
+        more = row.accumulate(width) - row.accumulate(weight.shape[0])
+        products.append(Rounded(product.value, product.error + more * (g.size @ np.abs(weight))))
+    return total(products, row)
+
+
+# --- RMSNorm --------------------------------------------------------------------------------------
+
+
+class Normed(NamedTuple):
+    """x / sqrt(mean x^2 + eps) * weight, and what its gradient reads."""
+
+    r: Rounded  # (batch, seq_len, 1): 1 / root mean square
+    normal: Rounded  # x r
+    out: Rounded  # x r weight
+    out_of_r: Rounded  # x r weight, where the implementation's own r counts as exact
+
+
+def normed(x: Array, weight: Array, row: Numerics) -> Normed:
+    """RMSNorm of exact x, (batch, seq_len, dim).
+
+    ::
+
+        t     relative error of mean x^2 + eps
+        r     ((1 - t)^(-1/2) - 1) r + (C_DIV + 2) u_elementwise |r^|, stored twice: root, inverse
+
+    r is one factor of a whole row, and stays one through a projection.
+
+    Source: G1; NUMERICS 2, elementwise
+    """
+    given, factor = exact(x), exact(weight)
+    mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).map(_as_column)
+    square = plus(mean, NORM_EPS, row.u_elementwise, row)
+    t = np.minimum(square.error / square.value, 1.0)
+    root = square.value**-0.5
+    error = root * ((1.0 - t) ** -0.5 - 1.0)  # inf where the mean may be 0 or less
+    error += (C_DIV + 2) * row.u_elementwise * (root + error)
+    r = stored(Rounded(root, error), row, times=2)  # the root, and its inverse
+    normal, of_r = times(given, r, row), times(given, exact(root), row)
+    return Normed(r, normal, times(normal, factor, row), times(of_r, factor, row))
+
+
+def _as_column(part: Array) -> Array:
+    return part[..., None]
+
+
+def normed_gradient(
+    g: Rounded, norm: Normed, x: Array, weight: Array, row: Numerics
+) -> tuple[Rounded, Rounded]:
+    """dx and dweight of RMSNorm, of the gradient g of its result.
+
+    ::
+
+        dweight = sum g x r      dx = r dn - r n mean(dn n), with n = x r and dn = g weight
+
+    The second term of dx is made from n, or from x and r^3: the larger error counts.
+
+    Source: G1; NUMERICS 2, elementwise
+    """
+    dim, given = x.shape[-1], exact(x)
+    dweight = summed(times(g, norm.normal, row), (0, 1), row)
+    dn = times(g, exact(weight), row)
+    first = times(dn, norm.r, row)
+    by_normal = scaled(inner(dn, norm.normal, row), 1.0 / dim, row).map(_as_column)
+    by_normal = times(times(norm.normal, by_normal, row), norm.r, row)
+    cube = times(times(norm.r, norm.r, row), norm.r, row)
+    by_cube = times(inner(dn, given, row).map(_as_column), cube, row)
+    by_cube = times(scaled(by_cube, 1.0 / dim, row), given, row)
+    second = worse(by_normal, by_cube)
+    return total([first, Rounded(-second.value, second.error)], row), dweight
+
+
+# --- rotary ---------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    """cosine and sine of every position and pair of features: (positions, head_dim / 2)."""
+
+    cosine: Rounded
+    sine: Rounded
+
+    def back(self) -> Turn:
+        """The turn that undoes this one, and that gradients take."""
+        return Turn(self.cosine, Rounded(-self.sine.value, self.sine.error))
+
+
+def turn(positions: Array, head_dim: int, row: Numerics) -> Turn:
+    """The angles of rotary embedding, float32 at least whatever the dtype.
+
+    ::
+
+        E         log(base) 2 i / head_dim: the frequency is exp(-E), made from E in float32
+        angle     angle (3 E + C_EXP + 1) u_elementwise; the first pair's frequency is 1, exactly
+        result    that, and C_TRIG u_elementwise; cosine and sine may be stored
+
+    Source: G2; NUMERICS 2, elementwise
+    """
+    exponent = math.log(ROTARY_BASE) * np.arange(0, head_dim, 2) / head_dim
+    angle = positions[:, None] * np.exp(-exponent)
+    u_e = row.u_elementwise
+    error = angle * (3.0 * exponent + (C_EXP + 1) * (exponent > 0)) * u_e + C_TRIG * u_e
+    error = np.minimum(error, 2.0)
+    return Turn(*(stored(Rounded(of(angle), error), row) for of in (np.cos, np.sin)))
+
+
+def rotated(x: Rounded, by: Turn | None, row: Numerics) -> Rounded:
+    """(a, b) -> (a cos - b sin, a sin + b cos) for the pairs of the last axis; None turns nothing.
+
+    Source: G2; two products and their sum, each perhaps stored
+    """
+    if by is None:
+        return x
+    a, b = x.map(lambda part: part[..., 0::2]), x.map(lambda part: part[..., 1::2])
+    minus = by.back().sine
+    first = total([times(a, by.cosine, row), times(b, minus, row)], row)
+    second = total([times(a, by.sine, row), times(b, by.cosine, row)], row)
+    shape = x.value.shape
+    return joined([first, second], lambda pair: np.stack(pair, axis=-1).reshape(shape))
+
+
+def turned_gradient(
+    plain: Sequence[Rounded], turned: Sequence[Rounded], by: Turn | None, row: Numerics
+) -> Rounded:
+    """The gradient of a tensor that some read as it is, and some turned.
+
+    The gradients of its turned readers may be added up before or after they are turned back: the
+    larger error counts.
+
+    Source: G2; NUMERICS 2, storage
+    """
+    if by is None or not turned:
+        return total([*plain, *turned], row)
+    back = by.back()
+    each = total([*plain, *(rotated(part, back, row) for part in turned)], row)
+    if len(turned) == 1:
+        return each
+    return worse(each, total([*plain, rotated(total(turned, row), back, row)], row))
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def sigmoid(z: Rounded, row: Numerics) -> Rounded:
+    """g = 1 / (1 + exp(-z)), stored.
+
+    ::
+
+        min(slope e, 1) + g (1 - g) C_SCALE u_elementwise |z^| + (C_EXP + C_DIV + 1) u_elementwise g
+
+    slope : the largest of sigmoid' over z - e .. z + e
+
+    Source: G1; NUMERICS 2, "Gates and combine"
+    """
+    u_e = row.u_elementwise
+    small = np.exp(-np.abs(z.value))
+    g = np.where(z.value >= 0, 1.0, small) / (1.0 + small)
+    rest = np.where(z.value >= 0, small, 1.0) / (1.0 + small)  # 1 - g
+    nearest = np.exp(-np.maximum(np.abs(z.value) - z.error, 0.0))  # where the slope is largest
+    slope = nearest / (1.0 + nearest) ** 2
+    error = np.minimum(slope * z.error, 1.0)  # g lies in [0, 1]
+    error += g * rest * C_SCALE * u_e * z.size + (C_EXP + C_DIV + 1) * u_e * (g + error)
+    return stored(Rounded(g, error), row)
+
+
+def sigmoid_gradient(dg: Rounded, g: Rounded, row: Numerics) -> Rounded:
+    """dz = dg g (1 - g), of g = sigmoid(z).
+
+    Source: G1; two products and a difference, each perhaps stored
+    """
+    other = plus(Rounded(-g.value, g.error), 1.0, row.u_elementwise, row)
+    return times(times(dg, g, row), other, row)

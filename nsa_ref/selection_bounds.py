@@ -7,9 +7,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.bounds import _deterministic_forward, _Exact, _largest_p, _lse_noise, _weight_error
+from nsa_ref.bounds import Group, groups, recomputed_p_error
 from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
-from nsa_ref.numerics import C_EXP, C_SCALE, NUMERICS, Array, Numerics
+from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
+from nsa_ref.rounded import Rounded, exact
 
 
 def score_bounds(
@@ -67,24 +68,23 @@ def score_bounds(
     wrong, q_wrong = _score_errors(q, k_cmp, q_error, k_cmp_error)
 
     k = np.concatenate([mem_k, k_cmp], axis=2)
-    wrong = np.concatenate([np.zeros_like(mem_k), wrong], axis=2)
+    k_wrong = np.concatenate([np.zeros_like(mem_k), wrong], axis=2)
     result = np.zeros((batch, kv_heads if share_selection else q_heads, q_len, counts.shape[1]))
-    rows = np.broadcast_to(visible, (group, *visible.shape)).astype(np.float64)
-    no_v = np.zeros((memory + blocks, 0))
+    mask = np.broadcast_to(visible, (batch, q_heads, *visible.shape))
+    no_v = exact(np.zeros((*k.shape[:3], 0)))
     terms = (counts > 0).sum(axis=0) * (group if share_selection else 1)
-    for b in range(batch):
-        for g in range(kv_heads):
-            heads = slice(g * group, (g + 1) * group)
-            d_lse = np.zeros((group, q_len))
-            of = q[b, heads], k[b, g], no_v, rows, None, d_lse, scale
-            x = _Exact.of(*of, q_error=q_wrong[b, heads], k_error=wrong[b, g])
-            bound = _score_bound(x, NUMERICS[numerics], counts, terms, memory)
-            bound += _score_bound(_Exact.of(*of), NUMERICS["fp64"], counts, terms, memory)
-            bound = bound.reshape(group, q_len, counts.shape[1])
-            if share_selection:
-                result[b, g] = bound.sum(axis=0)
-            else:
-                result[b, heads] = bound
+    of_kernel, of_oracle = (
+        groups(q_, k_, no_v, mask=mask, scale=scale)
+        for q_, k_ in ((Rounded(q, q_wrong), Rounded(k, k_wrong)), (exact(q), exact(k)))
+    )
+    for (b, g, heads, off), (*_, x) in zip(of_kernel, of_oracle):
+        bound = _score_bound(off, NUMERICS[numerics], counts, terms, memory)
+        bound += _score_bound(x, NUMERICS["fp64"], counts, terms, memory)
+        bound = bound.reshape(group, q_len, counts.shape[1])
+        if share_selection:
+            result[b, g] = bound.sum(axis=0)
+        else:
+            result[b, heads] = bound
     return result
 
 
@@ -99,21 +99,16 @@ def _score_errors(
     return wrong, q_wrong
 
 
-def _score_bound(x: _Exact, row: Numerics, counts: Array, terms: Array, memory: int) -> Array:
+def _score_bound(x: Group, row: Numerics, counts: Array, terms: Array, memory: int) -> Array:
     """Bound of every query head's part of the scores: (rows, selection_blocks)."""
-    visible = x.multiplicity > 0
-    forward = _deterministic_forward(x, row)
-    distance = np.abs(x.s - x.lse) + x.moved + x.moved_row
-    off = (forward.d + forward.lse + 2.0 * row.u_elementwise * distance) * visible
-    pe = _weight_error(x, off, C_EXP * row.u_elementwise)
-    pe = np.minimum(pe, np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))) * visible
-    error = pe + row.u_p * (x.p + pe) + row.eta * visible  # P, perhaps stored
+    pe = recomputed_p_error(x, row)
+    error = pe + row.u_p * (x.p + pe) + row.eta * x.visible  # P, perhaps stored
     error, p = error[:, memory:], x.p[:, memory:]
     size = (p + error) @ counts
     bound = error @ counts + (row.accumulate(terms) + row.u_operands) * size
-    if row.u_scores:
-        # every operation rounded: overlap sums and the sum over the group are stored
-        stores = math.expm1((x.group + 1) * math.log1p(row.u_store))
+    if row.rounds_every_operation:
+        # overlap sums and the sum over the group are stored
+        stores = math.expm1((x.size + 1) * math.log1p(row.u_store))
         bound += stores * (size + bound) + 2.0 * row.eta
     return np.where(x.n > 0, bound, 0.0)
 
@@ -190,7 +185,7 @@ def logit_mean_bounds(
         d = d + (C_SCALE * row.u_elementwise + row.u_scores) * (np.abs(s) + extra)
         d = np.where(visible, d, 0.0)
         bound = mean(d)
-        if row.u_scores:  # every operation rounded: two means are stored
+        if row.rounds_every_operation:  # two means are stored
             bound = bound + math.expm1(2 * math.log1p(row.u_store)) * mean(size + d)
         # adding up, and dividing by the number of terms
         total = total + bound + (row.accumulate(terms) + 2.0 * row.u_elementwise) * mean(size)

@@ -333,7 +333,7 @@ def test_sums_of_three_tenths_are_within_fp64_of_the_exact_rational() -> None:
     exact = sum((Fraction(float(y)) for y in v.ravel()), Fraction(0)) / columns
     mine = float(v.mean())
     bound = attention_bounds(
-        q, k, v, np.ones((1, 1, 1, columns)), numerics="fp64", form="deterministic"
+        q, k, v, np.ones((1, 1, 1, columns), int), numerics="fp64", form="deterministic"
     )
     assert bound.dq is None and bound.dk is None and bound.dv is None
     assert abs(Fraction(mine) - exact) <= Fraction(float(bound.out.item()))
@@ -411,7 +411,7 @@ def test_what_a_dtype_cannot_hold_has_no_bound(large: str) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    q, k, mask = np.zeros((1, 2, 3, 4)), np.zeros((1, 1, 5, 4)), np.ones((3, 5))
+    q, k, mask = np.zeros((1, 2, 3, 4)), np.zeros((1, 1, 5, 4)), np.ones((3, 5), int)
     with pytest.raises(ValueError, match="numerics='fp8' must be one of 'fp64', 'fp32'"):
         attention_bounds(q, k, k, mask, numerics="fp8", form="deterministic")
     with pytest.raises(ValueError, match="form='worst' must be one of 'deterministic'"):
@@ -423,8 +423,8 @@ def test_bad_arguments_are_named() -> None:
             q, k, k, mask, d_lse=np.zeros((1, 2, 3)), numerics="fp32", form="deterministic"
         )
     with pytest.raises(ValueError, match=r"mask has shape \(2, 2\); it must broadcast"):
-        attention_bounds(q, k, k, np.ones((2, 2)), numerics="fp32", form="deterministic")
-    with pytest.raises(ValueError, match="kv_heads=0 must be at least 1"):
+        attention_bounds(q, k, k, np.ones((2, 2), int), numerics="fp32", form="deterministic")
+    with pytest.raises(ValueError, match=r"kv_heads \(axis 1 of k\)=0 must be at least 1"):
         attention_bounds(q, k[:, :0], k[:, :0], mask, numerics="fp32", form="deterministic")
     sizes: dict[str, Any] = {
         "numerics": "fp32",

@@ -22,15 +22,15 @@ from nsa_ref.bounds import attention_bounds
 from nsa_ref.layer import layer, layer_vjp, layer_weight_shapes, selection_inputs
 from nsa_ref.layer_bounds import (
     LayerBounds,
-    _attention,
-    _masks,
-    _Pass,
+    RoundedLayer,
+    branch_masks,
     layer_bounds,
     packed_weight_bounds,
+    rounded_branch,
 )
-from nsa_ref.map_bounds import _pool
+from nsa_ref.map_bounds import rounded_pool
 from nsa_ref.numerics import NUMERICS
-from nsa_ref.rounded import _exactly, _Layer, _sum_gradient
+from nsa_ref.rounded import Rounded, exact, summed
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 from nsa_ref.sizes import COMPRESS_MAPS
@@ -134,15 +134,14 @@ def test_the_layer_that_is_bounded_is_the_definition(rotary: str, compress_map: 
         generator(55), "fp64", semantics, seq_len=12, head_dim=4, compress_map=compress_map
     )
     how: dict[str, Any] = {"sizes": case.sizes, "semantics": semantics}
-    masks = _masks(case.block_indices, len(case.x), 12, case.sizes, semantics)
-    analysis = _Pass(NUMERICS["fp64"], case.sizes, semantics, case.weights, masks, 12)
-    found = analysis.run(case.x, case.d_out)
-    assert found.dx is not None
+    masks = branch_masks(case.block_indices, len(case.x), 12, case.sizes, semantics)
+    found = RoundedLayer(case.x, case.weights, masks, case.sizes, semantics, NUMERICS["fp64"])
+    found_dx, _ = found.gradients(case.d_out)
     q, k_cmp, _ = selection_inputs(case.x, case.weights, **how)
     how["block_indices"] = case.block_indices
     dx, _ = layer_vjp(case.x, case.weights, case.d_out, **how)
     out = layer(case.x, case.weights, **how)
-    for mine, definition in ((found.q, q), (found.k_cmp, k_cmp), (found.out, out), (found.dx, dx)):
+    for mine, definition in ((found.q, q), (found.k_cmp, k_cmp), (found.out, out), (found_dx, dx)):
         assert (np.abs(mine.value - definition) <= mine.error).all()
 
 
@@ -374,7 +373,7 @@ def test_terms_that_are_lost_in_the_sum_over_all_sequences_are_within_its_bound(
     each = [
         of_bias(
             np.broadcast_to(part.sum(axis=(0, 1)), shape),
-            np.broadcast_to(_sum_gradient(_exactly(part), (0, 1), fp32), shape),
+            np.broadcast_to(summed(exact(part), (0, 1), fp32).error, shape),
         )
         for part in terms
     ]
@@ -491,8 +490,8 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
             flash_emulation.rounded(y * (1 + 0.1 * rng.choice([-1.0, 1.0], y.shape)), row)
             for y in (x, d_out)
         ]
-        given, g = (_Layer(y, np.abs(z - y)) for y, z in zip((x, d_out), moved))
-        found = _pool(given, weights, g, tokens, compress_map, NUMERICS[row])
+        given, g = (Rounded(y, np.abs(z - y)) for y, z in zip((x, d_out), moved))
+        found = rounded_pool(given, weights, g, tokens, compress_map, NUMERICS[row])
         assert found.dx is not None
         where: dict[str, Any] = {"first": first, "length": length}
         order = str(rng.choice(flash_emulation.ORDERS))
@@ -501,7 +500,10 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
         used = [
             budget_used(got[0], right[0], found.out.error),
             budget_used(got[1], right[1], found.dx.error),
-            *(budget_used(got[2][key], right[2][key], found.dweights[key]) for key in weights),
+            *(
+                budget_used(got[2][key], right[2][key], found.dweights[key].error)
+                for key in weights
+            ),
         ]
         assert max(used) <= 1, f"seed {seed}: {used}"
         largest = max(largest, *used)
@@ -550,8 +552,9 @@ def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
     moved = {
         name: y + rng.choice([-1.0, 1.0], y.shape) * errors[name] for name, y in arrays.items()
     }
-    q, k, v, d_out = (_Layer(arrays[name], errors[name]) for name in arrays)
-    found = _attention(q, k, v, mask, "uniform", NUMERICS["fp64"], d_out)
+    q, k, v, d_out = (Rounded(arrays[name], errors[name]) for name in arrays)
+    how: dict[str, Any] = {"mask": mask, "empty_row": "uniform", "row": NUMERICS["fp64"]}
+    found = rounded_branch(q, k, v, d_out, **how)
     right, got = (
         (
             attend(y["q"], y["k"], y["v"], mask, empty_row="uniform").out,
@@ -559,7 +562,8 @@ def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
         )
         for y in (arrays, moved)
     )
-    for name, mine, other, bound in zip(("out", "dq", "dk", "dv"), got, right, found):
+    for name, mine, other in zip(("out", "dq", "dk", "dv"), got, right):
+        bound = getattr(found, name)
         assert budget_used(mine, other, bound.error) <= 1, name
         assert budget_used(bound.value, other, bound.error) <= 1, name
     assert not found.dq.error[:, :, 0].any()

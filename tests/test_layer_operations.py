@@ -18,9 +18,10 @@ from torch import Tensor
 import flash_emulation
 from flash_emulation import Array, Generator, generator
 from layer_emulation import TORCH_DTYPES, _rotated
-from nsa_ref import layer_bounds, map_bounds, rounded
+from nsa_ref import rounded
+from nsa_ref.map_bounds import rounded_pool
 from nsa_ref.numerics import NUMERICS, Numerics
-from nsa_ref.rounded import _Layer
+from nsa_ref.rounded import Rounded
 
 ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
 MANY = 3000
@@ -37,14 +38,14 @@ class Drawn:
 
     def normal(
         self, *shape: int, spread: float = 1.0, exact: bool = False
-    ) -> tuple[Tensor, _Layer]:
+    ) -> tuple[Tensor, Rounded]:
         """A tensor that requires a gradient, and what it was meant to be."""
         value = flash_emulation.rounded(self.rng.standard_normal(shape) * spread, self.row)
         moved = value
         if self.size and not exact:
             off = self.size * self.rng.choice([-1.0, 0.3, 1.0], shape)
             moved = flash_emulation.rounded(value * (1.0 + off), self.row)
-        layer = _Layer(value, np.abs(moved - value))
+        layer = Rounded(value, np.abs(moved - value))
         return torch.tensor(moved, dtype=self.dtype, requires_grad=True), layer
 
     def upcast(self, y: Tensor) -> Tensor:
@@ -53,25 +54,25 @@ class Drawn:
 
 
 #: An operation: what a right implementation returns, the exact result, and its bound.
-Case = tuple[Tensor, Array, _Layer]
+Case = tuple[Tensor, Array, Rounded]
 
 
 def times(d: Drawn) -> Case:
     (a, x), (b, y) = d.normal(MANY), d.normal(MANY)
-    return a * b, x.value.astype(wide) * y.value, layer_bounds._times(x, y, d.numerics)
+    return a * b, x.value.astype(wide) * y.value, rounded.times(x, y, d.numerics)
 
 
 def total(d: Drawn) -> Case:
     drawn = [d.normal(MANY) for _ in range(3)]
     (a, x), (b, y), (c, z) = drawn
     exact = x.value.astype(wide) + y.value + z.value
-    return a + b + c, exact, layer_bounds._total([x, y, z], d.numerics)
+    return a + b + c, exact, rounded.total([x, y, z], d.numerics)
 
 
 def inner(d: Drawn) -> Case:
     (a, x), (b, y) = d.normal(MANY, 2), d.normal(MANY, 2)
     exact = (x.value.astype(wide) * y.value).sum(axis=-1)
-    return (a * b).sum(dim=-1), exact, layer_bounds._inner(x, y, d.numerics)
+    return (a * b).sum(dim=-1), exact, rounded.inner(x, y, d.numerics)
 
 
 def projected(d: Drawn) -> Case:
@@ -81,10 +82,9 @@ def projected(d: Drawn) -> Case:
     common = d.size * d.rng.choice([-1.0, 1.0], (MANY, 1))
     signs = d.rng.choice([-1.0, 1.0], h.value.shape)
     moved = flash_emulation.rounded((h.value + signs * h.error) * (1.0 + common), d.row)
-    rest = _Layer(h.value, np.abs(moved / (1.0 + common) - h.value) * (1 + 2.0**-50))
-    given = layer_bounds._Input(h, rest, np.abs(common))
+    rest = Rounded(h.value, np.abs(moved / (1.0 + common) - h.value) * (1 + 2.0**-50))
     exact = h.value.astype(wide) @ w.value.T.astype(wide) + b.value
-    bound = layer_bounds._projected(given, w.value, b.value, d.numerics)
+    bound = rounded.affine(rest, w.value, b.value, d.numerics, np.abs(common))
     return torch.tensor(moved, dtype=d.dtype) @ weight.T + bias, exact, bound
 
 
@@ -95,21 +95,19 @@ def common_input(d: Drawn, *, fused: bool) -> Case:
     exact = x.value.astype(wide) @ left.value.astype(wide)
     exact = exact + y.value.astype(wide) @ right.value.astype(wide)
     parts = [(x, left.value), (y, right.value)]
-    return got, exact, layer_bounds._common_input_gradient(parts, d.numerics)
+    return got, exact, rounded.input_gradient(parts, d.numerics)
 
 
 def weight_gradient(d: Drawn) -> Case:
     (g, x), (h, y) = d.normal(2, MANY), d.normal(2, 2)
     exact = x.value.T.astype(wide) @ y.value.astype(wide)
-    error = rounded._weight_gradient(x, y, d.numerics)
-    return g.T @ h, exact, _Layer(exact.astype(np.float64), error)
+    return g.T @ h, exact, rounded.weight_gradient(x, y, d.numerics)
 
 
 def sum_gradient(d: Drawn) -> Case:
     g, x = d.normal(3, MANY)
     exact = x.value.astype(wide).sum(axis=0)
-    error = rounded._sum_gradient(x, (0,), d.numerics)
-    return g.sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
+    return g.sum(dim=0), exact, rounded.summed(x, (0,), d.numerics)
 
 
 def normed(x: Tensor, weight: Tensor, d: Drawn, way: str) -> Tensor:
@@ -126,8 +124,8 @@ def norm(d: Drawn, *, way: str) -> Case:
     (x, given), (weight, w) = (d.normal(MANY, 2, exact=True), d.normal(2, exact=True))
     y = given.value.astype(wide)
     exact = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 2.0**-23) * w.value
-    bound = layer_bounds._norm(given.value[None], w.value, d.numerics)
-    h = _Layer(*(part[0] for part in bound.out))
+    bound = rounded.normed(given.value[None], w.value, d.numerics)
+    h = Rounded(*(part[0] for part in bound.out))
     return normed(x, weight, d, way), exact, h
 
 
@@ -138,10 +136,10 @@ def norm_gradient(d: Drawn, *, way: str) -> Case:
     y, dn = given.value.astype(wide), g.value.astype(wide) * w.value
     r = 1.0 / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 2.0**-23)
     exact = r * dn - r**3 * y * (dn * y).mean(axis=-1, keepdims=True)
-    forward = layer_bounds._norm(given.value[None], w.value, d.numerics)
-    batched = _Layer(g.value[None], g.error[None])
-    dx, _ = layer_bounds._norm_gradient(batched, forward, given.value[None], w.value, d.numerics)
-    return got, exact, _Layer(dx.value[0], dx.error[0])
+    forward = rounded.normed(given.value[None], w.value, d.numerics)
+    batched = Rounded(g.value[None], g.error[None])
+    dx, _ = rounded.normed_gradient(batched, forward, given.value[None], w.value, d.numerics)
+    return got, exact, Rounded(dx.value[0], dx.error[0])
 
 
 def rotary(d: Drawn, *, back: bool, upcast: bool) -> Case:
@@ -157,9 +155,9 @@ def rotary(d: Drawn, *, back: bool, upcast: bool) -> Case:
     cosine, sine = np.cos(angle), np.sin(angle) * (-1 if back else 1)
     a, b = given.value[:, 0::2].astype(wide), given.value[:, 1::2].astype(wide)
     exact = np.stack([a * cosine - b * sine, a * sine + b * cosine], -1).reshape(MANY, 4)
-    turn = layer_bounds._turn(np.arange(MANY).astype(float), 4, d.numerics)
+    turn = rounded.turn(np.arange(MANY).astype(float), 4, d.numerics)
     turn = turn.back() if back else turn
-    return got, exact, layer_bounds._rotated(given, turn, d.numerics)
+    return got, exact, rounded.rotated(given, turn, d.numerics)
 
 
 def joined(d: Drawn) -> Case:
@@ -173,9 +171,9 @@ def joined(d: Drawn) -> Case:
     cosine, sine = np.cos(angle), np.sin(angle)
     u, v = (sum(part.value[:, i].astype(wide) for _, part in turned) for i in (0, 1))
     exact = np.stack([u * cosine + v * sine, v * cosine - u * sine], axis=-1) + plain.value
-    turn = layer_bounds._turn(np.arange(MANY).astype(float), 2, d.numerics)
+    turn = rounded.turn(np.arange(MANY).astype(float), 2, d.numerics)
     parts = [part for _, part in turned]
-    return a + back, exact, layer_bounds._joined([plain], parts, turn, d.numerics)
+    return a + back, exact, rounded.turned_gradient([plain], parts, turn, d.numerics)
 
 
 def pooled_once_turned(d: Drawn) -> Case:
@@ -191,24 +189,23 @@ def pooled_once_turned(d: Drawn) -> Case:
         a * np.sin(angle) + b * np.cos(angle),
     )
     exact = np.stack([first, second], -1).reshape(1, 1, MANY // 2, 2, 4).mean(axis=3)
-    turn = layer_bounds._turn(np.arange(MANY).astype(float), 4, d.numerics)
-    turned = layer_bounds._rotated(given, turn, d.numerics)
+    turn = rounded.turn(np.arange(MANY).astype(float), 4, d.numerics)
+    turned = rounded.rotated(given, turn, d.numerics)
     tokens = np.arange(MANY).reshape(-1, 2)
-    return got, exact, map_bounds._pool(turned, {}, None, tokens, "mean", d.numerics).out
+    return got, exact, rounded_pool(turned, {}, None, tokens, "mean", d.numerics).out
 
 
 def head_weight_gradient(d: Drawn) -> Case:
     """The weight of one head, each of three batch entries by itself; one row in each."""
     (g, x), (h, y) = d.normal(3, 1, MANY), d.normal(3, 1, 2)
     exact = (x.value.swapaxes(1, 2).astype(wide) @ y.value.astype(wide)).sum(axis=0)
-    error = rounded._head_weight_gradient(x, y, d.numerics)
-    return (g.mT @ h).sum(dim=0), exact, _Layer(exact.astype(np.float64), error)
+    return (g.mT @ h).sum(dim=0), exact, rounded.weight_gradient_by_entry(x, y, d.numerics)
 
 
 def sigmoid(d: Drawn, *, spread: float) -> Case:
     z, given = d.normal(MANY, spread=spread)
     exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
-    return torch.sigmoid(z), exact, layer_bounds._sigmoid(given, d.numerics)
+    return torch.sigmoid(z), exact, rounded.sigmoid(given, d.numerics)
 
 
 def sigmoid_gradient(d: Drawn, *, by_hand: bool) -> Case:
@@ -217,8 +214,8 @@ def sigmoid_gradient(d: Drawn, *, by_hand: bool) -> Case:
     got = g * gate * (1 - gate) if by_hand else torch.autograd.grad(gate, z, g)[0]
     exact = 1.0 / (1.0 + np.exp(-given.value.astype(wide)))
     exact = dg.value * exact * (1.0 - exact)
-    bound = layer_bounds._sigmoid(given, d.numerics)
-    return got, exact, layer_bounds._sigmoid_gradient(dg, bound, d.numerics)
+    bound = rounded.sigmoid(given, d.numerics)
+    return got, exact, rounded.sigmoid_gradient(dg, bound, d.numerics)
 
 
 OPERATIONS: dict[str, Callable[[Drawn], Case]] = {
