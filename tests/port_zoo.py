@@ -135,6 +135,18 @@ class BadRefusal(SlidingMask):
         raise KeyError("head_dim")
 
 
+class SupportsAnswers(SlidingMask):
+    """Answers the question whether it can, and not why it cannot."""
+
+    name = "supports answers"
+
+    def __init__(self, *, answer: Any = True) -> None:
+        self.answer = answer
+
+    def supports(self, case: Case) -> Any:
+        return self.answer
+
+
 class Nothing(Implementation):
     """Offers nothing."""
 

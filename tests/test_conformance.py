@@ -30,6 +30,7 @@ from port_zoo import (
     Raises,
     Returns,
     SlidingMask,
+    SupportsAnswers,
     Unprintable,
     WindowPlusOne,
     exceptions,
@@ -91,6 +92,16 @@ def test_whatever_a_method_returns_is_a_finding(value: Any, tmp_path: Path) -> N
 def test_a_refusal_that_raises_is_a_finding(tmp_path: Path) -> None:
     found = judged(BadRefusal(), tmp_path).finding
     assert found is not None and "KeyError: 'head_dim'" in found["text"]
+
+
+@pytest.mark.parametrize("answer", [True, False, 0, ["no"]], ids=repr)
+def test_supports_must_say_why_not(answer: Any, tmp_path: Path) -> None:
+    """A bool can be read either way: True would refuse every case, False run what cannot be run."""
+    with pytest.raises(TypeError) as caught:
+        judged(SupportsAnswers(answer=answer), tmp_path)
+    line = f"SupportsAnswers.supports(case) returned {answer!r}; it must return None where the"
+    assert str(caught.value).startswith(line)
+    assert not list(tmp_path.iterdir()), "it is no finding"
 
 
 def test_a_mistake_of_the_judge_is_nobodys_finding(

@@ -89,12 +89,12 @@ class Collector:
             self._add(record)
         elif report.failed:
             name = report.nodeid.rpartition("::test_")[2]
-            self.errors.append(f"{name}: {_last_line(report.longreprtext)}")
+            self.errors.append(f"{name}: {_error_line(report)}")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A suite that cannot be collected is an error of the run."""
         if report.failed:
-            self.errors.append(_last_line(report.longreprtext))
+            self.errors.append(_error_line(report))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
@@ -126,10 +126,13 @@ class Collector:
         self._progress.update(self._task, advance=1, description=f"{record['name']}{broken}")
 
 
-def _last_line(text: str) -> str:
-    """Of a traceback: the line that says what it was about."""
-    lines = [line.removeprefix("E").strip() for line in text.strip().splitlines()]
-    marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The line that says what the error was about."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        return str(crash.message).partition("\n")[0]
+    lines = report.longreprtext.strip().splitlines()
+    marked = [line[1:].strip() for line in lines if line.startswith("E  ")]
     return (marked or lines or [""])[-1]
 
 

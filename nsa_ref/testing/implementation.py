@@ -38,6 +38,10 @@ class NotOffered(Exception):
     """The implementation does not have this; counted and shown, never a pass."""
 
 
+class WrongDeclaration(TypeError):
+    """What an adapter says about itself means nothing: it is not judged, and not found wrong."""
+
+
 class Implementation:
     """NumPy in and out. Override what you have.
 
@@ -188,6 +192,22 @@ class Implementation:
     def compile_counts(self) -> Mapping[str, int]:
         """What was compiled so far where it runs, by kind, for the report."""
         return {}
+
+
+def refusal(implementation: Implementation, case: Case) -> str | None:
+    """Why the implementation refuses this case, or None.
+
+    Raises
+    ------
+    WrongDeclaration : `supports` answers with a bool, or with anything but None or a text
+    """
+    reason: Any = implementation.supports(case)
+    if reason is None or isinstance(reason, str):
+        return reason
+    raise WrongDeclaration(
+        f"{type(implementation).__name__}.supports(case) returned {reason!r}; it must return None "
+        "where the case can be run, and a text that says why not where it cannot."
+    )
 
 
 def _own(argument: Any) -> Any:

@@ -14,7 +14,13 @@ from nsa_ref.testing.branches import (
     Raised,
 )
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
+from nsa_ref.testing.implementation import (
+    Implementation,
+    NotOffered,
+    OracleImplementation,
+    WrongDeclaration,
+    refusal,
+)
 from nsa_ref.testing.loading import one_line
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.properties.masks import forward_mask
@@ -36,10 +42,11 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     Raises
     ------
     Broken, Inconclusive, NotOffered
+    WrongDeclaration : the implementation answers `supports` with no text
     """
     try:
         return _ask(prop, implementation, case)
-    except (Broken, NotOffered, Inconclusive):
+    except (Broken, NotOffered, Inconclusive, WrongDeclaration):
         raise
     except Raised as error:
         where = "" if error.__cause__ is None else _where(error.__cause__)
@@ -54,7 +61,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
 
 
 def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    if reason := implementation.supports(case):
+    if reason := refusal(implementation, case):
         raise NotOffered(reason)
     try:
         outcome = prop.check(implementation, case)

@@ -12,7 +12,7 @@ import pytest
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
 from nsa_ref.testing.last_words import announced, withdraw
 from nsa_ref.testing.loading import check_declarations
 from nsa_ref.testing.options import Options
@@ -148,7 +148,7 @@ def _one_case_a_graph(
     kinds: dict[tuple[Any, ...], tuple[Property, Case]] = {}
 
     def keep(case: Case) -> None:
-        if case.batch and case.q_len and implementation.supports(case) is None:
+        if case.batch and case.q_len and not refusal(implementation, case):
             sizes = (case.q_len, case.kv_len, case.num_selected_blocks) if prop.extent else ()
             kind = (case.semantics, *sizes, *(getattr(case, field) for field in fields))
             kinds.setdefault(kind, (prop, case))
