@@ -1,22 +1,21 @@
-"""Right kernels and wrong ones, emulated in NumPy: what `nsa_ref.bounds` is tested against.
+"""Inputs of one attention, of every kind and for every row: what `nsa_ref.bounds` is tested on.
 
-`flash_attention` does what a fused kernel does, in float32 (or float64) arithmetic: key blocks
-with an online softmax, P recomputed from lse, 16-bit operands, every sum in a chosen order.
-`eager_attention` does what a framework does without fusion: every operation rounded and stored.
-`exact_attention` is the same mathematics once, densely, in extended precision.
-
-A `bug` turns either into a wrong kernel; each is one line, next to the line it breaks.
+`computed` runs a kernel of `nsa_ref.testing.mutants` on them, right or wrong; `exact_attention` is
+the same mathematics once, densely, in extended precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.random import Generator, Philox
+
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.mutants.kernel import LN_2, EagerKernel, Kernel, Way
+from nsa_ref.testing.mutants.rounding import Rounding, add_up
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,18 +33,6 @@ KINDS = (
 )
 ORDERS = ("sequential", "reversed", "pairwise", "blocked")
 ROWS = ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", "bf16-eager", "fp16-eager")
-DTYPES: dict[str, Any] = {
-    "fp64": np.float64,
-    "fp32": np.float32,
-    "tf32": np.float32,
-    "bf16": ml_dtypes.bfloat16,
-    "fp16": np.float16,
-    "bf16-head": ml_dtypes.bfloat16,
-    "bf16-eager": ml_dtypes.bfloat16,
-    "fp16-eager": np.float16,
-}
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 class Tensors(NamedTuple):
@@ -76,7 +63,7 @@ def generator(*seed: int) -> Generator:
 
 def rounded(x: Array, row: str) -> Array:
     """x as the row's dtype stores it, in float64."""
-    return np.asarray(x).astype(DTYPES[row]).astype(np.float64)
+    return np.asarray(x).astype(DTYPES[NUMERICS[row].dtype]).astype(np.float64)
 
 
 def inputs(
@@ -131,7 +118,7 @@ def inputs(
     elif kind == "offsets":
         k, v = k + 5.0, v + 10.0
     elif kind == "tiny":
-        exponents = rng.uniform(2.0, 6.0 if DTYPES[row] == np.float16 else 25.0, 4)
+        exponents = rng.uniform(2.0, 6.0 if NUMERICS[row].dtype == "float16" else 25.0, 4)
         q, k, v, d_out = (x * 10.0**-e for x, e in zip((q, k, v, d_out), exponents))
     if mask is None:
         mask = _random_mask(rng, heads, q_len, columns)
@@ -185,256 +172,44 @@ def _sum_groups(x: Array, kv_heads: int) -> Array:
     return x.reshape(kv_heads, x.shape[0] // kv_heads, *x.shape[1:]).sum(axis=1)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The decisions on which right kernels differ.
-
-    block : keys per block of the online softmax
-    order : of every sum, one of ORDERS, or "truncated": sequential, rounded towards zero
-    exponential : "exp", "exp2" (log2 e folded into the scale), "exp2_late" (s - m times log2 e)
-    delta_from : "out", dO . O, or "p", sum P dP
-    d_lse_joins : "delta" or "dp"
-    scale_before : dS is scaled before it is rounded, instead of the product after
-    reciprocal : multiply by 1 / total instead of dividing
-    """
-
-    block: int = 16
-    order: str = "sequential"
-    backward_order: str = "sequential"
-    exponential: str = "exp"
-    delta_from: str = "out"
-    d_lse_joins: str = "delta"
-    scale_before: bool = False
-    reciprocal: bool = False
-
-    @classmethod
-    def draw(cls, rng: Generator, row: str) -> Kernel:
-        # tensor cores may truncate; plain float32 and float64 arithmetic does not
-        orders = ORDERS if row in ("fp64", "fp32") else (*ORDERS, "truncated")
-        return cls(
-            block=int(rng.choice([16, 32, 64])),
-            order=str(rng.choice(orders)),
-            backward_order=str(rng.choice(orders)),
-            exponential=str(rng.choice(["exp", "exp2", "exp2_late"])),
-            delta_from=str(rng.choice(["out", "out", "p"])),
-            d_lse_joins=str(rng.choice(["delta", "dp"])),
-            scale_before=bool(rng.random() < 0.3),
-            reciprocal=bool(rng.random() < 0.5),
-        )
+def draw_way(rng: Generator, row: str) -> Way:
+    """Block size, orders and whatever else right kernels of the row differ on."""
+    # tensor cores may truncate; plain float32 and float64 arithmetic does not
+    orders = ORDERS if row in ("fp64", "fp32") else (*ORDERS, "truncated")
+    return Way(
+        block=int(rng.choice([16, 32, 64])),
+        order=str(rng.choice(orders)),
+        backward_order=str(rng.choice(orders)),
+        exponential=str(rng.choice(["exp", "exp2", "exp2_late"])),
+        delta_from=str(rng.choice(["out", "out", "p"])),
+        d_lse_joins=str(rng.choice(["delta", "dp"])),
+        scale_before=bool(rng.random() < 0.3),
+        reciprocal=bool(rng.random() < 0.5),
+    )
 
 
-def add_up(terms: Array, order: str) -> Array:
-    """Sum over the last axis, in the terms' own dtype, in one of several orders."""
-    n = terms.shape[-1]
-    if n == 0:
-        return np.zeros(terms.shape[:-1], terms.dtype)
-    if order == "truncated":
-        total = terms[..., 0]
-        for i in range(1, n):
-            total = _towards_zero(total.astype(np.float64) + terms[..., i], terms.dtype)
-        return total
-    if order == "reversed":
-        terms, order = terms[..., ::-1], "sequential"
-    if order == "blocked" and n > 4:
-        blocks = -(-n // 4)
-        whole = np.zeros((*terms.shape[:-1], blocks * 4), terms.dtype)
-        whole[..., :n] = terms
-        inner = whole.reshape(*terms.shape[:-1], blocks, 4)
-        return add_up(add_up(inner, "sequential"), "sequential")
-    if order == "pairwise" and n > 1:
-        half = n // 2
-        return add_up(terms[..., :half], order) + add_up(terms[..., half:], order)
-    total = terms[..., 0]
-    for i in range(1, n):
-        total = total + terms[..., i]
-    return total
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Scaled(Case):
+    """A case with a scale of its own."""
+
+    scale: float = 1.0
 
 
-def _towards_zero(x: Array, dtype: Any) -> Array:
-    near = x.astype(dtype)
-    return np.where(np.abs(near) > np.abs(x), np.nextafter(near, dtype.type(0)), near)
-
-
-def _tf32(x: Array) -> Array:
-    """float32 rounded to 11 significant bits, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    bits = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-class _Arithmetic:
-    """One row's roundings: `wide` is what registers hold, `store` what memory holds."""
-
-    def __init__(self, row: str) -> None:
-        self.wide: Any = np.float64 if row == "fp64" else np.float32
-        self.dtype = DTYPES[row]
-        self.tf32 = row == "tf32"
-
-    def store(self, x: Array) -> Array:
-        return x.astype(self.dtype).astype(self.wide)
-
-    def dot(self, a: Array, b: Array, order: str) -> Array:
-        """sum_c a[..., c] b[..., c], broadcast; operands as a matrix unit reads them."""
-        if self.tf32:
-            a, b = _tf32(a), _tf32(b)
-        return add_up(a * b, order)
-
-
-def flash_attention(x: Inputs, row: str, kernel: Kernel, bug: str = "") -> Tensors:
-    """A fused kernel, forward and backward. Warnings belong to bugs and invisible rows."""
-    with np.errstate(all="ignore"):
-        return _flash_attention(x, row, kernel, bug)
-
-
-def _flash_attention(x: Inputs, row: str, kernel: Kernel, bug: str) -> Tensors:
-    arithmetic = _Arithmetic(row)
-    wide, store, dot = arithmetic.wide, arithmetic.store, arithmetic.dot
-    q, d_out = x.q[0].astype(wide), x.d_out[0].astype(wide)
-    heads, q_len, _ = q.shape
-    kv_heads, columns = x.k.shape[1:3]
-    group = heads // kv_heads
-    k, v = (np.repeat(y[0].astype(wide), group, axis=0) for y in (x.k, x.v))
-    mask = x.mask[0].astype(wide)
-    if bug == "one key dropped":
-        mask = mask.copy()
-        last = columns - 1 - np.argmax(mask[..., ::-1] > 0, axis=-1)
-        np.put_along_axis(mask, last[..., None], 0.0, axis=-1)
-    if bug == "one key too many":
-        mask = mask.copy()
-        first = np.argmin(mask > 0, axis=-1)
-        np.put_along_axis(mask, first[..., None], 1.0, axis=-1)
-    scale = wide(x.scale * (1.01 if bug == "scale off by 1 %" else 1.0))
-    log2_e, ln_2 = wide(LOG2_E), wide(LN_2)
-    # logits live in base 2 if log2 e is folded into the scale
-    factor = scale * log2_e if kernel.exponential == "exp2" else scale
-    if bug == "log2 e missing":
-        factor = scale
-
-    def power(y: Array) -> Array:
-        if kernel.exponential == "exp2":
-            return np.exp2(y)
-        if kernel.exponential == "exp2_late":
-            return np.exp2(y if bug == "log2 e missing" else y * log2_e)
-        return np.exp2(y) if bug == "log2 e missing" else np.exp(y)
-
-    def p_operand(p: Array) -> Array:
-        if bug == "fp8 P":
-            return p.astype(ml_dtypes.float8_e4m3fn).astype(wide)
-        return store(p)
-
-    m = np.full((heads, q_len), -np.inf, wide)
-    total = np.zeros((heads, q_len), wide)
-    acc = np.zeros((heads, q_len, v.shape[-1]), wide)
-    for start in range(0, columns, kernel.block):
-        keys = slice(start, start + kernel.block)
-        s = dot(q[:, :, None], k[:, None, keys], kernel.order) * factor
-        s = np.where(mask[..., keys] > 0, s, -np.inf)
-        m_new = np.maximum(m, s.max(axis=-1))
-        if bug == "no max-subtraction":
-            m_new = np.zeros_like(m)
-        base = np.where(np.isfinite(m_new), m_new, wide(0))
-        p = mask[..., keys] * power(s - base[..., None])
-        alpha = np.where(np.isfinite(m), power(m - base), wide(0))
-        if bug == "no rescaling":
-            alpha = np.ones_like(alpha)
-        p_v = p_operand(p)
-        # the total adds P before it is rounded: lse would lose 16 bits otherwise
-        total = total * alpha + add_up(p, kernel.order)
-        pv = dot(p_v[:, :, None], np.swapaxes(v, 1, 2)[:, None, :, keys], kernel.order)
-        acc = acc * alpha[..., None] + pv
-        m = m_new
-    some = total > 0
-    safe = np.where(some | ~np.isfinite(total), total, wide(1))
-    base = np.where(np.isfinite(m), m, wide(0))
-    out = acc * (wide(1) / safe)[..., None] if kernel.reciprocal else acc / safe[..., None]
-    if bug == "out 0.3 % large":
-        out = out * wide(1.003)
-    out = store(out)
-    if kernel.exponential == "exp2":
-        lse_2 = base + np.log2(safe)  # base 2, as such kernels keep it
-        lse = lse_2 if bug == "lse in base 2" else lse_2 * ln_2
-    else:
-        lse_2 = lse = base + np.log(safe)
-        lse = lse * log2_e if bug == "lse in base 2" else lse
-    lse_out = np.where(mask.any(axis=-1), lse, -np.inf)
-
-    # backward: P from the logits again, summed in an order of their own
-    order = kernel.backward_order
-    s = dot(q[:, :, None], k[:, None], order) * factor
-    p = np.where(mask > 0, mask * power(s - lse_2[..., None]), wide(0))
-    dp = dot(d_out[:, :, None], v[:, None], order)
-    delta = add_up(d_out * out if kernel.delta_from == "out" else p * dp, order)
-    if bug == "delta dropped":
-        delta = np.zeros_like(delta)
-    d_lse = np.zeros_like(delta) if x.d_lse is None else x.d_lse[0].astype(wide)
-    if bug == "d_lse dropped":
-        d_lse = np.zeros_like(delta)
-    if kernel.d_lse_joins == "delta":
-        ds = p * (dp - store(delta - d_lse)[..., None])
-    else:
-        ds = p * ((dp - store(delta)[..., None]) + d_lse[..., None])
-    after = wide(1) if kernel.scale_before else scale
-    ds = store(ds * scale) if kernel.scale_before else store(ds)
-    if bug == "dS in fp8":
-        ds = ds.astype(ml_dtypes.float8_e4m3fn).astype(wide)
-    dq = store(after * dot(ds[:, :, None], np.swapaxes(k, 1, 2)[:, None], order))
-
-    # the sum for dk and dv runs over all rows of the group, or over each head's on its own
-    parts = heads if row.endswith("-head") else kv_heads
-
-    def columns_of(y: Array) -> Array:
-        return np.swapaxes(y.reshape(parts, heads // parts * q_len, y.shape[-1]), 1, 2)
-
-    if bug == "one query missing in dk":
-        ds = ds.copy()
-        ds[:, q_len // 2] = 0.0
-    if bug == "group gradient taken once":
-        ds = ds.copy()
-        ds.reshape(kv_heads, group, *ds.shape[1:])[:, 1:] = 0.0
-    dk = store(after * dot(columns_of(ds)[:, :, None], columns_of(q)[:, None], order))
-    dv = store(dot(columns_of(store(p))[:, :, None], columns_of(d_out)[:, None], order))
-    if row.endswith("-head"):
-        dk, dv = (_stored_group_sum(y, kv_heads, store) for y in (dk, dv))
-    return Tensors(*(y[None].astype(np.float64) for y in (out, lse_out, dq, dk, dv)))
-
-
-def _stored_group_sum(x: Array, kv_heads: int, store: Callable[[Array], Array]) -> Array:
-    """Sum over the heads of a group, each partial sum stored."""
-    x = x.reshape(kv_heads, x.shape[0] // kv_heads, *x.shape[1:])
-    total = x[:, 0]
-    for head in range(1, x.shape[1]):
-        total = store(total + x[:, head])
-    return total
-
-
-def eager_attention(x: Inputs, row: str, kernel: Kernel) -> Tensors:
-    """Unfused: every operation stored in the dtype; softmax works in float32 inside."""
-    with np.errstate(all="ignore"):
-        arithmetic = _Arithmetic(row)
-        wide, store, dot = arithmetic.wide, arithmetic.store, arithmetic.dot
-        q, d_out = x.q[0].astype(wide), x.d_out[0].astype(wide)
-        kv_heads = x.k.shape[1]
-        k, v = (np.repeat(y[0].astype(wide), q.shape[0] // kv_heads, axis=0) for y in (x.k, x.v))
-        mask, order = x.mask[0].astype(wide), kernel.order
-        scale = wide(x.scale)
-        s = store(scale * store(dot(q[:, :, None], k[:, None], order)))
-        s = np.where(mask > 0, s, -np.inf)
-        m = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
-        m = np.where(np.isfinite(m), m, wide(0))
-        weight = mask * np.exp(s - m)
-        total = add_up(weight, order)[..., None]
-        p = store(weight / np.where(total > 0, total, wide(1)))
-        lse = (m + np.log(total))[..., 0]
-        out = store(dot(p[:, :, None], np.swapaxes(v, 1, 2)[:, None], order))
-        dp = store(dot(d_out[:, :, None], v[:, None], order))
-        delta = add_up(p * dp, order)[..., None]
-        d_lse = np.zeros_like(delta) if x.d_lse is None else x.d_lse[0].astype(wide)[..., None]
-        ds = store(scale * store(p * (dp - delta + d_lse)))
-        dq = store(dot(ds[:, :, None], np.swapaxes(k, 1, 2)[:, None], order))
-        dk = store(dot(np.swapaxes(ds, 1, 2)[:, :, None], np.swapaxes(q, 1, 2)[:, None], order))
-        dv = store(dot(np.swapaxes(p, 1, 2)[:, :, None], np.swapaxes(d_out, 1, 2)[:, None], order))
-        dk, dv = (_stored_group_sum(y, kv_heads, store) for y in (dk, dv))
-        return Tensors(*(y[None].astype(np.float64) for y in (out, lse, dq, dk, dv)))
+def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] | None = None) -> Tensors:
+    """What a kernel of the row makes of the input: the right one, if no other is given."""
+    kernel = kernel or (EagerKernel if row.endswith("-eager") else Kernel)
+    case = Scaled(
+        dtype=NUMERICS[row].dtype,
+        q_heads=x.q.shape[1],
+        kv_heads=x.k.shape[1],
+        head_dim=x.q.shape[3],
+        scale=x.scale,
+    )
+    judged, d_lse = kernel(way, row), np.zeros(x.q.shape[:3]) if x.d_lse is None else x.d_lse
+    arrays = x.mask, x.q, x.k, x.v
+    found = judged.attend(case, "sliding", *arrays)
+    gradients = judged.attend_vjp(case, "sliding", *arrays, x.d_out, d_lse)
+    return Tensors(*(y.astype(np.float64) for y in (*found, *gradients)))
 
 
 def pool(
@@ -453,8 +228,8 @@ def pool(
     The map follows from the weights. `first` is the first token of each window, possibly < 0.
     With row "fp64" this is the reference.
     """
-    arithmetic = _Arithmetic(row)
-    wide, store, dot = arithmetic.wide, arithmetic.store, arithmetic.dot
+    arithmetic = Rounding(row, order)
+    wide, store = arithmetic.wide, arithmetic.store
     batch, kv_heads, _, dim = x.shape
     blocks = len(first)
     x, d_out = x.astype(wide), d_out.astype(wide)
@@ -470,7 +245,7 @@ def pool(
     g = d_out.reshape(-1, dim)
 
     def matmul(a: Array, b: Array) -> Array:
-        return store(dot(a[:, None, :], np.swapaxes(b, 0, 1)[None], order))
+        return store(arithmetic.dot(a, np.swapaxes(b, 0, 1)))
 
     def bias_gradient(a: Array) -> Array:
         return store(add_up(np.swapaxes(a, 0, 1), order))
@@ -540,12 +315,12 @@ def scores(
     bug: str = "",
 ) -> Array:
     """Importance by overlap, summed over the group; memory columns of k come first."""
-    arithmetic = _Arithmetic(row)
-    wide, dot = arithmetic.wide, arithmetic.dot
+    arithmetic = Rounding(row, order)
+    wide = arithmetic.wide
     kv_heads, memory = k.shape[1], k.shape[2] - counts.shape[0]
     group = q.shape[1] // kv_heads
     q_, k_ = q[0].astype(wide), np.repeat(k[0].astype(wide), group, axis=0)
-    s = dot(q_[:, :, None], k_[:, None], order) * wide(scale)
+    s = arithmetic.dot(q_, k_) * wide(scale)
     s = np.where(visible > 0, s, -np.inf)
     m = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
     p = np.exp(s - np.where(np.isfinite(m), m, wide(0)))

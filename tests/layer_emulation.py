@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import flash_emulation
-from flash_emulation import Array, Generator, Inputs, Kernel
+from flash_emulation import Array, Generator, Inputs, draw_way
 from nsa_ref.compress import compress_windows, pool_weight_shapes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
 from nsa_ref.sizes import COMPRESS_MAPS, Sizes
+from nsa_ref.testing.mutants import kernel as kernels
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -47,7 +48,7 @@ class Way:
     tf32 : matrix products read their factors in 11 bits
     """
 
-    kernel: Kernel | None = None
+    kernel: kernels.Way | None = None
     fused_projections: bool = False
     wide: bool = False
     turn_once: bool = False
@@ -61,7 +62,7 @@ class Way:
         fused = row in ("tf32", "bf16", "bf16-head", "fp16") or (
             row in ("fp32", "fp64") and rng.random() < 0.4
         )
-        return cls(Kernel.draw(rng, row) if fused else None, *flags, tf32=row == "tf32")
+        return cls(draw_way(rng, row) if fused else None, *flags, tf32=row == "tf32")
 
 
 @dataclass(frozen=True)
@@ -449,11 +450,11 @@ def _attention(
 
 
 class _Fused(torch.autograd.Function):
-    """`flash_emulation.flash_attention` for every batch entry."""
+    """`Kernel` for every batch entry."""
 
     @staticmethod
     def forward(
-        context: Any, q: Tensor, k: Tensor, v: Tensor, mask: Array, row: str, kernel: Kernel
+        context: Any, q: Tensor, k: Tensor, v: Tensor, mask: Array, row: str, kernel: kernels.Way
     ) -> Tensor:
         context.inputs = (q, k, v), mask, row, kernel
         d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -469,7 +470,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Array, d_out: Tensor, row: str, kernel: Kernel
+    q: Tensor, k: Tensor, v: Tensor, mask: Array, d_out: Tensor, row: str, kernel: kernels.Way
 ) -> dict[str, Array]:
     scale = q.shape[-1] ** -0.5
     arrays = [_array(y) for y in (q, k, v, d_out)]
@@ -477,7 +478,7 @@ def _flash(
     for b in range(q.shape[0]):
         q_, k_, v_, d_out_ = (y[b : b + 1] for y in arrays)
         x = Inputs(q_, k_, v_, np.asarray(mask[b : b + 1]), d_out_, None, scale)
-        found.append(flash_emulation.flash_attention(x, row, kernel))
+        found.append(flash_emulation.computed(x, row, kernel))
     return {
         name: np.concatenate([getattr(each, name) for each in found])
         for name in ("out", "dq", "dk", "dv")

@@ -1,6 +1,6 @@
 """`nsa_ref.bounds` is sharp on both sides: no right kernel exceeds it, every wrong one does.
 
-Right kernels are emulated (`flash_emulation`) in every row of `NUMERICS`, with several block
+Right kernels (`nsa_ref.testing.mutants.kernel`) run in every row of `NUMERICS`, with several block
 sizes, summation orders and exponentials, on every kind of input. The budget they use is
 printed: see it with ``-s``, or with ``-rP`` under pytest-xdist.
 """
@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flash_emulation as emulation
-from flash_emulation import KINDS, ROWS, Inputs, Kernel, Tensors, generator
+from flash_emulation import KINDS, ROWS, Inputs, Tensors, computed, draw_way, generator
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
 from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.testing.mutants import arithmetic as zoo
+from nsa_ref.testing.mutants.kernel import Kernel, Way
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,12 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 GENERIC_KINDS = ("flat", "randn", "heavy", "offsets")
 CASES_PER_KIND = 36  # times 8 rows and 9 kinds: 2592 kernels
 NAMES = Tensors._fields
-
-
-def right_kernel(x: Inputs, row: str, kernel: Kernel) -> Tensors:
-    if row.endswith("-eager"):
-        return emulation.eager_attention(x, row, kernel)
-    return emulation.flash_attention(x, row, kernel)
+SEQUENTIAL = Way(block=16, order="sequential", backward_order="sequential")
 
 
 def bounds(x: Inputs, row: str, form: str) -> Tensors:
@@ -103,11 +100,11 @@ def test_right_kernels_stay_within_their_bounds(row: str) -> None:
             for redraw in range(4):
                 rng = generator(ROWS.index(row), KINDS.index(kind), seed, redraw)
                 x = emulation.inputs(kind, row, rng)
-                kernel = Kernel.draw(rng, row)
+                way = draw_way(rng, row)
                 with np.errstate(over="raise", divide="raise", invalid="raise"):
                     deterministic = bounds(x, row, "deterministic")
                     statistical = bounds(x, row, "statistical")
-                got, right = right_kernel(x, row, kernel), emulation.exact_attention(x)
+                got, right = computed(x, row, way), emulation.exact_attention(x)
                 generic = kind in GENERIC_KINDS
                 slope = {}
                 if generic:
@@ -115,7 +112,7 @@ def test_right_kernels_stay_within_their_bounds(row: str) -> None:
                 doubtful = [f"{name} slope {z:.2f}" for name, z in slope.items() if z > 1]
                 for name, g, r, d, s in zip(NAMES, got, right, deterministic, statistical):
                     used = float(np.max(budget_used(g, r, d), initial=0.0))
-                    assert used <= 1, f"{row}, {kind}, seed {seed}, {kernel}: {name} uses {used}"
+                    assert used <= 1, f"{row}, {kind}, seed {seed}, {way}: {name} uses {used}"
                     largest.setdefault(("deterministic", name), []).append(used)
                     if generic:
                         used = float(np.max(budget_used(g, r, s), initial=0.0))
@@ -126,7 +123,7 @@ def test_right_kernels_stay_within_their_bounds(row: str) -> None:
                 if not doubtful:
                     break
             else:
-                pytest.fail(f"{row}, {kind}, seed {seed}, {kernel}: four times over: {doubtful}")
+                pytest.fail(f"{row}, {kind}, seed {seed}, {way}: four times over: {doubtful}")
     print(f"\nbudget used by right kernels, {row}: largest of a case, max (99th percentile)")
     for check in ("deterministic", "statistical", "slope"):
         cells = (largest[check, name] for name in NAMES)
@@ -147,11 +144,11 @@ def test_worst_cases_of_one_or_two_keys_stay_within_their_bounds(row: str) -> No
         kind = str(rng.choice(["integers", "one_hot_v", "equal", "randn", "heavy", "tiny"]))
         everything = np.ones((1, group, 1, columns), np.int64)
         x = emulation.inputs(kind, row, rng, sizes=sizes, mask=everything)
-        kernel = Kernel.draw(rng, row)
-        got, right = right_kernel(x, row, kernel), emulation.exact_attention(x)
+        way = draw_way(rng, row)
+        got, right = computed(x, row, way), emulation.exact_attention(x)
         for name, g, r, b in zip(NAMES, got, right, bounds(x, row, "deterministic")):
             used = float(np.max(budget_used(g, r, b), initial=0.0))
-            assert used <= 1, f"{row}, {kind}, seed {seed}, {kernel}: {name} uses {used}"
+            assert used <= 1, f"{row}, {kind}, seed {seed}, {way}: {name} uses {used}"
             largest[name] = max(largest[name], used)
     cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items())
     print(f"\nbudget used by right kernels of one or two keys, {row}: {cells}")
@@ -166,7 +163,7 @@ def test_quadrature_holds_over_many_keys_and_rows(row: str, kind: str) -> None:
         x = emulation.inputs(
             kind, row, rng, sizes=(1, 2, 48, 200, 8, 4), mask=np.ones((1, 2, 48, 200), np.int64)
         )
-        (used,) = judged(kind, row, x, right_kernel(x, row, Kernel.draw(rng, row)))
+        (used,) = judged(kind, row, x, computed(x, row, draw_way(rng, row)))
         if max(used.values()) <= 1:
             return
     pytest.fail(f"four times over: {used}")
@@ -190,7 +187,7 @@ def test_any_structure_is_within_the_deterministic_bound(
     x = emulation.inputs(
         kind, row, rng, sizes=(kv_heads, group, q_len, columns, head_dim, value_dim)
     )
-    got, right = right_kernel(x, row, Kernel.draw(rng, row)), emulation.exact_attention(x)
+    got, right = computed(x, row, draw_way(rng, row)), emulation.exact_attention(x)
     limits = bounds(x, row, "deterministic")
     for name, g, r, b in zip(NAMES, got, right, limits):
         assert np.max(budget_used(g, r, b), initial=0.0) <= 1, name
@@ -200,46 +197,45 @@ def test_any_structure_is_within_the_deterministic_bound(
         assert not bound[nothing].any()
 
 
-# bug -> the kind of input that shows it
-BUGS = {
-    "scale off by 1 %": "randn",
-    "log2 e missing": "randn",
-    "no rescaling": "randn",
-    "one key dropped": "flat",
-    "one key too many": "flat",
-    "fp8 P": "randn",
-    "no max-subtraction": "huge",
-    "lse in base 2": "randn",
-    "out 0.3 % large": "randn",
-    "delta dropped": "randn",
-    "d_lse dropped": "randn",
-    "dS in fp8": "randn",
-    "group gradient taken once": "randn",
-    "one query missing in dk": "randn",
+# wrong kernel -> the kind of input that shows it
+WRONG = {
+    zoo.ScaleSlightlyOff: "randn",
+    zoo.NoLog2E: "randn",
+    zoo.NoRescaling: "randn",
+    zoo.LastKeyNotRead: "flat",
+    zoo.HiddenKeyRead: "flat",
+    zoo.EightBitWeights: "randn",
+    zoo.NoMaximum: "huge",
+    zoo.LseBaseTwo: "randn",
+    zoo.SlightlyTooLarge: "randn",
+    zoo.NoDelta: "randn",
+    zoo.NoGradientThroughLse: "randn",
+    zoo.EightBitDs: "randn",
+    zoo.GroupGradientOnce: "randn",
+    zoo.QueryMissingInDk: "randn",
 }
 
 
 @pytest.mark.parametrize("row", ["fp32", "tf32", "bf16", "fp16", "bf16-head"])
-@pytest.mark.parametrize("bug", BUGS)
-def test_every_single_bug_exceeds_a_bound(bug: str, row: str) -> None:
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_wrong_kernel_exceeds_a_bound(wrong: type[Kernel], row: str) -> None:
     """Five draws, five kills: above 1 in some tensor, or off the slope."""
-    kind = BUGS[bug]
+    kind = WRONG[wrong]
     # 0.3 % is less than one rounding in bfloat16: only the slope over many rows shows it
-    rows, columns = (128, 132) if bug == "out 0.3 % large" else (32, 40)
+    rows, columns = (128, 132) if wrong is zoo.SlightlyTooLarge else (32, 40)
     lag = np.arange(rows)[:, None] + columns - rows - np.arange(columns)[None, :]
-    # "one key too many" shows the first key a window leaves out, so the window must end
+    # HiddenKeyRead shows the first key a window leaves out, so the window must end
     mask = np.broadcast_to((lag >= 0) & (lag <= 24), (1, 4, rows, columns)).astype(np.int64)
     for seed in range(5):
-        rng = generator(13, sorted(BUGS).index(bug), ROWS.index(row), seed)
+        rng = generator(13, list(WRONG).index(wrong), ROWS.index(row), seed)
         x = emulation.inputs(kind, row, rng, sizes=(2, 2, rows, columns, 8, 8), mask=mask)
         x = x._replace(scale=x.q.shape[-1] ** -0.5 if kind != "huge" else x.scale)
         if x.d_lse is None:
             x = x._replace(d_lse=rng.standard_normal(x.q.shape[:3]).astype(np.float32))
-        kernel = dataclasses.replace(Kernel.draw(rng, row), block=16)  # rescales on the way
-        kernels = (emulation.flash_attention(x, row, kernel, name) for name in ("", bug))
-        right, wrong = judged(kind, row, x, *kernels)
-        assert max(right.values()) <= 1, f"without the bug: {right}"
-        assert max(wrong.values()) > 1, f"seed {seed}, {kernel} lets it through: {wrong}"
+        way = dataclasses.replace(draw_way(rng, row), block=16)  # rescales on the way
+        right, used = judged(kind, row, x, *(computed(x, row, way, k) for k in (Kernel, wrong)))
+        assert max(right.values()) <= 1, f"without the mistake: {right}"
+        assert max(used.values()) > 1, f"seed {seed}, {way} lets it through: {used}"
 
 
 def test_bounds_are_finite_and_silent_on_extreme_logits() -> None:
@@ -356,7 +352,7 @@ def test_a_stored_delta_takes_d_lse_with_it() -> None:
         d_lse=d_lse,
         scale=1.0,
     )
-    got, right = emulation.flash_attention(x, "fp16", Kernel()), emulation.exact_attention(x)
+    got, right = computed(x, "fp16", SEQUENTIAL), emulation.exact_attention(x)
     error, bound = np.abs(got.dq - right.dq), bounds(x, "fp16", "deterministic").dq
     assert (error <= bound).all()
     of_d_lse = NUMERICS["fp16"].u_delta * np.abs(d_lse)[..., None] * np.abs(x.k)
@@ -370,7 +366,7 @@ def test_the_slope_knows_what_rows_share() -> None:
     worst = 0.0
     for _ in range(10):
         x = emulation.inputs("randn", "tf32", rng, sizes=(1, 4, 400, 1, 2, 1), mask=mask)
-        got = emulation.flash_attention(x, "tf32", Kernel())
+        got = computed(x, "tf32", SEQUENTIAL)
         right = emulation.exact_attention(x)
         noise = bounds(x, "tf32", "statistical")
         assert slopes(got, right, noise, bounds(x, "tf32", "shared"))["out"] <= 1

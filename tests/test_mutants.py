@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import layer_mutants  # noqa: F401, they join the zoo
 from layer_in_steps import LayerInSteps
-from mutants import AnotherOrder, Kernel, Selector
+from mutants import Selector
 from nsa_ref.testing import Implementation
 from nsa_ref.testing.mutants import ZOO
+from nsa_ref.testing.mutants.arithmetic import AnotherOrder
+from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import run_property
@@ -40,6 +43,8 @@ class Unsteady(AnotherOrder):
 
     name = "unsteady"
     deterministic = False
+    # rounding to 16 bits hides the order of a sum in most runs, and shows it in another
+    numerics: ClassVar = {"float64": "fp64", "float32": "fp32"}
 
 
 RIGHT: list[tuple[Implementation, Property]] = []

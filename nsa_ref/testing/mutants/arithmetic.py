@@ -1,0 +1,280 @@
+"""Mutants of attention's arithmetic: `Kernel` with one step changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.mutants.kernel import Kernel, Way
+from nsa_ref.testing.mutants.rounding import Rounding
+from nsa_ref.testing.mutants.zoo import mutant
+
+
+def _in_another_order(call: int, columns: int) -> np.ndarray:
+    """Another order of the columns in every call."""
+    return np.argsort(np.arange(columns) * call % 7, kind="stable")
+
+
+def _accumulated(r: Rounding, weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Sums over keys, 8 at a time, in an accumulator of the inputs' dtype."""
+    total = np.zeros((*weights.shape[:3], vectors.shape[3]), r.wide)
+    for start in range(0, weights.shape[3], 8):
+        eight = weights[..., start:][..., :8], vectors[:, :, start:][:, :, :8].swapaxes(-1, -2)
+        total = r.store(total + r.dot(*eight))
+    return total
+
+
+def _eight_bits(x: np.ndarray) -> np.ndarray:
+    return x.astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+
+
+# --- which keys -----------------------------------------------------------------------------------
+
+
+@mutant("W1", "the mask that is shown is right, and each row's last key is not read")
+class LastKeyNotRead(Kernel):
+    def read(self, mask: np.ndarray) -> np.ndarray:
+        column = np.arange(mask.shape[3])
+        last = np.where(mask > 0, column, -1).max(-1, keepdims=True, initial=-1)
+        return np.where(column == last, 0, mask)
+
+
+@mutant("W1", "the mask that is shown is right, and the first key that it hides is read as well")
+class HiddenKeyRead(Kernel):
+    def read(self, mask: np.ndarray) -> np.ndarray:
+        column = np.arange(mask.shape[3])
+        hidden = np.where(mask > 0, mask.shape[3], column).min(-1, keepdims=True, initial=2**31)
+        return np.where(column == hidden, 1, mask)
+
+
+# --- forward --------------------------------------------------------------------------------------
+
+
+@mutant("A1", "heads are interleaved: h % kv_heads for h // G", seen_in="ports laid out (qh h)")
+class InterleavedHeads(Kernel):
+    def kv_head_of_keys(self, case: Case) -> np.ndarray:
+        return np.arange(case.q_heads) % case.kv_heads
+
+    def kv_head_of_values(self, case: Case) -> np.ndarray:
+        return self.kv_head_of_keys(case)
+
+
+@mutant("A1", "keys and values are mapped to different kv heads")
+class KeysAndValuesApart(Kernel):
+    def kv_head_of_values(self, case: Case) -> np.ndarray:
+        return np.arange(case.q_heads) % case.kv_heads
+
+
+@mutant("A1", "the scale is missing")
+class NoScale(Kernel):
+    def scale(self, case: Case) -> float:
+        return 1.0
+
+
+@mutant("A1", "the scale is off by 1 %")
+class ScaleSlightlyOff(Kernel):
+    def scale(self, case: Case) -> float:
+        return 1.01 * super().scale(case)
+
+
+@mutant("A1", "exp2 without log2 e")
+class NoLog2E(Kernel):
+    log2_e = 1.0
+
+    def power(self, x: np.ndarray) -> np.ndarray:
+        return np.exp2(x)
+
+
+@mutant("A1", "the maximum is not subtracted")
+class NoMaximum(Kernel):
+    """In float32, where exp overflows above 88; float64 would hide it up to 709."""
+
+    def power(self, x: np.ndarray) -> np.ndarray:
+        return super().power(x.astype(np.float32)).astype(x.dtype)
+
+    def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        return np.zeros_like(before)
+
+
+@mutant("A1", "what is summed up is not rescaled when the maximum rises")
+class NoRescaling(Kernel):
+    way = Way(block=16)
+
+    def rescaling(self, before: np.ndarray, peak: np.ndarray) -> np.ndarray:
+        return np.ones_like(peak)
+
+
+@mutant("A1", "lse in base 2", seen_in="XunhaoLai/native-sparse-attention-triton, by convention")
+class LseBaseTwo(Kernel):
+    def lse(self, r: Rounding, lse: np.ndarray, empty: np.ndarray, of_empty: float) -> np.ndarray:
+        return super().lse(r, lse, empty, of_empty) / math.log(2)
+
+
+@mutant("A1", "weights are rounded to fp8 before they meet v")
+class EightBitWeights(Kernel):
+    def stored_weights(self, r: Rounding, weights: np.ndarray) -> np.ndarray:
+        return _eight_bits(weights)
+
+
+@mutant("A1", "everything is 0.3 % too large, less than one rounding in bf16")
+class SlightlyTooLarge(Kernel):
+    def stored_weights(self, r: Rounding, weights: np.ndarray) -> np.ndarray:
+        return super().stored_weights(r, weights) * r.wide(1.003)
+
+
+@mutant("A1", "P V is accumulated in the dtype of the inputs")
+class NarrowAccumulator(Kernel):
+    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return _accumulated(r, weights, v)
+
+
+@mutant("A1", "lse is stored in the dtype of the inputs")
+class NarrowLse(Kernel):
+    def lse(self, r: Rounding, lse: np.ndarray, empty: np.ndarray, of_empty: float) -> np.ndarray:
+        return r.store(super().lse(r, lse, empty, of_empty))
+
+
+@mutant("A1", "states to be deterministic, and adds in another order each time")
+class AnotherOrder(Kernel):
+    deterministic = True
+    calls = 0
+
+    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        order = _in_another_order(self.calls, v.shape[2])
+        return super().over_values(r, weights[..., order], v[:, :, order])
+
+
+@mutant("A2", "a row without keys is 0 / 0")
+class EmptyRowNaN(Kernel):
+    def empty_row(self, case: Case, branch: str) -> str:
+        return "nan"
+
+
+@mutant("A2", "a row without keys is the mean of all values")
+class EmptyRowUniform(Kernel):
+    def empty_row(self, case: Case, branch: str) -> str:
+        return "uniform"
+
+
+@mutant("A2", "the lse of a row without keys is 0")
+class EmptyLseZero(Kernel):
+    def lse(self, r: Rounding, lse: np.ndarray, empty: np.ndarray, of_empty: float) -> np.ndarray:
+        return np.where(empty, 0, lse)
+
+
+@mutant("A5", 'a finite "minus infinity" is added, and large logits leak through')
+class FiniteMinusInfinity(Kernel):
+    def masked(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        masked = np.where(mask > 0, scores, scores - scores.dtype.type(1e4))
+        return np.where(mask.any(-1, keepdims=True), masked, -np.inf)
+
+
+@mutant(
+    "A5",
+    'a finite "minus infinity" hides the keys outside of windows and blocks, without causality',
+)
+class FiniteMinusInfinityBothWays(FiniteMinusInfinity):
+    semantics = (dataclasses.replace(PAPER, causal=False),)
+
+
+@mutant("A5", "inf and NaN are declared harmless, and 0 times inf is NaN")
+class ZeroTimesInfinity(Kernel):
+    nonfinite_invisible = True
+
+
+@mutant("A5", "invisible keys take part in the maximum")
+class MaximumOfAll(Kernel):
+    def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        return np.maximum(before, scores.max(-1, keepdims=True, initial=-1e30))
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+@mutant("A3", "queries beyond the 512th are lost in dk and dv")
+class NarrowQueries(Kernel):
+    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
+
+    def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
+        return self.for_keys(case, p)
+
+
+@mutant("A3", "states to be deterministic, and adds up dq in another order each time")
+class AnotherOrderBackward(Kernel):
+    deterministic = True
+    calls = 0
+
+    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        order = _in_another_order(self.calls, k.shape[2])
+        return super().over_keys(r, ds[..., order], k[:, :, order])
+
+
+@mutant("A3", "delta is dropped")
+class NoDelta(Kernel):
+    def delta(self, r: Rounding, *of: np.ndarray) -> np.ndarray:
+        return np.zeros_like(super().delta(r, *of))
+
+
+@mutant("A3", "the gradient through lse is dropped")
+class NoGradientThroughLse(Kernel):
+    def through_lse(self, d_lse: np.ndarray) -> np.ndarray:
+        return np.zeros_like(d_lse)
+
+
+@mutant("A3", "dS is rounded to fp8")
+class EightBitDs(Kernel):
+    def stored_ds(self, r: Rounding, ds: np.ndarray) -> np.ndarray:
+        return _eight_bits(ds)
+
+
+@mutant("A3", "dk and dv come from the first head of the group only")
+class GroupGradientOnce(Kernel):
+    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
+        first = np.arange(case.q_heads) % case.group_size == 0
+        return np.where(first[:, None, None], ds, 0)
+
+    def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
+        return self.for_keys(case, p)
+
+
+@mutant("A3", "the last query is missing in dk")
+class QueryMissingInDk(Kernel):
+    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
+        ds = ds.copy()
+        ds[:, :, -1:] = 0
+        return ds
+
+
+@mutant("A3", "dq lacks the scale")
+class DqWithoutScale(Kernel):
+    def scaled_dq(self, scale: Any, dq: np.ndarray) -> np.ndarray:
+        return dq
+
+
+@mutant("A3", "dq is accumulated in the dtype of the inputs, block by block")
+class NarrowDq(Kernel):
+    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        return _accumulated(r, ds, k)
+
+
+@mutant("A3", "the backward counts a block that is named twice once, where twice is declared")
+class DuplicatesOnceBackward(Kernel):
+    def backward_mask(self, mask: np.ndarray) -> np.ndarray:
+        return np.minimum(mask, 1)
+
+
+@mutant("A3", "the backward loses each row's first key")
+class BackwardLosesAKey(Kernel):
+    def backward_mask(self, mask: np.ndarray) -> np.ndarray:
+        several = (mask > 0).sum(-1, keepdims=True) > 1
+        first = np.cumsum(mask > 0, axis=-1) == 1
+        return np.where(several & first & (mask > 0), 0, mask)
