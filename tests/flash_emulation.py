@@ -197,7 +197,7 @@ class Scaled(Case):
 
 def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] | None = None) -> Tensors:
     """What a kernel of the row makes of the input: the right one, if no other is given."""
-    kernel = kernel or (EagerKernel if row.endswith("-eager") else Kernel)
+    kernel = kernel or (EagerKernel if NUMERICS[row].rounds_every_operation else Kernel)
     case = Scaled(
         dtype=NUMERICS[row].dtype,
         q_heads=x.q.shape[1],

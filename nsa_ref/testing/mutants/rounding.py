@@ -25,7 +25,7 @@ class Rounding:
         numerics = NUMERICS[row]
         self.dtype = DTYPES[numerics.dtype]
         self.wide: Any = np.float64 if numerics.dtype == "float64" else np.float32
-        self.by_head = numerics.per_head_rounding
+        self.by_head = numerics.stores_each_head
         self.order = order
         self._tf32 = numerics.u_operand > 0
 
