@@ -12,8 +12,8 @@ import pytest
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.clauses import CLAUSES
+from pages import ROOT, headings, table
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [
     path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
 ]
@@ -22,26 +22,9 @@ PAGES = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts
 EQUATION = r"(?<!2104\.09864, )\beq\. \d+(?:(?:,| and| to) \d+)*"
 #: What comments and docstrings cite: W1, eq. 9, section 3.2; NUMERICS 2, "Selection".
 CITED = {
-    "semantics": rf"\b[ACFGIW]\d\b|{EQUATION}|section [\d.]+\d",
-    "numerics": r'NUMERICS \d(?:,? "[^"]+"|, acc\(n\))?',
+    "docs/semantics.md": rf"\b[ACFGIW]\d\b|{EQUATION}|section [\d.]+\d",
+    "docs/numerics.md": r'NUMERICS \d(?:,? "[^"]+"|, acc\(n\))?',
 }
-
-
-def page_text(page: str) -> str:
-    return (ROOT / "docs" / f"{page}.md").read_text()
-
-
-def headings(page: str) -> dict[str, str]:
-    """Title -> what stands below it; of "2. Bounds" the title is 2."""
-    parts = re.split(r"^#+ (\d(?=\. )|.+)(?:\. .+)?\n", page_text(page), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-def table(page: str, first: str) -> list[list[str]]:
-    """The rows of the table whose head begins with `first`; the head and its rule are rows."""
-    text = page_text(page)
-    lines = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()
-    return [[cell.strip(" `") for cell in line.strip("|").split(" |")] for line in lines]
 
 
 @pytest.mark.parametrize("page", CITED)
@@ -55,11 +38,11 @@ def test_what_is_cited_has_a_heading(page: str) -> None:
             if citation.startswith("eq."):
                 wanted = [f"eq. {number}" for number in re.findall(r"\d+", citation)]
             for title in wanted:
-                assert title in titles, f"{path.name} cites {citation}; docs/{page}.md has none"
+                assert title in titles, f"{path.name} cites {citation}; {page} has none"
 
 
 def test_every_clause_has_a_heading_and_its_sentence() -> None:
-    found = headings("semantics")
+    found = headings("docs/semantics.md")
     assert [title for title in found if re.fullmatch(r"[A-Z]\d", title)] == list(CLAUSES)
     for clause, sentence in CLAUSES.items():
         assert f"> {sentence}\n" in found[clause], f"docs/semantics.md says {clause} otherwise"
@@ -67,9 +50,9 @@ def test_every_clause_has_a_heading_and_its_sentence() -> None:
 
 def test_every_switch_preset_and_row_is_listed() -> None:
     switches = [field.name for field in dataclasses.fields(Semantics)]
-    assert [row[0] for row in table("semantics", "switch")[2:]] == switches
-    assert table("presets", "switch")[0][2:] == list(PRESETS)
-    head, _, *rows = table("numerics", "row")
+    assert [row[0] for row in table("docs/semantics.md", "switch")[1:]] == switches
+    assert table("docs/presets.md", "switch")[0][2:] == list(PRESETS)
+    head, *rows = table("docs/numerics.md", "row")
     assert [row[0] for row in rows] == list(NUMERICS)
     for name, *cells in rows:
         for field, cell in zip(head[1:], cells):

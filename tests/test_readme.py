@@ -14,12 +14,9 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
+from pages import page, table
 
-ROOT = Path(__file__).parents[1]
-README, COMMAND, FAST_PATH = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/command.md", "docs/fast-path.md")
-)
-
+README = page("README.md")
 SOURCE = re.search(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
 
 
@@ -57,8 +54,7 @@ def test_the_failure_shown_is_the_failure_found(tmp_path: Path) -> None:
 
 def test_the_table_of_options_is_complete() -> None:
     """Every option of verify has a row, and every row an option."""
-    table = COMMAND[: COMMAND.index("The same names")]
-    named = set(re.findall(r"^\| `(-[-\w]+)`", table, re.MULTILINE))
+    named = {row[0] for row in table("docs/command.md", "option") if row[0].startswith("-")}
     parser = cli._parser()
     commands = next(a for a in parser._actions if a.dest == "command")
     verify = commands.choices["verify"]  # type: ignore[index]
@@ -75,7 +71,7 @@ def test_every_clause_that_is_judged_is_named() -> None:
 
 def test_the_layer_shown_runs_as_its_comments_say() -> None:
     """Shapes as commented, the cache's rows those of the parallel form, sequences apart."""
-    source = re.search(r"```python\n(.*?)```", FAST_PATH, re.DOTALL)
+    source = re.search(r"```python\n(.*?)```", page("docs/fast-path.md"), re.DOTALL)
     assert source is not None
     names: dict[str, Any] = {}
     exec(source.group(1), names)

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nsa_ref import Semantics
-from nsa_ref.semantics import LUCIDRAINS, PAPER, PRESETS, PerBranch
+from nsa_ref.semantics import PAPER, PRESETS, PerBranch
+from pages import table
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_goes_both_ways(name: str) -> None:
     assert Semantics.from_json(PRESETS[name].to_json()) == PRESETS[name]
-
-
-def test_presets_say_what_the_table_says() -> None:
-    """The switches that make each; what is not listed is PAPER's."""
-    zero, fine_nan = PerBranch("zero", "zero", "zero"), PerBranch("zero", "nan", "zero")
-    upstream = {
-        "compress_alignment": "end",
-        "compress_strict": True,
-        "importance": "logit_mean",
-        "own_block_extra": True,
-        "score_floor": 1e-10,
-        "duplicates": "multiset",
-        "empty_row": PerBranch("uniform", "uniform", "uniform"),
-        "kv_per_branch": False,
-        "rotary": "fine_and_sliding",
-        "input_norm": True,
-        "output_projection": True,
-    }
-    multiset = {"duplicates": "multiset", "empty_row": fine_nan, "kv_per_branch": False}
-    expected: dict[str, dict[str, Any]] = {
-        "PAPER": {},
-        "LUCIDRAINS": upstream,
-        "LUCIDRAINS_FLEX": upstream | {"score_floor": None, "duplicates": "set", "empty_row": zero},
-        "FLA": multiset | {"window_closed": False, "forced_score": 1.0},
-        "XUNHAO": multiset | {"rotary": "all"},
-    }
-    assert set(PRESETS) == set(expected)
-    for name, switches in expected.items():
-        assert PRESETS[name] == Semantics(**switches), name
-    assert PAPER.empty_lse == PerBranch(-math.inf, -math.inf, -math.inf)
-    assert LUCIDRAINS.share_selection
 
 
 @pytest.mark.parametrize(
@@ -100,9 +68,7 @@ def test_the_table_of_presets_is_the_code() -> None:
             return str(value[0])
         return ", ".join(f"{branch} {one}" for branch, one in value._asdict().items())
 
-    text = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
-    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    found = {row[0].strip("| `"): [cell.strip(" |") for cell in row[2:]] for row in table}
+    found = {row[0]: row[2:] for row in table("docs/presets.md", "switch")[1:]}
     assert found == {
         field.name: [shown(getattr(preset, field.name)) for preset in PRESETS.values()]
         for field in dataclasses.fields(Semantics)
