@@ -498,7 +498,7 @@ def recomputed_p_error(x: Group, row: Numerics, forward: _Forward | None = None)
 
         min(P E(d + B_lse + 2 u_elementwise |s - lse|), max(P, largest P))
 
-    Source: NUMERICS 2, "backward" and "Selection"
+    Source: NUMERICS 2, "Deterministic form" and "Selection"
     """
     if forward is None:
         forward = _deterministic_forward(x, row)
