@@ -33,7 +33,7 @@ class Standin(devices.Device):
     """
 
     longest = 600
-    many = 2**18
+    offset_limit = 2**18
     #: What was done to it in this process, for tests.
     done: ClassVar[list[Any]] = []
     lost = ""
@@ -53,14 +53,14 @@ class Standin(devices.Device):
     def fault(self) -> str:
         return Standin.lost
 
-    def give_back(self) -> None:
-        self.done.append("give back")
+    def free_cache(self) -> None:
+        self.done.append("free cache")
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        self.done.append("alone")
+    def exclusive(self) -> Iterator[None]:
+        self.done.append("exclusive")
         yield
-        self.done.append("not alone")
+        self.done.append("not exclusive")
 
 
 devices.KINDS["standin"] = Standin
@@ -113,10 +113,10 @@ class NarrowOffsets(OnStandin):
     name = "narrow offsets"
 
     def _wrapped(self, array: np.ndarray) -> np.ndarray:
-        if array.size <= Standin.many:
+        if array.size <= Standin.offset_limit:
             return array
         flat = array.reshape(-1)
-        return flat[np.arange(flat.size) % Standin.many].reshape(array.shape)
+        return flat[np.arange(flat.size) % Standin.offset_limit].reshape(array.shape)
 
     def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
         return super().sliding(case, self._wrapped(np.asarray(q)), k, v)

@@ -120,7 +120,7 @@ def test_out_of_memory_is_a_finding_and_its_room_is_given_back(tmp_path: Path) -
     assert found is not None
     assert found["case"]["kv_len"] == 9
     assert "OutOfMemoryError: CUDA out of memory" in found["text"]
-    assert "give back" in Standin.done
+    assert "free cache" in Standin.done
 
 
 def test_a_failed_case_holds_no_tensors(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_what_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.set_tf32(True)
     gpu.set_tf32(False)
     assert fake.calls == ["high", "highest"]
-    gpu.give_back()
+    gpu.free_cache()
     assert fake.calls.pop() == "empty_cache"
 
 
@@ -249,7 +249,7 @@ def test_a_port_without_torch_is_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
     gpu = devices.device_of("cuda")
     gpu.poison([1])
     gpu.set_tf32(True)
-    gpu.give_back()
+    gpu.free_cache()
     assert (gpu.describe(), gpu.free_memory(), gpu.fault()) == ("", 0, "")
     assert "torch" not in sys.modules
 
@@ -289,7 +289,7 @@ def test_what_large_tensors_alone_show(name: str, wrong: str, tmp_path: Path) ->
 
     def mistaken(tensor: Any, case: Case) -> Any:
         tensor = np.asarray(tensor)
-        if case.batch * case.q_heads * case.q_len * case.head_dim <= Standin.many:
+        if case.batch * case.q_heads * case.q_len * case.head_dim <= Standin.offset_limit:
             return tensor
         if wrong == "zero":
             return np.zeros_like(tensor)
@@ -357,7 +357,7 @@ def test_large_tensors_are_tried_once_and_alone(tmp_path: Path) -> None:
     options = Options(findings=tmp_path, level="thorough")
     record = run_property(PROPERTIES["A1_sliding_large_tensors"], OnStandin(), options)
     assert record.cases == 1
-    assert Standin.done == ["alone", "give back", "not alone"]
+    assert Standin.done == ["exclusive", "free cache", "not exclusive"]
     # other data with another seed
     seeds = set()
     port = OnStandin()
@@ -372,7 +372,7 @@ def test_large_tensors_are_tried_once_and_alone(tmp_path: Path) -> None:
 def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
     """Another process waits until the first lets go, or is killed."""
     held = "import time; from nsa_ref.testing.devices import Cuda\n"
-    held += "with Cuda('cuda:7').alone():\n    print('in', flush=True)\n    time.sleep(60)"
+    held += "with Cuda('cuda:7').exclusive():\n    print('in', flush=True)\n    time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert first.stdout.readline() == "in\n"

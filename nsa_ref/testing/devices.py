@@ -1,7 +1,6 @@
 """What the judge must know of the device that an implementation runs on, and do to it.
 
-Everything that only a GPU has or suffers is behind `Device`; where there is no GPU, tests put a
-stand-in into `KINDS`.
+All that is special about GPUs is behind `Device`; tests without a GPU put a stand-in into `KINDS`.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from typing import Any
 class Device:
     """A CPU: nothing to look after.
 
-    Memory that a program gets there is poisoned by the C library (MALLOC_PERTURB_, see plugin.py).
+    The C library poisons the memory that a program gets there (MALLOC_PERTURB_, see plugin.py).
 
-    share : of the examples that a level asks for; less where a case takes seconds
-    shortest : tokens that most sequences have at least
-    longest : tokens of the longest sequence that is tried; attention on a CPU may be dense
-    many : elements beyond which an offset does not fit into 32 bits
-    heads_probed : of a group in the backward read-out, where every head is a call of its own
+    examples_share : the share of a level's examples that is drawn; less where a case takes seconds
+    shortest : most sequences have at least so many tokens
+    longest : no sequence has more tokens; attention on a CPU may be dense
+    offset_limit : a tensor with more elements has offsets that do not fit into 32 bits
+    heads_probed : so many heads of a group are read out backward; each is a call of its own
     time_factor : a case may take so many times as long as on another device
     """
 
-    share = 1.0
+    examples_share = 1.0
     shortest = 1
     longest = 1024
-    many = 2**31
+    offset_limit = 2**31
     heads_probed = 4
     time_factor = 1
 
@@ -45,38 +44,38 @@ class Device:
         return ""
 
     def free_memory(self) -> int:
-        """Bytes that one case may take; 0 where huge cases do not belong."""
+        """Bytes that one case may take; 0 where no huge case is tried."""
         return 0
 
     def poison(self, sizes: Sequence[int]) -> None:
         """Fill free memory, so that an output which is not written shows.
 
-        sizes : bytes of the tensors that go in, which what comes out is like
+        sizes : bytes of the inputs, because an output is likely to get memory of such a size
         """
 
     def set_tf32(self, allowed: bool) -> None:
-        """Whether products of float32 matrices may round their operands to tf32."""
+        """Allow products of float32 matrices to round their operands to tf32, or forbid it."""
 
     def fault(self) -> str:
-        """Why every further call on this device fails in this process; empty if none has to."""
+        """Wait for all kernels; why every further call fails in this process, or nothing."""
         return ""
 
-    def give_back(self) -> None:
-        """Let others have the memory that nothing here uses any more."""
+    def free_cache(self) -> None:
+        """Let other processes have the memory that nothing here uses any more."""
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other worker is in here on this device at the same time."""
+    def exclusive(self) -> Iterator[None]:
+        """Wait until no other worker is in here on this device."""
         yield
 
 
 class Cuda(Device):
-    """A GPU, as torch sees it; left alone in a process whose implementation does not use torch."""
+    """A GPU, as torch sees it; nothing is done to it for a port that does not use torch."""
 
     longest = 2**16
 
-    #: Small pieces of free memory that are filled besides, (bytes, how many). torch keeps those of
-    #: up to 1 MiB apart from larger ones.
+    #: Small pieces of memory are poisoned as well: (bytes, how many). torch keeps pieces of up to
+    #: 1 MiB apart from larger ones.
     POISONED = ((2**20, 16), (16 * 2**20, 3))
 
     def describe(self) -> str:
@@ -94,9 +93,9 @@ class Cuda(Device):
         if cuda is None:
             return
         torch = sys.modules["torch"]
-        # what an earlier run left goes back to the driver; the pieces below are then all there is.
-        # bytes of ones are NaN in every floating type. All pieces are held at once, and then handed
-        # back: torch's allocator gives the same memory out again, as it is
+        # what an earlier run left goes back to the driver, so that torch has no other memory than
+        # the pieces below. They are held all at once, and then freed: torch hands the same memory
+        # out again, as it is. Bytes of ones are NaN in every floating type
         cuda.empty_cache()
         pieces = [size for size, count in self.POISONED for _ in range(count)]
         if 4 * sum(sizes) < cuda.mem_get_info(self.name)[0]:
@@ -120,13 +119,13 @@ class Cuda(Device):
             return str(error).strip().partition("\n")[0]
         return ""
 
-    def give_back(self) -> None:
+    def free_cache(self) -> None:
         if (cuda := _cuda()) is not None:
             cuda.empty_cache()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        import fcntl  # not on Windows, where nothing else is missing
+    def exclusive(self) -> Iterator[None]:
+        import fcntl  # not at the top: Windows has all but this
 
         # workers see one GPU each, under the same name
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") + self.name
@@ -134,14 +133,14 @@ class Cuda(Device):
             Path(tempfile.gettempdir()) / f"nsa-ref-{zlib.crc32(gpu.encode())}-{os.getuid()}.lock"
         )
         with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or the process dies
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process dies
             yield
 
 
 class Interpreter(Device):
-    """Triton's interpreter: few cases, and none of a handful of tokens, which show little."""
+    """Triton's interpreter: few cases, and none of only a few tokens, which show little."""
 
-    share = 1 / 10
+    examples_share = 1 / 10
     shortest = 16
     heads_probed = 1
     time_factor = 5
@@ -156,7 +155,7 @@ def _cuda() -> Any:
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
-#: type of a device -> what stands for it; any other is taken for a CPU
+#: The type of a device -> its class; any other type is taken for a CPU.
 KINDS: dict[str, type[Device]] = {"cuda": Cuda, "interpreter": Interpreter}
 
 
@@ -168,9 +167,9 @@ def device_of(name: str) -> Device:
 def compile_counts() -> dict[str, int]:
     """What torch.compile has done in this process so far; empty if it was never used.
 
-    graphs : that dynamo has made
-    cached : asked of Inductor, which had them in its cache (a forward and its backward are two)
-    compiled : asked of Inductor, and compiled
+    graphs : graphs that dynamo has made
+    cached : graphs that Inductor had in its cache; a forward and its backward are two
+    compiled : graphs that Inductor compiled
     """
     utils = sys.modules.get("torch._dynamo.utils")
     if utils is None:

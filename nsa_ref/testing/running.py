@@ -48,13 +48,13 @@ def run_property(prop: Property, implementation: Implementation, options: Option
     device = device_of(implementation.device)
     large = prop.extent == "large"
     try:
-        with device.alone() if large else contextlib.nullcontext():
+        with device.exclusive() if large else contextlib.nullcontext():
             if options.case is not None:
                 trials.run(options.case)
             else:
                 generate(prop, implementation, options, trials.run)
             if large:
-                device.give_back()
+                device.free_cache()
     except Broken:
         pass
     except hypothesis.errors.Flaky:
@@ -156,7 +156,7 @@ class _Trials:
         self.broken.pop(case, None)
         self.broken[case] = broken
         self.record.finding = save_finding(self._finding(case, broken), self.options.findings)
-        device.give_back()
+        device.free_cache()
         return broken
 
     def keep_flaky(self) -> None:
@@ -243,7 +243,7 @@ def generate(
     """
     strata = prop.strata(implementation, options.dtypes or None)
     examples = prop.examples
-    share = device_of(implementation.device).share
+    share = device_of(implementation.device).examples_share
     if share < 1:
         # too few for lots: the first case of each would be its smallest
         strata, examples = [st.one_of(strata)], math.ceil(examples * share)

@@ -262,7 +262,7 @@ def large_sizes(implementation: Implementation) -> Sizes | None:
 
     None if the limits allow none with sequences short enough to be compared with the definition.
     """
-    limits, many = implementation.limits, device_of(implementation.device).many
+    limits, many = implementation.limits, device_of(implementation.device).offset_limit
     groups = limits.get("group_size", range(1, 17))
 
     def widest(field: str, wished: int) -> int:

@@ -355,10 +355,10 @@ def not_far(implementation: Implementation) -> str:
 def not_large(implementation: Implementation) -> str:
     """Why tensors of more than 2^31 elements are not tried, if they are not."""
     device = device_of(implementation.device)
-    what = f"not tried: tensors beyond 2^{device.many.bit_length() - 1} elements, which"
+    what = f"not tried: tensors beyond 2^{device.offset_limit.bit_length() - 1} elements, which"
     if large_sizes(implementation) is None:
         return f"{what} its limits exclude"
-    need = 32 * device.many
+    need = 32 * device.offset_limit
     if device.free_memory() < need:
         return f"{what} take a GPU with {need / 2**30:.3g} GiB free"
     return ""
