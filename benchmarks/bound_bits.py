@@ -24,19 +24,21 @@ from nsa_ref import (
     LUCIDRAINS_FLEX,
     PAPER,
     XUNHAO,
+    Semantics,
     Sizes,
     compress_mask,
     layer_block_indices,
     layer_weight_shapes,
+    num_compress_blocks,
     pool_weight_shapes,
     shared_strides,
 )
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
-from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.sizes import COMPRESS_MAPS
 
 Bounds = Iterator[tuple[str, np.ndarray | None]]
 
@@ -78,22 +80,29 @@ def maps(number: int, rng: np.random.Generator) -> Bounds:
     batch, kv_heads, dim, stride, factor = rng.integers(1, 4, 5)
     size, kv_len = int(stride * factor), int(rng.integers(0, 20))
     name = COMPRESS_MAPS[number % len(COMPRESS_MAPS)]
-    shapes = pool_weight_shapes(name, bool(number % 3), int(kv_heads), size, int(dim))
+    sizes = Sizes(
+        q_heads=int(kv_heads),
+        kv_heads=int(kv_heads),
+        compress_block_size=size,
+        compress_block_sliding_stride=int(stride),
+        compress_map=name,
+        selection_block_size=int(stride),
+        compress_positions=bool(number % 3),
+    )
+    shapes = pool_weight_shapes(sizes, int(dim))
     x = rng.standard_normal((batch, kv_heads, kv_len, dim))
     weights = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
-    alignment = ("start", "end")[number % 2]
-    blocks = kv_len // stride if alignment == "end" else max(0, (kv_len - size) // stride + 1)
+    semantics = Semantics(compress_alignment=("start", "end")[number % 2])
+    blocks = num_compress_blocks(kv_len, sizes, semantics)
     d_out = rng.standard_normal((batch, kv_heads, blocks, dim))
     for row in NUMERICS:
         found = pool_bounds(
             x,
             weights,
             d_out,
+            sizes=sizes,
+            semantics=semantics,
             numerics=row,
-            compress_block_size=size,
-            compress_block_sliding_stride=int(stride),
-            compress_map=name,
-            compress_alignment=alignment,
         )
         yield f"{row} out", found.out
         yield f"{row} dx", found.dx
@@ -105,14 +114,14 @@ def scores(number: int, rng: np.random.Generator) -> Bounds:
     batch, kv_heads, group, stride = (int(n) for n in rng.integers(1, 3, 4))
     kv_len, head_dim, memory = 24, int(rng.integers(1, 9)), int(rng.integers(0, 3))
     semantics = LUCIDRAINS if number % 2 else PAPER
-    strides = {"compress_block_size": 2 * stride, "compress_block_sliding_stride": stride}
-    visible = compress_mask(9, kv_len, **strides, num_mem_kv=memory, semantics=semantics)
-    counts = shared_strides(
-        kv_len,
-        **strides,
+    sizes = Sizes(
+        compress_block_size=2 * stride,
+        compress_block_sliding_stride=stride,
         selection_block_size=4 * stride,
-        compress_alignment=semantics.compress_alignment,
+        num_mem_kv=memory,
     )
+    visible = compress_mask(9, kv_len, sizes, semantics)
+    counts = shared_strides(kv_len, sizes, semantics)
     q = rng.standard_normal((batch, kv_heads * group, 9, head_dim))
     k_cmp = rng.standard_normal((batch, kv_heads, len(counts), head_dim))
     mem_k = rng.standard_normal((batch, kv_heads, memory, head_dim))

@@ -109,8 +109,6 @@ class Setup:
             compress_positions=True,
             selection_block_size=self.selection_block_size,
             num_selected_blocks=self.num_selected_blocks,
-            num_initial_blocks=0,
-            num_local_blocks=0,
             sliding_window_size=self.sliding_window_size,
             num_mem_kv=self.num_mem_kv,
         )
@@ -239,25 +237,18 @@ def undecided_tokens(
     x: np.ndarray, weights: dict[str, np.ndarray], score_bounds: np.ndarray, sizes: Sizes
 ) -> np.ndarray:
     """(tokens,) bool: another choice of blocks may be right too (I5)."""
-    tokens, block = x.shape[1], sizes.selection_block_size
-    strides = {
-        "compress_block_size": sizes.compress_block_size,
-        "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
-    }
-    lengths = (tokens, tokens, block)
-    local = (sizes.num_initial_blocks, sizes.num_local_blocks)
+    tokens = x.shape[1]
     scores = importance(
         *selection_inputs(x, weights, sizes=sizes, semantics=SEMANTICS),
         kv_len=tokens,
-        selection_block_size=block,
+        sizes=sizes,
         semantics=SEMANTICS,
-        **strides,
     )
     return undecided_rows(
         scores,
         score_bounds,
-        candidates=selection_candidates(*lengths, SEMANTICS, **strides),
-        forced=forced_blocks(*lengths, *local, SEMANTICS, **strides),
+        candidates=selection_candidates(tokens, tokens, sizes, SEMANTICS),
+        forced=forced_blocks(tokens, tokens, sizes, SEMANTICS),
         num_selected_blocks=sizes.num_selected_blocks,
         semantics=SEMANTICS,
     ).any(axis=(0, 1))

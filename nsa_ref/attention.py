@@ -15,7 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
+from nsa_ref.checks import (
+    as_float64,
+    check_at_least,
+    check_multiple,
+    check_one_of,
+    check_shape,
+)
 
 
 class Attention(NamedTuple):
@@ -167,24 +173,6 @@ def attend_vjp(
         dk[b, g, visible] += scale * np.outer(dS, q[b, h, t])
         dv[b, g, visible] += np.outer(P, dO)
     return dq, dk, dv
-
-
-def as_float64(name: str, x: object) -> np.ndarray:
-    """The numbers of x as float64, or complex128 where they are complex.
-
-    Raises TypeError, with the argument's name, for what holds no numbers.
-    """
-    array = np.asarray(x)
-    if array.dtype.kind == "c":
-        return array.astype(np.complex128)
-    try:
-        if array.dtype.kind in "OSUMm":
-            raise TypeError
-        return array.astype(np.float64)  # bfloat16 and its like, of kind "V", convert as well
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; it must hold real or complex numbers."
-        ) from None
 
 
 def attention_arguments(

@@ -52,8 +52,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.attention import as_float64, attention_arguments
-from nsa_ref.checks import check_one_of, check_shape
+from nsa_ref.attention import attention_arguments
+from nsa_ref.checks import as_float64, check_one_of, check_shape
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
 from nsa_ref.rounded import Rounded, exact, unless_overflow
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
 
 def check_integer(name: str, value: object) -> None:
     """Raise TypeError unless value is an int (NumPy integers included, bool excluded)."""
@@ -54,3 +56,21 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ..
     if not fits:
         wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{name} has shape {tuple(shape)}; it must be ({wanted}).")
+
+
+def as_float64(name: str, x: object) -> np.ndarray:
+    """The numbers of x as float64, or complex128 where they are complex.
+
+    Raises TypeError, with the argument's name, for what holds no numbers.
+    """
+    array = np.asarray(x)
+    if array.dtype.kind == "c":
+        return array.astype(np.complex128)
+    try:
+        if array.dtype.kind in "OSUMm":
+            raise TypeError
+        return array.astype(np.float64)  # bfloat16 and its like, of kind "V", convert as well
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; it must hold real or complex numbers."
+        ) from None

@@ -10,17 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nsa_ref.attention import as_float64
-from nsa_ref.checks import check_at_least, check_bool, check_one_of, check_shape
-from nsa_ref.sizes import COMPRESS_MAPS
+from nsa_ref.checks import as_float64, check_at_least, check_shape
+from nsa_ref.semantics import PAPER, Semantics, check_semantics
+from nsa_ref.sizes import Sizes, check_sizes
 
 
-def num_compress_blocks(
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    compress_alignment: str,
-) -> int:
+def num_compress_blocks(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> int:
     """How many compressed blocks kv_len tokens have.
 
     ::
@@ -30,28 +25,24 @@ def num_compress_blocks(
 
     Raises
     ------
-    ValueError : kv_len < 0, a block size or stride below 1, an unknown alignment
-    TypeError : a size that is no integer
+    ValueError : kv_len < 0
+    TypeError : kv_len that is no integer, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     C1; arXiv 2502.11089, eq. 7 ("start")
     """
     check_at_least("kv_len", kv_len, 0)
-    check_at_least("compress_block_size", compress_block_size, 1)
-    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
-    check_one_of("compress_alignment", compress_alignment, ("start", "end"))
-    d = compress_block_sliding_stride
-    if compress_alignment == "end":
+    check_sizes(sizes)
+    check_semantics(semantics)
+    size, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
+    if semantics.compress_alignment == "end":
         return kv_len // d
-    return (kv_len - compress_block_size) // d + 1 if kv_len >= compress_block_size else 0
+    return (kv_len - size) // d + 1 if kv_len >= size else 0
 
 
 def compress_windows(
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    compress_alignment: str,
+    kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
 ) -> list[tuple[int, int]]:
     """The tokens [start, stop) of every compressed block, in order.
 
@@ -69,21 +60,17 @@ def compress_windows(
     ------
     C1; arXiv 2502.11089, eq. 7 ("start")
     """
-    blocks = num_compress_blocks(
-        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
-    )
-    d = compress_block_sliding_stride
+    blocks = num_compress_blocks(kv_len, sizes, semantics)
+    size, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
     windows = []
     for i in range(blocks):
-        start = i * d if compress_alignment == "start" else (i + 1) * d - compress_block_size
-        windows.append((start, start + compress_block_size))
+        start = i * d if semantics.compress_alignment == "start" else (i + 1) * d - size
+        windows.append((start, start + size))
     return windows
 
 
-def pool_weight_shapes(
-    compress_map: str, compress_positions: bool, kv_heads: int, compress_block_size: int, dim: int
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a compression map.
+def pool_weight_shapes(sizes: Sizes, dim: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a compression map, for keys or values of `dim` features.
 
     ::
 
@@ -96,23 +83,21 @@ def pool_weight_shapes(
 
     Raises
     ------
-    ValueError : an unknown compress_map, kv_heads, a block size or dim below 1
-    TypeError : a size that is no integer, compress_positions that is no bool
+    ValueError : dim below 1
+    TypeError : dim that is no integer, sizes that are no Sizes
 
     Source
     ------
     C4; arXiv 2502.11089, eq. 7 (phi is "a learnable MLP with intra-block position encoding")
     """
-    check_one_of("compress_map", compress_map, COMPRESS_MAPS)
-    check_bool("compress_positions", compress_positions)
-    check_at_least("kv_heads", kv_heads, 1)
-    check_at_least("compress_block_size", compress_block_size, 1)
+    check_sizes(sizes)
     check_at_least("dim", dim, 1)
-    flat = compress_block_size * dim
+    compress_map, kv_heads = sizes.compress_map, sizes.kv_heads
+    flat = sizes.compress_block_size * dim
     hidden = flat
     shapes: dict[str, tuple[int, ...]] = {}
-    if compress_positions:
-        shapes["positions"] = (kv_heads, compress_block_size, dim)
+    if sizes.compress_positions:
+        shapes["positions"] = (kv_heads, sizes.compress_block_size, dim)
     if compress_map == "linear":
         shapes["weight"] = (dim, flat)
         shapes["bias"] = (dim,)
@@ -130,11 +115,8 @@ def pool_weight_shapes(
 def pool(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
-    *,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    compress_map: str,
-    compress_alignment: str,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
 ) -> np.ndarray:
     """Compressed keys, or values, from tokens: one vector for each window.
 
@@ -153,31 +135,30 @@ def pool(
     Shapes
     ------
     x : (batch, kv_heads, kv_len, dim)
-    weights : the names and shapes of `pool_weight_shapes`; positions are added if present
+    weights : the names and shapes of `pool_weight_shapes`
     returns : (batch, kv_heads, blocks, dim) float64, or complex128
 
     Raises
     ------
-    ValueError : wrong shapes, missing or unknown weights, sizes or choices out of range
-    TypeError : arrays that hold no numbers, sizes that are no integers
+    ValueError : wrong shapes, missing or unknown weights
+    TypeError : arrays that hold no numbers, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     C1, C4; arXiv 2502.11089, eq. 7. linear_per_head is ``linear_compress`` of
     XunhaoLai/native-sparse-attention-triton, whose weight is (kv_heads, l dim, dim) and has no bias
     """
-    x, weights = _checked(x, weights, compress_block_size, compress_map)
+    x, weights = _checked(x, weights, sizes)
     batch, kv_heads, kv_len, dim = x.shape
-    windows = compress_windows(
-        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
-    )
+    windows = compress_windows(kv_len, sizes, semantics)
+    size, compress_map = sizes.compress_block_size, sizes.compress_map
     dtype = np.result_type(x, *weights.values())
     out = np.zeros((batch, kv_heads, len(windows), dim), dtype=dtype)
     for b, h in np.ndindex(batch, kv_heads):
         for i, (start, stop) in enumerate(windows):
             X = _window(x[b, h], start, stop, weights, h)
             if compress_map == "mean":
-                out[b, h, i] = X.sum(axis=0) / compress_block_size
+                out[b, h, i] = X.sum(axis=0) / size
             elif compress_map == "linear":
                 out[b, h, i] = weights["weight"] @ X.ravel() + weights["bias"]
             elif compress_map == "linear_per_head":
@@ -193,11 +174,8 @@ def pool_vjp(
     x: np.ndarray,
     weights: Mapping[str, np.ndarray],
     d_out: np.ndarray,
-    *,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    compress_map: str,
-    compress_alignment: str,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Gradients of <d_out, pool(x, weights)> with respect to the tokens and every weight.
 
@@ -215,7 +193,7 @@ def pool_vjp(
 
     Shapes
     ------
-    x, weights and the keywords : as in `pool`
+    x, weights : as in `pool`
     d_out : (batch, kv_heads, blocks, dim)
     returns : (dx, dweights), of the shapes of x and of each of the weights
 
@@ -227,11 +205,10 @@ def pool_vjp(
     ------
     C4; derived by hand from `pool`
     """
-    x, weights = _checked(x, weights, compress_block_size, compress_map)
+    x, weights = _checked(x, weights, sizes)
     batch, kv_heads, kv_len, dim = x.shape
-    windows = compress_windows(
-        kv_len, compress_block_size, compress_block_sliding_stride, compress_alignment
-    )
+    windows = compress_windows(kv_len, sizes, semantics)
+    size, compress_map = sizes.compress_block_size, sizes.compress_map
     d_out = as_float64("d_out", d_out)
     check_shape("d_out", d_out.shape, (batch, kv_heads, len(windows), dim))
     dtype = np.result_type(x, d_out, *weights.values())
@@ -242,7 +219,7 @@ def pool_vjp(
             X = _window(x[b, h], start, stop, weights, h)
             dy = d_out[b, h, i]
             if compress_map == "mean":
-                dX = np.repeat(dy[None] / compress_block_size, compress_block_size, axis=0)
+                dX = np.repeat(dy[None] / size, size, axis=0)
             elif compress_map == "linear":
                 dX = (weights["weight"].T @ dy).reshape(X.shape)
                 dweights["weight"] += np.outer(dy, X.ravel())
@@ -278,19 +255,17 @@ def _window(
 
 
 def _checked(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], compress_block_size: int, compress_map: str
+    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """x and the weights as float64, of the right names and shapes."""
+    check_sizes(sizes)
     x = as_float64("x", x)
-    check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
-    _, kv_heads, _, dim = x.shape
-    shapes = pool_weight_shapes(
-        compress_map, "positions" in weights, kv_heads, compress_block_size, dim
-    )
+    check_shape("x", x.shape, ("batch", sizes.kv_heads, "kv_len", "dim"))
+    shapes = pool_weight_shapes(sizes, x.shape[3])
     if set(weights) != set(shapes):
         raise ValueError(
-            f"weights has the names {sorted(weights)}; compress_map={compress_map!r} takes "
-            f"{sorted(set(shapes) - {'positions'})}, and 'positions' if there are any."
+            f"weights has the names {sorted(weights)}; compress_map={sizes.compress_map!r} with "
+            f"compress_positions={sizes.compress_positions} takes {sorted(shapes)}."
         )
     checked = {}
     for name, shape in shapes.items():

@@ -7,19 +7,20 @@ any derivative can be read off an imaginary step.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsa_ref.attention import Attention, as_float64, attend, attend_vjp
-from nsa_ref.checks import check_integer, check_shape
-from nsa_ref.compress import pool, pool_vjp, pool_weight_shapes
-from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
+from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.checks import as_float64, check_integer, check_shape
+from nsa_ref.compress import num_compress_blocks, pool, pool_vjp, pool_weight_shapes
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
-from nsa_ref.semantics import BRANCHES, PAPER, Semantics
-from nsa_ref.sizes import Sizes
+from nsa_ref.semantics import BRANCHES, PAPER, Semantics, check_semantics
+from nsa_ref.sizes import Sizes, check_sizes
 
 #: Added to the mean square that `input_norm` divides by: float32's epsilon, in every dtype.
 NORM_EPS = 2.0**-23
@@ -50,8 +51,7 @@ def layer_weight_shapes(sizes: Sizes, semantics: Semantics = PAPER) -> dict[str,
     ------
     G1, C3, C4; arXiv 2502.11089, eq. 5
     """
-    if not isinstance(sizes, Sizes):
-        raise TypeError(f"sizes={sizes!r} must be a nsa_ref.Sizes.")
+    check_sizes(sizes)
     check_semantics(semantics)
     dim, heads, kv_heads = sizes.model_dim, sizes.q_heads, sizes.kv_heads
     dims = {"k": sizes.head_dim, "v": sizes.value_dim}
@@ -67,13 +67,7 @@ def layer_weight_shapes(sizes: Sizes, semantics: Semantics = PAPER) -> dict[str,
     for kind in ("k", "v"):
         shapes[f"mem_{kind}"] = (kv_heads, sizes.num_mem_kv, dims[kind])
     for kind in ("k", "v"):
-        of_map = pool_weight_shapes(
-            sizes.compress_map,
-            sizes.compress_positions,
-            kv_heads,
-            sizes.compress_block_size,
-            dims[kind],
-        )
+        of_map = pool_weight_shapes(sizes, dims[kind])
         shapes |= {f"compress_{kind}.{name}": shape for name, shape in of_map.items()}
     if semantics.output_projection:
         shapes["to_out.weight"] = (dim, heads * sizes.value_dim)
@@ -212,22 +206,13 @@ def _pooled(
     sizes: Sizes,
     semantics: Semantics,
 ) -> np.ndarray:
-    return pool(tokens, _of_map(weights, kind), **_pool_sizes(sizes, semantics))
+    return pool(tokens, _of_map(weights, kind), sizes, semantics)
 
 
 def _of_map(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     """The weights of the compression map of keys ("k") or values ("v")."""
     prefix = f"compress_{kind}."
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-
-
-def _pool_sizes(sizes: Sizes, semantics: Semantics) -> dict[str, Any]:
-    return {
-        "compress_block_size": sizes.compress_block_size,
-        "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
-        "compress_map": sizes.compress_map,
-        "compress_alignment": semantics.compress_alignment,
-    }
 
 
 def _branches(
@@ -261,37 +246,21 @@ def _branches(
 
     if block_indices is None:
         block_indices = select(
-            rows["compress"], k_cmp, memory("mem_k"), kv_len=kv_len, semantics=semantics,
-            **_selection_sizes(sizes),
-        )  # fmt: skip
+            rows["compress"],
+            k_cmp,
+            memory("mem_k"),
+            kv_len=kv_len,
+            sizes=sizes,
+            semantics=semantics,
+        )
     keys["compress"] = np.concatenate([memory("mem_k"), k_cmp], axis=2)
     values["compress"] = np.concatenate([memory("mem_v"), v_cmp], axis=2)
     mask = {
-        "compress": compress_mask(
-            q_len,
-            kv_len,
-            sizes.compress_block_size,
-            sizes.compress_block_sliding_stride,
-            sizes.num_mem_kv,
-            semantics,
-        ),
-        "fine": fine_mask(
-            q_len, kv_len, sizes.selection_block_size, block_indices, sizes.q_heads, semantics
-        ),
-        "sliding": sliding_mask(q_len, kv_len, sizes.sliding_window_size, semantics),
+        "compress": compress_mask(q_len, kv_len, sizes, semantics),
+        "fine": fine_mask(q_len, kv_len, block_indices, sizes, semantics),
+        "sliding": sliding_mask(q_len, kv_len, sizes, semantics),
     }
     return _Branches(rows, keys, values, mask, block_indices)
-
-
-def _selection_sizes(sizes: Sizes) -> dict[str, int]:
-    return {
-        "compress_block_size": sizes.compress_block_size,
-        "compress_block_sliding_stride": sizes.compress_block_sliding_stride,
-        "selection_block_size": sizes.selection_block_size,
-        "num_selected_blocks": sizes.num_selected_blocks,
-        "num_initial_blocks": sizes.num_initial_blocks,
-        "num_local_blocks": sizes.num_local_blocks,
-    }
 
 
 def _attended(branches: _Branches, semantics: Semantics) -> dict[str, Attention]:
@@ -547,12 +516,7 @@ def _through_pool(
     k, v = _turned_tokens(tokens.k["compress"], semantics), tokens.v["compress"]
     found = []
     for kind, of_tokens, d_cmp in (("k", k, dk_cmp), ("v", v, dv_cmp)):
-        d_tokens, d_map = pool_vjp(
-            of_tokens,
-            _of_map(weights, kind),
-            d_cmp,
-            **_pool_sizes(sizes, semantics),
-        )
+        d_tokens, d_map = pool_vjp(of_tokens, _of_map(weights, kind), d_cmp, sizes, semantics)
         for name, gradient in d_map.items():
             dweights[f"compress_{kind}.{name}"] += gradient
         found.append(d_tokens)
@@ -601,21 +565,18 @@ def decode(
     k = dict.fromkeys(BRANCHES, none(sizes.head_dim))
     v = dict.fromkeys(BRANCHES, none(sizes.value_dim))
     k_cmp, v_cmp = none(sizes.head_dim), none(sizes.value_dim)
-    d = sizes.compress_block_sliding_stride
-    # the first window ends with token l - 1, or "end" with token d - 1; then one every d tokens
-    first = sizes.compress_block_size if semantics.compress_alignment == "start" else d
     width = sizes.model_dim if semantics.output_projection else sizes.q_heads * sizes.value_dim
     out = np.zeros((batch, seq_len, width), dtype=dtype)
     for t in range(seq_len):
         new = _tokens(x[:, t : t + 1], weights, sizes, semantics)
         k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
         v = {c: np.concatenate([v[c], new.v[c]], axis=2) for c in BRANCHES}
-        if t + 1 >= first and (t + 1 - first) % d == 0:
+        if num_compress_blocks(t + 1, sizes, semantics) > k_cmp.shape[2]:
             turned = _turned_tokens(k["compress"], semantics)
-            k_cmp = np.concatenate([k_cmp, _last_window(turned, weights, "k", sizes)], axis=2)
-            v_cmp = np.concatenate(
-                [v_cmp, _last_window(v["compress"], weights, "v", sizes)], axis=2
-            )
+            new_k = _last_window(turned, weights, "k", sizes, semantics)
+            new_v = _last_window(v["compress"], weights, "v", sizes, semantics)
+            k_cmp = np.concatenate([k_cmp, new_k], axis=2)
+            v_cmp = np.concatenate([v_cmp, new_v], axis=2)
         cache = _Tokens(new.h, new.q, k, v)
         branches = _branches(new.q, cache, k_cmp, v_cmp, weights, sizes, semantics, None)
         attended = _attended(branches, semantics)
@@ -624,20 +585,19 @@ def decode(
 
 
 def _last_window(
-    tokens: np.ndarray, weights: Mapping[str, np.ndarray], kind: str, sizes: Sizes
+    tokens: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    kind: str,
+    sizes: Sizes,
+    semantics: Semantics,
 ) -> np.ndarray:
     """The one block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
     size = sizes.compress_block_size
     missing = max(0, size - tokens.shape[2])
     window = np.pad(tokens, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
-    return pool(
-        window,
-        _of_map(weights, kind),
-        compress_block_size=size,
-        compress_block_sliding_stride=size,
-        compress_map=sizes.compress_map,
-        compress_alignment="start",
-    )
+    # l tokens are one window that starts at the first of them, whatever the alignment was
+    semantics = dataclasses.replace(semantics, compress_alignment="start")
+    return _pooled(window, weights, kind, sizes, semantics)
 
 
 def varlen(

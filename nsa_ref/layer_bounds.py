@@ -51,7 +51,7 @@ from nsa_ref.checks import check_multiple, check_one_of, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
 from nsa_ref.layer import _merge, _of_map, _projection, _split, _turns, layer_weight_shapes
 from nsa_ref.map_bounds import RoundedPool, rounded_pool, window_tokens
-from nsa_ref.masks import check_semantics, compress_mask, fine_mask, sliding_mask
+from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import (
     Rounded,
@@ -133,16 +133,12 @@ def layer_bounds(
     NUMERICS 2 "Gates and combine"; G1, G2
     """
     check_one_of("numerics", numerics, NUMERICS)
-    check_semantics(semantics)
+    shapes = layer_weight_shapes(sizes, semantics)
     x = np.asarray(x, dtype=np.float64)
     check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))
     batch, seq_len, _ = x.shape
-    check_multiple(
-        "q_heads", sizes.q_heads, "kv_heads", sizes.kv_heads, why="groups are of equal size"
-    )
     if semantics.rotary != "none":
         check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
-    shapes = layer_weight_shapes(sizes, semantics)
     if set(weights) != set(shapes):
         raise ValueError(f"weights has {sorted(weights)}; this layer takes {sorted(shapes)}.")
     w = {name: np.asarray(weights[name], dtype=np.float64) for name in shapes}
@@ -216,10 +212,7 @@ def packed_weight_bounds(
     for name, given in (("dweights", dweights), ("bounds", bounds)):
         if len(given) != len(lengths):
             raise ValueError(f"{name} has {len(given)} entries; it must have {len(lengths)}.")
-    map_sizes = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    windows = [
-        num_compress_blocks(length, *map_sizes, semantics.compress_alignment) for length in lengths
-    ]
+    windows = [num_compress_blocks(length, sizes, semantics) for length in lengths]
     of_all = {}
     for name in layer_weight_shapes(sizes, semantics):
         terms = windows if name.startswith("compress_") else lengths
@@ -250,19 +243,10 @@ def branch_masks(
 
     Source: W1, C2, F1
     """
-    fine = fine_mask(
-        seq_len, seq_len, sizes.selection_block_size, block_indices, sizes.q_heads, semantics
-    )
+    fine = fine_mask(seq_len, seq_len, block_indices, sizes, semantics)
     check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
-    compress = compress_mask(
-        seq_len,
-        seq_len,
-        sizes.compress_block_size,
-        sizes.compress_block_sliding_stride,
-        sizes.num_mem_kv,
-        semantics,
-    )
-    sliding = sliding_mask(seq_len, seq_len, sizes.sliding_window_size, semantics)
+    compress = compress_mask(seq_len, seq_len, sizes, semantics)
+    sliding = sliding_mask(seq_len, seq_len, sizes, semantics)
     return {"compress": compress, "fine": fine, "sliding": sliding}
 
 
@@ -276,9 +260,8 @@ def _scores(
     """Bounds of the selection's scores, from the q and k_cmp that either side has."""
     q, k_cmp = of_kernel.q, of_kernel.k_cmp
     sizes, semantics = of_kernel.sizes, of_kernel.semantics
-    stride, block = sizes.compress_block_sliding_stride, sizes.selection_block_size
     by_overlap = semantics.importance != "logit_mean"
-    if block % stride or (by_overlap and sizes.compress_block_size % stride):
+    if by_overlap and sizes.compress_block_size % sizes.compress_block_sliding_stride:
         return None
     batch, _, seq_len, _ = q.value.shape
     how: dict[str, Any] = {
@@ -290,13 +273,11 @@ def _scores(
     visible = masks["compress"]
     if not by_overlap:
         visible = visible[:, sizes.num_mem_kv :]
-        per_block = block // stride
+        per_block = sizes.strides_per_selection_block
         return logit_mean_bounds(
             q.value, k_cmp.value, visible=visible, strides_per_block=per_block, **how
         )
-    counts = shared_strides(
-        seq_len, sizes.compress_block_size, stride, block, semantics.compress_alignment
-    )
+    counts = shared_strides(seq_len, sizes, semantics)
     mem_k = np.broadcast_to(mem_k, (batch, *mem_k.shape))
     return score_bounds(q.value, k_cmp.value, mem_k, visible=visible, counts=counts, **how)
 
@@ -360,12 +341,7 @@ class RoundedLayer:
         seq_len = x.shape[1]
         self.norm = normed(x, weights["norm.weight"], row) if semantics.input_norm else None
         self.h = exact(x) if self.norm is None else self.norm.out
-        windows = compress_windows(
-            seq_len,
-            sizes.compress_block_size,
-            sizes.compress_block_sliding_stride,
-            semantics.compress_alignment,
-        )
+        windows = compress_windows(seq_len, sizes, semantics)
         self.tokens = window_tokens(windows, sizes.compress_block_size)
         self.turn = self.block_turn = None
         if semantics.rotary != "none":

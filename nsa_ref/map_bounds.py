@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nsa_ref.checks import check_at_least, check_one_of, check_shape
-from nsa_ref.compress import COMPRESS_MAPS, compress_windows
+from nsa_ref.checks import check_one_of, check_shape
+from nsa_ref.compress import compress_windows
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import (
     Rounded,
@@ -25,6 +25,8 @@ from nsa_ref.rounded import (
     weight_gradient,
     weight_gradient_by_entry,
 )
+from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.sizes import Sizes
 
 
 class PoolBounds(NamedTuple):
@@ -40,11 +42,9 @@ def pool_bounds(
     weights: Mapping[str, ArrayLike],
     d_out: ArrayLike | None = None,
     *,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
     numerics: str,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    compress_map: str,
-    compress_alignment: str,
 ) -> PoolBounds:
     """Deterministic bounds of a compression map (C1, C4), layer by layer.
 
@@ -66,23 +66,20 @@ def pool_bounds(
 
     Raises
     ------
-    ValueError : an unknown row, map or alignment, sizes below 1, shapes that do not fit
+    ValueError, TypeError : an unknown row, shapes that do not fit, sizes or semantics of another
+        type
 
     Source
     ------
     NUMERICS 2, "Gates and combine"; C1, C4
     """
     check_one_of("numerics", numerics, NUMERICS)
-    check_one_of("compress_map", compress_map, COMPRESS_MAPS)
-    check_one_of("compress_alignment", compress_alignment, ("start", "end"))
-    check_at_least("compress_block_size", compress_block_size, 1)
-    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
     x = np.asarray(x, dtype=np.float64)
     check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
     w = {key: np.asarray(value, dtype=np.float64) for key, value in weights.items()}
-    length, stride = compress_block_size, compress_block_sliding_stride
+    windows = compress_windows(x.shape[2], sizes, semantics)
+    length, compress_map = sizes.compress_block_size, sizes.compress_map
     _check_pool_weights(w, compress_map, x.shape[1], length, x.shape[3])
-    windows = compress_windows(x.shape[2], length, stride, compress_alignment)
     tokens = window_tokens(windows, length)
     g = None
     if d_out is not None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 
 from nsa_ref.checks import check_at_least, check_multiple
-from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.compress import compress_windows
+from nsa_ref.semantics import PAPER, Semantics, check_semantics
+from nsa_ref.sizes import Sizes, check_sizes, num_selection_blocks
 
 
-def sliding_mask(
-    q_len: int, kv_len: int, sliding_window_size: int, semantics: Semantics = PAPER
-) -> np.ndarray:
+def sliding_mask(q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
     """Keys that each query reads in the sliding branch: its own and the w before it.
 
     ::
@@ -34,8 +34,8 @@ def sliding_mask(
 
     Raises
     ------
-    ValueError : a size below 0
-    TypeError : a size that is no integer, semantics that is no Semantics
+    ValueError : a length below 0
+    TypeError : a length that is no integer, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
@@ -43,9 +43,10 @@ def sliding_mask(
     """
     check_at_least("q_len", q_len, 0)
     check_at_least("kv_len", kv_len, 0)
-    check_at_least("sliding_window_size", sliding_window_size, 0)
+    check_sizes(sizes)
     check_semantics(semantics)
-    reach = sliding_window_size if semantics.window_closed else sliding_window_size - 1
+    w = sizes.sliding_window_size
+    reach = w if semantics.window_closed else w - 1
     mask = np.zeros((q_len, kv_len), dtype=np.int64)
     for t in range(q_len):
         p = t + kv_len - q_len
@@ -60,12 +61,7 @@ def sliding_mask(
 
 
 def compress_mask(
-    q_len: int,
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    num_mem_kv: int = 0,
-    semantics: Semantics = PAPER,
+    q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """Memory columns and compressed blocks that each query reads in the compress branch.
 
@@ -74,7 +70,6 @@ def compress_mask(
         column c < num_mem_kv          memory, always visible (C3)
         column c = num_mem_kv + i      block i of C1, visible iff its last token <= p (C2),
                                        or < p (compress_strict); non-causal: always (C3)
-        last token of block i          i d + l - 1 ("start") or (i + 1) d - 1 ("end")
 
     Shapes
     ------
@@ -82,31 +77,23 @@ def compress_mask(
 
     Raises
     ------
-    ValueError : q_len, kv_len or num_mem_kv below 0, a block size or stride below 1
-    TypeError : a size that is no integer, semantics that is no Semantics
+    ValueError, TypeError : as `sliding_mask`
 
     Source
     ------
     C1, C2, C3; arXiv 2502.11089, eq. 7
     """
     check_at_least("q_len", q_len, 0)
-    check_at_least("kv_len", kv_len, 0)
-    check_at_least("compress_block_size", compress_block_size, 1)
-    check_at_least("compress_block_sliding_stride", compress_block_sliding_stride, 1)
-    check_at_least("num_mem_kv", num_mem_kv, 0)
-    check_semantics(semantics)
-    # Block 0 ends at token l - 1 or d - 1, every next one d later; a block whose last token
-    # does not exist is no block.
-    start = semantics.compress_alignment == "start"
-    first = (compress_block_size if start else compress_block_sliding_stride) - 1
-    last_tokens = range(first, kv_len, compress_block_sliding_stride)
-    mask = np.zeros((q_len, num_mem_kv + len(last_tokens)), dtype=np.int64)
+    windows = compress_windows(kv_len, sizes, semantics)
+    num_mem_kv = sizes.num_mem_kv
+    mask = np.zeros((q_len, num_mem_kv + len(windows)), dtype=np.int64)
     mask[:, :num_mem_kv] = 1
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
-        for i, last in enumerate(last_tokens):
+        for i, (_, stop) in enumerate(windows):
+            last = stop - 1
             if not semantics.causal:
                 mask[t, num_mem_kv + i] = 1
             elif semantics.compress_strict:
@@ -119,9 +106,8 @@ def compress_mask(
 def fine_mask(
     q_len: int,
     kv_len: int,
-    selection_block_size: int,
     block_indices: np.ndarray,
-    q_heads: int,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
 ) -> np.ndarray:
     """Keys that each query reads in the fine branch: the tokens of its selected blocks.
@@ -145,17 +131,15 @@ def fine_mask(
 
     Raises
     ------
-    ValueError : a length below 0, a block size below 1, a wrong shape, q_heads no multiple of
-        heads
-    TypeError : block_indices that are no integers, semantics that is no Semantics
+    ValueError, TypeError : as `sliding_mask`; block_indices of a wrong shape or that are no
+        integers, q_heads no multiple of heads
 
     Source
     ------
     F1, F2, F3, F4, I6; arXiv 2502.11089, section 3.3.2
     """
     check_at_least("q_len", q_len, 0)
-    check_at_least("kv_len", kv_len, 0)
-    check_at_least("selection_block_size", selection_block_size, 1)
+    num_blocks = num_selection_blocks(kv_len, sizes)
     check_semantics(semantics)
     block_indices = np.asarray(block_indices)
     check_block_indices(block_indices, q_len)
@@ -163,42 +147,33 @@ def fine_mask(
     check_at_least("heads (axis 1 of block_indices)", heads, 1)
     check_multiple(
         "q_heads",
-        q_heads,
+        sizes.q_heads,
         "heads (axis 1 of block_indices)",
         heads,
         why="query heads share a choice of blocks in equal groups",
     )
-    group = q_heads // heads
-    num_blocks = -(-kv_len // selection_block_size)
+    group = sizes.q_heads // heads
+    size = sizes.selection_block_size
 
-    mask = np.zeros((batch, q_heads, q_len, kv_len), dtype=np.int64)
+    mask = np.zeros((batch, sizes.q_heads, q_len, kv_len), dtype=np.int64)
     for b, g, t in np.ndindex(batch, heads, q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
         selected = [int(i) for i in block_indices[b, g, t] if 0 <= i < num_blocks]
         if semantics.causal and semantics.own_block_extra:
-            selected.append(p // selection_block_size)
+            selected.append(p // size)
         if semantics.duplicates == "set":
             selected = sorted(set(selected))
         row = np.zeros(kv_len, dtype=np.int64)
         for block in selected:
-            start = block * selection_block_size
-            for j in range(start, min(start + selection_block_size, kv_len)):
+            start = block * size
+            for j in range(start, min(start + size, kv_len)):
                 if j <= p or not semantics.causal:
                     row[j] += 1
         for h in range(g * group, (g + 1) * group):
             mask[b, h, t] = row
     return mask
-
-
-def check_semantics(semantics: object) -> None:
-    """Raise TypeError unless semantics is a Semantics."""
-    if not isinstance(semantics, Semantics):
-        raise TypeError(
-            f"semantics={semantics!r} must be a Semantics, such as nsa_ref.PAPER, "
-            f"not {type(semantics).__name__}."
-        )
 
 
 def check_block_indices(block_indices: np.ndarray, q_len: int) -> None:

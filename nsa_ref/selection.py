@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nsa_ref.attention import as_float64
-from nsa_ref.checks import check_at_least, check_multiple, check_shape
+from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
-from nsa_ref.masks import check_block_indices, check_semantics, compress_mask
-from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.masks import check_block_indices, compress_mask
+from nsa_ref.semantics import PAPER, Semantics, check_semantics
+from nsa_ref.sizes import Sizes, num_selection_blocks
 
 VALID = "valid"
 AMBIGUOUS = "ambiguous"
@@ -34,13 +34,7 @@ PAD_LOGIT = -1e3
 
 
 def selection_candidates(
-    q_len: int,
-    kv_len: int,
-    selection_block_size: int,
-    semantics: Semantics = PAPER,
-    *,
-    compress_block_size: int | None = None,
-    compress_block_sliding_stride: int | None = None,
+    q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """Blocks that each query may choose from.
 
@@ -54,55 +48,39 @@ def selection_candidates(
 
     Shapes
     ------
-    compress_block_size, compress_block_sliding_stride : needed for importance "logit_mean" only
-        (the block size with alignment "start" only)
     returns : (q_len, ceil(kv_len / l')) bool
 
     Raises
     ------
-    ValueError : sizes out of range; d that does not divide l'; a size that is needed and missing
-    TypeError : a size that is no integer, semantics that is no Semantics
+    ValueError : a length below 0
+    TypeError : a length that is no integer, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     I3, I4; arXiv 2502.11089, eq. 11
     """
     check_at_least("q_len", q_len, 0)
-    check_at_least("kv_len", kv_len, 0)
-    check_at_least("selection_block_size", selection_block_size, 1)
+    num_blocks = num_selection_blocks(kv_len, sizes)
     check_semantics(semantics)
-    num_blocks = -(-kv_len // selection_block_size)
     own_excluded = semantics.causal and semantics.own_block_extra
     complete = num_blocks
     if semantics.importance == "logit_mean":
-        size, d = _sizes_of_logit_mean(
-            compress_block_size, compress_block_sliding_stride, semantics
-        )
-        _check_stride_divides(selection_block_size, d)
-        strides = selection_block_size // d
-        complete = num_compress_blocks(kv_len, size, d, semantics.compress_alignment) // strides
+        strides = sizes.strides_per_selection_block
+        complete = num_compress_blocks(kv_len, sizes, semantics) // strides
         own_excluded = own_excluded or strides != 1
 
     candidates = np.zeros((q_len, num_blocks), dtype=bool)
     for t in range(q_len):
         p = t + kv_len - q_len
         for block in range(min(num_blocks, complete)):
-            begun = block * selection_block_size <= p or not semantics.causal
-            own = block == p // selection_block_size
+            begun = block * sizes.selection_block_size <= p or not semantics.causal
+            own = block == p // sizes.selection_block_size
             candidates[t, block] = begun and not (own and own_excluded)
     return candidates
 
 
 def forced_blocks(
-    q_len: int,
-    kv_len: int,
-    selection_block_size: int,
-    num_initial_blocks: int,
-    num_local_blocks: int,
-    semantics: Semantics = PAPER,
-    *,
-    compress_block_size: int | None = None,
-    compress_block_sliding_stride: int | None = None,
+    q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """Candidates that compete with `forced_score` in place of their own score.
 
@@ -114,35 +92,25 @@ def forced_blocks(
 
     Shapes
     ------
-    compress_block_size, compress_block_sliding_stride : as in `selection_candidates`
     returns : (q_len, ceil(kv_len / l')) bool
 
     Raises
     ------
-    ValueError, TypeError : as `selection_candidates`; a number of blocks below 0
+    ValueError, TypeError : as `selection_candidates`
 
     Source
     ------
     I4; arXiv 2502.11089, section 4.1 ("fixed activating the 1 initial block and 2 local blocks")
     """
-    check_at_least("num_initial_blocks", num_initial_blocks, 0)
-    check_at_least("num_local_blocks", num_local_blocks, 0)
-    candidates = selection_candidates(
-        q_len,
-        kv_len,
-        selection_block_size,
-        semantics,
-        compress_block_size=compress_block_size,
-        compress_block_sliding_stride=compress_block_sliding_stride,
-    )
+    candidates = selection_candidates(q_len, kv_len, sizes, semantics)
     forced = np.zeros(candidates.shape, dtype=bool)
     if semantics.own_block_extra:
         return forced
     for t, block in np.argwhere(candidates):
         p = t + kv_len - q_len
-        own = p // selection_block_size
-        initial = block < num_initial_blocks
-        local = own - num_local_blocks < block <= own
+        own = p // sizes.selection_block_size
+        initial = block < sizes.num_initial_blocks
+        local = own - sizes.num_local_blocks < block <= own
         forced[t, block] = initial or local
     return forced
 
@@ -150,13 +118,7 @@ def forced_blocks(
 # --- importance -----------------------------------------------------------------------------------
 
 
-def shared_strides(
-    kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    selection_block_size: int,
-    compress_alignment: str,
-) -> np.ndarray:
+def shared_strides(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
     """How many strides of d tokens each compressed window shares with each selection block.
 
     ::
@@ -173,31 +135,27 @@ def shared_strides(
 
     Raises
     ------
-    ValueError : d that does not divide l or l', sizes out of range, an unknown alignment
-    TypeError : a size that is no integer
+    ValueError : d that does not divide l, kv_len < 0
+    TypeError : kv_len that is no integer, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     I2; arXiv 2502.11089, eq. 9
     """
-    d = compress_block_sliding_stride
-    check_at_least("selection_block_size", selection_block_size, 1)
-    windows = compress_windows(kv_len, compress_block_size, d, compress_alignment)
+    windows = compress_windows(kv_len, sizes, semantics)
+    d, size = sizes.compress_block_sliding_stride, sizes.selection_block_size
     check_multiple(
         "compress_block_size",
-        compress_block_size,
+        sizes.compress_block_size,
         "compress_block_sliding_stride",
         d,
         why="eq. 9 counts the overlap of windows and blocks in whole strides",
     )
-    _check_stride_divides(selection_block_size, d)
-    num_blocks = -(-kv_len // selection_block_size)
+    num_blocks = num_selection_blocks(kv_len, sizes)
     count = np.zeros((len(windows), num_blocks), dtype=np.int64)
     for i, (start, stop) in enumerate(windows):
         for block in range(num_blocks):
-            block_start = block * selection_block_size
-            block_stop = block_start + selection_block_size
-            tokens = min(stop, block_stop) - max(start, block_start)
+            tokens = min(stop, (block + 1) * size) - max(start, block * size)
             count[i, block] = max(tokens, 0) // d  # all four ends are multiples of d
     return count
 
@@ -208,10 +166,8 @@ def compress_probabilities(
     mem_k: np.ndarray,
     *,
     kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
-    scale: float | None = None,
 ) -> np.ndarray:
     """p_cmp: the softmax of the compress branch over its visible columns, without the memory.
 
@@ -226,25 +182,21 @@ def compress_probabilities(
     ------
     q : (batch, q_heads, q_len, head_dim)      k_cmp : (batch, kv_heads, blocks, head_dim)
     mem_k : (batch, kv_heads, num_mem_kv, head_dim)
-    scale : default head_dim ** -0.5
     returns : (batch, q_heads, q_len, blocks) float64, or complex128
 
     Raises
     ------
-    ValueError : shapes that do not fit (blocks is what kv_len gives by C1), sizes out of range
-    TypeError : arrays that hold no numbers, sizes that are no integers
+    ValueError : kv_len < 0, shapes that do not fit the sizes; blocks is what kv_len gives by C1
+    TypeError : arrays that hold no numbers, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     I1; arXiv 2502.11089, eq. 8
     """
-    q, k_cmp, mem_k, scale, mask = _checked(
-        q, k_cmp, mem_k, kv_len, compress_block_size, compress_block_sliding_stride,
-        semantics, scale,
-    )  # fmt: skip
+    q, k_cmp, mem_k = _checked(q, k_cmp, mem_k, kv_len, sizes, semantics)
     batch, q_heads, q_len, _ = q.shape
-    group = q_heads // k_cmp.shape[1]
-    num_mem_kv, blocks = mem_k.shape[2], k_cmp.shape[2]
+    group, num_mem_kv, blocks = sizes.group_size, sizes.num_mem_kv, k_cmp.shape[2]
+    mask = compress_mask(q_len, kv_len, sizes, semantics)
     columns = np.concatenate([mem_k, k_cmp], axis=2)
 
     p_cmp = np.zeros((batch, q_heads, q_len, blocks), dtype=np.result_type(q, columns))
@@ -252,7 +204,7 @@ def compress_probabilities(
         visible = np.flatnonzero(mask[t])
         if visible.size == 0:
             continue
-        s = scale * (columns[b, h // group, visible] @ q[b, h, t])
+        s = sizes.scale * (columns[b, h // group, visible] @ q[b, h, t])
         weight = np.exp(s - s.real.max())
         probability = weight / weight.sum()
         p_cmp[b, h, t, visible[num_mem_kv:] - num_mem_kv] = probability[num_mem_kv:]
@@ -265,11 +217,8 @@ def importance(
     mem_k: np.ndarray,
     *,
     kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    selection_block_size: int,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
-    scale: float | None = None,
 ) -> np.ndarray:
     """The score of every selection block, for every query.
 
@@ -287,53 +236,38 @@ def importance(
 
     Shapes
     ------
-    q, k_cmp, mem_k, scale : as in `compress_probabilities`
+    q, k_cmp, mem_k : as in `compress_probabilities`
     returns : (batch, heads, q_len, ceil(kv_len / l')) float64; heads = kv_heads, or q_heads
         without share_selection
 
     Raises
     ------
-    ValueError, TypeError : as `compress_probabilities`; d that does not divide l' or, for
-        "overlap", l
+    ValueError, TypeError : as `compress_probabilities`; for "overlap" d that does not divide l
 
     Source
     ------
     I1, I2, I3; arXiv 2502.11089, eq. 8, 9 and 10
     """
-    q, k_cmp, mem_k, scale, mask = _checked(
-        q, k_cmp, mem_k, kv_len, compress_block_size, compress_block_sliding_stride,
-        semantics, scale,
-    )  # fmt: skip
+    q, k_cmp, mem_k = _checked(q, k_cmp, mem_k, kv_len, sizes, semantics)
     batch, q_heads, q_len, _ = q.shape
-    kv_heads, num_mem_kv = k_cmp.shape[1], mem_k.shape[2]
-    heads = kv_heads if semantics.share_selection else q_heads
+    heads = sizes.kv_heads if semantics.share_selection else q_heads
     group = q_heads // heads
-    sizes = {
-        "compress_block_size": compress_block_size,
-        "compress_block_sliding_stride": compress_block_sliding_stride,
-    }
-    candidates = selection_candidates(q_len, kv_len, selection_block_size, semantics, **sizes)
-    num_blocks = candidates.shape[1]
+    num_blocks = num_selection_blocks(kv_len, sizes)
     score = np.zeros((batch, heads, q_len, num_blocks), dtype=np.result_type(q, k_cmp, mem_k))
 
     if semantics.importance == "overlap":
-        count = shared_strides(
-            kv_len,
-            compress_block_size,
-            compress_block_sliding_stride,
-            selection_block_size,
-            semantics.compress_alignment,
-        )
+        count = shared_strides(kv_len, sizes, semantics)
         p_cmp = compress_probabilities(
-            q, k_cmp, mem_k, kv_len=kv_len, semantics=semantics, scale=scale, **sizes
+            q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics
         )
         for b, h, t in np.ndindex(batch, q_heads, q_len):
             shares = p_cmp[b, h, t][:, None] * count
             score[b, h // group, t] += shares.sum(axis=0)  # eq. 10
         return score
 
-    strides = selection_block_size // compress_block_sliding_stride
-    visible = mask[:, num_mem_kv:]
+    strides = sizes.strides_per_selection_block
+    candidates = selection_candidates(q_len, kv_len, sizes, semantics)
+    visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
     for b, g, t in np.ndindex(batch, heads, q_len):
         for block in range(num_blocks):
             if not candidates[t, block]:
@@ -343,7 +277,7 @@ def importance(
             for h in range(g * group, (g + 1) * group):
                 for i in range(block * strides, (block + 1) * strides):
                     if visible[t, i]:
-                        total += scale * (k_cmp[b, h // (q_heads // kv_heads), i] @ q[b, h, t])
+                        total += sizes.scale * (k_cmp[b, h // sizes.group_size, i] @ q[b, h, t])
                     else:
                         invisible += 1
             # The invisible ones are added as a share: their plain sum would overflow.
@@ -390,14 +324,8 @@ def select(
     mem_k: np.ndarray,
     *,
     kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
-    selection_block_size: int,
-    num_selected_blocks: int,
-    num_initial_blocks: int,
-    num_local_blocks: int,
+    sizes: Sizes,
     semantics: Semantics = PAPER,
-    scale: float | None = None,
 ) -> np.ndarray:
     """The blocks that each query reads in the fine branch, best first.
 
@@ -405,46 +333,25 @@ def select(
 
     Shapes
     ------
-    q, k_cmp, mem_k, scale : as in `compress_probabilities`
+    q, k_cmp, mem_k : as in `compress_probabilities`
     returns : (batch, heads, q_len, n) int64, -1 in unused slots, which stand last; heads =
         kv_heads, or q_heads without share_selection
 
     Raises
     ------
-    ValueError, TypeError : as `importance`; a number of blocks below 0
+    ValueError, TypeError : as `importance`
 
     Source
     ------
     I1 to I6; arXiv 2502.11089, eq. 8 to 11
     """
-    sizes = {
-        "compress_block_size": compress_block_size,
-        "compress_block_sliding_stride": compress_block_sliding_stride,
-    }
-    scores = importance(
-        q,
-        k_cmp,
-        mem_k,
-        kv_len=kv_len,
-        selection_block_size=selection_block_size,
-        semantics=semantics,
-        scale=scale,
-        **sizes,
-    )
-    q_len = scores.shape[2]
+    scores = importance(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
+    lengths = scores.shape[2], kv_len
     return top_blocks(
         scores,
-        candidates=selection_candidates(q_len, kv_len, selection_block_size, semantics, **sizes),
-        forced=forced_blocks(
-            q_len,
-            kv_len,
-            selection_block_size,
-            num_initial_blocks,
-            num_local_blocks,
-            semantics,
-            **sizes,
-        ),
-        num_selected_blocks=num_selected_blocks,
+        candidates=selection_candidates(*lengths, sizes, semantics),
+        forced=forced_blocks(*lengths, sizes, semantics),
+        num_selected_blocks=sizes.num_selected_blocks,
         semantics=semantics,
     )
 
@@ -777,78 +684,22 @@ def _floored_range(
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_stride_divides(selection_block_size: int, stride: int) -> None:
-    check_at_least("compress_block_sliding_stride", stride, 1)
-    check_multiple(
-        "selection_block_size",
-        selection_block_size,
-        "compress_block_sliding_stride",
-        stride,
-        why="eq. 9 counts the overlap of windows and blocks in whole strides",
-    )
-
-
-def _sizes_of_logit_mean(
-    compress_block_size: int | None, stride: int | None, semantics: Semantics
-) -> tuple[int, int]:
-    """l and d, which "logit_mean" needs to know which compressed blocks exist."""
-    if stride is None:
-        raise ValueError(
-            "compress_block_sliding_stride=None must be given: importance='logit_mean' takes no "
-            "block as a candidate that lacks one of its compressed blocks."
-        )
-    if compress_block_size is None:
-        if semantics.compress_alignment == "start":
-            raise ValueError(
-                "compress_block_size=None must be given: with importance='logit_mean' and "
-                "compress_alignment='start' it says how many compressed blocks there are."
-            )
-        return stride, stride  # "end" windows are counted by their strides alone
-    return compress_block_size, stride
-
-
 def _checked(
     q: np.ndarray,
     k_cmp: np.ndarray,
     mem_k: np.ndarray,
     kv_len: int,
-    compress_block_size: int,
-    compress_block_sliding_stride: int,
+    sizes: Sizes,
     semantics: Semantics,
-    scale: float | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
-    """The arrays as float64 and of fitting shapes, the scale, and the compress mask."""
-    check_semantics(semantics)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays as float64, if their shapes are those of the sizes."""
+    blocks = num_compress_blocks(kv_len, sizes, semantics)
     q, k_cmp, mem_k = as_float64("q", q), as_float64("k_cmp", k_cmp), as_float64("mem_k", mem_k)
-    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
-    batch, q_heads, q_len, head_dim = q.shape
-    check_at_least("head_dim (axis 3 of q)", head_dim, 1)
-    blocks = num_compress_blocks(
-        kv_len,
-        compress_block_size,
-        compress_block_sliding_stride,
-        semantics.compress_alignment,
-    )
-    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", blocks, head_dim))
-    kv_heads = k_cmp.shape[1]
-    check_shape("mem_k", mem_k.shape, (batch, kv_heads, "num_mem_kv", head_dim))
-    check_at_least("kv_heads (axis 1 of k_cmp)", kv_heads, 1)
-    check_multiple(
-        "q_heads (axis 1 of q)",
-        q_heads,
-        "kv_heads (axis 1 of k_cmp)",
-        kv_heads,
-        why="query head h reads kv head h // (q_heads // kv_heads)",
-    )
-    mask = compress_mask(
-        q_len,
-        kv_len,
-        compress_block_size,
-        compress_block_sliding_stride,
-        mem_k.shape[2],
-        semantics,
-    )
-    return q, k_cmp, mem_k, head_dim**-0.5 if scale is None else scale, mask
+    check_shape("q", q.shape, ("batch", sizes.q_heads, "q_len", sizes.head_dim))
+    of_keys = q.shape[0], sizes.kv_heads
+    check_shape("k_cmp", k_cmp.shape, (*of_keys, blocks, sizes.head_dim))
+    check_shape("mem_k", mem_k.shape, (*of_keys, sizes.num_mem_kv, sizes.head_dim))
+    return q, k_cmp, mem_k
 
 
 def _checked_scores(

@@ -156,6 +156,15 @@ def _number_from_json(name: str, value: object) -> float:
     raise ValueError(f'{name}={value!r} must be a number, "inf" or "-inf".')
 
 
+def check_semantics(semantics: object) -> None:
+    """Raise TypeError unless semantics is a Semantics."""
+    if not isinstance(semantics, Semantics):
+        raise TypeError(
+            f"semantics={semantics!r} must be a Semantics, such as nsa_ref.PAPER, "
+            f"not {type(semantics).__name__}."
+        )
+
+
 PAPER = Semantics()
 
 LUCIDRAINS = Semantics(

@@ -84,3 +84,34 @@ class Sizes:
     def scale(self) -> float:
         """What multiplies q.k (A1)."""
         return float(self.head_dim**-0.5)
+
+    @property
+    def strides_per_selection_block(self) -> int:
+        """l' / d: how many strides, and so compressed blocks, begin in a selection block."""
+        return self.selection_block_size // self.compress_block_sliding_stride
+
+
+def num_selection_blocks(kv_len: int, sizes: Sizes) -> int:
+    """Blocks of l' tokens in kv_len tokens, the last of which may be short: ceil(kv_len / l').
+
+    Raises
+    ------
+    ValueError : kv_len < 0
+    TypeError : kv_len that is no integer, sizes that are no Sizes
+
+    Source
+    ------
+    F2; arXiv 2502.11089, section 3.3.2
+    """
+    check_at_least("kv_len", kv_len, 0)
+    check_sizes(sizes)
+    return -(-kv_len // sizes.selection_block_size)
+
+
+def check_sizes(sizes: object) -> None:
+    """Raise TypeError unless sizes is a Sizes."""
+    if not isinstance(sizes, Sizes):
+        raise TypeError(
+            f"sizes={sizes!r} must be a nsa_ref.Sizes, such as nsa_ref.Sizes(q_heads=4), "
+            f"not {type(sizes).__name__}."
+        )

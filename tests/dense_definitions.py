@@ -24,37 +24,39 @@ def positions(q_len: int, kv_len: int) -> np.ndarray:
     return np.arange(q_len)[:, None] + (kv_len - q_len)
 
 
-def dense_sliding_mask(q_len, kv_len, w, *, causal, closed):
+def dense_sliding_mask(q_len, kv_len, sizes, semantics):
     p, j = positions(q_len, kv_len), np.arange(kv_len)[None]
     after = p - j
-    reach = w + 1 if closed else w
-    near = (after < reach) & (after >= 0 if causal else after > -reach)
+    reach = sizes.sliding_window_size + semantics.window_closed
+    near = (after < reach) & (after >= 0 if semantics.causal else after > -reach)
     return (near & (p >= 0)).astype(np.int64)
 
 
-def dense_compress_mask(q_len, kv_len, length, d, num_mem_kv, *, causal, alignment, strict):
+def dense_compress_mask(q_len, kv_len, sizes, semantics):
+    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
     i = np.arange(kv_len + 1)
-    stops = i * d + length if alignment == "start" else (i + 1) * d
+    stops = i * d + length if semantics.compress_alignment == "start" else (i + 1) * d
     stops = stops[stops <= kv_len]
     p = positions(q_len, kv_len)
-    seen = stops[None] <= (p if strict else p + 1)
-    blocks = (seen | (not causal)) & (p >= 0)
-    return np.pad(blocks.astype(np.int64), ((0, 0), (num_mem_kv, 0)), constant_values=1)
+    seen = stops[None] <= (p if semantics.compress_strict else p + 1)
+    blocks = (seen | (not semantics.causal)) & (p >= 0)
+    return np.pad(blocks.astype(np.int64), ((0, 0), (sizes.num_mem_kv, 0)), constant_values=1)
 
 
-def dense_fine_mask(q_len, kv_len, size, block_indices, q_heads, *, causal, own_extra, duplicates):
+def dense_fine_mask(q_len, kv_len, block_indices, sizes, semantics):
+    size, causal = sizes.selection_block_size, semantics.causal
     num_blocks = math.ceil(kv_len / size)
     blocks = np.arange(num_blocks)
     count = (block_indices[..., None] == blocks).sum(axis=-2)
     p = positions(q_len, kv_len)
-    if own_extra and causal:
+    if semantics.own_block_extra and causal:
         count = count + (np.floor_divide(p, size) == blocks)
-    if duplicates == "set":
+    if semantics.duplicates == "set":
         count = np.minimum(count, 1)
     tokens = np.repeat(count, size, axis=-1)[..., :kv_len]
     j = np.arange(kv_len)[None]
     tokens = tokens * (((j <= p) | (not causal)) & (p >= 0))
-    return np.repeat(tokens, q_heads // block_indices.shape[1], axis=1)
+    return np.repeat(tokens, sizes.q_heads // block_indices.shape[1], axis=1)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -164,18 +166,20 @@ def dense_attention(
 # --- compression ----------------------------------------------------------------------------------
 
 
-def dense_windows(x, length, d, alignment):
+def dense_windows(x, sizes, semantics):
     """(batch, heads, blocks, length, dim): a strided view of the tokens, padded on the left."""
-    pad = max(length - d, 0) if alignment == "end" else 0
-    skip = max(d - length, 0) if alignment == "end" else 0
+    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
+    end = semantics.compress_alignment == "end"
+    pad, skip = max(length - d, 0) * end, max(d - length, 0) * end
     padded = np.pad(x, ((0, 0), (0, 0), (pad, 0), (0, 0)))[:, :, skip:]
     if padded.shape[2] < length:
         return np.zeros((*x.shape[:2], 0, length, x.shape[3]))
     return sliding_window_view(padded, length, axis=2)[:, :, ::d].swapaxes(-1, -2)
 
 
-def dense_pool(x, weights, length, d, compress_map, alignment):
-    X = dense_windows(x, length, d, alignment)
+def dense_pool(x, weights, sizes, semantics):
+    length, compress_map = sizes.compress_block_size, sizes.compress_map
+    X = dense_windows(x, sizes, semantics)
     if "positions" in weights:
         X = X + weights["positions"][None, :, None]
     if compress_map == "mean":
@@ -192,9 +196,10 @@ def dense_pool(x, weights, length, d, compress_map, alignment):
     return y
 
 
-def dense_pool_vjp(x, weights, d_out, length, d, compress_map, alignment):
+def dense_pool_vjp(x, weights, d_out, sizes, semantics):
     """(dx, dweights): every contraction of `dense_pool` turned round."""
-    X = dense_windows(x, length, d, alignment)
+    length, compress_map = sizes.compress_block_size, sizes.compress_map
+    X = dense_windows(x, sizes, semantics)
     if "positions" in weights:
         X = X + weights["positions"][None, :, None]
     dweights = {}
@@ -222,42 +227,47 @@ def dense_pool_vjp(x, weights, d_out, length, d, compress_map, alignment):
     if "positions" in weights:
         dweights["positions"] = np.einsum("bhird->hrd", dX)
     number = np.arange(1.0, x.shape[2] + 1)  # of each token, 0 for the padding
-    holds = dense_windows(number.reshape(1, 1, -1, 1), length, d, alignment)[0, 0] == number
+    holds = dense_windows(number.reshape(1, 1, -1, 1), sizes, semantics)[0, 0] == number
     return np.einsum("bhird,irj->bhjd", dX, holds), dweights
 
 
 # --- importance -----------------------------------------------------------------------------------
 
 
-def dense_overlap_scores(p_cmp, kv_len, length, d, size, alignment, group):
+def dense_overlap_scores(p_cmp, kv_len, sizes, semantics):
     """Eq. 9 and 10 as printed: the sum over m and n of p_cmp at an index, 0 outside the array.
 
     "start" uses the printed minus signs, with j and p_cmp counted from 1; "end" the plus signs of
     the specification, counted from 0.
     """
+    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
+    size, start = sizes.selection_block_size, semantics.compress_alignment == "start"
+    group = sizes.group_size if semantics.share_selection else 1
     blocks, num_blocks = p_cmp.shape[-1], math.ceil(kv_len / size)
     j = np.arange(num_blocks)
     total = np.zeros((*p_cmp.shape[:-1], num_blocks))
     for m in range(size // d):
         for n in range(length // d):
             printed, from_zero = (size // d) * (j + 1) - m - n - 1, (size // d) * j + m + n
-            i = printed if alignment == "start" else from_zero
+            i = printed if start else from_zero
             inside = (i >= 0) & (i < blocks)
             total[..., inside] += p_cmp[..., i[inside]]
     batch, q_heads, *rest = total.shape
     return total.reshape(batch, q_heads // group, group, *rest).sum(axis=2)
 
 
-def dense_candidates(q_len, kv_len, size, *, causal, own_extra, logit_mean, blocks_per, blocks):
-    """blocks_per: compressed blocks of one selection block; blocks: compressed blocks there are."""
+def dense_candidates(q_len, kv_len, sizes, semantics):
+    size, causal = sizes.selection_block_size, semantics.causal
     b = np.arange(math.ceil(kv_len / size))[None]
     p = positions(q_len, kv_len)
     own = (b * size <= p) & (p < (b + 1) * size)
     allowed = (b * size <= p) | (not causal)
-    if own_extra and causal:
+    if semantics.own_block_extra and causal:
         allowed = allowed & ~own
-    if logit_mean:
-        allowed = allowed & ((b + 1) * blocks_per <= blocks)
-        if blocks_per > 1:
+    if semantics.importance == "logit_mean":
+        per = size // sizes.compress_block_sliding_stride
+        blocks = dense_compress_mask(0, kv_len, sizes, semantics).shape[1] - sizes.num_mem_kv
+        allowed = allowed & ((b + 1) * per <= blocks)
+        if per > 1:
             allowed = allowed & ~own
     return allowed

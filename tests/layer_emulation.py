@@ -167,13 +167,7 @@ def weight_shapes(sizes: Sizes, semantics: Semantics) -> dict[str, tuple[int, ..
         for ending in endings:
             shapes[f"to_{letter}{ending}.weight"] = (sizes.kv_heads * dim, sizes.model_dim)
         shapes[f"mem_{letter}"] = (sizes.kv_heads, sizes.num_mem_kv, dim)
-        of_pool = pool_weight_shapes(
-            sizes.compress_map,
-            sizes.compress_positions,
-            sizes.kv_heads,
-            sizes.compress_block_size,
-            dim,
-        )
+        of_pool = pool_weight_shapes(sizes, dim)
         shapes |= {f"compress_{letter}.{name}": shape for name, shape in of_pool.items()}
     shapes["gates.weight"] = (3 * sizes.q_heads, sizes.model_dim)
     shapes["gates.bias"] = (3 * sizes.q_heads,)
@@ -282,24 +276,11 @@ def _forward(
     vs["compress"] = torch.cat([memory["v"], pooled["v"]], dim=2)
 
     window = sizes.sliding_window_size + (bug == "window one longer")
+    windowed = dataclasses.replace(sizes, sliding_window_size=window)
     masks = {
-        "compress": compress_mask(
-            seq_len,
-            seq_len,
-            sizes.compress_block_size,
-            sizes.compress_block_sliding_stride,
-            sizes.num_mem_kv,
-            semantics,
-        ),
-        "fine": fine_mask(
-            seq_len,
-            seq_len,
-            sizes.selection_block_size,
-            case.block_indices,
-            sizes.q_heads,
-            semantics,
-        ),
-        "sliding": sliding_mask(seq_len, seq_len, window, semantics),
+        "compress": compress_mask(seq_len, seq_len, sizes, semantics),
+        "fine": fine_mask(seq_len, seq_len, case.block_indices, sizes, semantics),
+        "sliding": sliding_mask(seq_len, seq_len, windowed, semantics),
     }
     outs = []
     for branch in BRANCHES:
@@ -390,12 +371,7 @@ def _pool(
 ) -> Tensor:
     sizes = case.sizes
     batch, kv_heads, seq_len, dim = y.shape
-    windows = compress_windows(
-        seq_len,
-        sizes.compress_block_size,
-        sizes.compress_block_sliding_stride,
-        case.semantics.compress_alignment,
-    )
+    windows = compress_windows(seq_len, sizes, case.semantics)
     if not windows:
         return y.new_zeros(batch, kv_heads, 0, dim)
     before = max(0, -min(start for start, _ in windows))

@@ -52,12 +52,7 @@ class NarrowMean(OracleImplementation):
             return pooled
         positions = weights.get("positions")
         size = case.compress_block_size
-        windows = compress_windows(
-            case.kv_len,
-            size,
-            case.compress_block_sliding_stride,
-            case.semantics.compress_alignment,
-        )
+        windows = compress_windows(case.kv_len, case, case.semantics)
         for i, (start, stop) in enumerate(windows):
             total = np.zeros_like(pooled[:, :, i])
             for j in range(start, stop):
@@ -113,31 +108,13 @@ class Selector(OracleImplementation):
     )
 
     def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
-        return importance(
-            q,
-            k_cmp,
-            mem_k,
-            kv_len=case.kv_len,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            selection_block_size=case.selection_block_size,
-            semantics=case.semantics,
-        )
+        return importance(q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=case.semantics)
 
     def candidates(self, case: Case) -> np.ndarray:
-        return selection_candidates(
-            case.q_len, case.kv_len, case.selection_block_size, case.semantics
-        )
+        return selection_candidates(case.q_len, case.kv_len, case, case.semantics)
 
     def forced(self, case: Case) -> np.ndarray:
-        return forced_blocks(
-            case.q_len,
-            case.kv_len,
-            case.selection_block_size,
-            case.num_initial_blocks,
-            case.num_local_blocks,
-            case.semantics,
-        )
+        return forced_blocks(case.q_len, case.kv_len, case, case.semantics)
 
     def unused(self) -> int:
         return -1
@@ -160,7 +137,7 @@ class Selector(OracleImplementation):
 @mutant("I1", "memory does not take part in the softmax")
 class MemoryOutsideSoftmax(Selector):
     def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
-        return super().scores(case, q, k_cmp, mem_k[:, :, :0])
+        return super().scores(dataclasses.replace(case, num_mem_kv=0), q, k_cmp, mem_k[:, :, :0])
 
 
 @mutant("I2", "eq. 9 read with 0-based indices as printed: off by l'/d - 1")
@@ -169,13 +146,7 @@ class EquationNineShifted(Selector):
 
     def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         p_cmp = compress_probabilities(
-            q,
-            k_cmp,
-            mem_k,
-            kv_len=case.kv_len,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            semantics=case.semantics,
+            q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=case.semantics
         )
         p_cmp = p_cmp.reshape(case.batch, case.kv_heads, case.group_size, *p_cmp.shape[2:]).sum(2)
         strides = case.selection_block_size // case.compress_block_sliding_stride
@@ -192,7 +163,8 @@ class EquationNineShifted(Selector):
 @mutant("I3", "scores of the group's first head only")
 class FirstHeadOnly(Selector):
     def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
-        return super().scores(case, q[:, :: case.group_size], k_cmp, mem_k)
+        alone = dataclasses.replace(case, q_heads=case.kv_heads)
+        return super().scores(alone, q[:, :: case.group_size], k_cmp, mem_k)
 
 
 @mutant("I4", "initial and local blocks are not forced")

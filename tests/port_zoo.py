@@ -31,7 +31,7 @@ class SlidingMask(Implementation):
     numerics = MappingProxyType({"float64": "fp64"})
 
     def sliding_mask(self, case: Case) -> Any:
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, case.semantics)
+        return sliding_mask(case.q_len, case.kv_len, case, case.semantics)
 
 
 class WindowPlusOne(OracleImplementation):
@@ -53,7 +53,7 @@ class OneKeyFewer(SlidingMask):
 
     def sliding_mask(self, case: Case) -> Any:
         open_window = dataclasses.replace(case.semantics, window_closed=False)
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, open_window)
+        return sliding_mask(case.q_len, case.kv_len, case, open_window)
 
 
 class Raises(SlidingMask):

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 import flash_emulation as emulation
 from flash_emulation import KINDS, ROWS, Inputs, Tensors, computed, draw_way, generator
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
-from nsa_ref.compress import COMPRESS_MAPS
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.semantics import Semantics
+from nsa_ref.sizes import COMPRESS_MAPS, Sizes
 from nsa_ref.testing.mutants import arithmetic as zoo
 from nsa_ref.testing.mutants.kernel import Kernel, Way
 
@@ -422,28 +423,15 @@ def test_bad_arguments_are_named() -> None:
         attention_bounds(q, k, k, np.ones((2, 2), int), numerics="fp32", form="deterministic")
     with pytest.raises(ValueError, match=r"kv_heads \(axis 1 of k\)=0 must be at least 1"):
         attention_bounds(q, k[:, :0], k[:, :0], mask, numerics="fp32", form="deterministic")
-    sizes: dict[str, Any] = {
+    how: dict[str, Any] = {
         "numerics": "fp32",
-        "compress_block_size": 2,
-        "compress_block_sliding_stride": 1,
-        "compress_map": "linear",
-        "compress_alignment": "start",
+        "sizes": Sizes(compress_block_size=2, compress_map="linear"),
     }
     with pytest.raises(ValueError, match=r"weights has \['bias'\]; compress_map='linear' takes"):
-        pool_bounds(k, {"bias": np.zeros(4)}, **sizes)
+        pool_bounds(k, {"bias": np.zeros(4)}, **how)
     weights = {"weight": np.zeros((4, 7)), "bias": np.zeros(4)}
     with pytest.raises(ValueError, match=r"weights\['weight'\] has shape \(4, 7\).*\(4, 8\)"):
-        pool_bounds(k, weights, **sizes)
-    with pytest.raises(ValueError, match="compress_map='max' must be one of 'mean'"):
-        pool_bounds(
-            k,
-            {},
-            numerics="fp32",
-            compress_block_size=2,
-            compress_block_sliding_stride=1,
-            compress_map="max",
-            compress_alignment="start",
-        )
+        pool_bounds(k, weights, **how)
 
 
 # ---- compression maps
@@ -476,16 +464,14 @@ def pooled(
         weights |= {"weight_in": normal(hidden, flat), "bias_in": normal(hidden)}
         weights |= {"weight_out": normal(dim, hidden), "bias_out": normal(dim)}
     x, d_out = normal(2, heads, kv_len, dim), normal(2, heads, len(first), dim)
-    limits = pool_bounds(
-        x,
-        weights,
-        d_out,
-        numerics=row,
+    sizes = Sizes(
         compress_block_size=length,
         compress_block_sliding_stride=stride,
         compress_map=compress_map,
-        compress_alignment=alignment,
+        selection_block_size=stride,
     )
+    semantics = Semantics(compress_alignment=alignment)
+    limits = pool_bounds(x, weights, d_out, sizes=sizes, semantics=semantics, numerics=row)
     order = str(rng.choice(emulation.ORDERS))
     got = emulation.pool(x, weights, d_out, row, order, first=first, length=length, bug=bug)
     right = emulation.pool(x, weights, d_out, "fp64", "sequential", first=first, length=length)

@@ -157,16 +157,13 @@ def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
         got, right = emulation.layer(case, row, Way()), emulation.reference(case)
         memory = case.weights["mem_k"]
         memory = np.broadcast_to(memory, (case.x.shape[0], *memory.shape))
-        sizes = case.sizes
         scores = [
             importance(
                 each.q,
                 each.k_cmp,
                 memory,
                 kv_len=12,
-                compress_block_size=sizes.compress_block_size,
-                compress_block_sliding_stride=sizes.compress_block_sliding_stride,
-                selection_block_size=sizes.selection_block_size,
+                sizes=case.sizes,
                 semantics=semantics,
             )
             for each in (got, right)

@@ -65,24 +65,13 @@ def replace(**changes: Any) -> Case:
 def inputs_and_mask(case: Case, branch: str) -> tuple[list[np.ndarray], np.ndarray]:
     """What the adapter's method takes, and the oracle's mask."""
     if branch == "sliding":
-        mask = nsa_ref.masks.sliding_mask(
-            case.q_len, case.kv_len, case.sliding_window_size, case.semantics
-        )
+        mask = nsa_ref.masks.sliding_mask(case.q_len, case.kv_len, case, case.semantics)
         return [*case.qkv()], mask
     if branch == "compress":
-        mask = nsa_ref.masks.compress_mask(
-            case.q_len,
-            case.kv_len,
-            case.compress_block_size,
-            case.compress_block_sliding_stride,
-            case.num_mem_kv,
-            case.semantics,
-        )
+        mask = nsa_ref.masks.compress_mask(case.q_len, case.kv_len, case, case.semantics)
         return [*case.compressed()], mask
     indices = case.block_indices()
-    mask = nsa_ref.masks.fine_mask(
-        case.q_len, case.kv_len, case.selection_block_size, indices, case.q_heads, case.semantics
-    )
+    mask = nsa_ref.masks.fine_mask(case.q_len, case.kv_len, indices, case, case.semantics)
     return [*case.qkv(), indices], mask
 
 
@@ -660,7 +649,7 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
     indices = np.broadcast_to(indices, (2, heads, 60, 2)).copy()
     indices[1, 1, :, 0] = 3
     arrays = case.qkv()
-    mask = nsa_ref.masks.fine_mask(60, 62, 4, indices, case.q_heads, semantics)
+    mask = nsa_ref.masks.fine_mask(60, 62, indices, case, semantics)
     wide = [array.astype(np.float64) for array in arrays]
     d_wide = [array.astype(np.float64) for array in case.upstream_gradients()]
     if d_of != "both":
@@ -738,21 +727,14 @@ def test_compress_pool(compress_map: str, semantics: Semantics, dtype: str) -> N
         x = case.array("x", 2, 2, kv_len, 3)
         weights = case.pool_weights()
         d_out = case.array("d_out", 2, 2, case.num_compress_blocks, 3)
-        sizes: dict[str, Any] = {
-            "compress_block_size": size,
-            "compress_block_sliding_stride": stride,
-            "compress_map": compress_map,
-            "compress_alignment": semantics.compress_alignment,
-        }
         wide = [array.astype(np.float64) for array in (x, d_out)]
         wide_weights = {name: array.astype(np.float64) for name, array in weights.items()}
-        bounds = pool_bounds(
-            wide[0], wide_weights, wide[1], numerics=eager.numerics[dtype], **sizes
-        )
+        how: dict[str, Any] = {"sizes": case, "semantics": semantics}
+        bounds = pool_bounds(wide[0], wide_weights, wide[1], numerics=eager.numerics[dtype], **how)
         found = eager.run("pool", case, x, weights)
-        assert_within("out", found, pool(wide[0], wide_weights, **sizes), bounds.out)
+        assert_within("out", found, pool(wide[0], wide_weights, **how), bounds.out)
         dx, dweights = eager.run_vjp("pool", case, x, weights, d_out)
-        wanted, dwanted = pool_vjp(wide[0], wide_weights, wide[1], **sizes)
+        wanted, dwanted = pool_vjp(wide[0], wide_weights, wide[1], **how)
         assert bounds.dx is not None and bounds.dweights is not None
         assert_within("dx", dx, wanted, bounds.dx)
         for name in weights:
@@ -821,17 +803,9 @@ def selections(semantics: Semantics) -> Iterator[Case]:
         yield replace(semantics=semantics, head_dim=4, batch=1, q_heads=4, **chosen)
 
 
-def sizes_of(case: Case) -> dict[str, Any]:
-    return {
-        "kv_len": case.kv_len,
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-        "selection_block_size": case.selection_block_size,
-        "num_selected_blocks": case.num_selected_blocks,
-        "num_initial_blocks": case.num_initial_blocks,
-        "num_local_blocks": case.num_local_blocks,
-        "semantics": case.semantics,
-    }
+def geometry(case: Case) -> dict[str, Any]:
+    """What the oracle's selection takes beside the arrays."""
+    return {"kv_len": case.kv_len, "sizes": case, "semantics": case.semantics}
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -841,7 +815,7 @@ def test_selection_in_float64_is_the_oracles(name: str) -> None:
         q, k_cmp, _, mem_k, _ = case.compressed()
         np.testing.assert_array_equal(
             NsaFastEager().run("select", case, q, k_cmp, mem_k),
-            nsa_ref.selection.select(q, k_cmp, mem_k, **sizes_of(case)),
+            nsa_ref.selection.select(q, k_cmp, mem_k, **geometry(case)),
         )
 
 
@@ -851,36 +825,30 @@ def test_equal_scores_go_to_the_lower_index() -> None:
     q = np.zeros_like(q)
     np.testing.assert_array_equal(
         NsaFastEager().run("select", case, q, k_cmp, mem_k),
-        nsa_ref.selection.select(q, k_cmp, mem_k, **sizes_of(case)),
+        nsa_ref.selection.select(q, k_cmp, mem_k, **geometry(case)),
     )
 
 
 def test_selection_in_float32_is_a_valid_one() -> None:
     case = replace(dtype="float32", num_initial_blocks=1, num_local_blocks=2)
     q, k_cmp, _, mem_k, _ = case.compressed()
-    block_sizes = {
-        name: value
-        for name, value in sizes_of(case).items()
-        if name in ("kv_len", "compress_block_size", "compress_block_sliding_stride",
-                    "selection_block_size", "semantics")
-    }  # fmt: skip
     scores = nsa_ref.selection.importance(
-        *(array.astype(np.float64) for array in (q, k_cmp, mem_k)), **block_sizes
+        *(array.astype(np.float64) for array in (q, k_cmp, mem_k)), **geometry(case)
     )
     bounds = score_bounds(
         q,
         k_cmp,
         mem_k,
-        visible=nsa_ref.masks.compress_mask(37, 37, 6, 2, 1, PAPER),
-        counts=nsa_ref.selection.shared_strides(37, 6, 2, 4, "start"),
+        visible=nsa_ref.masks.compress_mask(37, 37, case, PAPER),
+        counts=nsa_ref.selection.shared_strides(37, case, PAPER),
         numerics="fp32",
     )
     verdict = nsa_ref.selection.valid_selection(
         NsaFastEager().run("select", case, q, k_cmp, mem_k),
         scores,
         bounds,
-        candidates=nsa_ref.selection.selection_candidates(37, 37, 4, PAPER),
-        forced=nsa_ref.selection.forced_blocks(37, 37, 4, 1, 2, PAPER),
+        candidates=nsa_ref.selection.selection_candidates(37, 37, case, PAPER),
+        forced=nsa_ref.selection.forced_blocks(37, 37, case, PAPER),
         num_selected_blocks=3,
     )
     assert verdict.first_invalid() is None

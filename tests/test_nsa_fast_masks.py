@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 
 import nsa_ref.masks
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.sizes import Sizes
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.probes import block_mask_readings, exposed_readings
 
@@ -129,7 +130,8 @@ def test_sliding_masks_of_any_size_and_block_size(
     block_mask = block_masks.sliding_block_mask(
         q_len, kv_len, window, semantics, block_size=block_size, device=CPU
     )
-    assert_reads(block_mask, nsa_ref.masks.sliding_mask(q_len, kv_len, window, semantics))
+    sizes = Sizes(sliding_window_size=window)
+    assert_reads(block_mask, nsa_ref.masks.sliding_mask(q_len, kv_len, sizes, semantics))
 
 
 @FEW
@@ -156,7 +158,13 @@ def test_compress_masks_of_any_size_and_block_size(
     block_size: tuple[int, int],
     own_strides: bool,
 ) -> None:
-    expected = nsa_ref.masks.compress_mask(q_len, kv_len, size, stride, memory, semantics)
+    sizes = Sizes(
+        compress_block_size=size,
+        compress_block_sliding_stride=stride,
+        selection_block_size=stride,
+        num_mem_kv=memory,
+    )
+    expected = nsa_ref.masks.compress_mask(q_len, kv_len, sizes, semantics)
     windows = Windows(size, stride, semantics)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_lists, "OWN_STRIDES", own_strides)
@@ -209,7 +217,8 @@ def test_fine_masks_of_any_size_and_tile(
         block_mask, crowded = block_masks.fine_block_mask(
             kv_len, torch.as_tensor(indices), layout, semantics, complete=complete
         )
-    cells = nsa_ref.masks.fine_mask(q_len, kv_len, block_size, indices, 2, semantics)
+    sizes = Sizes(q_heads=2, selection_block_size=block_size)
+    cells = nsa_ref.masks.fine_mask(q_len, kv_len, indices, sizes, semantics)
     expected = np.zeros((*cells.shape[:3], layout.num_columns(kv_len)), cells.dtype)
     key = np.arange(kv_len)
     expected[..., key // block_size * columns_per_block + key % block_size] = cells
@@ -221,7 +230,7 @@ def test_more_blocks_than_one_word_of_the_table_holds() -> None:
     block_mask, crowded = block_masks.fine_block_mask(
         70, torch.as_tensor(indices), FineLayout(1, 1, 1, 1), PAPER, complete=True
     )
-    assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, 1, indices, 1, PAPER), crowded)
+    assert_reads(block_mask, nsa_ref.masks.fine_mask(70, 70, indices, Sizes(), PAPER), crowded)
 
 
 def test_masks_are_named_after_their_sizes() -> None:
@@ -247,7 +256,8 @@ def test_create_sliding_mask(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upstream, "BLOCK_SIZE", block_size)
         block_mask = nsa_fast.create_sliding_mask(seq_len, window, causal)
-    assert_reads(block_mask, nsa_ref.masks.sliding_mask(seq_len, seq_len, window, semantics))
+    sizes = Sizes(sliding_window_size=window)
+    assert_reads(block_mask, nsa_ref.masks.sliding_mask(seq_len, seq_len, sizes, semantics))
 
 
 @FEW
@@ -293,9 +303,8 @@ def test_create_fine_mask(
         block_mask = nsa_fast.create_fine_mask(seq_len, block_size, causal)(
             torch.as_tensor(indices), group
         )
-        expected = nsa_ref.masks.fine_mask(
-            seq_len, seq_len, block_size, indices, 2 * group, semantics
-        )
+        sizes = Sizes(q_heads=2 * group, selection_block_size=block_size)
+        expected = nsa_ref.masks.fine_mask(seq_len, seq_len, indices, sizes, semantics)
         assert_reads(block_mask, expected)
 
 
@@ -322,7 +331,8 @@ def test_flexattention_prints_and_compiles_upstreams_masks(causal: bool) -> None
 def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
     indices = torch.randint(0, 4, (1, 2, 16, 2), generator=torch.Generator().manual_seed(0))
     block_mask = nsa_fast.create_fine_mask(16, 4)(indices.to(dtype))
-    expected = nsa_ref.masks.fine_mask(16, 16, 4, indices.numpy(), 2, LUCIDRAINS_FLEX)
+    sizes = Sizes(q_heads=2, selection_block_size=4)
+    expected = nsa_ref.masks.fine_mask(16, 16, indices.numpy(), sizes, LUCIDRAINS_FLEX)
     assert_reads(block_mask, expected)
 
 
@@ -498,7 +508,8 @@ def test_transposed_lists_are_of_one_width_only_for_the_torch_that_needs_it(
     assert crowded is None
     assert block_mask.q_indices.shape[3] == (3 if own_strides else 61)
     assert block_mask.full_q_indices.shape[3] == 61
-    assert_reads(block_mask, nsa_ref.masks.fine_mask(64, 64, 4, indices.numpy(), 1, PAPER))
+    sizes = Sizes(selection_block_size=4)
+    assert_reads(block_mask, nsa_ref.masks.fine_mask(64, 64, indices.numpy(), sizes, PAPER))
 
 
 def papers_choice(tokens: int, block_size: int, n: int) -> torch.Tensor:
@@ -558,13 +569,13 @@ def exposed(branch: str) -> dict[str, bool]:
     eager = NsaFastEager()
     indices = CASE.block_indices()
     if branch == "sliding":
-        expected = nsa_ref.masks.sliding_mask(40, 40, 5, CASE.semantics)
+        expected = nsa_ref.masks.sliding_mask(40, 40, CASE, CASE.semantics)
         value = eager.run("sliding_mask", CASE)
     elif branch == "compress":
-        expected = nsa_ref.masks.compress_mask(40, 40, 4, 2, 1, CASE.semantics)
+        expected = nsa_ref.masks.compress_mask(40, 40, CASE, CASE.semantics)
         value = eager.run("compress_mask", CASE)
     else:
-        expected = nsa_ref.masks.fine_mask(40, 40, 4, indices, 4, CASE.semantics)
+        expected = nsa_ref.masks.fine_mask(40, 40, indices, CASE, CASE.semantics)
         value = eager.run("fine_mask", CASE, indices)
     return {
         name: bool((cells == expected).all())

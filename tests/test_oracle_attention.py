@@ -13,7 +13,7 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import Dense, U, dense_attention
-from nsa_ref import attend, attend_vjp, sliding_mask
+from nsa_ref import Sizes, attend, attend_vjp, sliding_mask
 
 STEP = 1e-30  # of the complex step: no cancellation, so it may be as small as it likes
 
@@ -381,7 +381,8 @@ def test_a5_an_invisible_key_has_no_influence_on_any_bit_and_zero_gradients(arra
 def test_a3_a_window_longer_than_the_row_changes_nothing():
     generator = np.random.default_rng(3)
     q, k, v = (generator.standard_normal((2, 2, 5, 4)) for _ in range(3))
-    long, full = attend(q, k, v, sliding_mask(5, 5, 9)), attend(q, k, v, np.tri(5, dtype=bool))
+    window = sliding_mask(5, 5, Sizes(sliding_window_size=9))
+    long, full = attend(q, k, v, window), attend(q, k, v, np.tri(5, dtype=bool))
     np.testing.assert_array_equal(long.out, full.out)
     np.testing.assert_array_equal(long.lse, full.lse)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,20 +12,41 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
-from nsa_ref import compress_windows, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
+from nsa_ref import (
+    PAPER,
+    Semantics,
+    Sizes,
+    compress_windows,
+    num_compress_blocks,
+    pool,
+    pool_vjp,
+    pool_weight_shapes,
+)
 from nsa_ref.sizes import COMPRESS_MAPS
 
 STEP = 1e-30  # of the complex step
-ALIGNMENTS = st.sampled_from(["start", "end"])
+END = Semantics(compress_alignment="end")
+ALIGNMENTS = st.sampled_from([PAPER, END])
+
+
+def strides(length: int, d: int, **others: object) -> Sizes:
+    """Compressed blocks of `length` tokens, one every d; l' is a stride, for it must be some."""
+    return Sizes(
+        compress_block_size=length,
+        compress_block_sliding_stride=d,
+        selection_block_size=d,
+        **others,
+    )
 
 
 class Pooling(NamedTuple):
-    """Tokens, weights, the gradient that arrives, and the keywords of `pool`."""
+    """Tokens, weights, the gradient that arrives, and how they are pooled."""
 
     x: np.ndarray
     weights: dict[str, np.ndarray]
     d_out: np.ndarray
-    keywords: dict
+    sizes: Sizes
+    semantics: Semantics
 
 
 @st.composite
@@ -35,15 +57,15 @@ def poolings(draw: st.DrawFn, *, exact: bool, maps: Sequence[str] = COMPRESS_MAP
     """
     batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
     kv_len, dim = draw(st.integers(0, 9)), draw(st.integers(1, 3))
-    keywords = {
-        "compress_block_size": draw(st.integers(1, 5)),
-        "compress_block_sliding_stride": draw(st.integers(1, 4)),
-        "compress_map": draw(st.sampled_from(maps)),
-        "compress_alignment": draw(ALIGNMENTS),
-    }
-    size, stride, compress_map, alignment = keywords.values()
-    shapes = pool_weight_shapes(compress_map, draw(st.booleans()), kv_heads, size, dim)
-    blocks = num_compress_blocks(kv_len, size, stride, alignment)
+    sizes = strides(
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 4)),
+        q_heads=kv_heads,
+        kv_heads=kv_heads,
+        compress_map=draw(st.sampled_from(maps)),
+        compress_positions=draw(st.booleans()),
+    )
+    semantics = draw(ALIGNMENTS)
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     def array(*shape: int) -> np.ndarray:
@@ -51,11 +73,14 @@ def poolings(draw: st.DrawFn, *, exact: bool, maps: Sequence[str] = COMPRESS_MAP
             return generator.integers(-3, 4, shape).astype(np.float64)
         return generator.standard_normal(shape)
 
+    blocks = num_compress_blocks(kv_len, sizes, semantics)
+    shapes = pool_weight_shapes(sizes, dim)
     return Pooling(
         x=array(batch, kv_heads, kv_len, dim),
         weights={name: array(*shape) for name, shape in shapes.items()},
-        d_out=array(batch, kv_heads, blocks, dim) * size,
-        keywords=keywords,
+        d_out=array(batch, kv_heads, blocks, dim) * sizes.compress_block_size,
+        sizes=sizes,
+        semantics=semantics,
     )
 
 
@@ -63,35 +88,32 @@ def poolings(draw: st.DrawFn, *, exact: bool, maps: Sequence[str] = COMPRESS_MAP
 
 
 def test_c1_windows_that_start_at_their_stride():
-    assert compress_windows(7, 4, 2, "start") == [(0, 4), (2, 6)]
-    assert compress_windows(8, 4, 2, "start") == [(0, 4), (2, 6), (4, 8)]
-    assert compress_windows(3, 4, 2, "start") == []
-    assert compress_windows(7, 2, 3, "start") == [(0, 2), (3, 5)]
+    assert compress_windows(7, strides(4, 2)) == [(0, 4), (2, 6)]
+    assert compress_windows(8, strides(4, 2)) == [(0, 4), (2, 6), (4, 8)]
+    assert compress_windows(3, strides(4, 2)) == []
+    assert compress_windows(7, strides(2, 3)) == [(0, 2), (3, 5)]
 
 
 def test_c1_windows_that_end_at_their_stride_stick_out_to_the_left():
-    assert compress_windows(7, 4, 2, "end") == [(-2, 2), (0, 4), (2, 6)]
-    assert compress_windows(1, 4, 2, "end") == []
-    assert compress_windows(7, 2, 3, "end") == [(1, 3), (4, 6)]
+    assert compress_windows(7, strides(4, 2), END) == [(-2, 2), (0, 4), (2, 6)]
+    assert compress_windows(1, strides(4, 2), END) == []
+    assert compress_windows(7, strides(2, 3), END) == [(1, 3), (4, 6)]
 
 
 @given(
     kv_len=st.integers(0, 40),
-    size=st.integers(1, 9),
-    stride=st.integers(1, 9),
-    alignment=ALIGNMENTS,
+    sizes=st.builds(strides, st.integers(1, 9), st.integers(1, 9)),
+    semantics=ALIGNMENTS,
 )
 @settings(deadline=None, max_examples=100)
-def test_c1_the_windows_are_the_strided_view_and_as_many_as_counted(
-    kv_len, size, stride, alignment
-):
+def test_c1_the_windows_are_the_strided_view_and_as_many_as_counted(kv_len, sizes, semantics):
     """Token j holds j + 1, so that the padding's 0 is no token."""
-    windows = compress_windows(kv_len, size, stride, alignment)
-    assert len(windows) == num_compress_blocks(kv_len, size, stride, alignment)
+    windows = compress_windows(kv_len, sizes, semantics)
+    assert len(windows) == num_compress_blocks(kv_len, sizes, semantics)
     tokens = np.arange(1.0, kv_len + 1).reshape(1, 1, kv_len, 1)
-    viewed = dense_windows(tokens, size, stride, alignment)[0, 0, :, :, 0]
+    viewed = dense_windows(tokens, sizes, semantics)[0, 0, :, :, 0]
     listed = [[max(j + 1, 0) for j in range(start, stop)] for start, stop in windows]
-    np.testing.assert_array_equal(viewed, np.array(listed).reshape(len(windows), size))
+    np.testing.assert_array_equal(viewed, np.array(listed).reshape(viewed.shape))
 
 
 # --- C4 -------------------------------------------------------------------------------------------
@@ -99,19 +121,15 @@ def test_c1_the_windows_are_the_strided_view_and_as_many_as_counted(
 
 def test_c4_the_mean_of_an_end_window_counts_the_zeros_left_of_token_0():
     x = np.array([1.0, 2, 3, 4, 5]).reshape(1, 1, 5, 1)
-    sizes = {"compress_block_size": 4, "compress_block_sliding_stride": 2}
-    end = pool(x, {}, **sizes, compress_map="mean", compress_alignment="end")
+    end = pool(x, {}, strides(4, 2), END)
     assert end.ravel().tolist() == [(0 + 0 + 1 + 2) / 4, (1 + 2 + 3 + 4) / 4]
-    start = pool(x, {}, **sizes, compress_map="mean", compress_alignment="start")
+    start = pool(x, {}, strides(4, 2))
     assert start.ravel().tolist() == [(1 + 2 + 3 + 4) / 4]
 
 
 def test_c4_positions_are_added_after_the_zeros():
     positions = {"positions": np.array([10.0, 20.0]).reshape(1, 2, 1)}
-    sizes = {"compress_block_size": 2, "compress_block_sliding_stride": 1}
-    out = pool(
-        np.ones((1, 1, 1, 1)), positions, **sizes, compress_map="mean", compress_alignment="end"
-    )
+    out = pool(np.ones((1, 1, 1, 1)), positions, strides(2, 1, compress_positions=True), END)
     assert out.ravel().tolist() == [(0 + 10 + 1 + 20) / 2]
 
 
@@ -119,14 +137,7 @@ def test_c4_a_linear_map_reads_the_window_token_by_token():
     """weight of shape (dim, l dim) on the flat (token, dim): tokens (1, 2) and (3, 4)."""
     x = np.array([[1.0, 2.0], [3.0, 4.0]])[None, None]
     weights = {"weight": np.array([[1.0, 10, 100, 1000], [0, 0, 0, 1]]), "bias": np.array([0.5, 0])}
-    out = pool(
-        x,
-        weights,
-        compress_block_size=2,
-        compress_block_sliding_stride=2,
-        compress_map="linear",
-        compress_alignment="start",
-    )
+    out = pool(x, weights, strides(2, 2, compress_map="linear"))
     assert out.tolist() == [[[[4321.5, 4.0]]]]
 
 
@@ -134,14 +145,9 @@ def test_c4_a_linear_map_per_head_is_each_heads_own_linear_map():
     """Tokens 1 and 3 of two heads, weights 10 and 100, biases 0.5 and 0, gradients 2 and 7."""
     x = np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
     weights = {"weight": np.array([10.0, 100.0]).reshape(2, 1, 1), "bias": np.array([[0.5], [0.0]])}
-    keywords = {
-        "compress_block_size": 1,
-        "compress_block_sliding_stride": 1,
-        "compress_map": "linear_per_head",
-        "compress_alignment": "start",
-    }
-    assert pool(x, weights, **keywords).ravel().tolist() == [10.5, 300.0]
-    dx, dweights = pool_vjp(x, weights, np.array([2.0, 7.0]).reshape(1, 2, 1, 1), **keywords)
+    sizes = Sizes(q_heads=2, kv_heads=2, compress_map="linear_per_head")
+    assert pool(x, weights, sizes).ravel().tolist() == [10.5, 300.0]
+    dx, dweights = pool_vjp(x, weights, np.array([2.0, 7.0]).reshape(1, 2, 1, 1), sizes)
     assert dx.ravel().tolist() == [20.0, 700.0]
     assert dweights["weight"].ravel().tolist() == [2.0, 21.0]
     assert dweights["bias"].tolist() == [[2.0], [7.0]]
@@ -155,14 +161,9 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers():
         "weight_out": np.array([[10.0, 100.0]]),
         "bias_out": np.array([-50.0]),
     }
-    keywords = {
-        "compress_block_size": 2,
-        "compress_block_sliding_stride": 2,
-        "compress_map": "mlp",
-        "compress_alignment": "start",
-    }
-    assert pool(x, weights, **keywords).item() == -30.0  # 10 * 2 + 100 * 0 - 50
-    dx, dweights = pool_vjp(x, weights, np.ones((1, 1, 1, 1)), **keywords)
+    sizes = strides(2, 2, compress_map="mlp")
+    assert pool(x, weights, sizes).item() == -30.0  # 10 * 2 + 100 * 0 - 50
+    dx, dweights = pool_vjp(x, weights, np.ones((1, 1, 1, 1)), sizes)
     assert dx.ravel().tolist() == [10.0, 0.0]
     assert dweights["weight_out"].tolist() == [[2.0, 0.0]]
 
@@ -173,8 +174,9 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers():
 def test_c4_pool_is_the_einsum_over_strided_windows_to_the_last_bit(compress_map, data):
     """Small integers: every sum is exact, and the mean has the one rounding of its division."""
     case = data.draw(poolings(exact=True, maps=[compress_map]))
-    expected = dense_pool(case.x, case.weights, *case.keywords.values())
-    np.testing.assert_array_equal(pool(case.x, case.weights, **case.keywords), expected)
+    how = case.sizes, case.semantics
+    expected = dense_pool(case.x, case.weights, *how)
+    np.testing.assert_array_equal(pool(case.x, case.weights, *how), expected)
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
@@ -183,8 +185,8 @@ def test_c4_pool_is_the_einsum_over_strided_windows_to_the_last_bit(compress_map
 def test_c4_pool_vjp_is_the_transposed_einsum_to_the_last_bit(compress_map, data):
     """d_out is a multiple of l, so that the mean's gradients are integers as well."""
     case = data.draw(poolings(exact=True, maps=[compress_map]))
-    dx, dweights = pool_vjp(case.x, case.weights, case.d_out, **case.keywords)
-    expected = dense_pool_vjp(case.x, case.weights, case.d_out, *case.keywords.values())
+    dx, dweights = pool_vjp(*case)
+    expected = dense_pool_vjp(*case)
     np.testing.assert_array_equal(dx, expected[0])
     assert set(dweights) == set(expected[1])
     for name, gradient in dweights.items():
@@ -201,12 +203,13 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
     keeps every ReLU open.
     """
     case = data.draw(poolings(exact=False, maps=[compress_map]))
-    dx, dweights = pool_vjp(case.x, case.weights, case.d_out, **case.keywords)
+    how = case.sizes, case.semantics
+    dx, dweights = pool_vjp(*case)
     sizes = pool_vjp(
         abs(case.x),
         {name: abs(weight) for name, weight in case.weights.items()},
         abs(case.d_out),
-        **case.keywords,
+        *how,
     )
     assert list(dweights) == list(case.weights)
     for name, gradient in [("x", dx), *dweights.items()]:
@@ -218,23 +221,29 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
             moved[index] += STEP * 1j
             x = moved if name == "x" else case.x
             weights = case.weights if name == "x" else {**case.weights, name: moved}
-            derivative = (pool(x, weights, **case.keywords) * case.d_out).sum().imag / STEP
+            derivative = (pool(x, weights, *how) * case.d_out).sum().imag / STEP
             error = abs(gradient[index] - derivative)
             assert error <= 1e-12 * largest, f"{name}{index}: {error}, terms up to {largest}"
+
+
+def gap(case: Pooling) -> int:
+    """Tokens between two windows; negative where they overlap."""
+    return case.sizes.compress_block_sliding_stride - case.sizes.compress_block_size
 
 
 @pytest.mark.parametrize(
     "corner",
     [
-        lambda case: case.keywords["compress_map"] == "mlp" and "positions" in case.weights,
-        lambda case: case.keywords["compress_alignment"] == "end" and case.keywords[
-            "compress_block_size"] > case.keywords["compress_block_sliding_stride"],
+        lambda case: case.sizes.compress_map == "mlp" and "positions" in case.weights,
+        lambda case: case.semantics is END and gap(case) < 0,
         lambda case: case.d_out.shape[2] == 0 < case.x.shape[2],
-        lambda case: case.keywords["compress_block_sliding_stride"] > case.keywords[
-            "compress_block_size"] and case.d_out.size,
+        lambda case: gap(case) > 0 and case.d_out.size,
         lambda case: case.x.shape[1] == 2 and "positions" in case.weights,
-        lambda case: case.x.shape[1] == 2 and case.d_out.size and case.keywords[
-            "compress_map"] == "linear_per_head",
+        lambda case: (
+            case.x.shape[1] == 2
+            and case.d_out.size
+            and case.sizes.compress_map == "linear_per_head"
+        ),
     ],
     ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads",
          "maps of two heads"],
@@ -248,14 +257,16 @@ def test_poolings_reach_the_corner(corner):
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
-    assert pool_weight_shapes("mean", False, 2, 4, 3) == {}
-    assert pool_weight_shapes("mean", True, 2, 4, 3) == {"positions": (2, 4, 3)}
-    assert pool_weight_shapes("linear", False, 2, 4, 3) == {"weight": (3, 12), "bias": (3,)}
-    assert pool_weight_shapes("linear_per_head", False, 2, 4, 3) == {
-        "weight": (2, 3, 12),
-        "bias": (2, 3),
-    }
-    assert pool_weight_shapes("mlp", True, 2, 4, 3) == {
+    def shapes(compress_map: str, positions: bool) -> dict[str, tuple[int, ...]]:
+        two_heads = {"q_heads": 2, "kv_heads": 2, "compress_block_size": 4}
+        sizes = Sizes(compress_map=compress_map, compress_positions=positions, **two_heads)
+        return pool_weight_shapes(sizes, 3)
+
+    assert shapes("mean", False) == {}
+    assert shapes("mean", True) == {"positions": (2, 4, 3)}
+    assert shapes("linear", False) == {"weight": (3, 12), "bias": (3,)}
+    assert shapes("linear_per_head", False) == {"weight": (2, 3, 12), "bias": (2, 3)}
+    assert shapes("mlp", True) == {
         "positions": (2, 4, 3),
         "weight_in": (12, 12),
         "bias_in": (12,),
@@ -268,58 +279,35 @@ def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
 
 X = np.ones((1, 2, 4, 3))
 LINEAR = {"weight": np.ones((3, 6)), "bias": np.ones(3)}
+TWO_HEADS = strides(2, 2, q_heads=2, kv_heads=2, compress_map="linear")
 
 
-def pooled(x=X, weights=None, compress_map="linear", alignment="start", size=2, stride=2):
-    return pool(
-        x,
-        LINEAR if weights is None else weights,
-        compress_block_size=size,
-        compress_block_sliding_stride=stride,
-        compress_map=compress_map,
-        compress_alignment=alignment,
-    )
+def pooled(x=X, weights=LINEAR, **changes):
+    return pool(x, weights, dataclasses.replace(TWO_HEADS, **changes))
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: num_compress_blocks(-1, Sizes()), ValueError, r"kv_len=-1 must be at least 0"),
+        (lambda: num_compress_blocks(1, None), TypeError, r"sizes=None must be a nsa_ref.Sizes"),
         (
-            lambda: num_compress_blocks(-1, 1, 1, "start"),
-            ValueError,
-            r"kv_len=-1 must be at least 0",
-        ),
-        (lambda: pooled(size=0), ValueError, r"compress_block_size=0 must be at least 1"),
-        (
-            lambda: pooled(stride=0),
-            ValueError,
-            r"compress_block_sliding_stride=0 must be at least 1",
-        ),
-        (
-            lambda: pooled(alignment="middle"),
-            ValueError,
-            r"compress_alignment='middle' must be one of 'start', 'end'",
-        ),
-        (
-            lambda: pooled(compress_map="max"),
-            ValueError,
-            r"compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
-        ),
-        (
-            lambda: pool_weight_shapes("mean", 1, 1, 1, 1),
+            lambda: num_compress_blocks(1, Sizes(), "end"),
             TypeError,
-            r"compress_positions=1 must be True or False, not int",
+            r"semantics='end' must be a Semantics",
         ),
+        (lambda: pool_weight_shapes(Sizes(), 0), ValueError, r"dim=0 must be at least 1"),
+        (lambda: pool(X, LINEAR, {}), TypeError, r"sizes=\{\} must be a nsa_ref.Sizes"),
         (
             lambda: pooled(x=X[0]),
             ValueError,
-            r"x has shape \(2, 4, 3\); it must be \(batch, kv_heads, kv_len, dim\)",
+            r"x has shape \(2, 4, 3\); it must be \(batch, 2, kv_len, dim\)",
         ),
         (
             lambda: pooled(weights={"weight": LINEAR["weight"]}),
             ValueError,
-            r"weights has the names \['weight'\]; compress_map='linear' takes "
-            r"\['bias', 'weight'\], and 'positions' if there are any",
+            r"weights has the names \['weight'\]; compress_map='linear' with "
+            r"compress_positions=False takes \['bias', 'weight'\]",
         ),
         (
             lambda: pooled(weights={**LINEAR, "bias": np.ones(4)}),
@@ -327,25 +315,19 @@ def pooled(x=X, weights=None, compress_map="linear", alignment="start", size=2, 
             r"weights\['bias'\] has shape \(4,\); it must be \(3\)",
         ),
         (
-            lambda: pooled(weights={**LINEAR, "positions": np.ones((1, 2, 3))}),
+            lambda: pooled(
+                weights={**LINEAR, "positions": np.ones((1, 2, 3))}, compress_positions=True
+            ),
             ValueError,
             r"weights\['positions'\] has shape \(1, 2, 3\); it must be \(2, 2, 3\)",
         ),
         (
-            lambda: pooled(weights=LINEAR, compress_map="linear_per_head"),
+            lambda: pooled(compress_map="linear_per_head"),
             ValueError,
             r"weights\['weight'\] has shape \(3, 6\); it must be \(2, 3, 6\)",
         ),
         (
-            lambda: pool_vjp(
-                X,
-                LINEAR,
-                np.ones((1, 2, 3, 3)),
-                compress_block_size=2,
-                compress_block_sliding_stride=2,
-                compress_map="linear",
-                compress_alignment="start",
-            ),
+            lambda: pool_vjp(X, LINEAR, np.ones((1, 2, 3, 3)), TWO_HEADS),
             ValueError,
             r"d_out has shape \(1, 2, 3, 3\); it must be \(1, 2, 2, 3\)",
         ),

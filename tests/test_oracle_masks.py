@@ -15,6 +15,7 @@ from nsa_ref import (
     LUCIDRAINS_FLEX,
     PAPER,
     Semantics,
+    Sizes,
     compress_mask,
     fine_mask,
     sliding_mask,
@@ -22,12 +23,27 @@ from nsa_ref import (
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
+PAIRS = Sizes(selection_block_size=2)  # of tokens
 LENGTHS = st.integers(0, 12)
 
 
 def rows(mask: np.ndarray) -> list[str]:
     """A mask as one string of digits for each row, so that a table reads like the mask."""
     return ["".join(str(multiplicity) for multiplicity in row) for row in mask]
+
+
+def window(w: int) -> Sizes:
+    return Sizes(sliding_window_size=w)
+
+
+def strides(length: int, d: int, memory: int = 0) -> Sizes:
+    """Compressed blocks of `length` tokens, one every d; l' is a stride, for it must be some."""
+    return Sizes(
+        compress_block_size=length,
+        compress_block_sliding_stride=d,
+        selection_block_size=d,
+        num_mem_kv=memory,
+    )
 
 
 def blocks(*per_row: list[int]) -> np.ndarray:
@@ -39,41 +55,41 @@ def blocks(*per_row: list[int]) -> np.ndarray:
 
 
 def test_w1_a_window_of_two_shows_three_keys():
-    assert rows(sliding_mask(5, 5, 2)) == ["10000", "11000", "11100", "01110", "00111"]
+    assert rows(sliding_mask(5, 5, window(2))) == ["10000", "11000", "11100", "01110", "00111"]
 
 
 def test_w1_an_open_window_of_two_shows_two_keys():
     open_window = dataclasses.replace(PAPER, window_closed=False)
-    assert rows(sliding_mask(4, 4, 2, open_window)) == ["1000", "1100", "0110", "0011"]
-    assert not sliding_mask(4, 4, 0, open_window).any()
+    assert rows(sliding_mask(4, 4, window(2), open_window)) == ["1000", "1100", "0110", "0011"]
+    assert not sliding_mask(4, 4, window(0), open_window).any()
 
 
 def test_w1_the_rows_of_a_decode_step_are_the_last_rows_of_the_prefill():
     for q_len in range(7):
-        last = sliding_mask(6, 6, 2)[6 - q_len :]
-        np.testing.assert_array_equal(sliding_mask(q_len, 6, 2), last)
+        last = sliding_mask(6, 6, window(2))[6 - q_len :]
+        np.testing.assert_array_equal(sliding_mask(q_len, 6, window(2)), last)
 
 
 def test_w2_a_non_causal_window_reaches_both_ways():
-    assert rows(sliding_mask(4, 4, 1, NON_CAUSAL)) == ["1100", "1110", "0111", "0011"]
+    assert rows(sliding_mask(4, 4, window(1), NON_CAUSAL)) == ["1100", "1110", "0111", "0011"]
     open_window = dataclasses.replace(NON_CAUSAL, window_closed=False)
-    assert rows(sliding_mask(4, 4, 2, open_window)) == ["1100", "1110", "0111", "0011"]
+    assert rows(sliding_mask(4, 4, window(2), open_window)) == ["1100", "1110", "0111", "0011"]
 
 
 def test_w3_a_window_of_zero_is_the_own_key_and_a_long_one_is_full_causal_attention():
-    np.testing.assert_array_equal(sliding_mask(5, 5, 0), np.eye(5))
+    np.testing.assert_array_equal(sliding_mask(5, 5, window(0)), np.eye(5))
     for w in (4, 5, 99):
-        np.testing.assert_array_equal(sliding_mask(5, 5, w), np.tri(5))
+        np.testing.assert_array_equal(sliding_mask(5, 5, window(w)), np.tri(5))
 
 
 def test_rows_before_every_token_see_none_of_them_causal_or_not():
-    assert rows(sliding_mask(4, 2, 1)) == ["00", "00", "10", "11"]
-    assert rows(sliding_mask(4, 2, 9, NON_CAUSAL)) == ["00", "00", "11", "11"]
-    assert rows(compress_mask(4, 2, 1, 1, 1)) == ["100", "100", "110", "111"]
-    assert rows(compress_mask(4, 2, 1, 1, 1, NON_CAUSAL)) == ["100", "100", "111", "111"]
+    assert rows(sliding_mask(4, 2, window(1))) == ["00", "00", "10", "11"]
+    assert rows(sliding_mask(4, 2, window(9), NON_CAUSAL)) == ["00", "00", "11", "11"]
+    assert rows(compress_mask(4, 2, strides(1, 1, 1))) == ["100", "100", "110", "111"]
+    assert rows(compress_mask(4, 2, strides(1, 1, 1), NON_CAUSAL)) == ["100", "100", "111", "111"]
     every = blocks(*[[0, 1]] * 4)
-    assert rows(fine_mask(4, 2, 1, every, 1)[0, 0]) == ["00", "00", "10", "11"]
-    assert rows(fine_mask(4, 2, 1, every, 1, NON_CAUSAL)[0, 0]) == ["00", "00", "11", "11"]
+    assert rows(fine_mask(4, 2, every, Sizes())[0, 0]) == ["00", "00", "10", "11"]
+    assert rows(fine_mask(4, 2, every, Sizes(), NON_CAUSAL)[0, 0]) == ["00", "00", "11", "11"]
 
 
 # --- C: compress ----------------------------------------------------------------------------------
@@ -81,29 +97,29 @@ def test_rows_before_every_token_see_none_of_them_causal_or_not():
 
 def test_c1_windows_that_start_at_their_stride_drop_the_incomplete_ones():
     # 7 tokens, l = 4, d = 2: blocks 0..3 and 2..5; block 4..7 would be incomplete
-    assert rows(compress_mask(7, 7, 4, 2)) == ["00", "00", "00", "10", "10", "11", "11"]
-    assert compress_mask(3, 3, 4, 2).shape == (3, 0)
+    assert rows(compress_mask(7, 7, strides(4, 2))) == ["00", "00", "00", "10", "10", "11", "11"]
+    assert compress_mask(3, 3, strides(4, 2)).shape == (3, 0)
 
 
 def test_c1_windows_that_end_at_their_stride_are_kv_len_over_d():
     end = dataclasses.replace(PAPER, compress_alignment="end")
     # 5 tokens, d = 2: blocks end at tokens 1 and 3, whatever their length
-    for compress_block_size in (1, 2, 4, 9):
-        mask = compress_mask(5, 5, compress_block_size, 2, semantics=end)
+    for length in (1, 2, 4, 9):
+        mask = compress_mask(5, 5, strides(length, 2), end)
         assert rows(mask) == ["00", "10", "10", "11", "11"]
 
 
 def test_c2_a_strict_block_is_visible_one_step_later():
     strict = dataclasses.replace(PAPER, compress_strict=True)
-    assert rows(compress_mask(6, 6, 2, 2)) == ["000", "100", "100", "110", "110", "111"]
-    assert rows(compress_mask(6, 6, 2, 2, semantics=strict)) == [
+    assert rows(compress_mask(6, 6, strides(2, 2))) == ["000", "100", "100", "110", "110", "111"]
+    assert rows(compress_mask(6, 6, strides(2, 2), strict)) == [
         "000", "000", "100", "100", "110", "110",
     ]  # fmt: skip
 
 
 def test_c3_memory_is_always_visible_and_so_are_all_blocks_without_causality():
-    assert rows(compress_mask(3, 3, 1, 1, 2)) == ["11100", "11110", "11111"]
-    assert rows(compress_mask(3, 3, 1, 1, 2, NON_CAUSAL)) == ["11111"] * 3
+    assert rows(compress_mask(3, 3, strides(1, 1, 2))) == ["11100", "11110", "11111"]
+    assert rows(compress_mask(3, 3, strides(1, 1, 2), NON_CAUSAL)) == ["11111"] * 3
 
 
 # --- F: fine --------------------------------------------------------------------------------------
@@ -111,49 +127,51 @@ def test_c3_memory_is_always_visible_and_so_are_all_blocks_without_causality():
 
 def test_f1_selected_blocks_are_cut_at_the_own_position():
     indices = blocks([0, 1], [0, 1], [0, 1], [0, 1], [1, 2], [1, 2])
-    assert rows(fine_mask(6, 6, 2, indices, 1)[0, 0]) == [
+    assert rows(fine_mask(6, 6, indices, PAIRS)[0, 0]) == [
         "100000", "110000", "111000", "111100", "001110", "001111",
     ]  # fmt: skip
 
 
 def test_f2_a_short_last_block_shows_only_real_tokens():
-    assert rows(fine_mask(1, 5, 2, blocks([2]), 1)[0, 0]) == ["00001"]
-    assert rows(fine_mask(1, 5, 3, blocks([1]), 1, NON_CAUSAL)[0, 0]) == ["00011"]
+    assert rows(fine_mask(1, 5, blocks([2]), PAIRS)[0, 0]) == ["00001"]
+    assert rows(fine_mask(1, 5, blocks([1]), Sizes(selection_block_size=3), NON_CAUSAL)[0, 0]) == [
+        "00011"
+    ]
 
 
 def test_f3_a_block_named_twice_counts_once_in_a_set_and_twice_in_a_multiset():
     indices = blocks([1, 0, 1])
-    assert rows(fine_mask(1, 4, 2, indices, 1)[0, 0]) == ["1111"]
-    assert rows(fine_mask(1, 4, 2, indices, 1, MULTISET)[0, 0]) == ["1122"]
+    assert rows(fine_mask(1, 4, indices, PAIRS)[0, 0]) == ["1111"]
+    assert rows(fine_mask(1, 4, indices, PAIRS, MULTISET)[0, 0]) == ["1122"]
 
 
 def test_f4_without_causality_the_selected_blocks_are_shown_uncut_and_nothing_else():
     indices = blocks([1], [0], [1], [0])
     expected = ["0011", "1100", "0011", "1100"]
-    assert rows(fine_mask(4, 4, 2, indices, 1, NON_CAUSAL)[0, 0]) == expected
+    assert rows(fine_mask(4, 4, indices, PAIRS, NON_CAUSAL)[0, 0]) == expected
     upstream = dataclasses.replace(LUCIDRAINS, causal=False)
-    assert rows(fine_mask(4, 4, 2, indices, 1, upstream)[0, 0]) == expected
+    assert rows(fine_mask(4, 4, indices, PAIRS, upstream)[0, 0]) == expected
 
 
 def test_i4_the_own_block_is_visible_on_top_of_the_selected_ones():
     indices = blocks([0], [0], [0], [0], [0], [2])
     expected = ["100000", "110000", "111000", "111100", "110010", "000011"]
-    assert rows(fine_mask(6, 6, 2, indices, 1, LUCIDRAINS_FLEX)[0, 0]) == expected
+    assert rows(fine_mask(6, 6, indices, PAIRS, LUCIDRAINS_FLEX)[0, 0]) == expected
     # in a multiset, an own block that was selected as well counts twice
     expected = ["200000", "220000", "111000", "111100", "110010", "000022"]
-    assert rows(fine_mask(6, 6, 2, indices, 1, LUCIDRAINS)[0, 0]) == expected
+    assert rows(fine_mask(6, 6, indices, PAIRS, LUCIDRAINS)[0, 0]) == expected
 
 
 def test_i6_indices_outside_the_blocks_are_ignored_in_any_slot():
     for indices in ([-1, 1, 2], [1, -7, 2**40], [99, -1, 1]):
-        assert rows(fine_mask(1, 4, 2, blocks(indices), 1)[0, 0]) == ["0011"]
-    assert not fine_mask(1, 4, 2, blocks([-1, -2, 2]), 1).any()
-    assert not fine_mask(1, 4, 2, np.zeros((1, 1, 1, 0), np.int64), 1).any()
+        assert rows(fine_mask(1, 4, blocks(indices), PAIRS)[0, 0]) == ["0011"]
+    assert not fine_mask(1, 4, blocks([-1, -2, 2]), PAIRS).any()
+    assert not fine_mask(1, 4, np.zeros((1, 1, 1, 0), np.int64), PAIRS).any()
 
 
 def test_query_heads_read_the_choice_of_their_own_contiguous_group():
     indices = np.array([0, 1], dtype=np.int64).reshape(1, 2, 1, 1)
-    mask = fine_mask(1, 4, 2, indices, 4)
+    mask = fine_mask(1, 4, indices, dataclasses.replace(PAIRS, q_heads=4))
     assert [rows(mask[0, h])[0] for h in range(4)] == ["1100", "1100", "0011", "0011"]
 
 
@@ -164,8 +182,8 @@ def test_upstream_call_compress_512_128_4_16_is_512_by_144_and_strict():
     """create_compress_mask(512, 128, 4, mem_kv_len=16): 128 compressed tokens, stride 4."""
     column, t = np.arange(144), np.arange(512)[:, None]
     expected = (column < 16) | (t > 4 * (column - 16) + 3)
-    for compress_block_size in (4, 8, 64):  # the block length never enters the mask
-        mask = compress_mask(512, 512, compress_block_size, 4, 16, LUCIDRAINS_FLEX)
+    for length in (4, 8, 64):  # the block length never enters the mask
+        mask = compress_mask(512, 512, strides(length, 4, 16), LUCIDRAINS_FLEX)
         assert mask.shape == (512, 144)
         np.testing.assert_array_equal(mask, expected)
 
@@ -174,7 +192,8 @@ def test_upstream_call_fine_1024_64_shows_the_named_blocks_and_the_own_one():
     """create_fine_mask(1024, 64)(selected): [0, 4] is blocks 0 and 4, not the range 0 to 4."""
     selected = np.zeros((1, 1, 1024, 2), dtype=np.int64)
     selected[..., 1] = 4
-    mask = fine_mask(1024, 1024, 64, selected, 2, LUCIDRAINS_FLEX)
+    sizes = Sizes(q_heads=2, selection_block_size=64)
+    mask = fine_mask(1024, 1024, selected, sizes, LUCIDRAINS_FLEX)
     assert mask.shape == (1, 2, 1024, 1024)
     t, j = np.arange(1024)[:, None], np.arange(1024)
     named = (j // 64 == 0) | (j // 64 == 4) | (j // 64 == t // 64)
@@ -184,7 +203,7 @@ def test_upstream_call_fine_1024_64_shows_the_named_blocks_and_the_own_one():
 
 def test_upstream_call_sliding_1024_32_is_33_keys_per_query():
     """create_sliding_mask(1024, 32)."""
-    mask = sliding_mask(1024, 1024, 32, LUCIDRAINS_FLEX)
+    mask = sliding_mask(1024, 1024, window(32), LUCIDRAINS_FLEX)
     np.testing.assert_array_equal(mask.sum(axis=1), np.minimum(np.arange(1024) + 1, 33))
     assert mask[500].nonzero()[0].tolist() == list(range(468, 501))
 
@@ -198,51 +217,39 @@ def test_upstream_call_sliding_1024_32_is_33_keys_per_query():
 @settings(deadline=None, max_examples=100)
 def test_the_sliding_mask_is_the_band_of_its_second_definition(q_len, kv_len, w, causal, closed):
     semantics = Semantics(causal=causal, window_closed=closed)
-    mask = sliding_mask(q_len, kv_len, w, semantics)
+    mask = sliding_mask(q_len, kv_len, window(w), semantics)
     assert mask.dtype == np.int64
-    expected = dense_sliding_mask(q_len, kv_len, w, causal=causal, closed=closed)
-    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(mask, dense_sliding_mask(q_len, kv_len, window(w), semantics))
 
 
 @given(
     q_len=LENGTHS,
     kv_len=LENGTHS,
-    compress_block_size=st.integers(1, 7),
-    stride=st.integers(1, 5),
-    num_mem_kv=st.integers(0, 3),
+    sizes=st.builds(strides, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3)),
     causal=st.booleans(),
     alignment=st.sampled_from(["start", "end"]),
     strict=st.booleans(),
 )
 @settings(deadline=None, max_examples=100)
 def test_the_compress_mask_is_the_staircase_of_its_second_definition(
-    q_len, kv_len, compress_block_size, stride, num_mem_kv, causal, alignment, strict
+    q_len, kv_len, sizes, causal, alignment, strict
 ):
     semantics = Semantics(causal=causal, compress_alignment=alignment, compress_strict=strict)
-    mask = compress_mask(q_len, kv_len, compress_block_size, stride, num_mem_kv, semantics)
+    mask = compress_mask(q_len, kv_len, sizes, semantics)
     assert mask.dtype == np.int64
-    expected = dense_compress_mask(
-        q_len,
-        kv_len,
-        compress_block_size,
-        stride,
-        num_mem_kv,
-        causal=causal,
-        alignment=alignment,
-        strict=strict,
-    )
-    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(mask, dense_compress_mask(q_len, kv_len, sizes, semantics))
 
 
 @st.composite
-def fine_cases(draw: st.DrawFn) -> tuple[int, int, int, np.ndarray, int]:
-    """(q_len, kv_len, selection_block_size, block_indices, q_heads); simplest: all of size 0."""
+def fine_cases(draw: st.DrawFn) -> tuple[int, int, np.ndarray, Sizes]:
+    """(q_len, kv_len, block_indices, sizes); the simplest has no token."""
     q_len, kv_len, size = draw(LENGTHS), draw(LENGTHS), draw(st.integers(1, 5))
     heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     shape = (draw(st.integers(0, 2)), heads, q_len, draw(st.integers(0, 4)))
     num_blocks = -(-kv_len // size)
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return q_len, kv_len, size, generator.integers(-2, num_blocks + 2, shape), heads * group
+    indices = generator.integers(-2, num_blocks + 2, shape)
+    return q_len, kv_len, indices, Sizes(q_heads=heads * group, selection_block_size=size)
 
 
 @given(
@@ -258,25 +265,24 @@ def test_the_fine_mask_is_the_one_hot_count_of_its_second_definition(
     semantics = Semantics(causal=causal, own_block_extra=own_extra, duplicates=duplicates)
     mask = fine_mask(*case, semantics)
     assert mask.dtype == np.int64
-    expected = dense_fine_mask(*case, causal=causal, own_extra=own_extra, duplicates=duplicates)
-    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(mask, dense_fine_mask(*case, semantics))
 
 
 @pytest.mark.parametrize(
     "corner",
     [
-        lambda q_len, kv_len, size, indices, q_heads: kv_len % size and indices.size > 0,
-        lambda q_len, kv_len, size, indices, q_heads: 0 < kv_len < q_len,
-        lambda q_len, kv_len, size, indices, q_heads: 0 < kv_len < size,
-        lambda q_len, kv_len, size, indices, q_heads: indices.shape[3] == 0 < q_len * kv_len,
-        lambda q_len, kv_len, size, indices, q_heads: indices.shape[0] == 0,
+        lambda q_len, kv_len, indices, size: kv_len % size and indices.size > 0,
+        lambda q_len, kv_len, indices, size: 0 < kv_len < q_len,
+        lambda q_len, kv_len, indices, size: 0 < kv_len < size,
+        lambda q_len, kv_len, indices, size: indices.shape[3] == 0 < q_len * kv_len,
+        lambda q_len, kv_len, indices, size: indices.shape[0] == 0,
     ],
     ids=["partial last block", "kv_len < q_len", "kv_len < l'", "n = 0", "batch = 0"],
 )
 def test_fine_cases_reach_the_corner(corner):
     find(
         fine_cases(),
-        lambda case: bool(corner(*case)),
+        lambda case: bool(corner(*case[:3], case[3].selection_block_size)),
         settings=settings(database=None, max_examples=2000),
     )
 
@@ -285,60 +291,48 @@ def test_fine_cases_reach_the_corner(corner):
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("change", "error", "message"),
     [
-        (lambda: sliding_mask(-1, 2, 1), ValueError, r"q_len=-1 must be at least 0"),
-        (lambda: sliding_mask(2, -3, 1), ValueError, r"kv_len=-3 must be at least 0"),
-        (lambda: sliding_mask(2, 2, -1), ValueError, r"sliding_window_size=-1 must be at least 0"),
+        ({"q_len": -1}, ValueError, r"q_len=-1 must be at least 0"),
+        ({"kv_len": -3}, ValueError, r"kv_len=-3 must be at least 0"),
+        ({"q_len": True}, TypeError, r"q_len=True must be an integer, not bool"),
+        ({"sizes": 1}, TypeError, r"sizes=1 must be a nsa_ref.Sizes, .* not int"),
+        ({"semantics": "PAPER"}, TypeError, r"semantics='PAPER' must be a Semantics, .* not str"),
+    ],
+)
+def test_every_mask_refuses_lengths_sizes_and_semantics_that_are_none(change, error, message):
+    arguments = {"q_len": 2, "kv_len": 2, "sizes": Sizes(), "semantics": PAPER} | change
+    for mask in (sliding_mask, compress_mask):
+        with pytest.raises(error, match=message):
+            mask(**arguments)
+    with pytest.raises(error, match=message):
+        fine_mask(block_indices=blocks([0], [0]), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("indices", "q_heads", "error", "message"),
+    [
         (
-            lambda: sliding_mask(2, 2, 1.0),
-            TypeError,
-            r"sliding_window_size=1.0 must be an integer, not float",
-        ),
-        (lambda: sliding_mask(True, 2, 1), TypeError, r"q_len=True must be an integer, not bool"),
-        (
-            lambda: sliding_mask(2, 2, 1, "PAPER"),
-            TypeError,
-            r"semantics='PAPER' must be a Semantics, such as nsa_ref.PAPER, not str",
-        ),
-        (
-            lambda: compress_mask(2, 2, 0, 1),
-            ValueError,
-            r"compress_block_size=0 must be at least 1",
-        ),
-        (
-            lambda: compress_mask(2, 2, 1, 0),
-            ValueError,
-            r"compress_block_sliding_stride=0 must be at least 1",
-        ),
-        (
-            lambda: compress_mask(2, 2, 1, 1, -1),
-            ValueError,
-            r"num_mem_kv=-1 must be at least 0",
-        ),
-        (
-            lambda: fine_mask(2, 2, 0, blocks([0], [0]), 1),
-            ValueError,
-            r"selection_block_size=0 must be at least 1",
-        ),
-        (
-            lambda: fine_mask(2, 2, 1, blocks([0], [0]).astype(float), 1),
+            blocks([0], [0]).astype(float),
+            1,
             TypeError,
             r"block_indices has dtype float64; it must hold integers",
         ),
         (
-            lambda: fine_mask(3, 3, 1, blocks([0], [0]), 1),
+            blocks([0], [0], [0]),
+            1,
             ValueError,
-            r"block_indices has shape \(1, 1, 2, 1\); it must be \(batch, heads, q_len=3, n\)",
+            r"block_indices has shape \(1, 1, 3, 1\); it must be \(batch, heads, q_len=2, n\)",
         ),
         (
-            lambda: fine_mask(1, 2, 1, np.zeros((1, 2, 1, 1), int), 3),
+            np.zeros((1, 2, 2, 1), int),
+            3,
             ValueError,
             r"q_heads=3 must be a positive multiple of heads \(axis 1 of block_indices\)=2.* "
             r"Try 2 or 4",
         ),
     ],
 )
-def test_a_mask_refuses_what_it_cannot_mean_and_says_what_would_be_right(call, error, message):
+def test_the_fine_mask_refuses_indices_that_do_not_fit(indices, q_heads, error, message):
     with pytest.raises(error, match=message):
-        call()
+        fine_mask(2, 2, indices, Sizes(q_heads=q_heads))

@@ -30,6 +30,7 @@ from nsa_ref import (
     PRESETS,
     VALID,
     Semantics,
+    Sizes,
     compress_probabilities,
     forced_blocks,
     importance,
@@ -45,6 +46,7 @@ from nsa_ref import (
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
 FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
+PAIRS = Sizes(selection_block_size=2)  # of tokens
 
 
 def rows(mask: np.ndarray) -> list[str]:
@@ -52,16 +54,29 @@ def rows(mask: np.ndarray) -> list[str]:
 
 
 class Selecting(NamedTuple):
-    """The arrays and sizes of `select`."""
+    """What `select` takes."""
 
     q: np.ndarray
     k_cmp: np.ndarray
     mem_k: np.ndarray
-    sizes: dict[str, int]
-    chosen: dict[str, int]
+    kv_len: int
+    sizes: Sizes
     semantics: Semantics
 
+    def scores(self) -> np.ndarray:
+        return importance(*self[:3], kv_len=self.kv_len, sizes=self.sizes, semantics=self.semantics)
 
+    def select(self) -> np.ndarray:
+        return select(*self[:3], kv_len=self.kv_len, sizes=self.sizes, semantics=self.semantics)
+
+    def candidates(self) -> np.ndarray:
+        return selection_candidates(self.q.shape[2], self.kv_len, self.sizes, self.semantics)
+
+    def forced(self) -> np.ndarray:
+        return forced_blocks(self.q.shape[2], self.kv_len, self.sizes, self.semantics)
+
+
+FEW = st.integers(1, 2)
 SEMANTICS = [
     *PRESETS.values(),
     NON_CAUSAL,
@@ -79,62 +94,36 @@ SEMANTICS = [
 def selectings(draw: st.DrawFn) -> Selecting:
     """Every switch of the selection; small integers as often as normal numbers, for ties."""
     semantics = draw(st.sampled_from(SEMANTICS))
-    stride = draw(st.integers(1, 3))
-    sizes = {
-        "kv_len": draw(st.integers(0, 14)),
-        "compress_block_size": stride * draw(st.integers(1, 3)),
-        "compress_block_sliding_stride": stride,
-        "selection_block_size": stride * draw(st.integers(1, 3)),
-    }
-    blocks = num_compress_blocks(*list(sizes.values())[:3], semantics.compress_alignment)
-    batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
-    q_len, head_dim = draw(st.integers(0, 8)), draw(st.integers(1, 3))
-    group, num_mem_kv = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    kv_len, stride, kv_heads = draw(st.integers(0, 14)), draw(st.integers(1, 3)), draw(FEW)
+    sizes = Sizes(
+        q_heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 3)),
+        compress_block_size=stride * draw(st.integers(1, 3)),
+        compress_block_sliding_stride=stride,
+        selection_block_size=stride * draw(st.integers(1, 3)),
+        num_selected_blocks=draw(st.integers(0, 5)),
+        num_initial_blocks=draw(st.integers(0, 2)),
+        num_local_blocks=draw(st.integers(0, 3)),
+        num_mem_kv=draw(st.integers(0, 2)),
+    )
+    batch, q_len = draw(st.sampled_from([1, 2, 0])), draw(st.integers(0, 8))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     whole = draw(st.booleans())
 
-    def array(*shape: int) -> np.ndarray:
+    def array(heads: int, length: int) -> np.ndarray:
+        shape = (batch, heads, length, sizes.head_dim)
         if whole:
             return generator.integers(-1, 2, shape).astype(np.float64)
         return 2 * generator.standard_normal(shape)
 
     return Selecting(
-        array(batch, kv_heads * group, q_len, head_dim),
-        array(batch, kv_heads, blocks, head_dim),
-        array(batch, kv_heads, num_mem_kv, head_dim),
+        array(sizes.q_heads, q_len),
+        array(kv_heads, num_compress_blocks(kv_len, sizes, semantics)),
+        array(kv_heads, sizes.num_mem_kv),
+        kv_len,
         sizes,
-        {
-            "num_selected_blocks": draw(st.integers(0, 5)),
-            "num_initial_blocks": draw(st.integers(0, 2)),
-            "num_local_blocks": draw(st.integers(0, 3)),
-        },
         semantics,
-    )
-
-
-def candidates_of(case: Selecting) -> np.ndarray:
-    kv_len, size, stride, selection = case.sizes.values()
-    return selection_candidates(
-        case.q.shape[2],
-        kv_len,
-        selection,
-        case.semantics,
-        compress_block_size=size,
-        compress_block_sliding_stride=stride,
-    )
-
-
-def forced_of(case: Selecting) -> np.ndarray:
-    kv_len, size, stride, selection = case.sizes.values()
-    return forced_blocks(
-        case.q.shape[2],
-        kv_len,
-        selection,
-        case.chosen["num_initial_blocks"],
-        case.chosen["num_local_blocks"],
-        case.semantics,
-        compress_block_size=size,
-        compress_block_sliding_stride=stride,
     )
 
 
@@ -142,44 +131,47 @@ def forced_of(case: Selecting) -> np.ndarray:
 
 
 def test_i4_candidates_begin_at_or_before_the_query():
-    assert rows(selection_candidates(5, 5, 2)) == ["100", "100", "110", "110", "111"]
-    assert rows(selection_candidates(1, 5, 2)) == ["111"]
-    assert rows(selection_candidates(3, 1, 2)) == ["0", "0", "1"]
-    assert rows(selection_candidates(2, 5, 2, NON_CAUSAL)) == ["111", "111"]
+    assert rows(selection_candidates(5, 5, PAIRS)) == ["100", "100", "110", "110", "111"]
+    assert rows(selection_candidates(1, 5, PAIRS)) == ["111"]
+    assert rows(selection_candidates(3, 1, PAIRS)) == ["0", "0", "1"]
+    assert rows(selection_candidates(2, 5, PAIRS, NON_CAUSAL)) == ["111", "111"]
 
 
 def test_i4_the_own_block_is_no_candidate_where_it_is_visible_on_top():
     extra = dataclasses.replace(PAPER, own_block_extra=True)
-    assert rows(selection_candidates(5, 5, 2, extra)) == ["000", "000", "100", "100", "110"]
+    assert rows(selection_candidates(5, 5, PAIRS, extra)) == ["000", "000", "100", "100", "110"]
     extra = dataclasses.replace(extra, causal=False)
-    assert rows(selection_candidates(2, 5, 2, extra)) == ["111", "111"]
+    assert rows(selection_candidates(2, 5, PAIRS, extra)) == ["111", "111"]
 
 
 def test_i3_logit_mean_takes_no_incomplete_block_and_no_own_block_unless_strides_are_blocks():
     upstream = dataclasses.replace(LUCIDRAINS, causal=False)
     # 5 tokens, l' = 2: the third block lacks a token; with d = 1 the own block is out as well
-    one = selection_candidates(5, 5, 2, upstream, compress_block_sliding_stride=1)
+    one = selection_candidates(5, 5, PAIRS, upstream)
     assert rows(one) == ["010", "010", "100", "100", "110"]
-    two = selection_candidates(5, 5, 2, upstream, compress_block_sliding_stride=2)
-    assert rows(two) == ["110"] * 5
+    whole = dataclasses.replace(PAIRS, compress_block_sliding_stride=2)
+    assert rows(selection_candidates(5, 5, whole, upstream)) == ["110"] * 5
     # windows that start at their stride and are 4 long: block 1 lacks its last compressed block
     start = dataclasses.replace(upstream, compress_alignment="start")
-    sizes = {"compress_block_size": 4, "compress_block_sliding_stride": 1}
-    assert rows(selection_candidates(1, 6, 2, start, **sizes)) == ["100"]
+    long = dataclasses.replace(PAIRS, compress_block_size=4)
+    assert rows(selection_candidates(1, 6, long, start)) == ["100"]
 
 
 def test_i4_initial_and_local_blocks_are_forced_where_they_are_candidates():
-    assert rows(forced_blocks(8, 8, 2, 1, 2)) == [
-        "1000", "1000", "1100", "1100", "1110", "1110", "1011", "1011",
-    ]  # fmt: skip
-    assert rows(forced_blocks(2, 8, 2, 0, 1)) == ["0001", "0001"]
-    assert rows(forced_blocks(2, 8, 2, 9, 0)) == ["1111", "1111"]
-    assert rows(forced_blocks(1, 8, 2, 0, 0)) == ["0000"]
-    assert rows(forced_blocks(3, 2, 1, 1, 1)) == ["00", "10", "11"]
+    def forced(q_len: int, kv_len: int, initial: int, local: int, size: int = 2) -> list[str]:
+        blocks = {"num_initial_blocks": initial, "num_local_blocks": local}
+        return rows(forced_blocks(q_len, kv_len, Sizes(selection_block_size=size, **blocks)))
+
+    assert forced(8, 8, 1, 2) == ["1000", "1000", "1100", "1100", "1110", "1110", "1011", "1011"]
+    assert forced(2, 8, 0, 1) == ["0001", "0001"]
+    assert forced(2, 8, 9, 0) == ["1111", "1111"]
+    assert forced(1, 8, 0, 0) == ["0000"]
+    assert forced(3, 2, 1, 1, size=1) == ["00", "10", "11"]
 
 
 def test_i4_nothing_is_forced_where_the_own_block_is_visible_on_top():
-    assert not forced_blocks(4, 8, 2, 1, 2, dataclasses.replace(PAPER, own_block_extra=True)).any()
+    sizes = dataclasses.replace(PAIRS, num_initial_blocks=1, num_local_blocks=2)
+    assert not forced_blocks(4, 8, sizes, dataclasses.replace(PAPER, own_block_extra=True)).any()
 
 
 @given(
@@ -200,77 +192,59 @@ def test_candidates_are_those_of_the_second_definition(
     semantics = Semantics(
         causal=causal, own_block_extra=own_extra, importance=kind, compress_alignment=alignment
     )
-    actual = selection_candidates(
-        q_len,
-        kv_len,
-        blocks_per * stride,
-        semantics,
+    sizes = Sizes(
         compress_block_size=length,
         compress_block_sliding_stride=stride,
+        selection_block_size=blocks_per * stride,
     )
-    compressed = dense_compress_mask(
-        0, kv_len, length, stride, 0, causal=causal, alignment=alignment, strict=False
-    )
-    expected = dense_candidates(
-        q_len,
-        kv_len,
-        blocks_per * stride,
-        causal=causal,
-        own_extra=own_extra,
-        logit_mean=kind == "logit_mean",
-        blocks_per=blocks_per,
-        blocks=compressed.shape[1],
-    )
-    np.testing.assert_array_equal(actual, expected)
+    actual = selection_candidates(q_len, kv_len, sizes, semantics)
+    np.testing.assert_array_equal(actual, dense_candidates(q_len, kv_len, sizes, semantics))
 
 
 # --- importance -----------------------------------------------------------------------------------
+
+STRADDLING = Sizes(  # a window may lie in two selection blocks
+    compress_block_size=4, compress_block_sliding_stride=2, selection_block_size=4
+)
 
 
 def test_i1_memory_takes_part_in_the_softmax_and_is_no_candidate():
     """Equal logits: row p of 3 compressed blocks and 1 memory column gives each 1 / (p + 2)."""
     q, k_cmp, mem_k = np.zeros((1, 1, 3, 1)), np.zeros((1, 1, 3, 1)), np.zeros((1, 1, 1, 1))
-    sizes = {"kv_len": 3, "compress_block_size": 1, "compress_block_sliding_stride": 1}
-    p_cmp = compress_probabilities(q, k_cmp, mem_k, **sizes)
+    p_cmp = compress_probabilities(q, k_cmp, mem_k, kv_len=3, sizes=Sizes(num_mem_kv=1))
     third = 1 / 3
     assert p_cmp[0, 0].tolist() == [[0.5, 0, 0], [third, third, 0], [0.25, 0.25, 0.25]]
-    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **sizes)
+    how = {"kv_len": 3, "sizes": Sizes()}
+    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **how)
     assert p_cmp[0, 0].tolist() == [[1, 0, 0], [0.5, 0.5, 0], [third, third, third]]
     strict = dataclasses.replace(PAPER, compress_strict=True)
-    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **sizes, semantics=strict)
+    p_cmp = compress_probabilities(q, k_cmp, mem_k[:, :, :0], **how, semantics=strict)
     assert p_cmp[0, 0, 0].tolist() == [0, 0, 0]  # no block is visible
 
 
 def test_i2_windows_that_start_at_their_stride_count_the_strides_they_share():
     """l = 4, d = 2, l' = 4: 12 tokens are 5 windows and 3 blocks; window 1 straddles 0 and 1."""
-    count = shared_strides(12, 4, 2, 4, "start")
+    count = shared_strides(12, STRADDLING)
     assert count.tolist() == [[2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
 
 
 def test_i2_windows_that_end_at_their_stride_count_the_strides_they_share():
     """Window 0 covers tokens -2 .. 1: one stride of padding and one of block 0."""
-    count = shared_strides(12, 4, 2, 4, "end")
+    count = shared_strides(12, STRADDLING, END)
     assert count.tolist() == [[1, 0, 0], [2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
 
 
 def test_i2_equal_sizes_make_the_importance_the_probability_itself():
     """l = d = l': eq. 9 is the identity, as the paper says above it."""
-    for alignment in ("start", "end"):
-        np.testing.assert_array_equal(shared_strides(9, 3, 3, 3, alignment), np.eye(3))
+    threes = Sizes(compress_block_size=3, compress_block_sliding_stride=3, selection_block_size=3)
+    for semantics in (PAPER, END):
+        np.testing.assert_array_equal(shared_strides(9, threes, semantics), np.eye(3))
 
 
 def test_i2_a_score_is_the_overlap_weighted_sum_of_probabilities():
     """Equal logits at p = 11: the five windows above have 1/5 each; strides per block 3, 4, 3."""
     q, k_cmp, none = np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 5, 1)), np.zeros((1, 1, 0, 1))
-    score = importance(
-        q,
-        k_cmp,
-        none,
-        kv_len=12,
-        compress_block_size=4,
-        compress_block_sliding_stride=2,
-        selection_block_size=4,
-    )
+    score = importance(q, k_cmp, none, kv_len=12, sizes=STRADDLING)
     assert [round(5 * x, 9) for x in score[0, 0, 0]] == [3, 4, 3]
 
 
@@ -278,43 +252,28 @@ def test_i3_scores_are_summed_over_the_group_or_kept_per_query_head():
     """Two query heads, one kv head: one-hot probabilities on blocks 0 and 1."""
     q = np.array([1000.0, -1000.0]).reshape(1, 2, 1, 1)
     k_cmp = np.array([1.0, -1.0]).reshape(1, 1, 2, 1)
-    sizes = {
-        "kv_len": 2,
-        "compress_block_size": 1,
-        "compress_block_sliding_stride": 1,
-        "selection_block_size": 1,
-    }
+    how = {"kv_len": 2, "sizes": Sizes(q_heads=2)}
     none = np.zeros((1, 1, 0, 1))
-    assert importance(q, k_cmp, none, **sizes).tolist() == [[[[1, 1]]]]
+    assert importance(q, k_cmp, none, **how).tolist() == [[[[1, 1]]]]
     alone = dataclasses.replace(PAPER, share_selection=False)
-    assert importance(q, k_cmp, none, **sizes, semantics=alone).tolist() == [[[[1, 0]], [[0, 1]]]]
+    assert importance(q, k_cmp, none, **how, semantics=alone).tolist() == [[[[1, 0]], [[0, 1]]]]
 
 
 def test_i3_logit_mean_is_the_mean_over_group_and_strides_and_minus_inf_off_the_candidates():
     """Logits 1, 2, 3, ... of two heads, the second ten times the first; l' = 2 d."""
     q = np.array([1.0, 10.0]).reshape(1, 2, 1, 1)
     k_cmp = np.arange(1.0, 7.0).reshape(1, 1, 6, 1)
-    sizes = {
-        "kv_len": 6,
-        "compress_block_size": 1,
-        "compress_block_sliding_stride": 1,
-        "selection_block_size": 2,
-    }
-    means = importance(q, k_cmp, k_cmp[:, :, :1], **sizes, semantics=LUCIDRAINS, scale=1.0)
+    sizes = Sizes(q_heads=2, selection_block_size=2, num_mem_kv=1)
+    means = importance(q, k_cmp, k_cmp[:, :, :1], kv_len=6, sizes=sizes, semantics=LUCIDRAINS)
     assert means.tolist() == [[[[(1 + 2 + 10 + 20) / 4, (3 + 4 + 30 + 40) / 4, -math.inf]]]]
 
 
 def test_i3_an_invisible_logit_counts_as_a_tenth_of_the_lowest_number_and_never_overflows():
     """The own block at p = 2 with l' = 2: of its two strides only the first is visible."""
     semantics = dataclasses.replace(LUCIDRAINS, own_block_extra=False, compress_strict=False)
-    sizes = {
-        "kv_len": 4,
-        "compress_block_size": 2,
-        "compress_block_sliding_stride": 2,
-        "selection_block_size": 2,
-    }
+    sizes = dataclasses.replace(PAIRS, q_heads=12, compress_block_sliding_stride=2)
     q, k_cmp = np.ones((1, 12, 2, 1)), np.ones((1, 1, 2, 1))
-    means = importance(q, k_cmp, k_cmp[:, :, :0], **sizes, semantics=semantics)
+    means = importance(q, k_cmp, k_cmp[:, :, :0], kv_len=4, sizes=sizes, semantics=semantics)
     lowest = -np.finfo(np.float64).max / 10
     assert means.tolist() == [[[[1.0, lowest], [1.0, 1.0]]]]  # p = 2: block 1 is not over
     assert selection_probability(means)[0, 0, 0].tolist() == [1.0, 0.0]
@@ -335,33 +294,24 @@ def test_i1_i2_overlap_importance_is_equation_9_of_the_dense_probabilities(case)
     the printed index sums. The bound: that of each p_cmp, weighted as eq. 9 weights it, and one
     rounding for each of at most (2 blocks + group) additions on either side."""
     semantics = dataclasses.replace(case.semantics, importance="overlap")
-    q, k_cmp, mem_k = case.q, case.k_cmp, case.mem_k
-    kv_len, length, stride, size = case.sizes.values()
-    mask = dense_compress_mask(
-        q.shape[2],
-        kv_len,
-        length,
-        stride,
-        mem_k.shape[2],
-        causal=semantics.causal,
-        alignment=semantics.compress_alignment,
-        strict=semantics.compress_strict,
-    )
+    case = case._replace(semantics=semantics)
+    q, k_cmp, mem_k, kv_len, sizes, _ = case
     columns = np.concatenate([mem_k, k_cmp], axis=2)
     one_hot = np.broadcast_to(np.eye(columns.shape[2]), (*columns.shape[:3], columns.shape[2]))
-    p_cmp = dense_attention(q, columns, one_hot, mask, scale=q.shape[3] ** -0.5)["out"]
-    kv_heads, memory = k_cmp.shape[1], mem_k.shape[2]
-    group = q.shape[1] // kv_heads if semantics.share_selection else 1
-    geometry = (kv_len, length, stride, size, semantics.compress_alignment, group)
-    expected = dense_overlap_scores(p_cmp.value[..., memory:], *geometry)
-    bound = dense_overlap_scores(p_cmp.bound[..., memory:], *geometry)
-    additions = 2 * (2 * k_cmp.shape[2] + length * size + group)
-    actual = importance(q, k_cmp, mem_k, **case.sizes, semantics=semantics)
+    mask = dense_compress_mask(q.shape[2], kv_len, sizes, semantics)
+    p_cmp = dense_attention(q, columns, one_hot, mask, scale=sizes.head_dim**-0.5)["out"]
+    value, p_bound = (x[..., sizes.num_mem_kv :] for x in (p_cmp.value, p_cmp.bound))
+    expected = dense_overlap_scores(value, kv_len, sizes, semantics)
+    bound = dense_overlap_scores(p_bound, kv_len, sizes, semantics)
+    terms = sizes.compress_block_size * sizes.selection_block_size + sizes.group_size
+    additions = 2 * (2 * k_cmp.shape[2] + terms)
+    actual = case.scores()
     assert actual.shape == expected.shape
     assert (abs(actual - expected) <= bound + additions * U * expected).all()
-    sizes = dict(list(case.sizes.items())[:3])
-    actual = compress_probabilities(q, k_cmp, mem_k, **sizes, semantics=semantics)
-    assert (abs(actual - p_cmp.value[..., memory:]) <= p_cmp.bound[..., memory:]).all()
+    actual = compress_probabilities(
+        q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics
+    )
+    assert (abs(actual - value) <= p_bound).all()
 
 
 @given(case=selectings())
@@ -374,23 +324,12 @@ def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
     """
     semantics = dataclasses.replace(case.semantics, importance="logit_mean")
     case = case._replace(semantics=semantics)
-    q, k_cmp, mem_k = case.q, case.k_cmp, case.mem_k
-    kv_len, length, stride, size = case.sizes.values()
+    q, k_cmp, sizes = case.q, case.k_cmp, case.sizes
     batch, q_heads, q_len, head_dim = q.shape
-    kv_heads = k_cmp.shape[1]
-    group = q_heads // kv_heads if semantics.share_selection else 1
-    k = np.repeat(k_cmp, q_heads // kv_heads, axis=1)
-    seen = dense_compress_mask(
-        q_len,
-        kv_len,
-        length,
-        stride,
-        0,
-        causal=semantics.causal,
-        alignment=semantics.compress_alignment,
-        strict=semantics.compress_strict,
-    )
-    per = size // stride
+    group = sizes.group_size if semantics.share_selection else 1
+    k = np.repeat(k_cmp, sizes.group_size, axis=1)
+    seen = dense_compress_mask(q_len, case.kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
+    per = sizes.selection_block_size // sizes.compress_block_sliding_stride
     whole = k.shape[2] // per
 
     def means(logits: np.ndarray) -> np.ndarray:
@@ -400,11 +339,10 @@ def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
 
     lowest = np.finfo(np.float64).max / 10
     logits = np.einsum("bhtc,bhic->bhti", q, k) * head_dim**-0.5
-    sizes = np.einsum("bhtc,bhic->bhti", abs(q), abs(k)) * head_dim**-0.5
+    terms = np.einsum("bhtc,bhic->bhti", abs(q), abs(k)) * head_dim**-0.5
     expected = means(np.where(seen, logits, -lowest))
-    bound = 2 * U * (head_dim + group * per + 6) * means(np.where(seen, sizes, lowest))
-    actual = importance(q, k_cmp, mem_k, **case.sizes, semantics=semantics)
-    allowed = candidates_of(case)
+    bound = 2 * U * (head_dim + group * per + 6) * means(np.where(seen, terms, lowest))
+    actual, allowed = case.scores(), case.candidates()
     assert (actual[..., ~allowed] == -math.inf).all()
     assert not allowed[:, whole:].any()
     error = abs(actual[..., :whole] - expected)
@@ -414,8 +352,8 @@ def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
 def test_i1_fifty_digits_agree_on_a_tiny_row():
     q, k_cmp = np.array([1.25]).reshape(1, 1, 1, 1), np.array([1.0, -2.0]).reshape(1, 1, 2, 1)
     mem_k = np.array([0.5]).reshape(1, 1, 1, 1)
-    sizes = {"kv_len": 2, "compress_block_size": 1, "compress_block_sliding_stride": 1}
-    actual = compress_probabilities(q, k_cmp, mem_k, **sizes)[0, 0, 0]
+    sizes = Sizes(num_mem_kv=1)
+    actual = compress_probabilities(q, k_cmp, mem_k, kv_len=2, sizes=sizes)[0, 0, 0]
     with mpmath.workdps(50):
         weights = [mpmath.exp(mpmath.mpf(x)) for x in (0.625, 1.25, -2.5)]  # exact logits
         for probability, weight in zip(actual, weights[1:]):
@@ -483,18 +421,15 @@ def test_i6_fewer_candidates_than_n_are_all_taken_and_minus_one_fills_the_rest()
 def test_i4_the_paper_selects_the_first_and_the_two_local_blocks_before_any_other():
     generator = np.random.default_rng(5)
     q, k = generator.standard_normal((1, 2, 12, 4)), generator.standard_normal((1, 1, 12, 4))
-    chosen = select(
-        q,
-        k,
-        k[:, :, :0],
-        kv_len=12,
-        compress_block_size=1,
-        compress_block_sliding_stride=1,
+    sizes = Sizes(
+        q_heads=2,
+        head_dim=4,
         selection_block_size=2,
         num_selected_blocks=4,
         num_initial_blocks=1,
         num_local_blocks=2,
     )
+    chosen = select(q, k, k[:, :, :0], kv_len=12, sizes=sizes)
     assert chosen.shape == (1, 1, 12, 4)
     assert chosen[0, 0, 0].tolist() == [0, -1, -1, -1]
     for t in range(12):
@@ -508,11 +443,10 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
 
     A finite forced score among means has a table of its own, above.
     """
-    semantics = case.semantics
-    chosen = select(*case[:3], **case.sizes, **case.chosen, semantics=semantics)
-    scores = importance(*case[:3], **case.sizes, semantics=semantics)
-    candidates, forced = candidates_of(case), forced_of(case)
-    n = case.chosen["num_selected_blocks"]
+    semantics, n = case.semantics, case.sizes.num_selected_blocks
+    chosen, scores, candidates, forced = (
+        case.select(), case.scores(), case.candidates(), case.forced(),
+    )  # fmt: skip
     assert chosen.shape == (*scores.shape[:3], n)
     assert chosen.dtype == np.int64
     probability = scores
@@ -535,10 +469,10 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
     "corner",
     [
         lambda case, scores: (np.diff(np.sort(scores, axis=-1)) == 0).any(),
-        lambda case, scores: case.sizes["kv_len"] % case.sizes["selection_block_size"],
-        lambda case, scores: scores.shape[-1] < case.chosen["num_selected_blocks"],
-        lambda case, scores: forced_of(case).sum(axis=1).max() > case.chosen["num_selected_blocks"],
-        lambda case, scores: case.sizes["kv_len"] < case.q.shape[2],
+        lambda case, scores: case.kv_len % case.sizes.selection_block_size,
+        lambda case, scores: scores.shape[-1] < case.sizes.num_selected_blocks,
+        lambda case, scores: case.forced().sum(axis=1).max() > case.sizes.num_selected_blocks,
+        lambda case, scores: case.kv_len < case.q.shape[2],
         lambda case, scores: case.mem_k.shape[2] and case.semantics is PAPER,
         lambda case, scores: (
             case.semantics.score_floor == 0.25 and ((scores > 0) & (scores < 0.25)).any()
@@ -548,7 +482,7 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
 )
 def test_selectings_reach_the_corner(corner):
     def reached(case: Selecting) -> bool:
-        scores = importance(*case[:3], **case.sizes, semantics=case.semantics)
+        scores = case.scores()
         return scores.size > 0 and bool(corner(case, scores))
 
     find(selectings(), reached, settings=settings(database=None, max_examples=2000))
@@ -743,15 +677,13 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
     case, seed
 ):
     """The bounds are of the size of the scores' gaps, so that the noise does change choices."""
-    scores = importance(*case[:3], **case.sizes, semantics=case.semantics)
-    n = case.chosen["num_selected_blocks"]
+    scores, chosen = case.scores(), case.select()
     keywords: dict[str, Any] = {
-        "candidates": candidates_of(case),
-        "forced": forced_of(case),
-        "num_selected_blocks": n,
+        "candidates": case.candidates(),
+        "forced": case.forced(),
+        "num_selected_blocks": case.sizes.num_selected_blocks,
         "semantics": case.semantics,
     }
-    chosen = select(*case[:3], **case.sizes, **case.chosen, semantics=case.semantics)
     assert (
         valid_selection(chosen, scores, np.zeros(scores.shape), **keywords).verdict == VALID
     ).all()
@@ -767,11 +699,15 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
-SIZES = {
+HOW = {
     "kv_len": 6,
-    "compress_block_size": 2,
-    "compress_block_sliding_stride": 2,
-    "selection_block_size": 2,
+    "sizes": Sizes(
+        q_heads=2,
+        head_dim=2,
+        compress_block_size=2,
+        compress_block_sliding_stride=2,
+        selection_block_size=2,
+    ),
 }
 ROW = {
     "scores": np.zeros((1, 1, 1, 2)),
@@ -786,67 +722,43 @@ CHOICE = np.zeros((1, 1, 1, 1), int)
     ("call", "error", "message"),
     [
         (
-            lambda: importance(Q, K, NONE, **{**SIZES, "selection_block_size": 3}),
-            ValueError,
-            r"selection_block_size=3 must be a positive multiple of "
-            r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",
-        ),
-        (
-            lambda: importance(
-                Q, K[:, :, :2], NONE, **{**SIZES, "compress_block_size": 3}
+            lambda: shared_strides(
+                6, Sizes(compress_block_size=3, compress_block_sliding_stride=2,
+                         selection_block_size=2),
             ),
             ValueError,
             r"compress_block_size=3 must be a positive multiple of "
             r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",
         ),
         (
-            lambda: importance(Q, K[:, :, :2], NONE, **SIZES),
+            lambda: importance(Q[:, :1], K, NONE, **HOW),
             ValueError,
-            r"k_cmp has shape \(1, 1, 2, 2\); it must be \(1, kv_heads, 3, 2\)",
+            r"q has shape \(1, 1, 3, 2\); it must be \(batch, 2, q_len, 2\)",
         ),
         (
-            lambda: importance(Q, K, NONE[..., :1], **SIZES),
+            lambda: importance(Q, K[:, :, :2], NONE, **HOW),
             ValueError,
-            r"mem_k has shape \(1, 1, 0, 1\); it must be \(1, 1, num_mem_kv, 2\)",
+            r"k_cmp has shape \(1, 1, 2, 2\); it must be \(1, 1, 3, 2\)",
         ),
         (
-            lambda: importance(np.ones((1, 3, 3, 2)), np.ones((1, 2, 3, 2)),
-                               np.ones((1, 2, 0, 2)), **SIZES),
+            lambda: importance(Q, K, NONE[..., :1], **HOW),
             ValueError,
-            r"q_heads \(axis 1 of q\)=3 must be a positive multiple of kv_heads",
+            r"mem_k has shape \(1, 1, 0, 1\); it must be \(1, 1, 0, 2\)",
         ),
         (
-            lambda: importance(Q, K, NONE, **SIZES, semantics=None),
+            lambda: importance(Q, K, NONE, **HOW, semantics=None),
             TypeError,
             r"semantics=None must be a Semantics",
         ),
         (
-            lambda: selection_candidates(2, 2, 0),
-            ValueError,
-            r"selection_block_size=0 must be at least 1",
-        ),
-        (
-            lambda: selection_candidates(2, 2, 1, LUCIDRAINS),
-            ValueError,
-            r"compress_block_sliding_stride=None must be given: importance='logit_mean'",
-        ),
-        (
-            lambda: selection_candidates(
-                2, 2, 1, dataclasses.replace(LUCIDRAINS, compress_alignment="start"),
-                compress_block_sliding_stride=1,
-            ),
-            ValueError,
-            r"compress_block_size=None must be given: with importance='logit_mean'",
-        ),
-        (
-            lambda: forced_blocks(2, 2, 1, -1, 0),
-            ValueError,
-            r"num_initial_blocks=-1 must be at least 0",
-        ),
-        (
-            lambda: forced_blocks(2, 2, 1, 0, 1.5),
+            lambda: selection_candidates(2, 2, None),
             TypeError,
-            r"num_local_blocks=1.5 must be an integer, not float",
+            r"sizes=None must be a nsa_ref.Sizes",
+        ),
+        (
+            lambda: forced_blocks(-1, 2, Sizes()),
+            ValueError,
+            r"q_len=-1 must be at least 0",
         ),
         (
             lambda: top_blocks(**{**ROW, "num_selected_blocks": -1}),

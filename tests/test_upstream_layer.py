@@ -311,23 +311,29 @@ def test_switches_of_lucidrains_show_in_fine_rows_without_a_block_alone(
     semantics = dataclasses.replace(LUCIDRAINS, causal=causal)
     rng = np.random.default_rng(seed)
     stride, kv_len = int(rng.integers(1, 4)), int(rng.integers(1, 24))
-    sizes = {"compress_block_size": stride + 1, "compress_block_sliding_stride": stride}
-    block = stride * int(rng.integers(1, 4))
+    sizes = nsa_ref.Sizes(
+        q_heads=2,
+        kv_heads=2,
+        head_dim=4,
+        compress_block_size=stride + 1,
+        compress_block_sliding_stride=stride,
+        selection_block_size=stride * int(rng.integers(1, 4)),
+        num_selected_blocks=3,
+        sliding_window_size=1,
+        num_mem_kv=1,
+    )
     q, k_cmp, mem_k = (
         rng.standard_normal((1, 2, length, 4)) for length in (kv_len, kv_len // stride, 1)
     )
-    chosen = select(
-        q, k_cmp, mem_k, kv_len=kv_len, **sizes, selection_block_size=block,
-        num_selected_blocks=3, num_initial_blocks=0, num_local_blocks=0, semantics=semantics,
-    )  # fmt: skip
-    fine = fine_mask(kv_len, kv_len, block, chosen, 2, semantics)
+    chosen = select(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
+    fine = fine_mask(kv_len, kv_len, chosen, sizes, semantics)
     once = dataclasses.replace(semantics, duplicates="set")
-    np.testing.assert_array_equal(fine, fine_mask(kv_len, kv_len, block, chosen, 2, once))
+    np.testing.assert_array_equal(fine, fine_mask(kv_len, kv_len, chosen, sizes, once))
     empty = fine.sum(axis=-1) == 0
     np.testing.assert_array_equal(empty, (chosen < 0).all(axis=-1) & (not causal))
     others = (
-        compress_mask(kv_len, kv_len, stride + 1, stride, 1, semantics),
-        sliding_mask(kv_len, kv_len, 1, semantics),
+        compress_mask(kv_len, kv_len, sizes, semantics),
+        sliding_mask(kv_len, kv_len, sizes, semantics),
     )
     for mask in others:
         assert (mask.sum(axis=-1) > 0).all()
@@ -525,13 +531,8 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
     tokens = x.detach().double().numpy()
     q, k_cmp, mem_k = selection_inputs(tokens, weights, sizes=sizes, semantics=semantics)
-    strides = {name: parts.sizes[name] for name in COMPRESS_SIZES}
-    lengths = (x.shape[1], x.shape[1], sizes.selection_block_size)
-    scores = importance(
-        q, k_cmp, mem_k, kv_len=x.shape[1], **strides,
-        selection_block_size=sizes.selection_block_size, semantics=semantics,
-    )  # fmt: skip
-    candidates = selection_candidates(*lengths, semantics, **strides)
+    scores = importance(q, k_cmp, mem_k, kv_len=x.shape[1], sizes=sizes, semantics=semantics)
+    candidates = selection_candidates(x.shape[1], x.shape[1], sizes, semantics)
     choose = {"candidates": candidates, "forced": np.zeros_like(candidates), "semantics": semantics}
 
     taken = upstream_choice(module, x).numpy()

@@ -75,26 +75,12 @@ class Branch:
         semantics = semantics or case.semantics
         shape = (case.batch, case.q_heads, case.q_len)
         if self.name == "sliding":
-            mask = sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, semantics)
+            mask = sliding_mask(case.q_len, case.kv_len, case, semantics)
         elif self.name == "compress":
-            mask = compress_mask(
-                case.q_len,
-                case.kv_len,
-                case.compress_block_size,
-                case.compress_block_sliding_stride,
-                case.num_mem_kv,
-                semantics,
-            )
+            mask = compress_mask(case.q_len, case.kv_len, case, semantics)
         else:
             assert block_indices is not None
-            mask = fine_mask(
-                case.q_len,
-                case.kv_len,
-                case.selection_block_size,
-                block_indices,
-                case.q_heads,
-                semantics,
-            )
+            mask = fine_mask(case.q_len, case.kv_len, block_indices, case, semantics)
         return np.broadcast_to(mask, (*shape, mask.shape[-1]))
 
     def mask_clause(self, case: Case) -> str:

@@ -20,7 +20,7 @@ from nsa_ref.checks import check_at_least, check_one_of
 from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
 from nsa_ref.layer import layer_weight_shapes
 from nsa_ref.semantics import PAPER, PRESETS, Semantics
-from nsa_ref.sizes import Sizes
+from nsa_ref.sizes import Sizes, num_selection_blocks
 
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
@@ -98,17 +98,12 @@ class Case(Sizes):
     @property
     def num_compress_blocks(self) -> int:
         """Compressed keys (C1), memory not counted."""
-        return num_compress_blocks(
-            self.kv_len,
-            self.compress_block_size,
-            self.compress_block_sliding_stride,
-            self.semantics.compress_alignment,
-        )
+        return num_compress_blocks(self.kv_len, self, self.semantics)
 
     @property
     def num_selection_blocks(self) -> int:
         """Blocks of l' tokens, the last of which may be short (F2)."""
-        return -(-self.kv_len // self.selection_block_size)
+        return num_selection_blocks(self.kv_len, self)
 
     @property
     def layer_sizes(self) -> Sizes:
@@ -241,15 +236,8 @@ class Case(Sizes):
 
     def pool_weights(self) -> dict[str, np.ndarray]:
         """Weights of the compression map for keys (C4), scaled to keep outputs near one."""
-        shapes = pool_weight_shapes(
-            self.compress_map,
-            self.compress_positions,
-            self.kv_heads,
-            self.compress_block_size,
-            self.head_dim,
-        )
         weights = {}
-        for name, shape in shapes.items():
+        for name, shape in pool_weight_shapes(self, self.head_dim).items():
             values = self.generator(f"weights/{name}").standard_normal(shape)
             if name.startswith("weight"):
                 values = values / max(1, shape[-1]) ** 0.5
@@ -259,7 +247,7 @@ class Case(Sizes):
     def layer_weights(self) -> dict[str, np.ndarray]:
         """Weights of the layer (G1), scaled to keep q, k, v, gates and outputs near one."""
         weights = {}
-        for name, shape in layer_weight_shapes(self.layer_sizes, self.semantics).items():
+        for name, shape in layer_weight_shapes(self, self.semantics).items():
             values = self.generator(f"weights/{name}").standard_normal(shape)
             if name == "norm.weight":
                 values = 1 + values / 4

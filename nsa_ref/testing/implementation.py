@@ -371,27 +371,13 @@ class OracleImplementation(Implementation):
     }
 
     def sliding_mask(self, case: Case) -> np.ndarray:
-        return sliding_mask(case.q_len, case.kv_len, case.sliding_window_size, case.semantics)
+        return sliding_mask(case.q_len, case.kv_len, case, case.semantics)
 
     def compress_mask(self, case: Case) -> np.ndarray:
-        return compress_mask(
-            case.q_len,
-            case.kv_len,
-            case.compress_block_size,
-            case.compress_block_sliding_stride,
-            case.num_mem_kv,
-            case.semantics,
-        )
+        return compress_mask(case.q_len, case.kv_len, case, case.semantics)
 
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        return fine_mask(
-            case.q_len,
-            case.kv_len,
-            case.selection_block_size,
-            block_indices,
-            case.q_heads,
-            case.semantics,
-        )
+        return fine_mask(case.q_len, case.kv_len, block_indices, case, case.semantics)
 
     def attend(
         self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
@@ -477,75 +463,57 @@ class OracleImplementation(Implementation):
         return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
 
     def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
-        return _stored(case, pool(*_float64(x, weights), **_pool_sizes(case)))
+        return _stored(case, pool(*_float64(x, weights), **_geometry(case)))
 
     def pool_vjp(
         self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        return _stored(case, pool_vjp(*_float64(x, weights, d_out), **_pool_sizes(case)))
+        return _stored(case, pool_vjp(*_float64(x, weights, d_out), **_geometry(case)))
 
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
-        return select(
-            *_float64(q, k_cmp, mem_k),
-            kv_len=case.kv_len,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            selection_block_size=case.selection_block_size,
-            num_selected_blocks=case.num_selected_blocks,
-            num_initial_blocks=case.num_initial_blocks,
-            num_local_blocks=case.num_local_blocks,
-            semantics=case.semantics,
-        )
+        q, k_cmp, mem_k = _float64(q, k_cmp, mem_k)
+        return select(q, k_cmp, mem_k, kv_len=case.kv_len, **_geometry(case))
 
     def layer(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
         weights, x = _float64(weights, x)
-        return _stored(case, layer(x, weights, **_layer_sizes(case)))
+        return _stored(case, layer(x, weights, **_geometry(case)))
 
     def layer_with_blocks(
         self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
     ) -> np.ndarray:
         weights, x = _float64(weights, x)
-        return _stored(case, layer(x, weights, block_indices=block_indices, **_layer_sizes(case)))
+        return _stored(case, layer(x, weights, block_indices=block_indices, **_geometry(case)))
 
     def decode(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
         weights, x = _float64(weights, x)
-        return _stored(case, decode(x, weights, **_layer_sizes(case)))
+        return _stored(case, decode(x, weights, **_geometry(case)))
 
     def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> np.ndarray:
         weights, x = _float64(weights, x)
-        return _stored(case, varlen(x, weights, cu_seqlens, **_layer_sizes(case)))
+        return _stored(case, varlen(x, weights, cu_seqlens, **_geometry(case)))
 
     def layer_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights, x, d_out = _float64(weights, x, d_out)
-        return _stored(case, layer_vjp(x, weights, d_out, **_layer_sizes(case)))
+        return _stored(case, layer_vjp(x, weights, d_out, **_geometry(case)))
 
     def layer_with_blocks_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights, x, d_out = _float64(weights, x, d_out)
-        forced = {"block_indices": block_indices, **_layer_sizes(case)}
+        forced = {"block_indices": block_indices, **_geometry(case)}
         return _stored(case, layer_vjp(x, weights, d_out, **forced))
 
     def varlen_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         weights, x, d_out = _float64(weights, x, d_out)
-        return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **_layer_sizes(case)))
+        return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **_geometry(case)))
 
 
-def _layer_sizes(case: Case) -> dict[str, Any]:
-    return {"sizes": case.layer_sizes, "semantics": case.semantics}
-
-
-def _pool_sizes(case: Case) -> dict[str, Any]:
-    return {
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-        "compress_map": case.compress_map,
-        "compress_alignment": case.semantics.compress_alignment,
-    }
+def _geometry(case: Case) -> dict[str, Any]:
+    return {"sizes": case, "semantics": case.semantics}
 
 
 def _float64(*values: Any) -> tuple[Any, ...]:

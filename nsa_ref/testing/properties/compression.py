@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from nsa_ref.compress import pool, pool_vjp
@@ -21,15 +19,6 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Check, Outcome, settle
 
 
-def _pool_sizes(case: Case) -> dict[str, Any]:
-    return {
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-        "compress_map": case.compress_map,
-        "compress_alignment": case.semantics.compress_alignment,
-    }
-
-
 def _float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float64) for name, array in weights.items()}
 
@@ -44,12 +33,13 @@ def windows(implementation: Implementation, case: Case) -> Outcome:
         x = np.zeros((case.batch, case.kv_heads, case.kv_len, case.head_dim), DTYPES[case.dtype])
         x[:, :, chunk, :width] = np.eye(width, dtype=x.dtype)
         actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
-        expected = pool(x.astype(np.float64), _float64(weights), **_pool_sizes(case))
+        expected = pool(x.astype(np.float64), _float64(weights), case, case.semantics)
         bounds = pool_bounds(
             x.astype(np.float64),
             _float64(weights),
+            sizes=case,
+            semantics=case.semantics,
             numerics=implementation.numerics[case.dtype],
-            **_pool_sizes(case),
         )
         wrong = (actual != 0) != (expected != 0)
         if wrong.any():
@@ -72,16 +62,21 @@ def pooled(backward: bool) -> Check:
             x.astype(np.float64),
             _float64(weights),
             d_out.astype(np.float64),
+            sizes=case,
+            semantics=case.semantics,
             numerics=implementation.numerics[case.dtype],
-            **_pool_sizes(case),
         )
         if not backward:
             actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
-            expected = pool(x.astype(np.float64), _float64(weights), **_pool_sizes(case))
+            expected = pool(x.astype(np.float64), _float64(weights), case, case.semantics)
             return settle([compare("C4", which, actual, expected, bounds.out)])
         dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
         want_dx, want_dweights = pool_vjp(
-            x.astype(np.float64), _float64(weights), d_out.astype(np.float64), **_pool_sizes(case)
+            x.astype(np.float64),
+            _float64(weights),
+            d_out.astype(np.float64),
+            case,
+            case.semantics,
         )
         if set(dweights) != set(want_dweights):
             raise Raised(

@@ -71,28 +71,13 @@ def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: W
         numerics=implementation.numerics[case.dtype],
     )
     q, k_cmp, mem_k = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
-    strides = {
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-    }
     tokens = x.shape[1]
-    lengths = (tokens, tokens, case.selection_block_size)
-    scores = importance(
-        q,
-        k_cmp,
-        mem_k,
-        kv_len=tokens,
-        selection_block_size=case.selection_block_size,
-        semantics=semantics,
-        **strides,
-    )
+    scores = importance(q, k_cmp, mem_k, kv_len=tokens, sizes=sizes, semantics=semantics)
     undecided = undecided_rows(
         scores,
         _finite(bounds.scores, scores.shape),
-        candidates=selection_candidates(*lengths, semantics, **strides),
-        forced=forced_blocks(
-            *lengths, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
-        ),
+        candidates=selection_candidates(tokens, tokens, sizes, semantics),
+        forced=forced_blocks(tokens, tokens, sizes, semantics),
         num_selected_blocks=case.num_selected_blocks,
         semantics=semantics,
     )
@@ -537,14 +522,7 @@ class _ThroughTheLayer(Implementation):
         self, case: Case, q: Any, k_cmp: Any, v_cmp: Any, mem_k: Any, mem_v: Any
     ) -> Attention:
         v = np.zeros((case.batch, case.kv_heads, case.kv_len, case.value_dim), v_cmp.dtype)
-        for i, (_, stop) in enumerate(
-            compress_windows(
-                case.kv_len,
-                case.compress_block_size,
-                case.compress_block_sliding_stride,
-                case.semantics.compress_alignment,
-            )
-        ):
+        for i, (_, stop) in enumerate(compress_windows(case.kv_len, case, case.semantics)):
             v[:, :, stop - 1] = v_cmp[:, :, i]
         return self._through(case, "compress", v, mem_v[0])
 

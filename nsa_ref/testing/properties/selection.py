@@ -97,60 +97,34 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
             f"shape {(*rows, case.num_selected_blocks)}"
         )
     q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
-    strides = {
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-    }
-    scores = importance(
-        q,
-        k_cmp,
-        mem_k,
-        kv_len=case.kv_len,
-        selection_block_size=case.selection_block_size,
-        semantics=semantics,
-        **strides,
-    )
-    visible = compress_mask(
-        case.q_len,
-        case.kv_len,
-        **strides,
-        num_mem_kv=case.num_mem_kv,
-        semantics=semantics,
-    )
+    scores = importance(q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=semantics)
+    visible = compress_mask(case.q_len, case.kv_len, case, semantics)
     common: dict[str, Any] = {
         "numerics": implementation.numerics[case.dtype],
         "scale": case.scale,
         "share_selection": semantics.share_selection,
     }
     if semantics.importance == "overlap":
-        counts = shared_strides(
-            case.kv_len,
-            **strides,
-            selection_block_size=case.selection_block_size,
-            compress_alignment=semantics.compress_alignment,
-        )
+        counts = shared_strides(case.kv_len, case, semantics)
         bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
     else:
         complete = logit_mean_bounds(
             q,
             k_cmp,
             visible=visible[:, case.num_mem_kv :],
-            strides_per_block=case.selection_block_size // case.compress_block_sliding_stride,
+            strides_per_block=case.strides_per_selection_block,
             **common,
         )
         # an incomplete trailing block is no candidate: no bound is needed
         bounds = np.zeros(scores.shape)
         bounds[..., : complete.shape[-1]] = complete
-    sizes = (case.q_len, case.kv_len, case.selection_block_size)
-    candidates = selection_candidates(*sizes, semantics, **strides)
+    candidates = selection_candidates(case.q_len, case.kv_len, case, semantics)
     verdict = valid_selection(
         indices,
         scores,
         np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max),
         candidates=candidates,
-        forced=forced_blocks(
-            *sizes, case.num_initial_blocks, case.num_local_blocks, semantics, **strides
-        ),
+        forced=forced_blocks(case.q_len, case.kv_len, case, semantics),
         num_selected_blocks=case.num_selected_blocks,
         semantics=semantics,
     )
