@@ -200,7 +200,7 @@ def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> Non
     case = Case(seed=7)
     asked: list[int] = []
 
-    def check(implementation: object, asked_case: Case) -> Outcome:
+    def check(_: object, __: object, asked_case: Case) -> Outcome:
         asked.append(asked_case.seed)
         suspicious = len(asked) <= 1 + recurs
         return Outcome(budget=2.0, ambiguous=3, suspicion="out is odd" if suspicious else "")
@@ -220,7 +220,7 @@ def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> Non
 def test_no_suspicion_is_drawn_once() -> None:
     asked = []
 
-    def check(implementation: object, case: Case) -> Outcome:
+    def check(_: object, __: object, case: Case) -> Outcome:
         asked.append(case)
         return Outcome(budget=0.5)
 
@@ -231,7 +231,7 @@ def test_no_suspicion_is_drawn_once() -> None:
 def test_a_hard_failure_needs_no_second_draw() -> None:
     asked = []
 
-    def check(implementation: object, case: Case) -> Outcome:
+    def check(_: object, __: object, case: Case) -> Outcome:
         asked.append(case)
         raise Broken("I4", "wrong")
 
@@ -244,7 +244,7 @@ def test_what_the_implementation_raises_is_its_own() -> None:
     """Its exception breaks the property's clause; what it does not offer is no failure."""
 
     def raises(error: Exception) -> Callable[..., Outcome]:
-        def check(implementation: object, case: Case) -> Outcome:
+        def check(_: object, __: object, case: Case) -> Outcome:
             raise error
 
         return check
@@ -262,7 +262,7 @@ def test_a_case_that_is_refused_is_not_offered() -> None:
         def supports(self, case: Case) -> str | None:
             return "no single queries" if case.q_len == 1 else None
 
-    def check(implementation: object, case: Case) -> Outcome:
+    def check(_: object, __: object, case: Case) -> Outcome:
         return Outcome()
 
     with pytest.raises(NotOffered, match="no single queries"):

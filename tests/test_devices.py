@@ -516,7 +516,7 @@ def test_mistakes_of_long_sequences_are_found(build: type[OnStandin], tmp_path: 
         prop.name
         for prop in PROPERTIES.values()
         if prop.extent == "far"
-        and prop.branch == "sliding"
+        and prop.part == "sliding"
         and run_property(prop, build(), options).finding is not None
     }
     backward = build in (WrongDq, WrongDk)

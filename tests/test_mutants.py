@@ -51,7 +51,8 @@ RIGHT: list[tuple[Implementation, Property]] = []
 for base in (Kernel(), Selector(), LayerInSteps()):
     # what the mutants that are made from it are asked
     clauses = {m.clause for m in ZOO.values() if isinstance(m.implementation, type(base))}
-    RIGHT += [(base, p) for p in PROPERTIES.values() if p.clause in clauses and not p.offered(base)]
+    asked = (p for p in PROPERTIES.values() if p.clause in clauses)
+    RIGHT += [(base, p) for p in asked if not (p.why_not_offered(base) or p.why_not_tried(base))]
 
 #: Properties that compare two runs; all others are the same for it as for `Kernel`.
 TWICE = ("canary", "canary_backward", "heads", "linear_in_v", "permutation", "what_follows")

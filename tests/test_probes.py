@@ -17,7 +17,7 @@ from nsa_ref.testing import Case, OracleImplementation, probes
 from nsa_ref.testing.branches import BRANCHES, FINE, SLIDING, Branch, Raised
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import Device
-from nsa_ref.testing.strategies import Sizes, cases, fresh_seeds
+from nsa_ref.testing.strategies import Drawn, cases, fresh_seeds
 
 few = settings(
     max_examples=8,
@@ -64,7 +64,7 @@ class Planted(OracleImplementation):
 def small_cases(branch: Branch, dtype: str) -> st.SearchStrategy[Case]:
     """Something to plant in: rows and columns in every branch, groups small enough to be probed."""
 
-    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
+    def adjust(draw: st.DrawFn, sizes: Drawn) -> None:
         sizes["batch"] = max(1, min(2, sizes["batch"]))
         sizes["kv_heads"] = min(2, sizes["kv_heads"])
         sizes["q_heads"] = sizes["kv_heads"] * draw(st.integers(1, Device.heads_probed))

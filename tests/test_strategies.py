@@ -23,7 +23,7 @@ from nsa_ref.testing.strategies import (
     ABOUT,
     GROUP_SIZES,
     HEAD_DIMS,
-    Sizes,
+    Drawn,
     cases,
     fresh_seeds,
 )
@@ -237,7 +237,7 @@ def test_limits_are_respected(limits: dict[str, Collection[Any]], data: Any) -> 
     Limited.limits = limits
     about = data.draw(st.sampled_from(sorted(ABOUT)))
 
-    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
+    def adjust(draw: st.DrawFn, sizes: Drawn) -> None:
         sizes["batch"] = 3
         sizes["sliding_window_size"] = 1
         sizes["num_selected_blocks"] = 2
@@ -258,7 +258,7 @@ def test_what_a_property_adjusts_within_the_limits_stays(data: Any) -> None:
     class Limited(OracleImplementation):
         limits = {"q_len": range(21), "kv_len": range(131)}  # noqa: RUF012
 
-    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
+    def adjust(draw: st.DrawFn, sizes: Drawn) -> None:
         sizes["q_len"], sizes["kv_len"] = 20, 131
 
     case = data.draw(cases(Limited(), "sliding", adjust=adjust))

@@ -155,7 +155,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     _say(console, f"nsa-ref judges {names} on {where}, level {level}, seed {seed}")
     wanted = arguments.branch or ()
-    properties = [p for p in PROPERTIES.values() if not wanted or p.branch in wanted]
+    properties = [p for p in PROPERTIES.values() if not wanted or p.part in wanted]
     options = [
         f"--level={arguments.level}",
         f"--seed={arguments.seed}",

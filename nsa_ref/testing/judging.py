@@ -22,8 +22,8 @@ from nsa_ref.testing.implementation import (
     refusal,
 )
 from nsa_ref.testing.loading import one_line
+from nsa_ref.testing.properties import masks
 from nsa_ref.testing.properties.common import Outcome, Property
-from nsa_ref.testing.properties.masks import forward_mask
 from nsa_ref.testing.strategies import fresh_seeds
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
@@ -64,25 +64,25 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     if reason := refusal(implementation, case):
         raise NotOffered(reason)
     try:
-        outcome = prop.check(implementation, case)
+        outcome = prop.run(implementation, case)
         if outcome.suspicion:
-            again = [prop.check(implementation, fresh) for fresh in fresh_seeds(case, 3)]
+            again = [prop.run(implementation, fresh) for fresh in fresh_seeds(case, 3)]
             if all(fresh.suspicion for fresh in again):
                 raise Broken(prop.clause, f"{outcome.suspicion} (and with 3 fresh seeds)")
             outcome = dataclasses.replace(outcome, budget=None, suspicion="")
         return outcome
     except Broken as broken:
         values = broken.clause in ("A1", "A2", "A3", "A5")
-        if values and prop.branch in BRANCH_NAMES and not prop.extent:
+        if values and prop.part in BRANCH_NAMES and not prop.extent:
             _blame_the_mask(prop, implementation, case)
         raise
 
 
 def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) -> None:
     """Raise Broken for the mask's clause if the forward reads other keys than it should."""
-    branch = next(b for b in BRANCHES if b.name == prop.branch)
+    about_the_mask = dataclasses.replace(prop, clause=prop.the_branch.mask_clause(case))
     try:
-        forward_mask(branch, branch.mask_clause(case))(implementation, case)
+        masks.read_forward(about_the_mask, implementation, case)
     except (Raised, Inconclusive, NotOffered):
         return
 

@@ -117,7 +117,7 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
         return None
     prop = PROPERTIES[max(known, key=len)]
     record = Record(
-        name=prop.name, clause=prop.clause, branch=prop.branch, implementation="", device=""
+        name=prop.name, clause=prop.clause, branch=prop.part, implementation="", device=""
     )
     folder = folder_of_run(findings, run)
     path, trace = folder / f"{worker}.json", folder / f"{worker}.trace"

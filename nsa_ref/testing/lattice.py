@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.testing.branches import BRANCHES, COMPRESS, FINE
+from nsa_ref.testing.branches import COMPRESS
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
 
 #: What `Edge.reads` calls the number of visible keys of each row, which follows from the mask.
@@ -123,9 +124,9 @@ def case_edges(prop: Property, case: Case) -> list[str]:
     """The edges that this case tries this property on."""
     if prop.extent:
         return []
-    branch = next((b for b in BRANCHES if b.name == prop.branch), COMPRESS)
-    indices = case.block_indices() if branch is FINE else None
-    return edges(case, branch.mask(case, indices))
+    # the choice of blocks and a whole layer have no keys of their own: those of compress count
+    branch = COMPRESS if prop.part in ("selection", "layer") else prop.the_branch
+    return edges(case, oracle_mask(branch, case))
 
 
 def unmet_edges(records: list[dict[str, Any]]) -> list[str]:

@@ -79,7 +79,7 @@ class _Trials:
         self.record = Record(
             name=prop.name,
             clause=prop.clause,
-            branch=prop.branch,
+            branch=prop.part,
             implementation=implementation.name,
             device=implementation.device,
         )
@@ -199,10 +199,10 @@ def _check_asked(prop: Property, implementation: Implementation, options: Option
     if fault := _lost_devices.get(implementation.device):
         worker = "-n 1 -p nsa_ref.testing.plugin goes on in a fresh process"
         raise NotTried(f"{implementation.device} was lost to this process ({fault}); {worker}")
-    if reason := prop.offered(implementation):
-        if reason.startswith("not tried: "):
-            raise NotTried(reason.removeprefix("not tried: "))
-        raise NotOffered(reason.removesuffix(" is not offered").removesuffix(" are not offered"))
+    if reason := prop.why_not_offered(implementation):
+        raise NotOffered(reason)
+    if reason := prop.why_not_tried(implementation):
+        raise NotTried(reason)
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
         raise NotOffered(", ".join(options.dtypes))
     case = options.case
@@ -212,26 +212,8 @@ def _check_asked(prop: Property, implementation: Implementation, options: Option
         raise NotOffered(case.dtype)
     if case.semantics not in implementation.semantics:
         raise NotOffered("the case's semantics are not declared")
-    if options.any_property and not _is_about(prop, case):
+    if options.any_property and not prop.could_draw(case):
         raise NotOffered(f"{prop.name} is about other cases")
-
-
-def _is_about(prop: Property, case: Case) -> bool:
-    """Whether the property could have drawn this case."""
-    wanted = prop.options
-    return (
-        prop.semantics(case.semantics)
-        and wanted.get("adjust") is None
-        and all(
-            getattr(case, field) in wanted.get(option, [getattr(case, field)])
-            for field, option in (
-                ("inputs", "inputs"),
-                ("indices", "indices"),
-                ("head_dim", "head_dims"),
-                ("value_dim", "head_dims"),
-            )
-        )
-    )
 
 
 def generate(

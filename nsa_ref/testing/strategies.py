@@ -18,8 +18,9 @@ from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 
-Sizes = dict[str, Any]
-Adjust = Callable[[st.DrawFn, Sizes], None]
+#: Fields of a case, drawn so far.
+Drawn = dict[str, Any]
+Adjust = Callable[[st.DrawFn, Drawn], None]
 
 GROUP_SIZES = (1, 2, 4, 3, 5, 16)
 HEAD_DIMS = (8, 16, 4, 1, 3, 24, 64, 136)
@@ -104,7 +105,7 @@ def cases(
             choices = [c for c in choices if c in limits[field]] or sorted(limits[field])
         return choices[0] if len(choices) == 1 else draw(st.sampled_from(choices))
 
-    sizes: Sizes = {}
+    sizes: Drawn = {}
     sizes["semantics"] = draw(st.sampled_from(list(semantics or implementation.semantics)))
     sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
 
@@ -236,7 +237,7 @@ def cases(
     return Case(**sizes)
 
 
-def far_lengths(implementation: Implementation) -> list[Sizes]:
+def far_lengths(implementation: Implementation) -> list[Drawn]:
     """q_len and kv_len of long sequences, within the limits; none if those allow only short ones.
 
     As long as each other, a chunk of a long prompt, or a few rows behind a long cache.
@@ -257,7 +258,7 @@ def far_lengths(implementation: Implementation) -> list[Sizes]:
     return found
 
 
-def large_sizes(implementation: Implementation) -> Sizes | None:
+def large_sizes(implementation: Implementation) -> Drawn | None:
     """Sizes with which q has more elements than its device's offsets of 32 bits can tell apart.
 
     None if the limits allow none with sequences short enough to be compared with the definition.

@@ -73,7 +73,7 @@ def _judging_test(
 
     test.__name__ = test.__qualname__ = name
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
-    test.nsa_ref_branch = prop.branch  # type: ignore[attr-defined]
+    test.nsa_ref_branch = prop.part  # type: ignore[attr-defined]
     test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
     test.nsa_ref_implementation = implementation.name  # type: ignore[attr-defined]
     return test

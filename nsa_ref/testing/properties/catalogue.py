@@ -1,774 +1,355 @@
-"""Every property once: its clause, its branch, and the cases that it is asked on."""
+"""Every property once, a row each: what is asked, and on which cases.
+
+A row begins with its name, clause, branch, method and check; `Property` says what each is. Suites
+are generated in the order of the rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from hypothesis import strategies as st
-
 from nsa_ref.semantics import Semantics
-from nsa_ref.testing.branches import (
-    BRANCHES,
-    COMPRESS,
-    FINE,
-    SLIDING,
-    Branch,
-)
+from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING
 from nsa_ref.testing.case import GENERIC_INPUTS
-from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Property
-from nsa_ref.testing.properties.compression import pooled, windows
-from nsa_ref.testing.properties.extent import (
-    large,
-    long_backward_mask,
-    long_mask,
-    long_values,
-    not_far,
-    not_large,
+from nsa_ref.testing.properties import (
+    adjust,
+    compression,
+    extent,
+    influence,
+    laws,
+    layer,
+    masks,
+    selection,
+    values,
 )
-from nsa_ref.testing.properties.influence import canary_backward, canary_forward, heads
-from nsa_ref.testing.properties.laws import (
-    is_full_causal,
-    linear_in_v,
-    permutation,
-    prefix,
-    same_bits,
-    unstated,
-)
-from nsa_ref.testing.properties.layer import (
-    layer_gradients,
-    layer_output,
-    mask_through_the_layer,
-    packed,
-    packed_gradients,
-    where_scores_decide,
-)
-from nsa_ref.testing.properties.masks import backward_mask, exposed_mask, forward_mask
-from nsa_ref.testing.properties.selection import selection
-from nsa_ref.testing.properties.values import empty_rows, gradients, output
-from nsa_ref.testing.strategies import Adjust, Sizes
+from nsa_ref.testing.properties.common import Property
 
 #: Head dims of cases that are read out by one-hot vectors: one call per `head_dim` rows or columns.
 PROBED_DIMS = (16, 24, 32)
+#: Rotary embedding turns pairs.
+LAYER_DIMS = (8, 4, 2, 16)
+
+RANDN = ("randn",)
+LAYER_INPUTS = ("randn", "flat")
+LONG_INPUTS = ("randn", "flat", "offsets")
+CANARY_INPUTS = ("randn", "flat", "integers")
+LINEAR_INPUTS = ("randn", "flat", "integers", "huge")
+MIXED = ("mixed",)
 
 
-def _any(semantics: Semantics) -> bool:
-    return True
-
-
-PROPERTIES: dict[str, Property] = {}
-
-
-def _register(
-    clause: str,
-    branch: Branch | str,
-    check: Check,
-    name: str,
-    *,
-    method: str | None = None,
-    backward: bool = False,
-    by_dtype: bool = False,
-    extent: str = "",
-    requires: Callable[[Implementation], str] = lambda implementation: "",
-    semantics: Callable[[Semantics], bool] = _any,
-    examples: int = 20,
-    **options: Any,
-) -> None:
-    where = branch.name if isinstance(branch, Branch) else branch
-    PROPERTIES[name] = Property(
-        name=name,
-        clause=clause,
-        branch=where,
-        about="pool" if method == "pool" else where,
-        method=method or where,
-        backward=backward,
-        check=check,
-        semantics=semantics,
-        options=options,
-        extent=extent,
-        requires=requires,
-        by_dtype=by_dtype,
-        examples=examples,
-    )
-
-
-def _causal(semantics: Semantics) -> bool:
+def causal(semantics: Semantics) -> bool:
     return semantics.causal
 
 
-def _rotary(semantics: Semantics) -> bool:
-    return semantics.rotary != "none"
-
-
-def _not_causal(semantics: Semantics) -> bool:
+def not_causal(semantics: Semantics) -> bool:
     return not semantics.causal
 
 
-def _zero_rows(branch: Branch) -> Callable[[Semantics], bool]:
-    return lambda semantics: (
-        (semantics.causal or branch is FINE) and getattr(semantics.empty_row, branch.name) == "zero"
-    )
-
-
-def _window(draw: st.DrawFn, sizes: Sizes) -> None:
-    """W3: the smallest window, or one that covers everything."""
-    kv_len = sizes["kv_len"]
-    closed = sizes["semantics"].window_closed
-    covers = [kv_len, kv_len + 1, 2 * kv_len + 7]
-    sizes["sliding_window_size"] = draw(st.sampled_from([0 if closed else 1, *covers]))
-
-
-def _window_covers(draw: st.DrawFn, sizes: Sizes) -> None:
-    sizes["sliding_window_size"] = sizes["kv_len"] + draw(st.integers(0, 3))
-
-
-def _short_last_block(draw: st.DrawFn, sizes: Sizes) -> None:
-    """F2: kv_len = m l' + r with 0 < r < l', and the last block selected."""
-    size = sizes["selection_block_size"]
-    if size == 1:
-        size = sizes["selection_block_size"] = 2 * sizes["compress_block_sliding_stride"]
-    decoded = sizes["kv_len"] - sizes["q_len"]
-    if size > 1:
-        kv_len = size * draw(st.integers(0, 4)) + draw(st.integers(1, size - 1))
-        sizes["kv_len"], sizes["q_len"] = kv_len, max(1, kv_len - max(decoded, 0))
-    sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
-
-
-def _all_blocks(draw: st.DrawFn, sizes: Sizes) -> None:
-    blocks = -(-sizes["kv_len"] // sizes["selection_block_size"])
-    if blocks > 32:
-        sizes["kv_len"] = sizes["q_len"] = 32 * sizes["selection_block_size"] - 1
-        blocks = 32
-    sizes["indices"] = "all"
-    sizes["num_selected_blocks"] = blocks + draw(st.integers(0, 1))
-
-
-def _several_slots(draw: st.DrawFn, sizes: Sizes) -> None:
-    sizes["num_selected_blocks"] = draw(st.integers(2, 5))
-
-
-def _hidden_keys(draw: st.DrawFn, sizes: Sizes) -> None:
-    """A5: the canary sits in one batch entry, so the entries cannot share memory."""
-    if sizes["layout"] == "expanded":
-        sizes["layout"] = "contiguous"
-
-
-def _few_rows(draw: st.DrawFn, sizes: Sizes) -> None:
-    """One backward for every few rows: the last 33 see as far back as any."""
-    sizes["q_len"] = min(sizes["q_len"], 33)
-
-
-def _square(draw: st.DrawFn, sizes: Sizes) -> None:
-    """The prefix law cuts off tokens that are both queries and keys."""
-    sizes["kv_len"] = max(sizes["kv_len"], sizes["q_len"])
-
-
-def _memory_or_not_causal(draw: st.DrawFn, sizes: Sizes) -> None:
-    if sizes["semantics"].causal and sizes["num_mem_kv"] == 0:
-        sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
-
-
-def _rows_without_keys(branch: Branch) -> Adjust:
-    def adjust(draw: st.DrawFn, sizes: Sizes) -> None:
-        if branch is COMPRESS:
-            # the first tokens come before the end of the first block
-            sizes["num_mem_kv"] = 0
-            sizes["q_len"] = sizes["kv_len"] + draw(st.integers(0, 2))
-            if not sizes["semantics"].compress_strict and sizes["compress_block_size"] == 1:
-                sizes["q_len"] = sizes["kv_len"] + 1
-        elif branch is FINE and not sizes["semantics"].own_block_extra:
-            sizes["indices"] = draw(st.sampled_from(["mixed", "none", "few"]))
-            sizes["q_len"] = max(sizes["q_len"], sizes["kv_len"])
-        else:
-            # queries that stand before the first key
-            sizes["q_len"] = sizes["kv_len"] + draw(st.integers(1, 4))
-
-    return adjust
-
-
-def _several_keys(draw: st.DrawFn, sizes: Sizes) -> None:
-    """A row of a single key has no dq and no dk."""
-    sizes["sliding_window_size"], sizes["num_selected_blocks"] = 100, 4
-
-
-def _mean_without_positions(draw: st.DrawFn, sizes: Sizes) -> None:
-    sizes["compress_map"], sizes["compress_positions"] = "mean", False
-
-
-#: Maps whose weights are l dim^2 numbers, or that many for each head, at most.
-SMALL_MAPS = ("linear", "mean", "linear_per_head")
-
-
-def _small_maps(draw: st.DrawFn, sizes: Sizes) -> None:
-    """An MLP of l * dim inputs and as many hidden units is kept affordable."""
-    if sizes["compress_block_size"] * sizes["head_dim"] > 256:
-        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
-
-
-def _rows_that_choose(draw: st.DrawFn, sizes: Sizes) -> None:
-    """More candidates than n, so that scores decide; compressed blocks that overlap."""
-    size = sizes["selection_block_size"]
-    if sizes["kv_len"] < 4 * size:
-        sizes["kv_len"] = 4 * size + draw(st.integers(0, 3))
-        sizes["q_len"] = max(1, min(sizes["q_len"], sizes["kv_len"]))
-    most = sizes["kv_len"] // size // 2
-    sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], most))
-
-
-def _something_forced(draw: st.DrawFn, sizes: Sizes) -> None:
-    _rows_that_choose(draw, sizes)
-    forced = draw(st.sampled_from([(0, 1), (1, 1), (1, 0), (0, 2), (2, 1), (2, 2)]))
-    sizes["num_initial_blocks"], sizes["num_local_blocks"] = forced
-
-
-def _nothing_forced(draw: st.DrawFn, sizes: Sizes) -> None:
-    _rows_that_choose(draw, sizes)
-    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = sizes["num_mem_kv"] = 0
-
-
-def _one_head_a_group(draw: st.DrawFn, sizes: Sizes) -> None:
-    _nothing_forced(draw, sizes)
-    sizes["q_heads"] = sizes["kv_heads"]
-
-
-def _early_rows(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Rows before the end of the first window: no score but 0, for past and future alike."""
-    _nothing_forced(draw, sizes)
-    if sizes["kv_len"] <= 64:
-        sizes["q_len"] = sizes["kv_len"]
-
-
-def _memory(draw: st.DrawFn, sizes: Sizes) -> None:
-    _nothing_forced(draw, sizes)
-    sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
-
-
-def _groups(draw: st.DrawFn, sizes: Sizes) -> None:
-    _nothing_forced(draw, sizes)
-    if sizes["q_heads"] == sizes["kv_heads"]:
-        sizes["q_heads"] *= 2
-
-
-def _whole_layer(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Affordable maps; within limits, no row without keys where that is no number."""
-    empty = sizes["semantics"].empty_row
-    if empty.compress == "uniform":
-        # the mean over all columns would know how many are to come
-        sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
-    if empty.fine != "zero":
-        sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
-    if sizes["compress_block_size"] * max(sizes["head_dim"], sizes["value_dim"]) > 64:
-        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
-
-
-def _layer_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
-    """More candidates than n, within limits: scores decide, and could be differentiated."""
-    _whole_layer(draw, sizes)
-    _rows_that_choose(draw, sizes)
-    sizes["q_len"] = sizes["kv_len"]
-    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
-
-
-def _layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Forced blocks and one or two of several others, weighed differently by a group's heads."""
-    _whole_layer(draw, sizes)
-    if sizes["q_heads"] == sizes["kv_heads"]:
-        sizes["q_heads"] *= 2
-    stride = sizes["compress_block_sliding_stride"]
-    size = min(sizes["selection_block_size"], stride * max(1, 8 // stride))
-    sizes["selection_block_size"] = size
-    forced = sizes["num_initial_blocks"] + sizes["num_local_blocks"]
-    least = (forced + 4) * size
-    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 3)))
-    sizes["num_selected_blocks"] = forced + draw(st.integers(1, 2))
-
-
-def _many_tokens(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Far more tokens than a window, a block or a chunk of a cache holds; one small head."""
-    _whole_layer(draw, sizes)
-    sizes |= {
-        "batch": 1,
-        "q_heads": 1,
-        "kv_heads": 1,
-        "compress_block_size": 32,
-        "compress_block_sliding_stride": 16,
-        "compress_map": "mean",
-        "selection_block_size": 16 * draw(st.integers(1, 2)),
-        "num_selected_blocks": draw(st.integers(3, 4)),
-        "sliding_window_size": draw(st.integers(20, 64)),
-    }
-    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(240, 260))
-
-
-def _many_blocks(draw: st.DrawFn, sizes: Sizes) -> None:
-    """More than 128 selection blocks of two tokens, forced ones among those that are chosen."""
-    _whole_layer(draw, sizes)
-    sizes |= {
-        "batch": 1,
-        "q_heads": 1,
-        "kv_heads": 1,
-        "compress_block_size": 4,
-        "compress_block_sliding_stride": 2,
-        "compress_map": "mean",
-        "selection_block_size": 2,
-        "num_initial_blocks": 1,
-        "num_local_blocks": 2,
-        "num_selected_blocks": 4,
-    }
-    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(266, 272))
-
-
-def _rotated(draw: st.DrawFn, sizes: Sizes) -> None:
-    """Rows that see several keys, and compressed blocks further apart than tokens."""
-    if sizes["compress_block_sliding_stride"] == 1:
-        for size in (
-            "compress_block_sliding_stride",
-            "compress_block_size",
-            "selection_block_size",
-        ):
-            sizes[size] *= 2
-    _whole_layer(draw, sizes)
-    sizes["sliding_window_size"] = max(2, sizes["sliding_window_size"])
-    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], 3 * sizes["compress_block_size"])
-
-
-def _read_through_the_layer(draw: st.DrawFn, sizes: Sizes) -> None:
-    """A one-hot row for every token, a linear map, room for all heads; where limits allow it."""
-    _whole_layer(draw, sizes)
-    sizes["q_len"] = sizes["kv_len"] = min(sizes["kv_len"], 24)
-    sizes["compress_map"], sizes["compress_positions"] = "linear", False
-    sizes["model_dim"] = max(sizes["q_heads"] * sizes["value_dim"], sizes["kv_len"])
-
-
-def _window_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
-    for clause, semantics, adjust in (
-        ("W1", _causal, None),
-        ("W2", _not_causal, None),
-        ("W3", _causal, _window),
-    ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 36}
-        _register(
-            clause,
-            SLIDING,
-            exposed_mask(SLIDING, clause),
-            f"{clause}_sliding_mask_as_exposed",
-            method="sliding_mask",
-            **exposed,
-        )
-        _register(
-            clause,
-            SLIDING,
-            forward_mask(SLIDING, clause),
-            f"{clause}_sliding_mask_as_read",
-            **(exposed | probe),
-        )
-    _register(
-        "W3",
-        SLIDING,
-        is_full_causal(SLIDING, "W3"),
-        "W3_window_of_everything_is_full_causal_attention",
-        semantics=_causal,
-        adjust=_window_covers,
-    )
-
-
-def _compress_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
-    for clause, semantics, adjust in (
-        ("C2", _causal, None),
-        ("C3", _any, _memory_or_not_causal),
-    ):
-        exposed: dict[str, Any] = {"semantics": semantics, "adjust": adjust, "examples": 36}
-        _register(
-            clause,
-            COMPRESS,
-            exposed_mask(COMPRESS, clause),
-            f"{clause}_compress_mask_as_exposed",
-            method="compress_mask",
-            **exposed,
-        )
-        _register(
-            clause,
-            COMPRESS,
-            forward_mask(COMPRESS, clause),
-            f"{clause}_compress_mask_as_read",
-            **(exposed | probe),
-        )
-    _register(
-        "C1",
-        COMPRESS,
-        windows,
-        "C1_windows_as_read",
-        method="pool",
-        adjust=_mean_without_positions,
-        head_dims=PROBED_DIMS,
-        examples=36,
-    )
-    _register(
-        "C4",
-        COMPRESS,
-        pooled(False),
-        "C4_pool",
-        method="pool",
-        by_dtype=True,
-        adjust=_small_maps,
-        examples=64,
-    )
-    _register(
-        "C4",
-        COMPRESS,
-        pooled(True),
-        "C4_pool_gradients",
-        method="pool",
-        backward=True,
-        adjust=_small_maps,
-    )
-
-
-def _fine_properties() -> None:
-    probe: dict[str, Any] = {"head_dims": PROBED_DIMS, "inputs": ("randn",)}
-    for clause, semantics, adjust, indices in (
-        ("F1", _causal, None, ("distinct", "few", "all")),
-        ("F2", _causal, _short_last_block, ("distinct", "all")),
-        ("F3", _any, _several_slots, ("same", "few")),
-        ("F4", _not_causal, None, ("distinct", "few", "all", "mixed")),
-        ("I6", _causal, _several_slots, ("mixed", "none")),
-    ):
-        exposed: dict[str, Any] = {
-            "semantics": semantics,
-            "adjust": adjust,
-            "indices": indices,
-            "examples": 36,
-        }
-        _register(
-            clause,
-            FINE,
-            exposed_mask(FINE, clause),
-            f"{clause}_fine_mask_as_exposed",
-            method="fine_mask",
-            **exposed,
-        )
-        _register(
-            clause,
-            FINE,
-            forward_mask(FINE, clause),
-            f"{clause}_fine_mask_as_read",
-            **(exposed | probe),
-        )
-    _register(
-        "F1",
-        FINE,
-        is_full_causal(FINE, "F1"),
-        "F1_all_blocks_selected_is_full_causal_attention",
-        semantics=lambda s: s.causal and not (s.own_block_extra and s.duplicates == "multiset"),
-        adjust=_all_blocks,
-    )
-
-
-def _attention_properties() -> None:
-    for branch in BRANCHES:
-        name = branch.name
-        _register(
-            "A1", branch, output(branch, "out"), f"A1_{name}_output", by_dtype=True, examples=48
-        )
-        _register("A1", branch, output(branch, "out"), f"A1_{name}_output_by_shape", examples=24)
-        _register("A1", branch, output(branch, "lse"), f"A1_{name}_lse", by_dtype=True, examples=32)
-        _register(
-            "A1",
-            branch,
-            heads(branch),
-            f"A1_{name}_heads",
-            populated=True,
-            inputs=("randn",),
-            head_dims=PROBED_DIMS,
-            adjust=_groups if branch is FINE else None,
-            examples=15,
-        )
-        _register(
-            "A1",
-            branch,
-            linear_in_v(branch),
-            f"A1_{name}_is_linear_in_v",
-            populated=True,
-            inputs=("randn", "flat", "integers", "huge"),
-            examples=10,
-        )
-        _register(
-            "A1",
-            branch,
-            permutation(branch),
-            f"A1_{name}_permutation",
-            populated=True,
-            examples=10,
-        )
-        for backward in (False, True):
-            _register(
-                "A3" if backward else "A1",
-                branch,
-                same_bits(branch, backward=backward),
-                f"{'A3' if backward else 'A1'}_{name}_same_bits_again",
-                backward=backward,
-                requires=unstated,
-                examples=10,
-            )
-        _register(
-            "A2",
-            branch,
-            empty_rows(branch, backward=False),
-            f"A2_{name}_empty_rows",
-            populated=True,
-            semantics=_any if branch is FINE else _causal,
-            adjust=_rows_without_keys(branch),
-        )
-        _register(
-            "A2",
-            branch,
-            empty_rows(branch, backward=True),
-            f"A2_{name}_empty_rows_backward",
-            populated=True,
-            backward=True,
-            semantics=_zero_rows(branch),
-            adjust=_rows_without_keys(branch),
-            examples=15,
-        )
-        _register(
-            "A3",
-            branch,
-            gradients(branch),
-            f"A3_{name}_gradients",
-            backward=True,
-            by_dtype=True,
-            examples=48,
-        )
-        _register(
-            "A3",
-            branch,
-            gradients(branch),
-            f"A3_{name}_gradients_by_shape",
-            backward=True,
-            examples=24,
-        )
-        _register(
-            "A3",
-            branch,
-            backward_mask(branch),
-            f"A3_{name}_mask_as_read_backward",
-            backward=True,
-            adjust=_few_rows,
-            head_dims=PROBED_DIMS,
-            examples=20,
-        )
-        quiet: dict[str, Any] = {
-            "inputs": ("randn", "flat", "integers"),
-            "populated": True,
-            "adjust": _hidden_keys,
-            # without causality every block is visible, and nothing is hidden
-            "semantics": _causal if branch is COMPRESS else _any,
-            "examples": 15,
-        }
-        _register("A5", branch, canary_forward(branch), f"A5_{name}_canary", **quiet)
-        _register(
-            "A5",
-            branch,
-            canary_backward(branch),
-            f"A5_{name}_canary_backward",
-            backward=True,
-            **quiet,
-        )
-        _register(
-            {"sliding": "W1", "compress": "C2", "fine": "F1"}[name],
-            branch,
-            prefix(branch),
-            f"{name}_rows_do_not_know_what_follows",
-            populated=True,
-            adjust=_square,
-            semantics=_causal,
-            examples=10,
-        )
-
-
-def _extent_properties() -> None:
-    for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
-        name = branch.name
-        far: dict[str, Any] = {
-            "extent": "far",
-            "populated": True,
-            "requires": not_far,
-            "semantics": _causal,
-            "inputs": ("randn",),
-            "indices": ("mixed",),
-            "head_dims": PROBED_DIMS,
-            "examples": 4,
-        }
-        _register(
-            clause,
-            branch,
-            long_mask(branch, clause),
-            f"{clause}_{name}_mask_of_long_sequences",
-            **far,
-        )
-        _register(
-            "A3",
-            branch,
-            long_backward_mask(branch),
-            f"A3_{name}_mask_of_long_sequences_backward",
-            backward=True,
-            **far,
-        )
-        for backward in (False, True):
-            _register(
-                "A3" if backward else "A1",
-                branch,
-                long_values(branch, backward=backward),
-                f"A3_{name}_gradients_of_long_sequences"
-                if backward
-                else f"A1_{name}_output_of_long_sequences",
-                backward=backward,
-                **(far | {"inputs": ("randn", "flat", "offsets")}),
-            )
-        huge: dict[str, Any] = {
-            "extent": "large",
-            "adjust": _several_keys,
-            "populated": True,
-            "requires": not_large,
-            "inputs": ("randn",),
-            "indices": ("mixed",),
-            "examples": 1,
-        }
-        _register("A1", branch, large(branch, backward=False), f"A1_{name}_large_tensors", **huge)
-        _register(
-            "A3",
-            branch,
-            large(branch, backward=True),
-            f"A3_{name}_large_tensors_backward",
-            backward=True,
-            **huge,
-        )
-
-
-def _layer_properties() -> None:
-    common: dict[str, Any] = {
-        "head_dims": (8, 4, 2, 16),  # even: rotary embedding turns pairs
-        "inputs": ("randn", "flat"),
-        "by_dtype": True,
-        "adjust": _whole_layer,
-    }
-    for method, how in (("layer", ""), ("layer_with_blocks", "_with_blocks")):
-        _register(
-            "G1", "layer", layer_output(method), f"G1_layer_output{how}", method=method, **common
-        )
-        rotated: dict[str, Any] = {"semantics": _rotary, "adjust": _rotated, "examples": 16}
-        _register(
-            "G2",
-            "layer",
-            layer_output(method),
-            f"G2_layer_rotation{how}",
-            method=method,
-            **(common | rotated),
-        )
-        clause = "A4" if method == "layer" else "G1"
-        scored = {"adjust": _layer_that_chooses} if method == "layer" else {}
-        check = layer_gradients(method, clause)
-        _register(
-            clause,
-            "layer",
-            where_scores_decide(check) if method == "layer" else check,
-            f"{clause}_layer_gradients{how}",
-            method=method,
-            backward=True,
-            **(common | scored),
-        )
-    chooses: dict[str, Any] = common | {"adjust": _layer_of_groups_that_chooses, "populated": True}
-    _register(
-        "G1",
-        "layer",
-        where_scores_decide(layer_output("layer")),
-        "G1_layer_output_where_scores_decide",
-        method="layer",
-        **(chooses | {"examples": 16}),
-    )
-    decode: dict[str, Any] = {"method": "decode", "semantics": _causal}
-    row = layer_output("decode", "G3")
-    _register("G3", "layer", row, "G3_decode", **decode, **common)
-    _register(
-        "G3",
-        "layer",
-        where_scores_decide(row),
-        "G3_decode_where_scores_decide",
-        **decode,
-        **(chooses | {"examples": 16}),
-    )
-    many: dict[str, Any] = common | {"adjust": _many_tokens, "populated": True}
-    many |= {"by_dtype": False, "examples": 2}
-    _register("G3", "layer", row, "G3_decode_of_many_tokens", **decode, **many)
-    blocks: dict[str, Any] = many | {"adjust": _many_blocks}
-    output = layer_output("layer")
-    _register("G1", "layer", output, "G1_layer_output_of_many_blocks", method="layer", **blocks)
-    _register("G4", "layer", packed, "G4_varlen", method="varlen", **(common | {"examples": 12}))
-    _register(
-        "G4",
-        "layer",
-        where_scores_decide(packed),
-        "G4_varlen_of_many_blocks",
-        method="varlen",
-        **(chooses | {"examples": 8}),
-    )
-    _register(
-        "G4",
-        "layer",
-        packed_gradients,
-        "G4_varlen_gradients",
-        method="varlen",
-        backward=True,
-        **(common | {"examples": 8}),
-    )
-    for branch, clause in ((SLIDING, "W1"), (COMPRESS, "C2"), (FINE, "F1")):
-        _register(
-            clause,
-            "layer",
-            mask_through_the_layer(branch, clause),
-            f"{clause}_{branch.name}_mask_through_the_layer",
-            method="layer_with_blocks" if branch is FINE else "layer",
-            semantics=_causal,
-            populated=True,
-            adjust=_read_through_the_layer,
-            inputs=("randn",),
-            head_dims=(8, 16),
-            examples=10,
-        )
-
-
-def _selection_properties() -> None:
-    generic: dict[str, Any] = {"inputs": GENERIC_INPUTS, "method": "select"}
-    for clause, options in (
-        ("I1", {**generic, "adjust": _memory}),
-        (
-            "I2",
-            {
-                **generic,
-                "adjust": _one_head_a_group,
-                "semantics": lambda s: s.importance == "overlap",
-            },
-        ),
-        ("I3", {**generic, "adjust": _groups}),
-        ("I4", {"method": "select", "adjust": _something_forced}),
-        (
-            "I5",
-            {"method": "select", "inputs": ("equal", "ties", "integers"), "adjust": _early_rows},
-        ),
-        ("I6", {"method": "select"}),
-    ):
-        _register(
-            clause, "selection", selection(clause), f"{clause}_selection", examples=42, **options
-        )
-
-
-_window_properties()
-_compress_properties()
-_fine_properties()
-_attention_properties()
-_extent_properties()
-_selection_properties()
-_layer_properties()
+def rotary(semantics: Semantics) -> bool:
+    return semantics.rotary != "none"
+
+
+def full_when_all_are_chosen(semantics: Semantics) -> bool:
+    """Every key before a row is visible once, if every block is selected."""
+    twice = semantics.own_block_extra and semantics.duplicates == "multiset"
+    return semantics.causal and not twice
+
+
+# fmt: off
+ROWS = (
+    # Masks, bit by bit: as the implementation shows them, and as its forward reads
+    Property("W1_sliding_mask_as_exposed", "W1", SLIDING, "sliding_mask", masks.exposed,
+             semantics=causal, examples=36),
+    Property("W1_sliding_mask_as_read", "W1", SLIDING, "sliding", masks.read_forward,
+             semantics=causal, inputs=RANDN, head_dims=PROBED_DIMS, examples=36),
+    Property("W2_sliding_mask_as_exposed", "W2", SLIDING, "sliding_mask", masks.exposed,
+             semantics=not_causal, examples=36),
+    Property("W2_sliding_mask_as_read", "W2", SLIDING, "sliding", masks.read_forward,
+             semantics=not_causal, inputs=RANDN, head_dims=PROBED_DIMS, examples=36),
+    Property("W3_sliding_mask_as_exposed", "W3", SLIDING, "sliding_mask", masks.exposed,
+             semantics=causal, adjust=adjust.smallest_or_widest_window, examples=36),
+    Property("W3_sliding_mask_as_read", "W3", SLIDING, "sliding", masks.read_forward,
+             semantics=causal, adjust=adjust.smallest_or_widest_window, inputs=RANDN,
+             head_dims=PROBED_DIMS, examples=36),
+    Property("W3_window_of_everything_is_full_causal_attention", "W3", SLIDING, "sliding",
+             laws.full_causal, semantics=causal, adjust=adjust.window_of_everything),
+    Property("C2_compress_mask_as_exposed", "C2", COMPRESS, "compress_mask", masks.exposed,
+             semantics=causal, examples=36),
+    Property("C2_compress_mask_as_read", "C2", COMPRESS, "compress", masks.read_forward,
+             semantics=causal, inputs=RANDN, head_dims=PROBED_DIMS, examples=36),
+    Property("C3_compress_mask_as_exposed", "C3", COMPRESS, "compress_mask", masks.exposed,
+             adjust=adjust.memory_where_causal, examples=36),
+    Property("C3_compress_mask_as_read", "C3", COMPRESS, "compress", masks.read_forward,
+             adjust=adjust.memory_where_causal, inputs=RANDN, head_dims=PROBED_DIMS, examples=36),
+    Property("C1_windows_as_read", "C1", COMPRESS, "pool", compression.windows,
+             adjust=adjust.mean_without_positions, head_dims=PROBED_DIMS, examples=36),
+    Property("C4_pool", "C4", COMPRESS, "pool", compression.pooled,
+             by_dtype=True, adjust=adjust.affordable_map, examples=64),
+    Property("C4_pool_gradients", "C4", COMPRESS, "pool", compression.pooled,
+             backward=True, adjust=adjust.affordable_map),
+    Property("F1_fine_mask_as_exposed", "F1", FINE, "fine_mask", masks.exposed,
+             semantics=causal, indices=("distinct", "few", "all"), examples=36),
+    Property("F1_fine_mask_as_read", "F1", FINE, "fine", masks.read_forward,
+             semantics=causal, inputs=RANDN, indices=("distinct", "few", "all"),
+             head_dims=PROBED_DIMS, examples=36),
+    Property("F2_fine_mask_as_exposed", "F2", FINE, "fine_mask", masks.exposed,
+             semantics=causal, adjust=adjust.short_last_block, indices=("distinct", "all"),
+             examples=36),
+    Property("F2_fine_mask_as_read", "F2", FINE, "fine", masks.read_forward,
+             semantics=causal, adjust=adjust.short_last_block, inputs=RANDN,
+             indices=("distinct", "all"), head_dims=PROBED_DIMS, examples=36),
+    Property("F3_fine_mask_as_exposed", "F3", FINE, "fine_mask", masks.exposed,
+             adjust=adjust.several_slots, indices=("same", "few"), examples=36),
+    Property("F3_fine_mask_as_read", "F3", FINE, "fine", masks.read_forward,
+             adjust=adjust.several_slots, inputs=RANDN, indices=("same", "few"),
+             head_dims=PROBED_DIMS, examples=36),
+    Property("F4_fine_mask_as_exposed", "F4", FINE, "fine_mask", masks.exposed,
+             semantics=not_causal, indices=("distinct", "few", "all", "mixed"), examples=36),
+    Property("F4_fine_mask_as_read", "F4", FINE, "fine", masks.read_forward,
+             semantics=not_causal, inputs=RANDN, indices=("distinct", "few", "all", "mixed"),
+             head_dims=PROBED_DIMS, examples=36),
+    Property("I6_fine_mask_as_exposed", "I6", FINE, "fine_mask", masks.exposed,
+             semantics=causal, adjust=adjust.several_slots, indices=("mixed", "none"), examples=36),
+    Property("I6_fine_mask_as_read", "I6", FINE, "fine", masks.read_forward,
+             semantics=causal, adjust=adjust.several_slots, inputs=RANDN, indices=("mixed", "none"),
+             head_dims=PROBED_DIMS, examples=36),
+    Property("F1_all_blocks_selected_is_full_causal_attention", "F1", FINE, "fine",
+             laws.full_causal, semantics=full_when_all_are_chosen, adjust=adjust.all_blocks),
+
+    # compress: values and gradients (rounding is tried by dtype, edges by shape), and what must not
+    # matter to them. Without causality every block is visible, and no canary is hidden.
+    Property("A1_compress_output", "A1", COMPRESS, "compress", values.output,
+             by_dtype=True, examples=48),
+    Property("A1_compress_output_by_shape", "A1", COMPRESS, "compress", values.output, examples=24),
+    Property("A1_compress_lse", "A1", COMPRESS, "compress", values.lse, by_dtype=True, examples=32),
+    Property("A1_compress_heads", "A1", COMPRESS, "compress", influence.heads,
+             inputs=RANDN, head_dims=PROBED_DIMS, populated=True, examples=15),
+    Property("A1_compress_is_linear_in_v", "A1", COMPRESS, "compress", laws.linear_in_v,
+             inputs=LINEAR_INPUTS, populated=True, examples=10),
+    Property("A1_compress_permutation", "A1", COMPRESS, "compress", laws.permutation,
+             populated=True, examples=10),
+    Property("A1_compress_same_bits_again", "A1", COMPRESS, "compress", laws.same_bits,
+             why_not_tried=laws.unstated, examples=10),
+    Property("A3_compress_same_bits_again", "A3", COMPRESS, "compress", laws.same_bits,
+             backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A2_compress_empty_rows", "A2", COMPRESS, "compress", values.empty_rows,
+             semantics=causal, adjust=adjust.rows_before_the_first_block, populated=True),
+    Property("A2_compress_empty_rows_backward", "A2", COMPRESS, "compress", values.empty_rows,
+             backward=True, semantics=lambda s: s.causal and s.empty_row.compress == "zero",
+             adjust=adjust.rows_before_the_first_block, populated=True, examples=15),
+    Property("A3_compress_gradients", "A3", COMPRESS, "compress", values.gradients,
+             backward=True, by_dtype=True, examples=48),
+    Property("A3_compress_gradients_by_shape", "A3", COMPRESS, "compress", values.gradients,
+             backward=True, examples=24),
+    Property("A3_compress_mask_as_read_backward", "A3", COMPRESS, "compress", masks.read_backward,
+             backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
+    Property("A5_compress_canary", "A5", COMPRESS, "compress", influence.canary_forward,
+             semantics=causal, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
+             examples=15),
+    Property("A5_compress_canary_backward", "A5", COMPRESS, "compress", influence.canary_backward,
+             backward=True, semantics=causal, adjust=adjust.entries_apart, inputs=CANARY_INPUTS,
+             populated=True, examples=15),
+    Property("compress_rows_do_not_know_what_follows", "C2", COMPRESS, "compress", laws.prefix,
+             semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
+
+    # fine: the same. Without causality a key is hidden in a block that is not selected.
+    Property("A1_fine_output", "A1", FINE, "fine", values.output, by_dtype=True, examples=48),
+    Property("A1_fine_output_by_shape", "A1", FINE, "fine", values.output, examples=24),
+    Property("A1_fine_lse", "A1", FINE, "fine", values.lse, by_dtype=True, examples=32),
+    Property("A1_fine_heads", "A1", FINE, "fine", influence.heads,
+             adjust=adjust.several_heads_a_group, inputs=RANDN, head_dims=PROBED_DIMS,
+             populated=True, examples=15),
+    Property("A1_fine_is_linear_in_v", "A1", FINE, "fine", laws.linear_in_v,
+             inputs=LINEAR_INPUTS, populated=True, examples=10),
+    Property("A1_fine_permutation", "A1", FINE, "fine", laws.permutation,
+             populated=True, examples=10),
+    Property("A1_fine_same_bits_again", "A1", FINE, "fine", laws.same_bits,
+             why_not_tried=laws.unstated, examples=10),
+    Property("A3_fine_same_bits_again", "A3", FINE, "fine", laws.same_bits,
+             backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A2_fine_empty_rows", "A2", FINE, "fine", values.empty_rows,
+             adjust=adjust.rows_without_blocks, populated=True),
+    Property("A2_fine_empty_rows_backward", "A2", FINE, "fine", values.empty_rows,
+             backward=True, semantics=lambda s: s.empty_row.fine == "zero",
+             adjust=adjust.rows_without_blocks, populated=True, examples=15),
+    Property("A3_fine_gradients", "A3", FINE, "fine", values.gradients,
+             backward=True, by_dtype=True, examples=48),
+    Property("A3_fine_gradients_by_shape", "A3", FINE, "fine", values.gradients,
+             backward=True, examples=24),
+    Property("A3_fine_mask_as_read_backward", "A3", FINE, "fine", masks.read_backward,
+             backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
+    Property("A5_fine_canary", "A5", FINE, "fine", influence.canary_forward,
+             adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True, examples=15),
+    Property("A5_fine_canary_backward", "A5", FINE, "fine", influence.canary_backward,
+             backward=True, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
+             examples=15),
+    Property("fine_rows_do_not_know_what_follows", "F1", FINE, "fine", laws.prefix,
+             semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
+
+    # sliding: the same.
+    Property("A1_sliding_output", "A1", SLIDING, "sliding", values.output,
+             by_dtype=True, examples=48),
+    Property("A1_sliding_output_by_shape", "A1", SLIDING, "sliding", values.output, examples=24),
+    Property("A1_sliding_lse", "A1", SLIDING, "sliding", values.lse, by_dtype=True, examples=32),
+    Property("A1_sliding_heads", "A1", SLIDING, "sliding", influence.heads,
+             inputs=RANDN, head_dims=PROBED_DIMS, populated=True, examples=15),
+    Property("A1_sliding_is_linear_in_v", "A1", SLIDING, "sliding", laws.linear_in_v,
+             inputs=LINEAR_INPUTS, populated=True, examples=10),
+    Property("A1_sliding_permutation", "A1", SLIDING, "sliding", laws.permutation,
+             populated=True, examples=10),
+    Property("A1_sliding_same_bits_again", "A1", SLIDING, "sliding", laws.same_bits,
+             why_not_tried=laws.unstated, examples=10),
+    Property("A3_sliding_same_bits_again", "A3", SLIDING, "sliding", laws.same_bits,
+             backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A2_sliding_empty_rows", "A2", SLIDING, "sliding", values.empty_rows,
+             semantics=causal, adjust=adjust.rows_before_the_first_key, populated=True),
+    Property("A2_sliding_empty_rows_backward", "A2", SLIDING, "sliding", values.empty_rows,
+             backward=True, semantics=lambda s: s.causal and s.empty_row.sliding == "zero",
+             adjust=adjust.rows_before_the_first_key, populated=True, examples=15),
+    Property("A3_sliding_gradients", "A3", SLIDING, "sliding", values.gradients,
+             backward=True, by_dtype=True, examples=48),
+    Property("A3_sliding_gradients_by_shape", "A3", SLIDING, "sliding", values.gradients,
+             backward=True, examples=24),
+    Property("A3_sliding_mask_as_read_backward", "A3", SLIDING, "sliding", masks.read_backward,
+             backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
+    Property("A5_sliding_canary", "A5", SLIDING, "sliding", influence.canary_forward,
+             adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True, examples=15),
+    Property("A5_sliding_canary_backward", "A5", SLIDING, "sliding", influence.canary_backward,
+             backward=True, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
+             examples=15),
+    Property("sliding_rows_do_not_know_what_follows", "W1", SLIDING, "sliding", laws.prefix,
+             semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
+
+    # Sequences and tensors too long to hold a mask of; a case takes seconds, so there are few
+    Property("W1_sliding_mask_of_long_sequences", "W1", SLIDING, "sliding", extent.long_mask,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences, inputs=RANDN,
+             indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_sliding_mask_of_long_sequences_backward", "A3", SLIDING, "sliding",
+             extent.long_backward_mask, backward=True, extent="far", semantics=causal,
+             why_not_tried=extent.no_long_sequences, inputs=RANDN, indices=MIXED,
+             head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_sliding_output_of_long_sequences", "A1", SLIDING, "sliding", extent.long_values,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
+             inputs=LONG_INPUTS, indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_sliding_gradients_of_long_sequences", "A3", SLIDING, "sliding", extent.long_values,
+             backward=True, extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
+             inputs=LONG_INPUTS, indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_sliding_large_tensors", "A1", SLIDING, "sliding", extent.large,
+             extent="large", why_not_tried=extent.no_large_tensors, adjust=adjust.several_keys,
+             inputs=RANDN, indices=MIXED, populated=True, examples=1),
+    Property("A3_sliding_large_tensors_backward", "A3", SLIDING, "sliding", extent.large,
+             backward=True, extent="large", why_not_tried=extent.no_large_tensors,
+             adjust=adjust.several_keys, inputs=RANDN, indices=MIXED, populated=True, examples=1),
+    Property("C2_compress_mask_of_long_sequences", "C2", COMPRESS, "compress", extent.long_mask,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences, inputs=RANDN,
+             indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_compress_mask_of_long_sequences_backward", "A3", COMPRESS, "compress",
+             extent.long_backward_mask, backward=True, extent="far", semantics=causal,
+             why_not_tried=extent.no_long_sequences, inputs=RANDN, indices=MIXED,
+             head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_compress_output_of_long_sequences", "A1", COMPRESS, "compress", extent.long_values,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
+             inputs=LONG_INPUTS, indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_compress_gradients_of_long_sequences", "A3", COMPRESS, "compress",
+             extent.long_values, backward=True, extent="far", semantics=causal,
+             why_not_tried=extent.no_long_sequences, inputs=LONG_INPUTS, indices=MIXED,
+             head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_compress_large_tensors", "A1", COMPRESS, "compress", extent.large,
+             extent="large", why_not_tried=extent.no_large_tensors, adjust=adjust.several_keys,
+             inputs=RANDN, indices=MIXED, populated=True, examples=1),
+    Property("A3_compress_large_tensors_backward", "A3", COMPRESS, "compress", extent.large,
+             backward=True, extent="large", why_not_tried=extent.no_large_tensors,
+             adjust=adjust.several_keys, inputs=RANDN, indices=MIXED, populated=True, examples=1),
+    Property("F1_fine_mask_of_long_sequences", "F1", FINE, "fine", extent.long_mask,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences, inputs=RANDN,
+             indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_fine_mask_of_long_sequences_backward", "A3", FINE, "fine",
+             extent.long_backward_mask, backward=True, extent="far", semantics=causal,
+             why_not_tried=extent.no_long_sequences, inputs=RANDN, indices=MIXED,
+             head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_fine_output_of_long_sequences", "A1", FINE, "fine", extent.long_values,
+             extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
+             inputs=LONG_INPUTS, indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A3_fine_gradients_of_long_sequences", "A3", FINE, "fine", extent.long_values,
+             backward=True, extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
+             inputs=LONG_INPUTS, indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4),
+    Property("A1_fine_large_tensors", "A1", FINE, "fine", extent.large,
+             extent="large", why_not_tried=extent.no_large_tensors, adjust=adjust.several_keys,
+             inputs=RANDN, indices=MIXED, populated=True, examples=1),
+    Property("A3_fine_large_tensors_backward", "A3", FINE, "fine", extent.large,
+             backward=True, extent="large", why_not_tried=extent.no_large_tensors,
+             adjust=adjust.several_keys, inputs=RANDN, indices=MIXED, populated=True, examples=1),
+
+    # The choice of blocks: one check, asked where the part that a clause is about decides
+    Property("I1_selection", "I1", None, "select", selection.valid_choice,
+             adjust=adjust.memory, inputs=GENERIC_INPUTS, examples=42),
+    Property("I2_selection", "I2", None, "select", selection.valid_choice,
+             semantics=lambda s: s.importance == "overlap", adjust=adjust.one_head_a_group,
+             inputs=GENERIC_INPUTS, examples=42),
+    Property("I3_selection", "I3", None, "select", selection.valid_choice,
+             adjust=adjust.several_heads_a_group, inputs=GENERIC_INPUTS, examples=42),
+    Property("I4_selection", "I4", None, "select", selection.valid_choice,
+             adjust=adjust.something_forced, examples=42),
+    Property("I5_selection", "I5", None, "select", selection.valid_choice,
+             adjust=adjust.rows_before_the_first_window, inputs=("equal", "ties", "integers"),
+             examples=42),
+    Property("I6_selection", "I6", None, "select", selection.valid_choice, examples=42),
+
+    # Whole layers: with its own choice of blocks and with one that is handed in, decoded, packed
+    Property("G1_layer_output", "G1", None, "layer", layer.output,
+             by_dtype=True, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS),
+    Property("G2_layer_rotation", "G2", None, "layer", layer.output,
+             by_dtype=True, semantics=rotary, adjust=adjust.rows_that_rotation_changes,
+             inputs=LAYER_INPUTS, head_dims=LAYER_DIMS, examples=16),
+    Property("A4_layer_gradients", "A4", None, "layer", layer.gradients_where_scores_decide,
+             backward=True, by_dtype=True, adjust=adjust.layer_that_chooses, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS),
+    Property("G1_layer_output_with_blocks", "G1", None, "layer_with_blocks", layer.output,
+             by_dtype=True, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS),
+    Property("G2_layer_rotation_with_blocks", "G2", None, "layer_with_blocks", layer.output,
+             by_dtype=True, semantics=rotary, adjust=adjust.rows_that_rotation_changes,
+             inputs=LAYER_INPUTS, head_dims=LAYER_DIMS, examples=16),
+    Property("G1_layer_gradients_with_blocks", "G1", None, "layer_with_blocks", layer.gradients,
+             backward=True, by_dtype=True, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS),
+    Property("G1_layer_output_where_scores_decide", "G1", None, "layer",
+             layer.output_where_scores_decide, by_dtype=True,
+             adjust=adjust.layer_of_groups_that_chooses, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS,
+             populated=True, examples=16),
+    Property("G3_decode", "G3", None, "decode", layer.output,
+             by_dtype=True, semantics=causal, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS),
+    Property("G3_decode_where_scores_decide", "G3", None, "decode",
+             layer.output_where_scores_decide, by_dtype=True, semantics=causal,
+             adjust=adjust.layer_of_groups_that_chooses, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS,
+             populated=True, examples=16),
+    Property("G3_decode_of_many_tokens", "G3", None, "decode", layer.output,
+             semantics=causal, adjust=adjust.many_tokens, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS,
+             populated=True, examples=2),
+    Property("G1_layer_output_of_many_blocks", "G1", None, "layer", layer.output,
+             adjust=adjust.many_blocks, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS, populated=True,
+             examples=2),
+    Property("G4_varlen", "G4", None, "varlen", layer.packed,
+             by_dtype=True, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS, examples=12),
+    Property("G4_varlen_of_many_blocks", "G4", None, "varlen", layer.packed_where_scores_decide,
+             by_dtype=True, adjust=adjust.layer_of_groups_that_chooses, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS, populated=True, examples=8),
+    Property("G4_varlen_gradients", "G4", None, "varlen", layer.packed_gradients,
+             backward=True, by_dtype=True, adjust=adjust.affordable_layer, inputs=LAYER_INPUTS,
+             head_dims=LAYER_DIMS, examples=8),
+
+    # Masks again, read through a layer that offers no branch by itself
+    Property("W1_sliding_mask_through_the_layer", "W1", SLIDING, "layer",
+             layer.mask_through_the_layer, semantics=causal, adjust=adjust.layer_to_read_through,
+             inputs=RANDN, head_dims=(8, 16), populated=True, examples=10),
+    Property("C2_compress_mask_through_the_layer", "C2", COMPRESS, "layer",
+             layer.mask_through_the_layer, semantics=causal, adjust=adjust.layer_to_read_through,
+             inputs=RANDN, head_dims=(8, 16), populated=True, examples=10),
+    Property("F1_fine_mask_through_the_layer", "F1", FINE, "layer_with_blocks",
+             layer.mask_through_the_layer, semantics=causal, adjust=adjust.layer_to_read_through,
+             inputs=RANDN, head_dims=(8, 16), populated=True, examples=10),
+)
+# fmt: on
+
+PROPERTIES = {row.name: row for row in ROWS}

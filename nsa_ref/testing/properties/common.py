@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ from nsa_ref.bounds import (
 )
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.branches import (
+    FINE,
     Branch,
     Inconclusive,
     Inputs,
 )
-from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INPUTS, Case
+from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.strategies import cases, shapes_of
+from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
 
 
 @dataclass(frozen=True)
@@ -41,47 +42,94 @@ class Outcome:
     suspicion: str = ""
 
 
-Check = Callable[[Implementation, Case], Outcome]
+#: What the cases of a method are about; those of all others are about its branch.
+ABOUT_OF = {"pool": "pool", "select": "selection"} | dict.fromkeys(
+    ("layer", "layer_with_blocks", "decode", "varlen"), "layer"
+)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Property:
-    """name : stable, used by replay
+    """One row of the table: a clause, how it is checked, and on which cases.
+
+    name : stable, used by replay
     clause : what it decides; `judge` may find that another one is to blame
-    branch : compress, fine, sliding, "selection" or "layer"
-    about : what `strategies.cases` are to be about
+    branch : whose columns and masks it is about; None for the choice of blocks and whole layers
     method, backward : what the implementation must offer, and whether its gradients are needed
-    semantics : which of the implementation's semantics it can be asked about
-    options : further arguments of `strategies.cases`
-    extent : "far" or "large" if it is asked on such cases alone; their masks are too large to hold
-    requires : why an implementation cannot be asked, or nothing
+    check : runs it on one case; reads of the property what it needs
     by_dtype : whether lots of cases go by dtype and kind of input, or by shape
+    extent : "far" or "large" if it is asked on such cases alone; their masks are too large to hold
+    semantics : which of the implementation's semantics it can be asked about
+    why_not_tried : why the judge does not try it on an implementation, or nothing
+    adjust : brings about what it is about (see adjust.py)
+    inputs, indices, head_dims : what cases are drawn from; all there are, if empty
+    populated : whether its cases have a batch entry, two rows and two keys at least
     examples : at the quick level
     """
 
     name: str
     clause: str
-    branch: str
-    about: str
+    branch: Branch | None
     method: str
-    backward: bool
     check: Check
-    semantics: Callable[[Semantics], bool]
-    options: dict[str, Any]
-    extent: str
-    requires: Callable[[Implementation], str]
-    by_dtype: bool
-    examples: int
+    _: KW_ONLY
+    backward: bool = False
+    by_dtype: bool = False
+    extent: str = ""
+    semantics: Callable[[Semantics], bool] = lambda semantics: True
+    why_not_tried: Callable[[Implementation], str] = lambda implementation: ""
+    adjust: Adjust | None = None
+    inputs: Sequence[str] = ()
+    indices: Sequence[str] = ()
+    head_dims: Sequence[int] = ()
+    populated: bool = False
+    examples: int = 20
 
-    def offered(self, implementation: Implementation) -> str | None:
-        """None if it can be asked, else why not."""
+    @property
+    def about(self) -> str:
+        """What its cases are about, a key of `strategies.ABOUT`."""
+        return ABOUT_OF.get(self.method) or self.the_branch.name
+
+    @property
+    def part(self) -> str:
+        """What `--branch` calls it: compress, fine, sliding, selection or layer."""
+        return self.about if self.about in ("selection", "layer") else self.the_branch.name
+
+    @property
+    def the_branch(self) -> Branch:
+        """`branch`, for the checks that are asked of one."""
+        assert self.branch is not None, f"{self.name} is about no branch"
+        return self.branch
+
+    def run(self, implementation: Implementation, case: Case) -> Outcome:
+        """Check one case.
+
+        Raises
+        ------
+        Broken, Raised, Inconclusive, NotOffered
+        """
+        return self.check(self, implementation, case)
+
+    def why_not_offered(self, implementation: Implementation) -> str:
+        """What the implementation does not offer that this needs, or nothing."""
         if not implementation.offers(self.method):
-            return f"{self.method} is not offered"
+            return self.method
         if self.backward and not implementation.offers_vjp(self.method):
-            return f"gradients of {self.method} are not offered"
+            return f"gradients of {self.method}"
         if not any(map(self.semantics, implementation.semantics)):
             return f"none of the declared semantics has what {self.clause} is about"
-        return self.requires(implementation) or None
+        return ""
+
+    def could_draw(self, case: Case) -> bool:
+        """Whether a case that comes from elsewhere is what this property is about."""
+        dims = self.head_dims or (case.head_dim, case.value_dim)
+        return (
+            self.semantics(case.semantics)
+            and self.adjust is None
+            and case.inputs in (self.inputs or INPUTS)
+            and case.indices in (self.indices or INDICES)
+            and {case.head_dim, case.value_dim} <= set(dims)
+        )
 
     def strata(
         self, implementation: Implementation, dtypes: Collection[str] | None = None
@@ -94,22 +142,46 @@ class Property:
         declared = [d for d in implementation.numerics if d in (dtypes or [d])]
         if self.extent == "large":
             declared = [min(declared, key=lambda dtype: DTYPES[dtype].itemsize)]
+        inputs = self.inputs or INPUTS
         shapes = (self.extent,) if self.extent else shapes_of(self.about)
         lots: list[dict[str, Any]] = [{"shape": shape} for shape in shapes]
-        if self.by_dtype:
-            lots = [{"dtypes": [dtype]} for dtype in declared]
-            kinds = self.options.get("inputs", INPUTS)
-            generic = [kind for kind in kinds if kind in GENERIC_INPUTS]
-            lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
         if self.by_dtype and self.about == "layer":
             # a few tokens of any dtype, and sequences of each
             lots = [{"shape": "few tokens"}]
             lots += [{"shape": "square", "dtypes": [dtype]} for dtype in declared]
-        common: dict[str, Any] = {"semantics": allowed, "dtypes": declared} | self.options
-        return [cases(implementation, self.about, **(common | lot)) for lot in lots]
+        elif self.by_dtype:
+            generic = [kind for kind in inputs if kind in GENERIC_INPUTS]
+            lots = [{"dtypes": [dtype]} for dtype in declared]
+            lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
+        every: dict[str, Any] = {
+            "semantics": allowed,
+            "dtypes": declared,
+            "inputs": inputs,
+            "indices": self.indices or INDICES,
+            "head_dims": self.head_dims or HEAD_DIMS,
+            "populated": self.populated,
+            "adjust": self.adjust,
+        }
+        return [cases(implementation, self.about, **(every | lot)) for lot in lots]
 
 
-def declared(implementation: Implementation, case: Case) -> bool:
+#: One case of a property. Raises what `Property.run` does.
+Check = Callable[[Property, Implementation, Case], Outcome]
+
+
+def oracle_mask(branch: Branch, case: Case) -> np.ndarray:
+    """The definition's multiplicities for the case's own blocks."""
+    return branch.mask(case, case.block_indices() if branch is FINE else None)
+
+
+def set_up(prop: Property, case: Case) -> tuple[Branch, Inputs, np.ndarray]:
+    """The property's branch, the case's inputs for it, and the definition's multiplicities."""
+    branch = prop.the_branch
+    inputs = branch.inputs(case)
+    return branch, inputs, branch.mask(case, inputs.block_indices)
+
+
+def is_declared(implementation: Implementation, case: Case) -> bool:
     """Whether a case that was derived from another one lies within what is declared as well."""
     within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
     return within and implementation.supports(case) is None
@@ -143,10 +215,15 @@ def bounds_of(
     )
 
 
-def all_bounds(case: Case, *arguments: Any) -> list[AttentionBounds]:
-    """Deterministic; on generic data also statistical and shared: what `compare` takes."""
+def all_bounds(
+    branch: Branch, implementation: Implementation, case: Case, *given: Any
+) -> list[AttentionBounds]:
+    """Deterministic; on generic data also statistical and shared: what `compare` takes.
+
+    given : the further arguments of `bounds_of`, without `form`
+    """
+    inputs, mask, *gradients = given
     forms = ("deterministic", "statistical", "shared") if case.generic else ("deterministic",)
-    branch, implementation, inputs, mask, *gradients = arguments
     return [
         bounds_of(branch, implementation, case, inputs, mask, form, *gradients) for form in forms
     ]

@@ -16,14 +16,14 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome, settle
+from nsa_ref.testing.properties.common import Outcome, Property, settle
 
 
 def _float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float64) for name, array in weights.items()}
 
 
-def windows(implementation: Implementation, case: Case) -> Outcome:
+def windows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """C1: one-hot tokens through the mean show which tokens a window holds, and their weight."""
     weights = case.pool_weights()
     shape = (case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim)
@@ -51,8 +51,8 @@ def windows(implementation: Implementation, case: Case) -> Outcome:
     return settle(comparisons)
 
 
-def pooled(backward: bool) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
+def pooled(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    def check() -> Outcome:
         x = case.array("x", case.batch, case.kv_heads, case.kv_len, case.head_dim)
         weights = case.pool_weights()
         shape = (case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim)
@@ -66,7 +66,7 @@ def pooled(backward: bool) -> Check:
             semantics=case.semantics,
             numerics=implementation.numerics[case.dtype],
         )
-        if not backward:
+        if not prop.backward:
             actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
             expected = pool(x.astype(np.float64), _float64(weights), case, case.semantics)
             return settle([compare("C4", which, actual, expected, bounds.out)])
@@ -92,4 +92,4 @@ def pooled(backward: bool) -> Check:
             comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
         return settle(comparisons)
 
-    return check
+    return check()

@@ -18,7 +18,7 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, gradient_bounds, settle
+from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, gradient_bounds, settle
 from nsa_ref.testing.strategies import far_lengths, large_sizes
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
@@ -70,216 +70,203 @@ def _where(branch: Branch, case: Case, batch: int, head: int, t: int) -> str:
     return f"batch {batch}, query head {head}, row t={t} (p={p}), {columns} columns"
 
 
-def long_mask(branch: Branch, clause: str) -> Check:
+def long_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """With q = k = 0 and v of random signs, out is S / n: S the sum of n signs that a row sees.
 
     A flash kernel adds whole numbers and divides once. One key more or less moves S by 1, and the
     quotient by about 1 / n; a column says so where |S| times its rounding is below that. And lse
     is log n.
     """
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        blank = probes.zeros(case, branch)
-        signs = case.generator("signs").integers(0, 2, blank.v.shape) * 2.0 - 1
-        inputs = dataclasses.replace(blank, v=signs.astype(blank.v.dtype))
-        out, lse = branch.forward(implementation, case, inputs)
-        rounds = NUMERICS[implementation.numerics[case.dtype]]
-        seen = told = 0
-        for t in _some_rows(case):
-            row = _row(branch, case, blank.block_indices, t).astype(np.float64)
-            for b, g in np.ndindex(case.batch, case.kv_heads):
-                heads = slice(g * case.group_size, (g + 1) * case.group_size)
-                n = row[b, heads].sum(-1, keepdims=True)
-                total = row[b, heads] @ signs[b, g]  # whole numbers: exact
-                # P = 1 / n, if it is stored, may underflow, and n of it are added
-                slack = (rounds.u_p + rounds.u_store + 2.0**-20) * np.abs(total) + rounds.eta * n**2
-                off = np.abs(out[b, heads, t] * n - total)
-                wrong = (n > 0) & ~(off <= slack + 0.25)
-                seen += int((n > 0).sum())
-                told += int(((n > 0) & (slack < 0.25)).sum())
-                if wrong.any():
-                    h, c = (int(i) for i in np.argwhere(wrong)[0])
-                    head = g * case.group_size + h
-                    raise Broken(
-                        clause,
-                        f"{branch.name}, a long sequence read out by the sum of random signs: "
-                        f"{_where(branch, case, b, head, t)}: the {n[h, 0]:g} keys that the row "
-                        f"sees have the sum {total[h, c]:g}, and not "
-                        f"{out[b, head, t, c] * n[h, 0]:.6g}",
-                    )
-                if lse is None:
-                    continue
-                with np.errstate(over="ignore"):
-                    count = np.exp(lse[b, heads, t])[:, None]
-                wrong = (n > 0) & ~(np.abs(count - n) <= 0.25 + 2.0**-17 * n)
-                if wrong.any():
-                    head = g * case.group_size + int(np.argwhere(wrong)[0][0])
-                    raise Broken(
-                        clause,
-                        f"{branch.name}, a long sequence of equal scores: "
-                        f"{_where(branch, case, b, head, t)}: exp(lse) must be the number of keys "
-                        f"that the row sees, {n[head - heads.start, 0]:g}, and is "
-                        f"{count[head - heads.start, 0]:.7g}",
-                    )
-        if not seen:
-            raise Inconclusive("none of the drawn rows sees a key")
-        if not told:
-            raise Inconclusive("every sum is too large for the rounding of this dtype")
-        return Outcome()
-
-    return check
-
-
-def long_backward_mask(branch: Branch) -> Check:
-    """With q = k = 0 and d_out one-hot in some rows, dv has the mask of those rows, exactly."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        blank = probes.zeros(case, branch)
-        rng = case.generator("one-hot rows")
-        rows = sorted(rng.permutation(_some_rows(case))[: case.value_dim].tolist())
-        head = int(rng.integers(0, case.group_size))
-        heads = np.arange(case.kv_heads) * case.group_size + head
-        shape = (case.batch, case.q_heads, case.q_len)
-        d_out = np.zeros((*shape, case.value_dim), DTYPES[case.dtype])
-        for c, t in enumerate(rows):
-            d_out[:, heads, t, c] = 1
-        d_lse = np.zeros(shape, DTYPES[case.dtype])
-        _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
-        told = False
-        for c, t in enumerate(rows):
-            visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
-            told |= bool(visible.any())
-            seen = dv[..., c] != 0
-            if getattr(case.semantics.empty_row, branch.name) != "zero":
-                # such a row reads all columns, or none
-                visible = np.where(visible.any(-1, keepdims=True), visible, seen)
-            if (visible != seen).any():
-                b, g, j = (int(i) for i in np.argwhere(visible != seen)[0])
-                deed = "misses" if visible[b, g, j] else "reads"
+    branch = prop.the_branch
+    blank = probes.zeros(case, branch)
+    signs = case.generator("signs").integers(0, 2, blank.v.shape) * 2.0 - 1
+    inputs = dataclasses.replace(blank, v=signs.astype(blank.v.dtype))
+    out, lse = branch.forward(implementation, case, inputs)
+    rounds = NUMERICS[implementation.numerics[case.dtype]]
+    seen = told = 0
+    for t in _some_rows(case):
+        row = _row(branch, case, blank.block_indices, t).astype(np.float64)
+        for b, g in np.ndindex(case.batch, case.kv_heads):
+            heads = slice(g * case.group_size, (g + 1) * case.group_size)
+            n = row[b, heads].sum(-1, keepdims=True)
+            total = row[b, heads] @ signs[b, g]  # whole numbers: exact
+            # P = 1 / n, if it is stored, may underflow, and n of it are added
+            slack = (rounds.u_p + rounds.u_store + 2.0**-20) * np.abs(total) + rounds.eta * n**2
+            off = np.abs(out[b, heads, t] * n - total)
+            wrong = (n > 0) & ~(off <= slack + 0.25)
+            seen += int((n > 0).sum())
+            told += int(((n > 0) & (slack < 0.25)).sum())
+            if wrong.any():
+                h, c = (int(i) for i in np.argwhere(wrong)[0])
+                head = g * case.group_size + h
                 raise Broken(
-                    "A3",
-                    f"{branch.name}, backward of a long sequence, read out by one-hot rows: dv "
-                    f"{deed} column {j} in {_where(branch, case, b, int(heads[g]), t)}",
+                    prop.clause,
+                    f"{branch.name}, a long sequence read out by the sum of random signs: "
+                    f"{_where(branch, case, b, head, t)}: the {n[h, 0]:g} keys that the row "
+                    f"sees have the sum {total[h, c]:g}, and not "
+                    f"{out[b, head, t, c] * n[h, 0]:.6g}",
                 )
-        if not told:
-            raise Inconclusive("none of the drawn rows sees a key")
-        return Outcome()
+            if lse is None:
+                continue
+            with np.errstate(over="ignore"):
+                count = np.exp(lse[b, heads, t])[:, None]
+            wrong = (n > 0) & ~(np.abs(count - n) <= 0.25 + 2.0**-17 * n)
+            if wrong.any():
+                head = g * case.group_size + int(np.argwhere(wrong)[0][0])
+                raise Broken(
+                    prop.clause,
+                    f"{branch.name}, a long sequence of equal scores: "
+                    f"{_where(branch, case, b, head, t)}: exp(lse) must be the number of keys "
+                    f"that the row sees, {n[head - heads.start, 0]:g}, and is "
+                    f"{count[head - heads.start, 0]:.7g}",
+                )
+    if not seen:
+        raise Inconclusive("none of the drawn rows sees a key")
+    if not told:
+        raise Inconclusive("every sum is too large for the rounding of this dtype")
+    return Outcome()
 
-    return check
+
+def long_backward_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """With q = k = 0 and d_out one-hot in some rows, dv has the mask of those rows, exactly."""
+    branch = prop.the_branch
+    blank = probes.zeros(case, branch)
+    rng = case.generator("one-hot rows")
+    rows = sorted(rng.permutation(_some_rows(case))[: case.value_dim].tolist())
+    head = int(rng.integers(0, case.group_size))
+    heads = np.arange(case.kv_heads) * case.group_size + head
+    shape = (case.batch, case.q_heads, case.q_len)
+    d_out = np.zeros((*shape, case.value_dim), DTYPES[case.dtype])
+    for c, t in enumerate(rows):
+        d_out[:, heads, t, c] = 1
+    d_lse = np.zeros(shape, DTYPES[case.dtype])
+    _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
+    told = False
+    for c, t in enumerate(rows):
+        visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
+        told |= bool(visible.any())
+        seen = dv[..., c] != 0
+        if getattr(case.semantics.empty_row, branch.name) != "zero":
+            # such a row reads all columns, or none
+            visible = np.where(visible.any(-1, keepdims=True), visible, seen)
+        if (visible != seen).any():
+            b, g, j = (int(i) for i in np.argwhere(visible != seen)[0])
+            deed = "misses" if visible[b, g, j] else "reads"
+            raise Broken(
+                "A3",
+                f"{branch.name}, backward of a long sequence, read out by one-hot rows: dv "
+                f"{deed} column {j} in {_where(branch, case, b, int(heads[g]), t)}",
+            )
+    if not told:
+        raise Inconclusive("none of the drawn rows sees a key")
+    return Outcome()
 
 
-def long_values(branch: Branch, *, backward: bool) -> Check:
+def long_values(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """out and lse of a few rows within their bounds; or all gradients, when d_out is 0 elsewhere.
 
     Rows know nothing of each other, so the definition is asked about these alone.
     """
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        most = max(2, PAIRS // (case.group_size * max(1, branch.columns(case))))
-        rng = case.generator("rows with values")
-        rows = sorted(rng.permutation(_some_rows(case))[: min(most, 16)].tolist())
-        masks = [_row(branch, case, inputs.block_indices, t) for t in rows]
-        # in an empty row A2 speaks
-        kept = [i for i, mask in enumerate(masks) if mask.any(-1).all()]
-        if not kept:
-            raise Inconclusive("none of the drawn rows sees a key in every head")
-        rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
-        few = dataclasses.replace(case, q_len=len(rows))
-        asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
-        which = f"of rows t={rows} in {case.q_len}"
-        if not backward:
-            found = branch.forward(implementation, case, inputs)
-            expected = branch.attend(few, mask, asked)
-            bounds = bounds_of(branch, implementation, few, asked, mask)
-            tensors = {
-                name: compare(
-                    "A1",
-                    f"{branch.name} {name} {which}",
-                    getattr(found, name)[:, :, rows],
-                    getattr(expected, name),
-                    getattr(bounds, name),
-                )
-                for name in ("out", "lse")
-                if getattr(found, name) is not None
-            }
-            return settle(list(tensors.values()))
-        d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
-        d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
-        d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
-        dq, dk, dv = branch.backward(implementation, case, inputs, d_out, d_lse)
-        others = np.ones(case.q_len, bool)
-        others[rows] = False
-        if (dq[:, :, others] != 0).any():
-            b, h, i, c = (int(n) for n in np.argwhere(dq[:, :, others] != 0)[0])
-            t = int(np.flatnonzero(others)[i])
-            raise Broken(
-                "A3",
-                f"{branch.name} dq[{b}, {h}, {t}, {c}] is not 0, though d_out is 0 in that row "
-                f"(kv_len {case.kv_len})",
+    branch = prop.the_branch
+    inputs = branch.inputs(case)
+    most = max(2, PAIRS // (case.group_size * max(1, branch.columns(case))))
+    rng = case.generator("rows with values")
+    rows = sorted(rng.permutation(_some_rows(case))[: min(most, 16)].tolist())
+    masks = [_row(branch, case, inputs.block_indices, t) for t in rows]
+    # in an empty row A2 speaks
+    kept = [i for i, mask in enumerate(masks) if mask.any(-1).all()]
+    if not kept:
+        raise Inconclusive("none of the drawn rows sees a key in every head")
+    rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
+    few = dataclasses.replace(case, q_len=len(rows))
+    asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
+    which = f"of rows t={rows} in {case.q_len}"
+    if not prop.backward:
+        found = branch.forward(implementation, case, inputs)
+        expected = branch.attend(few, mask, asked)
+        bounds = bounds_of(branch, implementation, few, asked, mask)
+        tensors = {
+            name: compare(
+                "A1",
+                f"{branch.name} {name} {which}",
+                getattr(found, name)[:, :, rows],
+                getattr(expected, name),
+                getattr(bounds, name),
             )
-        there = (d_out[:, :, rows], d_lse[:, :, rows])
-        wanted = branch.attend_vjp(few, mask, asked, *there)
-        limits = gradient_bounds(branch, implementation, few, asked, mask, *there)
-        gradients = zip(("dq", "dk", "dv"), (dq[:, :, rows], dk, dv), wanted, limits)
-        return settle(
-            [
-                compare("A3", f"{branch.name} {name} {which}", have, want, limit)
-                for name, have, want, limit in gradients
-            ]
+            for name in ("out", "lse")
+            if getattr(found, name) is not None
+        }
+        return settle(list(tensors.values()))
+    d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
+    d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
+    d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
+    dq, dk, dv = branch.backward(implementation, case, inputs, d_out, d_lse)
+    others = np.ones(case.q_len, bool)
+    others[rows] = False
+    if (dq[:, :, others] != 0).any():
+        b, h, i, c = (int(n) for n in np.argwhere(dq[:, :, others] != 0)[0])
+        t = int(np.flatnonzero(others)[i])
+        raise Broken(
+            "A3",
+            f"{branch.name} dq[{b}, {h}, {t}, {c}] is not 0, though d_out is 0 in that row "
+            f"(kv_len {case.kv_len})",
         )
+    there = (d_out[:, :, rows], d_lse[:, :, rows])
+    wanted = branch.attend_vjp(few, mask, asked, *there)
+    limits = gradient_bounds(branch, implementation, few, asked, mask, *there)
+    gradients = zip(("dq", "dk", "dv"), (dq[:, :, rows], dk, dv), wanted, limits)
+    return settle(
+        [
+            compare("A3", f"{branch.name} {name} {which}", have, want, limit)
+            for name, have, want, limit in gradients
+        ]
+    )
 
-    return check
 
-
-def large(branch: Branch, *, backward: bool) -> Check:
+def large(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """More elements than 32 bits can count: batch entries that are alike but for powers of two.
 
     v and d_out are f and g times those of the first entry, and so is all that comes back. An offset
     that wraps reads, or writes, another entry. The first entry is held to its bounds.
     """
+    if reason := no_large_tensors(implementation):  # others may hold the memory by now
+        raise NotOffered(reason)
+    branch = prop.the_branch
+    alone = dataclasses.replace(case, batch=1)
+    once = branch.inputs(alone)
+    rng = case.generator("factors")
+    f, g = (2.0 ** rng.integers(0, 4, case.batch) for _ in range(2))
+    f[0] = g[0] = 1
 
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        if reason := not_large(implementation):  # others may hold the memory by now
-            raise NotOffered(reason)
-        alone = dataclasses.replace(case, batch=1)
-        once = branch.inputs(alone)
-        rng = case.generator("factors")
-        f, g = (2.0 ** rng.integers(0, 4, case.batch) for _ in range(2))
-        f[0] = g[0] = 1
+    def spread(x: np.ndarray, factor: np.ndarray | None = None) -> np.ndarray:
+        if factor is not None:
+            x = x * factor.astype(x.dtype)[:, None, None, None]
+        return np.broadcast_to(x, (case.batch, *x.shape[1:]))
 
-        def spread(x: np.ndarray, factor: np.ndarray | None = None) -> np.ndarray:
-            if factor is not None:
-                x = x * factor.astype(x.dtype)[:, None, None, None]
-            return np.broadcast_to(x, (case.batch, *x.shape[1:]))
-
-        indices = once.block_indices
-        inputs = Inputs(
-            q=spread(once.q),
-            k=spread(once.k),
-            v=spread(once.v, f),
-            block_indices=None if indices is None else spread(indices),
-        )
-        arguments = branch.arguments(case, inputs)
-        names: tuple[str, ...] = ("out", "lse")
-        gradients: tuple[np.ndarray, ...] = ()
-        if backward:
-            d_out, d_lse = alone.upstream_gradients()
-            d_lse = np.zeros_like(d_lse)
-            arguments += (spread(d_out, g), spread(d_lse))
-            gradients = (d_out, d_lse)
-            names = ("dq", "dk", "dv", "dk", "dv") if branch is COMPRESS else ("dq", "dk", "dv")
-        run = implementation.run_vjp if backward else implementation.run
-        found = call(run, branch.name, case, *arguments)
-        if len(found) != len(names):
-            raise Raised(f"{branch.name} returned {len(found)} arrays, not {len(names)}")
-        clause = "A3" if backward else "A1"
-        for name, tensor in zip(names, found):
-            if tensor is not None:
-                _entries_alike(clause, f"{branch.name} {name}", tensor, FACTORS[name], f, g)
-        return _first_entry(branch, implementation, alone, once, found, gradients)
-
-    return check
+    indices = once.block_indices
+    inputs = Inputs(
+        q=spread(once.q),
+        k=spread(once.k),
+        v=spread(once.v, f),
+        block_indices=None if indices is None else spread(indices),
+    )
+    arguments = branch.arguments(case, inputs)
+    names: tuple[str, ...] = ("out", "lse")
+    gradients: tuple[np.ndarray, ...] = ()
+    if prop.backward:
+        d_out, d_lse = alone.upstream_gradients()
+        d_lse = np.zeros_like(d_lse)
+        arguments += (spread(d_out, g), spread(d_lse))
+        gradients = (d_out, d_lse)
+        names = ("dq", "dk", "dv", "dk", "dv") if branch is COMPRESS else ("dq", "dk", "dv")
+    run = implementation.run_vjp if prop.backward else implementation.run
+    found = call(run, branch.name, case, *arguments)
+    if len(found) != len(names):
+        raise Raised(f"{branch.name} returned {len(found)} arrays, not {len(names)}")
+    for name, tensor in zip(names, found):
+        if tensor is not None:
+            _entries_alike(prop.clause, f"{branch.name} {name}", tensor, FACTORS[name], f, g)
+    return _first_entry(branch, implementation, alone, once, found, gradients)
 
 
 def _entries_alike(
@@ -343,19 +330,19 @@ def _first_entry(
     )
 
 
-def not_far(implementation: Implementation) -> str:
+def no_long_sequences(implementation: Implementation) -> str:
     """Why long sequences are not tried, if they are not."""
     if not far_lengths(implementation):
-        return "not tried: long sequences, which its limits exclude"
+        return "long sequences, which its limits exclude"
     if not any(semantics.causal for semantics in implementation.semantics):
-        return "not tried: long sequences, which are causal ones, and it declares none"
+        return "long sequences, which are causal ones, and it declares none"
     return ""
 
 
-def not_large(implementation: Implementation) -> str:
+def no_large_tensors(implementation: Implementation) -> str:
     """Why tensors of more than 2^31 elements are not tried, if they are not."""
     device = device_of(implementation.device)
-    what = f"not tried: tensors beyond 2^{device.offset_limit.bit_length() - 1} elements, which"
+    what = f"tensors beyond 2^{device.offset_limit.bit_length() - 1} elements, which"
     if large_sizes(implementation) is None:
         return f"{what} its limits exclude"
     need = 32 * device.offset_limit

@@ -17,8 +17,8 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, gradient_bounds
-from nsa_ref.testing.properties.values import has_lse
+from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, gradient_bounds, set_up
+from nsa_ref.testing.properties.values import upstream
 
 
 def _plant_canary(
@@ -127,124 +127,110 @@ def _sees(branch: Branch, case: Case, mask: np.ndarray, where: tuple[int, int, i
     return rows
 
 
-def canary_forward(branch: Branch) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
-        planted, where = _plant_canary(branch, case, inputs, mask)
-        sees = _sees(branch, case, mask, where)
-        present = [
-            name
-            for name in ("out", "lse")
-            if getattr(branch.forward(implementation, case, inputs), name) is not None
-        ]
+def canary_forward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A5: out and lse of rows that do not see a key are the same whatever it holds."""
+    branch, inputs, mask = set_up(prop, case)
+    planted, where = _plant_canary(branch, case, inputs, mask)
+    sees = _sees(branch, case, mask, where)
+    present = [
+        name
+        for name in ("out", "lse")
+        if getattr(branch.forward(implementation, case, inputs), name) is not None
+    ]
 
-        def run(some: Inputs) -> Tensors:
-            result = branch.forward(implementation, case, some)
-            return [getattr(result, name) for name in present]
+    def run(some: Inputs) -> Tensors:
+        result = branch.forward(implementation, case, some)
+        return [getattr(result, name) for name in present]
 
-        base = run(inputs)
-        compared = [
-            np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape) for x in base
-        ]
-        for what, other in _plants(implementation, planted, where):
-            with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
-                found = run(other)
-            _unchanged(
-                [f"{branch.name} {name}" for name in present],
-                what,
-                base,
-                found,
-                compared,
-                lambda: run(inputs),
-                lambda: [
-                    getattr(bounds_of(branch, implementation, case, inputs, mask), name)
-                    for name in present
-                ],
-            )
-        return Outcome()
-
-    return check
+    base = run(inputs)
+    compared = [
+        np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape) for x in base
+    ]
+    for what, other in _plants(implementation, planted, where):
+        with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
+            found = run(other)
+        _unchanged(
+            [f"{branch.name} {name}" for name in present],
+            what,
+            base,
+            found,
+            compared,
+            lambda: run(inputs),
+            lambda: [
+                getattr(bounds_of(branch, implementation, case, inputs, mask), name)
+                for name in present
+            ],
+        )
+    return Outcome()
 
 
-def canary_backward(branch: Branch) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
-        planted, where = _plant_canary(branch, case, inputs, mask)
-        sees = _sees(branch, case, mask, where)
-        d_out, d_lse = case.upstream_gradients()
-        empty = mask.sum(-1) == 0
-        silent = sees | empty
-        d_out = np.where(silent[..., None], 0, d_out).astype(d_out.dtype)
-        d_lse = np.where(silent, 0, d_lse).astype(d_lse.dtype)
-        if not has_lse(branch, implementation, case, inputs):
-            d_lse = np.zeros_like(d_lse)
+def canary_backward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A5: so are the gradients that come from these rows; the key's own are exactly 0."""
+    branch, inputs, mask = set_up(prop, case)
+    planted, where = _plant_canary(branch, case, inputs, mask)
+    sees = _sees(branch, case, mask, where)
+    d_out, d_lse = upstream(branch, implementation, case, inputs)
+    silent = sees | (mask.sum(-1) == 0)
+    d_out = np.where(silent[..., None], 0, d_out).astype(d_out.dtype)
+    d_lse = np.where(silent, 0, d_lse).astype(d_lse.dtype)
 
-        def run(some: Inputs) -> Tensors:
-            return branch.backward(implementation, case, some, d_out, d_lse)
+    def run(some: Inputs) -> Tensors:
+        return branch.backward(implementation, case, some, d_out, d_lse)
 
-        base = run(inputs)
-        for what, other in _plants(implementation, planted, where):
-            if sees.any() and not np.isfinite(other.v[where].astype(np.float64)).all():
-                continue  # a row that sees it is NaN, and so is all that it reaches
-            gradients = run(other)
-            _unchanged(
-                [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
-                what,
-                base,
-                gradients,
-                [np.ones(x.shape, bool) for x in base],
-                lambda: run(inputs),
-                lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
-            )
-            for name, gradient in zip(("dk", "dv"), gradients[1:]):
-                if (gradient[where] != 0).any():
-                    raise Broken(
-                        "A5",
-                        f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
-                        "comes back to rows that see this key, so it must be exactly 0",
-                    )
-        return Outcome()
-
-    return check
+    base = run(inputs)
+    for what, other in _plants(implementation, planted, where):
+        if sees.any() and not np.isfinite(other.v[where].astype(np.float64)).all():
+            continue  # a row that sees it is NaN, and so is all that it reaches
+        gradients = run(other)
+        _unchanged(
+            [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
+            what,
+            base,
+            gradients,
+            [np.ones(x.shape, bool) for x in base],
+            lambda: run(inputs),
+            lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
+        )
+        for name, gradient in zip(("dk", "dv"), gradients[1:]):
+            if (gradient[where] != 0).any():
+                raise Broken(
+                    "A5",
+                    f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
+                    "comes back to rows that see this key, so it must be exactly 0",
+                )
+    return Outcome()
 
 
-def heads(branch: Branch) -> Check:
+def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A1: query head h reads the keys and the values of kv head h // G, and of no other."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
-        rows = (mask != 0).sum(-1).max(axis=(0, 2), initial=0)
-        owners = np.arange(case.q_heads) // case.group_size
-        for kv_head in range(case.kv_heads):
-            asked = (implementation, branch, case, inputs, kv_head)
-            by_k, by_v = probes.head_influence(*asked)
-            repeatable = True
-            if (by_k | by_v)[owners != kv_head].any() and not _repeatable(
-                lambda: [branch.forward(implementation, case, inputs).out]
-            ):
-                # two right results are at most two bounds apart, and may be so for small reasons
-                repeatable = False
-                bound = bounds_of(branch, implementation, case, inputs, mask).out
-                by_k, by_v = probes.head_influence(*asked, 2 * bound)
-            for what, seen, needs in (("keys", by_k, 2), ("values", by_v, 1)):
-                for head in range(case.q_heads):
-                    owner = owners[head]
-                    if seen[head] and owner != kv_head:
-                        raise Broken(
-                            "A1",
-                            f"{branch.name}: query head {head} reads the {what} of kv head "
-                            f"{kv_head}; h // G with G={case.group_size} is {owner}",
-                        )
-                    enough = repeatable and rows[head] >= needs
-                    if not seen[head] and owner == kv_head and enough:
-                        raise Broken(
-                            "A1",
-                            f"{branch.name}: query head {head} does not read the {what} of kv "
-                            f"head {kv_head}, which is its own (h // G with G={case.group_size})",
-                        )
-        return Outcome()
-
-    return check
+    branch, inputs, mask = set_up(prop, case)
+    rows = (mask != 0).sum(-1).max(axis=(0, 2), initial=0)
+    owners = np.arange(case.q_heads) // case.group_size
+    for kv_head in range(case.kv_heads):
+        asked = (implementation, branch, case, inputs, kv_head)
+        by_k, by_v = probes.head_influence(*asked)
+        repeatable = True
+        if (by_k | by_v)[owners != kv_head].any() and not _repeatable(
+            lambda: [branch.forward(implementation, case, inputs).out]
+        ):
+            # two right results are at most two bounds apart, and may be so for small reasons
+            repeatable = False
+            bound = bounds_of(branch, implementation, case, inputs, mask).out
+            by_k, by_v = probes.head_influence(*asked, 2 * bound)
+        for what, seen, needs in (("keys", by_k, 2), ("values", by_v, 1)):
+            for head in range(case.q_heads):
+                owner = owners[head]
+                if seen[head] and owner != kv_head:
+                    raise Broken(
+                        "A1",
+                        f"{branch.name}: query head {head} reads the {what} of kv head "
+                        f"{kv_head}; h // G with G={case.group_size} is {owner}",
+                    )
+                enough = repeatable and rows[head] >= needs
+                if not seen[head] and owner == kv_head and enough:
+                    raise Broken(
+                        "A1",
+                        f"{branch.name}: query head {head} does not read the {what} of kv "
+                        f"head {kv_head}, which is its own (h // G with G={case.group_size})",
+                    )
+    return Outcome()

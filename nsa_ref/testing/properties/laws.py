@@ -16,8 +16,15 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Check, Outcome, bounds_of, declared, settle
-from nsa_ref.testing.properties.values import has_lse
+from nsa_ref.testing.properties.common import (
+    Outcome,
+    Property,
+    bounds_of,
+    is_declared,
+    set_up,
+    settle,
+)
+from nsa_ref.testing.properties.values import upstream
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -44,144 +51,122 @@ def _covers_everything(branch: Branch, case: Case) -> bool:
     return case.sliding_window_size + case.semantics.window_closed >= case.kv_len
 
 
-def is_full_causal(branch: Branch, clause: str) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        if not _covers_everything(branch, case):
-            raise Inconclusive("the declared limits leave no case in which everything is visible")
-        inputs = branch.inputs(case)
-        expected, mask = _full_causal_attention(case, inputs)
-        if getattr(case.semantics.empty_row, branch.name) != "zero" and (mask.sum(-1) == 0).any():
-            raise Inconclusive("rows before the first key follow empty_row")
-        actual = branch.forward(implementation, case, inputs).out
-        hard = bounds_of(branch, implementation, case, inputs, mask)
-        name = f"{branch.name} out against full causal attention"
-        return settle([compare(clause, name, actual, expected, hard.out)])
+def full_causal(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """Where everything is visible, a branch is full causal attention."""
+    branch = prop.the_branch
+    if not _covers_everything(branch, case):
+        raise Inconclusive("the declared limits leave no case in which everything is visible")
+    inputs = branch.inputs(case)
+    expected, mask = _full_causal_attention(case, inputs)
+    if getattr(case.semantics.empty_row, branch.name) != "zero" and (mask.sum(-1) == 0).any():
+        raise Inconclusive("rows before the first key follow empty_row")
+    actual = branch.forward(implementation, case, inputs).out
+    hard = bounds_of(branch, implementation, case, inputs, mask)
+    name = f"{branch.name} out against full causal attention"
+    return settle([compare(prop.clause, name, actual, expected, hard.out)])
 
-    return check
 
-
-def linear_in_v(branch: Branch) -> Check:
+def linear_in_v(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A1: out(v1) + out(v2) = out(v1 + v2); small integers, so that the sum of values is exact."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        first = branch.inputs(case)
-        rng = case.generator("second values")
-        values = rng.integers(-8, 9, (2, *first.v.shape)).astype(DTYPES[case.dtype])
-        mask = branch.mask(case, first.block_indices)
-        one, two, both = (
-            dataclasses.replace(first, v=v.astype(DTYPES[case.dtype]))
-            for v in (values[0], values[1], values[0] + values[1])
-        )
-        outs = [branch.forward(implementation, case, x).out for x in (one, two, both)]
-        bound = sum(bounds_of(branch, implementation, case, x, mask).out for x in (one, two, both))
-        name = f"{branch.name} out(v1) + out(v2) against out(v1 + v2)"
-        return settle([compare("A1", name, outs[0] + outs[1], outs[2], np.asarray(bound))])
-
-    return check
+    branch, first, mask = set_up(prop, case)
+    rng = case.generator("second values")
+    values = rng.integers(-8, 9, (2, *first.v.shape)).astype(DTYPES[case.dtype])
+    one, two, both = (
+        dataclasses.replace(first, v=v.astype(DTYPES[case.dtype]))
+        for v in (values[0], values[1], values[0] + values[1])
+    )
+    outs = [branch.forward(implementation, case, x).out for x in (one, two, both)]
+    bound = sum(bounds_of(branch, implementation, case, x, mask).out for x in (one, two, both))
+    name = f"{branch.name} out(v1) + out(v2) against out(v1 + v2)"
+    return settle([compare("A1", name, outs[0] + outs[1], outs[2], np.asarray(bound))])
 
 
-def permutation(branch: Branch) -> Check:
+def permutation(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A1: batch entries and kv heads, with their groups, do not know of each other."""
+    branch, inputs, mask = set_up(prop, case)
+    rng = case.generator("permutation")
+    batch, heads = rng.permutation(case.batch), rng.permutation(case.kv_heads)
 
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        rng = case.generator("permutation")
-        batch, heads = rng.permutation(case.batch), rng.permutation(case.kv_heads)
+    def moved(x: np.ndarray) -> np.ndarray:
+        grouped = x.reshape(case.batch, case.kv_heads, x.shape[1] // case.kv_heads, *x.shape[2:])
+        return grouped[batch][:, heads].reshape(x.shape)
 
-        def moved(x: np.ndarray) -> np.ndarray:
-            grouped = x.reshape(
-                case.batch, case.kv_heads, x.shape[1] // case.kv_heads, *x.shape[2:]
-            )
-            return grouped[batch][:, heads].reshape(x.shape)
-
-        shuffled = Inputs(
-            q=moved(inputs.q),
-            k=moved(inputs.k),
-            v=moved(inputs.v),
-            block_indices=None if inputs.block_indices is None else moved(inputs.block_indices),
-        )
-        mask = branch.mask(case, inputs.block_indices)
-        out = branch.forward(implementation, case, inputs).out
-        other = branch.forward(implementation, case, shuffled).out
-        bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
-        name = f"{branch.name} out of permuted batch {batch.tolist()}, kv heads {heads.tolist()}"
-        return settle([compare("A1", name, other, moved(out), moved(bound))])
-
-    return check
+    shuffled = Inputs(
+        q=moved(inputs.q),
+        k=moved(inputs.k),
+        v=moved(inputs.v),
+        block_indices=None if inputs.block_indices is None else moved(inputs.block_indices),
+    )
+    out = branch.forward(implementation, case, inputs).out
+    other = branch.forward(implementation, case, shuffled).out
+    bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
+    name = f"{branch.name} out of permuted batch {batch.tolist()}, kv heads {heads.tolist()}"
+    return settle([compare("A1", name, other, moved(out), moved(bound))])
 
 
-def prefix(branch: Branch) -> Check:
+def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """Causality: taking the last tokens away leaves the rows before them as they are."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        if min(case.q_len, case.kv_len) < 2:
-            raise Inconclusive("nothing to cut off")
-        inputs = branch.inputs(case)
-        for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
-            q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
-            short = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
-            if declared(implementation, short):
-                break
-        else:
-            raise NotOffered("no shorter length is supported")
-        rows, columns = short.q_len, branch.columns(short)
-        indices = inputs.block_indices
-        less = Inputs(
-            q=inputs.q[:, :, :rows],
-            k=inputs.k[:, :, :columns],
-            v=inputs.v[:, :, :columns],
-            block_indices=None if indices is None else indices[:, :, :rows],
-        )
-        mask = branch.mask(case, indices)
-        out = branch.forward(implementation, case, inputs).out[:, :, :rows]
-        other = branch.forward(implementation, short, less).out
-        bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
-        name = f"{branch.name} out without the last {cut} tokens"
-        clause = branch.mask_clause(case)
-        # an empty row may be the mean of all columns, whose number has changed
-        sees = (mask != 0).any(-1)[:, :, :rows, None]
-        other = np.where(sees, other, out)
-        return settle([compare(clause, name, other, out, bound[:, :, :rows])])
-
-    return check
+    if min(case.q_len, case.kv_len) < 2:
+        raise Inconclusive("nothing to cut off")
+    branch, inputs, mask = set_up(prop, case)
+    for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
+        q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
+        short = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
+        if is_declared(implementation, short):
+            break
+    else:
+        raise NotOffered("no shorter length is supported")
+    rows, columns = short.q_len, branch.columns(short)
+    indices = inputs.block_indices
+    less = Inputs(
+        q=inputs.q[:, :, :rows],
+        k=inputs.k[:, :, :columns],
+        v=inputs.v[:, :, :columns],
+        block_indices=None if indices is None else indices[:, :, :rows],
+    )
+    out = branch.forward(implementation, case, inputs).out[:, :, :rows]
+    other = branch.forward(implementation, short, less).out
+    bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
+    name = f"{branch.name} out without the last {cut} tokens"
+    clause = branch.mask_clause(case)
+    # an empty row may be the mean of all columns, whose number has changed
+    sees = (mask != 0).any(-1)[:, :, :rows, None]
+    other = np.where(sees, other, out)
+    return settle([compare(clause, name, other, out, bound[:, :, :rows])])
 
 
-def same_bits(branch: Branch, *, backward: bool) -> Check:
+def same_bits(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """What states to be deterministic gives the same bits for the same call."""
+    branch = prop.the_branch
+    inputs = branch.inputs(case)
 
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
+    def once() -> dict[str, np.ndarray | None]:
+        if not prop.backward:
+            return branch.forward(implementation, case, inputs)._asdict()
+        gradients = branch.backward(
+            implementation, case, inputs, *upstream(branch, implementation, case, inputs)
+        )
+        return dict(zip(("dq", "dk", "dv"), gradients))
 
-        def once() -> dict[str, np.ndarray | None]:
-            if not backward:
-                return branch.forward(implementation, case, inputs)._asdict()
-            d_out, d_lse = case.upstream_gradients()
-            if not has_lse(branch, implementation, case, inputs):
-                d_lse = np.zeros_like(d_lse)
-            gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
-            return dict(zip(("dq", "dk", "dv"), gradients))
-
-        first, second = once(), once()
-        for name, one in first.items():
-            other = second[name]
-            if one is None or other is None:
-                continue
-            differs = one.view(np.int64) != other.view(np.int64)
-            if differs.any():
-                at = tuple(int(i) for i in np.argwhere(differs)[0])
-                raise Broken(
-                    "A3" if backward else "A1",
-                    f"{branch.name} {name} differs when the same call is made twice, though "
-                    f"`deterministic` is stated: {differs.sum()} of {differs.size} elements, first "
-                    f"at {at}: {float(one[at])!r}, then {float(other[at])!r}",
-                )
-        return Outcome()
-
-    return check
+    first, second = once(), once()
+    for name, one in first.items():
+        other = second[name]
+        if one is None or other is None:
+            continue
+        differs = one.view(np.int64) != other.view(np.int64)
+        if differs.any():
+            at = tuple(int(i) for i in np.argwhere(differs)[0])
+            raise Broken(
+                prop.clause,
+                f"{branch.name} {name} differs when the same call is made twice, though "
+                f"`deterministic` is stated: {differs.sum()} of {differs.size} elements, first "
+                f"at {at}: {float(one[at])!r}, then {float(other[at])!r}",
+            )
+    return Outcome()
 
 
 def unstated(implementation: Implementation) -> str:
     """Why determinism is not tried."""
     if implementation.deterministic:
         return ""
-    return "not tried: whether it is deterministic, which it does not state"
+    return "whether it is deterministic, which it does not state"

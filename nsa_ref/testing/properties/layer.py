@@ -22,8 +22,6 @@ from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import (
     COMPRESS,
-    FINE,
-    Branch,
     Broken,
     Inconclusive,
     Raised,
@@ -33,8 +31,7 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Check, Outcome, settle
-from nsa_ref.testing.properties.common import declared as declared_by
+from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask, settle
 from nsa_ref.testing.properties.masks import CONVENTION, REMEDY, mask_broken
 
 #: A gate's bias at which its sigmoid is 1 or 0, in every dtype.
@@ -123,28 +120,28 @@ def _rows_compared(clause: str, name: str, actual: Any, expected: Any, bound: An
     return compare(clause, name, actual, expected, np.where(out[..., None], np.inf, bound))
 
 
-def layer_output(method: str, clause: str = "G1") -> Check:
+def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G1 by `layer` and `layer_with_blocks`, G3 by `decode`: every row is the definition's."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        x, weights = case.tokens(), case.layer_weights()
-        some_empty = not case.num_mem_kv or not case.num_selected_blocks
-        if clause == "G3" and some_empty and "uniform" in case.semantics.empty_row:
-            raise Inconclusive("the mean over all columns knows how many are to come")
-        return _compared(implementation, method, case, x, weights, clause)
-
-    return check
+    x, weights = case.tokens(), case.layer_weights()
+    clause = "G3" if prop.method == "decode" else "G1"
+    some_empty = not case.num_mem_kv or not case.num_selected_blocks
+    if clause == "G3" and some_empty and "uniform" in case.semantics.empty_row:
+        raise Inconclusive("the mean over all columns knows how many are to come")
+    return _compared(implementation, prop.method, case, x, weights, clause)
 
 
-def where_scores_decide(check: Check) -> Check:
-    """A check that says nothing where every block is chosen."""
+def _check_scores_decide(case: Case) -> None:
+    """Inconclusive where every block is chosen, whatever the scores are."""
+    if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
+        raise Inconclusive("no row has more blocks than it may choose")
 
-    def checked(implementation: Implementation, case: Case) -> Outcome:
-        if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
-            raise Inconclusive("no row has more blocks than it may choose")
-        return check(implementation, case)
 
-    return checked
+def output_where_scores_decide(
+    prop: Property, implementation: Implementation, case: Case
+) -> Outcome:
+    """The same, of cases in which a choice shows."""
+    _check_scores_decide(case)
+    return output(prop, implementation, case)
 
 
 def _compared(
@@ -221,7 +218,7 @@ def _blame_the_rotation(
         return  # it chooses other blocks
     for semantics in implementation.semantics:
         plain = dataclasses.replace(case, semantics=semantics)
-        if semantics.rotary == "none" and declared_by(implementation, plain):
+        if semantics.rotary == "none" and is_declared(implementation, plain):
             own = plain.tokens(), plain.layer_weights()
             if not _is_right(implementation, method, plain, *own):
                 return  # wrong where nothing is turned as well
@@ -293,14 +290,18 @@ def _with_gates(case: Case, weights: Weights, opened: Any) -> Weights:
     }
 
 
-def layer_gradients(method: str, clause: str) -> Check:
+def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G1: gradients of x and of every weight with the choice handed in; A4: with its own."""
+    x, weights = case.tokens(), case.layer_weights()
+    return _gradients_compared(implementation, prop.method, case, x, weights, prop.clause)
 
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        x, weights = case.tokens(), case.layer_weights()
-        return _gradients_compared(implementation, method, case, x, weights, clause)
 
-    return check
+def gradients_where_scores_decide(
+    prop: Property, implementation: Implementation, case: Case
+) -> Outcome:
+    """The same, of cases in which a choice shows."""
+    _check_scores_decide(case)
+    return gradients(prop, implementation, case)
 
 
 def _gradients_compared(
@@ -424,7 +425,7 @@ class _Packed(NamedTuple):
         if not offered("layer"):
             return _hinted(broken, "varlen", backward=backward)
         for alone, rows in zip(self.alone, self.rows):
-            batch = 1 if declared_by(implementation, alone) else self.batch
+            batch = 1 if is_declared(implementation, alone) else self.batch
             alone = dataclasses.replace(alone, batch=batch)
             x = np.repeat(self.x[None, rows], batch, axis=0)
             if backward:
@@ -438,7 +439,7 @@ def _packed(implementation: Implementation, case: Case) -> _Packed:
     _check_pairs(case)
     # packed tokens have no batch, so that limits of it do not matter
     every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in case.sequence_lengths()]
-    every = [each for each in every if declared_by(implementation, each)]
+    every = [each for each in every if is_declared(implementation, each)]
     alone = [dataclasses.replace(each, batch=1) for each in every]
     batch, case = case.batch, dataclasses.replace(case, batch=1)
     lengths = [each.kv_len for each in alone]
@@ -449,7 +450,7 @@ def _packed(implementation: Implementation, case: Case) -> _Packed:
     return _Packed(case, batch, weights, x, cu_seqlens, lengths, rows, alone, truths)
 
 
-def packed(implementation: Implementation, case: Case) -> Outcome:
+def packed(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G4: sequences one behind the other are what each is by itself."""
     given = _packed(implementation, case)
     case, x = given.case, given.x
@@ -470,7 +471,15 @@ def packed(implementation: Implementation, case: Case) -> Outcome:
     return given.settled(compared)
 
 
-def packed_gradients(implementation: Implementation, case: Case) -> Outcome:
+def packed_where_scores_decide(
+    prop: Property, implementation: Implementation, case: Case
+) -> Outcome:
+    """The same, of sequences in which a choice shows."""
+    _check_scores_decide(case)
+    return packed(prop, implementation, case)
+
+
+def packed_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G4: so are their gradients; those of the weights, which they share, add up."""
     given = _packed(implementation, case)
     case, x = given.case, given.x
@@ -568,34 +577,30 @@ class _ThroughTheLayer(Implementation):
         return Attention(out.transpose(0, 2, 1, 3), None)  # type: ignore[arg-type]
 
 
-def mask_through_the_layer(branch: Branch, clause: str) -> Check:
+def mask_through_the_layer(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A branch's mask, bit by bit, read through the whole layer with one gate open."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        _check_pairs(case)
-        width = case.q_heads * case.value_dim if case.semantics.output_projection else 0
-        if max(case.kv_len, width) > case.model_dim:
-            raise Inconclusive(f"model_dim={case.model_dim} is no feature for each token and head")
-        if branch is COMPRESS and case.compress_map not in ("linear", "linear_per_head"):
-            raise Inconclusive("compressed values are read through a linear map")
-        indices = case.block_indices() if branch is FINE else None
-        expected = branch.mask(case, indices)
-        if branch is COMPRESS and not expected.any():
-            raise Inconclusive("no row with a visible key")
-        through = _ThroughTheLayer(implementation)
-        # input_norm rounds its weight, a quotient and a product; all else is exact on such inputs
-        roundings = 5 if case.semantics.input_norm else 2
-        actual = probes.forward_mask(through, branch, case, expected, roundings=roundings)
-        if (actual != expected).any():
-            if implementation.offers("layer"):
-                # what is wrong with a single token, in the window for sure, is no mask
-                window = case.sliding_window_size + 1
-                alone = dataclasses.replace(case, q_len=1, kv_len=1, sliding_window_size=window)
-                if declared_by(implementation, alone):
-                    own = alone.tokens(), alone.layer_weights()
-                    _compared(implementation, "layer", alone, *own, "G1")
-            how = f"{branch.name} mask read through the layer"
-            raise mask_broken(branch, clause, case, expected, actual, how)
-        return Outcome()
-
-    return check
+    branch = prop.the_branch
+    _check_pairs(case)
+    width = case.q_heads * case.value_dim if case.semantics.output_projection else 0
+    if max(case.kv_len, width) > case.model_dim:
+        raise Inconclusive(f"model_dim={case.model_dim} is no feature for each token and head")
+    if branch is COMPRESS and case.compress_map not in ("linear", "linear_per_head"):
+        raise Inconclusive("compressed values are read through a linear map")
+    expected = oracle_mask(branch, case)
+    if branch is COMPRESS and not expected.any():
+        raise Inconclusive("no row with a visible key")
+    through = _ThroughTheLayer(implementation)
+    # input_norm rounds its weight, a quotient and a product; all else is exact on such inputs
+    roundings = 5 if case.semantics.input_norm else 2
+    actual = probes.forward_mask(through, branch, case, expected, roundings=roundings)
+    if (actual != expected).any():
+        if implementation.offers("layer"):
+            # what is wrong with a single token, in the window for sure, is no mask
+            window = case.sliding_window_size + 1
+            alone = dataclasses.replace(case, q_len=1, kv_len=1, sliding_window_size=window)
+            if is_declared(implementation, alone):
+                own = alone.tokens(), alone.layer_weights()
+                _compared(implementation, "layer", alone, *own, "G1")
+        how = f"{branch.name} mask read through the layer"
+        raise mask_broken(branch, prop.clause, case, expected, actual, how)
+    return Outcome()

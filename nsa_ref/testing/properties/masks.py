@@ -20,7 +20,7 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.pictures import side_by_side
-from nsa_ref.testing.properties.common import Check, Outcome
+from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
 
 #: How a remark begins that the definition and the port may differ on purpose.
 CONVENTION = "This may be a difference of convention"
@@ -86,58 +86,54 @@ def _convention(branch: Branch, case: Case, actual: np.ndarray) -> str:
     return ""
 
 
-def exposed_mask(branch: Branch, clause: str) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        arguments = (case.block_indices(),) if branch is FINE else ()
-        expected = branch.mask(case, *arguments or (None,))
-        value = call(implementation.run, f"{branch.name}_mask", case, *arguments)
-        for name, actual in probes.exposed_readings(value, *expected.shape[2:]).items():
-            try:
-                actual = np.broadcast_to(actual, expected.shape)
-            except ValueError:
-                raise Raised(
-                    f"{branch.name}_mask {name} has shape {actual.shape}; it must broadcast to "
-                    f"{expected.shape}"
-                ) from None
-            if (actual != expected).any():
-                how = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
-                raise mask_broken(branch, clause, case, expected, actual, how)
-        return Outcome()
-
-    return check
-
-
-def forward_mask(branch: Branch, clause: str) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        indices = case.block_indices() if branch is FINE else None
-        expected = branch.mask(case, indices)
-        actual = probes.forward_mask(implementation, branch, case, expected)
+def exposed(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """The mask that the implementation shows, in each way in which it can be read."""
+    branch = prop.the_branch
+    arguments = (case.block_indices(),) if branch is FINE else ()
+    expected = branch.mask(case, *arguments or (None,))
+    value = call(implementation.run, f"{branch.name}_mask", case, *arguments)
+    for name, actual in probes.exposed_readings(value, *expected.shape[2:]).items():
+        try:
+            actual = np.broadcast_to(actual, expected.shape)
+        except ValueError:
+            raise Raised(
+                f"{branch.name}_mask {name} has shape {actual.shape}; it must broadcast to "
+                f"{expected.shape}"
+            ) from None
         if (actual != expected).any():
-            how = f"{branch.name}, forward read out by one-hot values"
-            raise mask_broken(branch, clause, case, expected, actual, how)
-        return Outcome()
-
-    return check
+            how = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
+            raise mask_broken(branch, prop.clause, case, expected, actual, how)
+    return Outcome()
 
 
-def backward_mask(branch: Branch) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        indices = case.block_indices() if branch is FINE else None
-        mask = branch.mask(case, indices)
-        for pattern in probes.backward_patterns(implementation, branch, case, mask):
-            wrong = pattern.wrong()
-            if not wrong.any():
-                continue
-            b, h, t, j = (int(i) for i in np.argwhere(wrong)[0])
-            deed = "misses" if pattern.visible[b, h, t, j] else "reads"
-            expected = pattern.visible[b, h].astype(int)
-            seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)
-            raise Broken(
-                "A3",
-                f"{branch.name}, backward read out: {pattern.gradient} {deed} the pair of row "
-                f"t={t} and column {j} (batch {b}, query head {h}), though the forward is right\n"
-                f"{side_by_side(expected, seen)}",
-            )
-        return Outcome()
+def read_forward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """The mask that the forward shows when one-hot values are read through it."""
+    branch = prop.the_branch
+    expected = oracle_mask(branch, case)
+    actual = probes.forward_mask(implementation, branch, case, expected)
+    if (actual != expected).any():
+        how = f"{branch.name}, forward read out by one-hot values"
+        raise mask_broken(branch, prop.clause, case, expected, actual, how)
+    return Outcome()
 
-    return check
+
+def read_backward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """The mask that gradients show: which pairs of rows and columns hear of each other."""
+    branch = prop.the_branch
+    for pattern in probes.backward_patterns(
+        implementation, branch, case, oracle_mask(branch, case)
+    ):
+        wrong = pattern.wrong()
+        if not wrong.any():
+            continue
+        b, h, t, j = (int(i) for i in np.argwhere(wrong)[0])
+        deed = "misses" if pattern.visible[b, h, t, j] else "reads"
+        expected = pattern.visible[b, h].astype(int)
+        seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)
+        raise Broken(
+            "A3",
+            f"{branch.name}, backward read out: {pattern.gradient} {deed} the pair of row "
+            f"t={t} and column {j} (batch {b}, query head {h}), though the forward is right\n"
+            f"{side_by_side(expected, seen)}",
+        )
+    return Outcome()

@@ -26,7 +26,7 @@ from nsa_ref.testing.branches import (
 )
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Check, Outcome, declared
+from nsa_ref.testing.properties.common import Outcome, Property, is_declared
 
 #: How `valid_selection` says that a better block was left out for a worse one.
 WRONG_ORDER = "was left out and block"
@@ -54,20 +54,16 @@ class _Row:
         return "order" if WRONG_ORDER in sentence else blamed
 
 
-def selection(clause: str) -> Check:
+def valid_choice(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """I1 to I6: the choice is a valid top-n of the oracle's scores, up to rounding."""
-
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        ambiguous, found = _invalid_rows(implementation, case)
-        if "order" in found:
-            found[_whose_order(implementation, case)] = found.pop("order")
-        if found:
-            at_fault = clause if clause in found else next(iter(found))
-            raise Broken(at_fault, found[at_fault])
-        rows = case.batch * case.selection_heads * case.q_len
-        return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
-
-    return check
+    ambiguous, found = _invalid_rows(implementation, case)
+    if "order" in found:
+        found[_whose_order(implementation, case)] = found.pop("order")
+    if found:
+        at_fault = prop.clause if prop.clause in found else next(iter(found))
+        raise Broken(at_fault, found[at_fault])
+    rows = case.batch * case.selection_heads * case.q_len
+    return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
 
 
 def _whose_order(implementation: Implementation, case: Case) -> str:
@@ -78,7 +74,7 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
     )
     for clause, less in smaller:
         without = dataclasses.replace(case, **less)
-        if without == case or not declared(implementation, without):
+        if without == case or not is_declared(implementation, without):
             continue
         if not _invalid_rows(implementation, without)[1]:
             return clause

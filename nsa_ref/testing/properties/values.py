@@ -14,7 +14,7 @@ from nsa_ref.testing.branches import (
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Check, Outcome, all_bounds, settle
+from nsa_ref.testing.properties.common import Outcome, Property, all_bounds, set_up, settle
 
 
 def _check_empty_rows(
@@ -43,86 +43,84 @@ def _check_empty_rows(
             )
 
 
-def output(branch: Branch, which: str) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
-        actual = branch.forward(implementation, case, inputs)
-        if which == "lse" and actual.lse is None:
-            raise NotOffered("lse")
-        expected = branch.attend(case, mask, inputs)
-        _check_empty_rows(branch, case, mask, expected, actual)
-        bounds = all_bounds(case, branch, implementation, inputs, mask)
-        tensors = [getattr(x, which) for x in (actual, expected, *bounds)]
-        if which == "lse":
-            tensors = [x[..., None] for x in tensors]  # a row of its own, for the slope test
-        return settle([compare("A1", f"{branch.name} {which}", *tensors)])
-
-    return check
+def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A1: out is the definition's, up to its bounds."""
+    return _forward(prop, implementation, case, "out")
 
 
-def gradients(branch: Branch) -> Check:
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
-        d_out, d_lse = case.upstream_gradients()
-        if case.seed % 2 == 0 or not implementation.lse_gradient:
-            d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
-        if getattr(case.semantics.empty_row, branch.name) == "nan":
-            # the gradient of a NaN row is nobody's business
-            empty = mask.sum(-1) == 0
-            d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
-        actual = branch.backward(implementation, case, inputs, d_out, d_lse)
-        expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
-        bounds = all_bounds(case, branch, implementation, inputs, mask, d_out, d_lse)
-        return settle(
-            [
-                compare(
-                    "A3", f"{branch.name} {name}", have, want, *(getattr(x, name) for x in bounds)
-                )
-                for name, have, want in zip(("dq", "dk", "dv"), actual, expected)
-            ]
-        )
-
-    return check
+def lse(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A1: so is lse."""
+    return _forward(prop, implementation, case, "lse")
 
 
-def empty_rows(branch: Branch, backward: bool) -> Check:
-    """A2: nothing comes out of a row that sees no key, and nothing goes back through it."""
+def _forward(prop: Property, implementation: Implementation, case: Case, which: str) -> Outcome:
+    branch, inputs, mask = set_up(prop, case)
+    actual = branch.forward(implementation, case, inputs)
+    if which == "lse" and actual.lse is None:
+        raise NotOffered("lse")
+    expected = branch.attend(case, mask, inputs)
+    _check_empty_rows(branch, case, mask, expected, actual)
+    bounds = all_bounds(branch, implementation, case, inputs, mask)
+    tensors = [getattr(x, which) for x in (actual, expected, *bounds)]
+    if which == "lse":
+        tensors = [x[..., None] for x in tensors]  # a row of its own, for the slope test
+    return settle([compare("A1", f"{branch.name} {which}", *tensors)])
 
-    def check(implementation: Implementation, case: Case) -> Outcome:
-        inputs = branch.inputs(case)
-        mask = branch.mask(case, inputs.block_indices)
+
+def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A3: dq, dk and dv are the definition's, up to their bounds."""
+    branch, inputs, mask = set_up(prop, case)
+    d_out, d_lse = case.upstream_gradients()
+    if case.seed % 2 == 0 or not implementation.lse_gradient:
+        d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
+    if getattr(case.semantics.empty_row, branch.name) == "nan":
+        # the gradient of a NaN row is nobody's business
         empty = mask.sum(-1) == 0
-        if not empty.any():
-            raise Inconclusive("no row without a visible key")
-        if not backward:
-            actual = branch.forward(implementation, case, inputs)
-            _check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
-            return Outcome()
-        if getattr(case.semantics.empty_row, branch.name) != "zero":
-            raise Inconclusive("gradients through such a row are 0 only for empty_row='zero'")
-        d_out, d_lse = case.upstream_gradients()
-        if not has_lse(branch, implementation, case, inputs):
-            d_lse = np.zeros_like(d_lse)
-        d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
-        d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
-        gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
-        for name, gradient in zip(("dq", "dk", "dv"), gradients):
-            if (gradient != 0).any():
-                index = tuple(int(i) for i in np.argwhere(gradient != 0)[0])
-                raise Broken(
-                    "A2",
-                    f"{branch.name} {name}{list(index)} is {gradient[index]:.9g}, though d_out is "
-                    "0 in every row that sees a key: it must be exactly 0",
-                )
+        d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
+    actual = branch.backward(implementation, case, inputs, d_out, d_lse)
+    expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
+    bounds = all_bounds(branch, implementation, case, inputs, mask, d_out, d_lse)
+    return settle(
+        [
+            compare("A3", f"{branch.name} {name}", have, want, *(getattr(x, name) for x in bounds))
+            for name, have, want in zip(("dq", "dk", "dv"), actual, expected)
+        ]
+    )
+
+
+def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A2: nothing comes out of a row that sees no key, and nothing goes back through it."""
+    branch, inputs, mask = set_up(prop, case)
+    empty = mask.sum(-1) == 0
+    if not empty.any():
+        raise Inconclusive("no row without a visible key")
+    if not prop.backward:
+        actual = branch.forward(implementation, case, inputs)
+        _check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
         return Outcome()
+    if getattr(case.semantics.empty_row, branch.name) != "zero":
+        raise Inconclusive("gradients through such a row are 0 only for empty_row='zero'")
+    d_out, d_lse = upstream(branch, implementation, case, inputs)
+    d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
+    d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
+    gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
+    for name, gradient in zip(("dq", "dk", "dv"), gradients):
+        if (gradient != 0).any():
+            index = tuple(int(i) for i in np.argwhere(gradient != 0)[0])
+            raise Broken(
+                "A2",
+                f"{branch.name} {name}{list(index)} is {gradient[index]:.9g}, though d_out is "
+                "0 in every row that sees a key: it must be exactly 0",
+            )
+    return Outcome()
 
-    return check
 
-
-def has_lse(branch: Branch, implementation: Implementation, case: Case, inputs: Inputs) -> bool:
-    """Whether a gradient may arrive through lse."""
-    if not implementation.lse_gradient:
-        return False
-    return branch.forward(implementation, case, inputs).lse is not None
+def upstream(
+    branch: Branch, implementation: Implementation, case: Case, inputs: Inputs
+) -> tuple[np.ndarray, np.ndarray]:
+    """d_out and d_lse; d_lse is 0 where no gradient may arrive through lse."""
+    d_out, d_lse = case.upstream_gradients()
+    takes_both = (
+        implementation.lse_gradient and branch.forward(implementation, case, inputs).lse is not None
+    )
+    return d_out, d_lse if takes_both else np.zeros_like(d_lse)

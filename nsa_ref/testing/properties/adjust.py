@@ -1,0 +1,271 @@
+"""What brings about that a case shows what a property is about: changes to the sizes drawn so far.
+
+Each is an `Adjust`. What an implementation's limits exclude is taken back afterwards. A further
+draw belongs behind the existing ones, so that cases that were found stay as they are.
+"""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from nsa_ref.testing.strategies import Drawn
+
+#: Maps whose weights are l dim^2 numbers, or that many for each head, at most.
+SMALL_MAPS = ("linear", "mean", "linear_per_head")
+
+# Windows
+
+
+def smallest_or_widest_window(draw: st.DrawFn, sizes: Drawn) -> None:
+    """W3: the smallest window, or one that covers everything."""
+    kv_len = sizes["kv_len"]
+    closed = sizes["semantics"].window_closed
+    covers = [kv_len, kv_len + 1, 2 * kv_len + 7]
+    sizes["sliding_window_size"] = draw(st.sampled_from([0 if closed else 1, *covers]))
+
+
+def window_of_everything(draw: st.DrawFn, sizes: Drawn) -> None:
+    """W3: every key before a row is in its window."""
+    sizes["sliding_window_size"] = sizes["kv_len"] + draw(st.integers(0, 3))
+
+
+# Lists of blocks
+
+
+def short_last_block(draw: st.DrawFn, sizes: Drawn) -> None:
+    """F2: kv_len = m l' + r with 0 < r < l', and the last block selected."""
+    size = sizes["selection_block_size"]
+    if size == 1:
+        size = sizes["selection_block_size"] = 2 * sizes["compress_block_sliding_stride"]
+    decoded = sizes["kv_len"] - sizes["q_len"]
+    if size > 1:
+        kv_len = size * draw(st.integers(0, 4)) + draw(st.integers(1, size - 1))
+        sizes["kv_len"], sizes["q_len"] = kv_len, max(1, kv_len - max(decoded, 0))
+    sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
+
+
+def all_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
+    """F1: every block is selected, in any order, with a slot left over or none."""
+    blocks = -(-sizes["kv_len"] // sizes["selection_block_size"])
+    if blocks > 32:
+        sizes["kv_len"] = sizes["q_len"] = 32 * sizes["selection_block_size"] - 1
+        blocks = 32
+    sizes["indices"] = "all"
+    sizes["num_selected_blocks"] = blocks + draw(st.integers(0, 1))
+
+
+def several_slots(draw: st.DrawFn, sizes: Drawn) -> None:
+    """F3, I6: room for a block twice, or for indices that name no block."""
+    sizes["num_selected_blocks"] = draw(st.integers(2, 5))
+
+
+# Rows and keys
+
+
+def few_rows(draw: st.DrawFn, sizes: Drawn) -> None:
+    """One backward for every few rows: the last 33 see as far back as any."""
+    sizes["q_len"] = min(sizes["q_len"], 33)
+
+
+def key_for_every_row(draw: st.DrawFn, sizes: Drawn) -> None:
+    """The prefix law cuts off tokens that are both queries and keys."""
+    sizes["kv_len"] = max(sizes["kv_len"], sizes["q_len"])
+
+
+def several_keys(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A row of a single key has no dq and no dk."""
+    sizes["sliding_window_size"], sizes["num_selected_blocks"] = 100, 4
+
+
+def entries_apart(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A5: the canary sits in one batch entry, so the entries cannot share memory."""
+    if sizes["layout"] == "expanded":
+        sizes["layout"] = "contiguous"
+
+
+def rows_before_the_first_key(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A2: the first rows stand before every token."""
+    sizes["q_len"] = sizes["kv_len"] + draw(st.integers(1, 4))
+
+
+def rows_before_the_first_block(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A2: no memory, and the first rows come before the end of the first compressed block."""
+    sizes["num_mem_kv"] = 0
+    sizes["q_len"] = sizes["kv_len"] + draw(st.integers(0, 2))
+    if not sizes["semantics"].compress_strict and sizes["compress_block_size"] == 1:
+        sizes["q_len"] = sizes["kv_len"] + 1
+
+
+def rows_without_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A2: rows whose indices name no block that they see, unless they see their own anyway."""
+    if sizes["semantics"].own_block_extra:
+        rows_before_the_first_key(draw, sizes)
+    else:
+        sizes["indices"] = draw(st.sampled_from(["mixed", "none", "few"]))
+        sizes["q_len"] = max(sizes["q_len"], sizes["kv_len"])
+
+
+# Memory and the maps of compression
+
+
+def memory(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I1: memory columns, and a choice to which nothing is forced."""
+    nothing_forced(draw, sizes)
+    sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
+
+
+def memory_where_causal(draw: st.DrawFn, sizes: Drawn) -> None:
+    """C3: memory columns; without causality, that all blocks are visible is enough to see."""
+    if sizes["semantics"].causal and sizes["num_mem_kv"] == 0:
+        sizes["num_mem_kv"] = draw(st.sampled_from([1, 2, 16]))
+
+
+def mean_without_positions(draw: st.DrawFn, sizes: Drawn) -> None:
+    """C1: a compressed key is the mean of its window's tokens, and nothing else."""
+    sizes["compress_map"], sizes["compress_positions"] = "mean", False
+
+
+def affordable_map(draw: st.DrawFn, sizes: Drawn) -> None:
+    """C4: an MLP of l * dim inputs and as many hidden units is kept affordable."""
+    if sizes["compress_block_size"] * sizes["head_dim"] > 256:
+        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
+
+
+# The choice of blocks
+
+
+def more_blocks_than_slots(draw: st.DrawFn, sizes: Drawn) -> None:
+    """More candidates than n, so that scores decide; compressed blocks that overlap."""
+    size = sizes["selection_block_size"]
+    if sizes["kv_len"] < 4 * size:
+        sizes["kv_len"] = 4 * size + draw(st.integers(0, 3))
+        sizes["q_len"] = max(1, min(sizes["q_len"], sizes["kv_len"]))
+    most = sizes["kv_len"] // size // 2
+    sizes["num_selected_blocks"] = max(1, min(sizes["num_selected_blocks"], most))
+
+
+def something_forced(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I4: initial blocks, local ones, or both."""
+    more_blocks_than_slots(draw, sizes)
+    forced = draw(st.sampled_from([(0, 1), (1, 1), (1, 0), (0, 2), (2, 1), (2, 2)]))
+    sizes["num_initial_blocks"], sizes["num_local_blocks"] = forced
+
+
+def nothing_forced(draw: st.DrawFn, sizes: Drawn) -> None:
+    """Scores alone decide, and they are those of tokens."""
+    more_blocks_than_slots(draw, sizes)
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = sizes["num_mem_kv"] = 0
+
+
+def one_head_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I2: no sum over heads."""
+    nothing_forced(draw, sizes)
+    sizes["q_heads"] = sizes["kv_heads"]
+
+
+def several_heads_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I3: sums over heads."""
+    nothing_forced(draw, sizes)
+    if sizes["q_heads"] == sizes["kv_heads"]:
+        sizes["q_heads"] *= 2
+
+
+def rows_before_the_first_window(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I5: before the end of the first window no score but 0, for past and future alike."""
+    nothing_forced(draw, sizes)
+    if sizes["kv_len"] <= 64:
+        sizes["q_len"] = sizes["kv_len"]
+
+
+# Whole layers
+
+
+def affordable_layer(draw: st.DrawFn, sizes: Drawn) -> None:
+    """Affordable maps; within limits, no row without keys where that is no number."""
+    empty = sizes["semantics"].empty_row
+    if empty.compress == "uniform":
+        # the mean over all columns would know how many are to come
+        sizes["num_mem_kv"] = max(1, sizes["num_mem_kv"])
+    if empty.fine != "zero":
+        sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
+    if sizes["compress_block_size"] * max(sizes["head_dim"], sizes["value_dim"]) > 64:
+        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
+
+
+def layer_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A4: more candidates than n, within limits: scores decide, and could be differentiated."""
+    affordable_layer(draw, sizes)
+    more_blocks_than_slots(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"]
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
+
+
+def layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
+    """Forced blocks and one or two of several others, weighed differently by a group's heads."""
+    affordable_layer(draw, sizes)
+    if sizes["q_heads"] == sizes["kv_heads"]:
+        sizes["q_heads"] *= 2
+    stride = sizes["compress_block_sliding_stride"]
+    size = min(sizes["selection_block_size"], stride * max(1, 8 // stride))
+    sizes["selection_block_size"] = size
+    forced = sizes["num_initial_blocks"] + sizes["num_local_blocks"]
+    least = (forced + 4) * size
+    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 3)))
+    sizes["num_selected_blocks"] = forced + draw(st.integers(1, 2))
+
+
+def many_tokens(draw: st.DrawFn, sizes: Drawn) -> None:
+    """G3: far more tokens than a window, a block or a chunk of a cache holds; one small head."""
+    affordable_layer(draw, sizes)
+    sizes |= {
+        "batch": 1,
+        "q_heads": 1,
+        "kv_heads": 1,
+        "compress_block_size": 32,
+        "compress_block_sliding_stride": 16,
+        "compress_map": "mean",
+        "selection_block_size": 16 * draw(st.integers(1, 2)),
+        "num_selected_blocks": draw(st.integers(3, 4)),
+        "sliding_window_size": draw(st.integers(20, 64)),
+    }
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(240, 260))
+
+
+def many_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
+    """More than 128 selection blocks of two tokens, forced ones among those that are chosen."""
+    affordable_layer(draw, sizes)
+    sizes |= {
+        "batch": 1,
+        "q_heads": 1,
+        "kv_heads": 1,
+        "compress_block_size": 4,
+        "compress_block_sliding_stride": 2,
+        "compress_map": "mean",
+        "selection_block_size": 2,
+        "num_initial_blocks": 1,
+        "num_local_blocks": 2,
+        "num_selected_blocks": 4,
+    }
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(266, 272))
+
+
+def rows_that_rotation_changes(draw: st.DrawFn, sizes: Drawn) -> None:
+    """G2: rows that see several keys, and compressed blocks further apart than tokens."""
+    if sizes["compress_block_sliding_stride"] == 1:
+        for size in (
+            "compress_block_sliding_stride",
+            "compress_block_size",
+            "selection_block_size",
+        ):
+            sizes[size] *= 2
+    affordable_layer(draw, sizes)
+    sizes["sliding_window_size"] = max(2, sizes["sliding_window_size"])
+    sizes["kv_len"] = sizes["q_len"] = max(sizes["kv_len"], 3 * sizes["compress_block_size"])
+
+
+def layer_to_read_through(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A one-hot row for every token, a linear map, room for all heads; where limits allow it."""
+    affordable_layer(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"] = min(sizes["kv_len"], 24)
+    sizes["compress_map"], sizes["compress_positions"] = "linear", False
+    sizes["model_dim"] = max(sizes["q_heads"] * sizes["value_dim"], sizes["kv_len"])
