@@ -6,6 +6,7 @@ the same mathematics once, densely, in extended precision.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from numpy.random import Generator, Philox
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.mutants.kernel import LN_2, EagerKernel, Kernel, Way
-from nsa_ref.testing.mutants.rounding import Rounding, add_up
+from nsa_ref.testing.mutants.compression import CompressionMap
+from nsa_ref.testing.mutants.kernel import LN_2, EagerKernel, Kernel
+from nsa_ref.testing.mutants.rounding import Way
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -212,124 +214,41 @@ def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] | None = None) 
     return Tensors(*(y.astype(np.float64) for y in (*found, *gradients)))
 
 
-def pool(
+def pooled(
+    case: Case,
+    row: str,
+    order: str,
     x: Array,
     weights: dict[str, Array],
     d_out: Array,
-    row: str,
-    order: str,
-    *,
-    first: list[int],
-    length: int,
-    bug: str = "",
+    kind: type[CompressionMap] = CompressionMap,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """A compression map and its gradient, every layer stored: (out, dx, dweights).
-
-    The map follows from the weights. `first` is the first token of each window, possibly < 0.
-    With row "fp64" this is the reference.
-    """
-    arithmetic = Rounding(row, order)
-    wide, store = arithmetic.wide, arithmetic.store
-    batch, kv_heads, _, dim = x.shape
-    blocks = len(first)
-    x, d_out = x.astype(wide), d_out.astype(wide)
-    w = {key: value.astype(wide) for key, value in weights.items()}
-    y = np.zeros((batch, kv_heads, blocks, length, dim), wide)
-    for block, start in enumerate(first):
-        for token in range(length):
-            if start + token >= 0:
-                y[:, :, block, token] = x[:, :, start + token]
-    if "positions" in w and bug != "positions dropped":
-        y = store(y + w["positions"][:, None])
-    flat = y.reshape(-1, length * dim)
-    g = d_out.reshape(-1, dim)
-
-    def matmul(a: Array, b: Array) -> Array:
-        return store(arithmetic.dot(a, np.swapaxes(b, 0, 1)))
-
-    def bias_gradient(a: Array) -> Array:
-        return store(add_up(np.swapaxes(a, 0, 1), order))
-
-    d: dict[str, Array] = {}
-    if "weight_in" in w:
-        before = store(matmul(flat, w["weight_in"].T) + w["bias_in"])
-        hidden = np.maximum(before, wide(0))
-        out = store(matmul(hidden, w["weight_out"].T) + w["bias_out"])
-        d["weight_out"], d["bias_out"] = matmul(g.T, hidden), bias_gradient(g)
-        g = matmul(g, w["weight_out"])
-        if bug != "relu passes all gradients":
-            g = g * (before > 0)
-        d["weight_in"], d["bias_in"] = matmul(g.T, flat), bias_gradient(g)
-        dy = matmul(g, w["weight_in"])
-    elif "weight" in w and w["weight"].ndim == 3:
-        # each head, and for its gradient each batch entry, by itself
-        y_heads = y.reshape(batch, kv_heads, blocks, length * dim)
-        out, dy = np.zeros_like(d_out), np.zeros_like(y_heads)
-        d["weight"], d["bias"] = np.zeros_like(w["weight"]), np.zeros_like(w["bias"])
-        for h in range(kv_heads):
-            mine = w["weight"][0 if bug == "the first head's map" else h]
-            parts = []
-            for b in range(batch):
-                out[b, h] = store(matmul(y_heads[b, h], mine.T) + w["bias"][h])
-                dy[b, h] = matmul(d_out[b, h], mine)
-                parts.append(matmul(d_out[b, h].T, y_heads[b, h]))
-            d["weight"][h] = store(add_up(np.stack(parts, axis=-1), order))
-            d["bias"][h] = bias_gradient(d_out[:, h].reshape(-1, dim))
-    elif "weight" in w:
-        out = store(matmul(flat, w["weight"].T) + w["bias"])
-        d["weight"], d["bias"] = matmul(g.T, flat), bias_gradient(g)
-        dy = matmul(g, w["weight"])
-    else:
-        out = store(store(add_up(np.swapaxes(y, 3, 4), order)) / wide(length))
-        if bug == "mean of real tokens only":
-            real = np.minimum(np.asarray(first) + length, length)[None, None, :, None]
-            out = store(add_up(np.swapaxes(y, 3, 4), order) / real.astype(wide))
-        dy = store(np.repeat(g[:, None], length, axis=1) / wide(length))
-    dy = dy.reshape(y.shape)
-    if "positions" in w:
-        d["positions"] = store(
-            add_up(
-                np.moveaxis(dy, (0, 2), (3, 4)).reshape(kv_heads, length, dim, batch * blocks),
-                order,
-            )
-        )
-    dx = np.zeros_like(x)
-    for block, start in enumerate(first):
-        for token in range(length):
-            if start + token >= 0:
-                dx[:, :, start + token] = store(dx[:, :, start + token] + dy[:, :, block, token])
-    as_double = {key: d[key].astype(np.float64) for key in weights}
-    out = out.reshape(batch, kv_heads, blocks, dim).astype(np.float64)
-    return out, dx.astype(np.float64), as_double
+    """out, dx and dweights of a compression map that rounds as the row says, float64."""
+    case = dataclasses.replace(case, dtype=NUMERICS[row].dtype)
+    computes = kind(Way(order=order, backward_order=order), row)
+    out = computes.pool(case, x, weights)
+    dx, dweights = computes.pool_vjp(case, x, weights, d_out)
+    wide = {name: gradient.astype(np.float64) for name, gradient in dweights.items()}
+    return out.astype(np.float64), dx.astype(np.float64), wide
 
 
-def scores(
-    q: Array,
-    k: Array,
-    visible: Array,
-    counts: Array,
-    row: str,
-    order: str,
-    *,
-    scale: float,
-    bug: str = "",
-) -> Array:
-    """Importance by overlap, summed over the group; memory columns of k come first."""
-    arithmetic = Rounding(row, order)
-    wide = arithmetic.wide
-    kv_heads, memory = k.shape[1], k.shape[2] - counts.shape[0]
-    group = q.shape[1] // kv_heads
-    q_, k_ = q[0].astype(wide), np.repeat(k[0].astype(wide), group, axis=0)
-    s = arithmetic.dot(q_, k_) * wide(scale)
-    s = np.where(visible > 0, s, -np.inf)
-    m = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
-    p = np.exp(s - np.where(np.isfinite(m), m, wide(0)))
-    if bug == "memory left out of the softmax":
-        p[..., :memory] = 0.0
-    total = add_up(p, order)[..., None]
-    p = arithmetic.store(p / np.where(total > 0, total, wide(1)))[..., memory:]
-    if bug == "shifted by one stride":
-        p = np.concatenate([p[..., 1:], np.zeros_like(p[..., :1])], axis=-1)
-    each = add_up(p[:, :, None] * counts.T.astype(wide)[None, None], order)
-    each = each.reshape(kv_heads, group, *each.shape[1:])
-    return add_up(np.moveaxis(each, 1, -1), order)[None].astype(np.float64)
+def pool_weights(
+    rng: Generator, row: str, compress_map: str, heads: int, length: int, dim: int, hidden: int
+) -> dict[str, Array]:
+    """Of any size, without positions."""
+    flat = length * dim
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "mean": {},
+        "linear": {"weight": (dim, flat), "bias": (dim,)},
+        "linear_per_head": {"weight": (heads, dim, flat), "bias": (heads, dim)},
+        "mlp": {
+            "weight_in": (hidden, flat),
+            "bias_in": (hidden,),
+            "weight_out": (dim, hidden),
+            "bias_out": (dim,),
+        },
+    }
+    return {
+        name: rounded(rng.standard_normal(shape), row)
+        for name, shape in shapes[compress_map].items()
+    }

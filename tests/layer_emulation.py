@@ -21,7 +21,7 @@ from nsa_ref.compress import compress_windows, pool_weight_shapes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
 from nsa_ref.sizes import COMPRESS_MAPS, Sizes
-from nsa_ref.testing.mutants import kernel as kernels
+from nsa_ref.testing.mutants import rounding as kernels
 
 TORCH_DTYPES = {
     "fp64": torch.float64,

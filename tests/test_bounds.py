@@ -25,8 +25,13 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 from nsa_ref.semantics import Semantics
 from nsa_ref.sizes import COMPRESS_MAPS, Sizes
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants import arithmetic as zoo
-from nsa_ref.testing.mutants.kernel import Kernel, Way
+from nsa_ref.testing.mutants import compression, selection
+from nsa_ref.testing.mutants.compression import CompressionMap
+from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.rounding import Way, add_up
+from nsa_ref.testing.mutants.selection import Selector
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -438,43 +443,35 @@ def test_bad_arguments_are_named() -> None:
 
 
 def pooled(
-    compress_map: str, row: str, rng: np.random.Generator, bug: str = ""
+    row: str, rng: np.random.Generator, compress_map: str, wrong: type[CompressionMap] | None = None
 ) -> dict[str, tuple[Array, Array, Array]]:
-    """(kernel's, reference, bound) of every tensor of one random compression map."""
+    """(computed, reference, bound) of every tensor of one random compression map."""
     length, stride = int(rng.integers(1, 6)), int(rng.integers(1, 4))
-    kv_len, dim, hidden = int(rng.integers(0, 20)), int(rng.integers(1, 5)), 6
+    kv_len, dim, heads = int(rng.integers(0, 20)), int(rng.integers(1, 5)), 2
     alignment = str(rng.choice(["start", "end"]))
-    if bug:
+    if wrong:
         length, stride, kv_len, alignment = 4, 2, 18, "end"
-    if alignment == "start":
-        first = list(range(0, kv_len - length + 1, stride))
-    else:
-        first = [(i + 1) * stride - length for i in range(kv_len // stride)]
-    heads, flat = 2, length * dim
+    case = Case(
+        q_heads=heads,
+        kv_heads=heads,
+        kv_len=kv_len,
+        compress_block_size=length,
+        compress_block_sliding_stride=stride,
+        selection_block_size=stride,
+        compress_map=compress_map,
+        semantics=Semantics(compress_alignment=alignment),
+    )
 
     def normal(*shape: int) -> Array:
         return emulation.rounded(rng.standard_normal(shape), row)
 
-    weights = {"positions": normal(heads, length, dim)} if bug or rng.random() < 0.7 else {}
-    if compress_map == "linear":
-        weights |= {"weight": normal(dim, flat), "bias": normal(dim)}
-    if compress_map == "linear_per_head":
-        weights |= {"weight": normal(heads, dim, flat), "bias": normal(heads, dim)}
-    if compress_map == "mlp":
-        weights |= {"weight_in": normal(hidden, flat), "bias_in": normal(hidden)}
-        weights |= {"weight_out": normal(dim, hidden), "bias_out": normal(dim)}
-    x, d_out = normal(2, heads, kv_len, dim), normal(2, heads, len(first), dim)
-    sizes = Sizes(
-        compress_block_size=length,
-        compress_block_sliding_stride=stride,
-        compress_map=compress_map,
-        selection_block_size=stride,
-    )
-    semantics = Semantics(compress_alignment=alignment)
-    limits = pool_bounds(x, weights, d_out, sizes=sizes, semantics=semantics, numerics=row)
-    order = str(rng.choice(emulation.ORDERS))
-    got = emulation.pool(x, weights, d_out, row, order, first=first, length=length, bug=bug)
-    right = emulation.pool(x, weights, d_out, "fp64", "sequential", first=first, length=length)
+    weights = {"positions": normal(heads, length, dim)} if wrong or rng.random() < 0.7 else {}
+    weights |= emulation.pool_weights(rng, row, compress_map, heads, length, dim, hidden=6)
+    x, d_out = normal(2, heads, kv_len, dim), normal(2, heads, case.num_compress_blocks, dim)
+    limits = pool_bounds(x, weights, d_out, sizes=case, semantics=case.semantics, numerics=row)
+    arrays, order = (x, weights, d_out), str(rng.choice(emulation.ORDERS))
+    got = emulation.pooled(case, row, order, *arrays, wrong or CompressionMap)
+    right = emulation.pooled(case, "fp64", "sequential", *arrays)
     assert limits.dx is not None and limits.dweights is not None
     result = {"out": (got[0], right[0], limits.out), "dx": (got[1], right[1], limits.dx)}
     for key in weights:
@@ -489,7 +486,7 @@ def test_right_compression_maps_stay_within_their_bounds(row: str, compress_map:
     largest: dict[str, float] = {}
     for seed in range(60):
         rng = generator(20, ROWS.index(row), seed)
-        for name, (got, right, bound) in pooled(compress_map, row, rng).items():
+        for name, (got, right, bound) in pooled(row, rng, compress_map).items():
             used = float(np.max(budget_used(got, right, bound), initial=0.0))
             assert used <= 1, f"seed {seed}: {name} uses {used}"
             largest[name] = max(used, largest.get(name, 0.0))
@@ -499,46 +496,55 @@ def test_right_compression_maps_stay_within_their_bounds(row: str, compress_map:
 
 @pytest.mark.parametrize("row", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("compress_map", "bug"),
+    ("compress_map", "wrong"),
     [
-        ("mean", "mean of real tokens only"),
-        ("linear", "positions dropped"),
-        ("linear_per_head", "the first head's map"),
-        ("mlp", "relu passes all gradients"),
+        ("mean", compression.MeanOfRealTokens),
+        ("linear", compression.NoPositions),
+        ("linear_per_head", compression.FirstHeadsMap),
+        ("mlp", compression.ReluPassesAll),
     ],
 )
-def test_wrong_compression_maps_exceed_their_bounds(compress_map: str, bug: str, row: str) -> None:
+def test_wrong_compression_maps_exceed_their_bounds(
+    compress_map: str, wrong: type[CompressionMap], row: str
+) -> None:
     for seed in range(12):
-        results = pooled(compress_map, row, generator(21, ROWS.index(row), seed), bug)
+        rng = generator(21, ROWS.index(row), seed)
+        results = pooled(row, rng, compress_map, wrong)
         assert max(np.max(budget_used(*each)) for each in results.values()) > 1
 
 
 # ---- scores of the selection
 
 
-def scored(row: str, rng: np.random.Generator, bug: str = "") -> tuple[Array, Array, Array]:
-    """(kernel's, reference, bound) of the overlap scores of one random case."""
-    kv_heads, group, q_len, head_dim = 2, int(rng.integers(1, 4)), 12, 4
-    memory = 1 if bug else int(rng.integers(0, 3))
-    blocks, strides = 9, 3
-    counts = np.zeros((blocks, blocks // strides), np.int64)
-    for i in range(blocks):  # windows of two strides
-        for stride in (i, i + 1):
-            if stride // strides < counts.shape[1]:
-                counts[i, stride // strides] += 1
-    visible = np.ones((q_len, memory + blocks), np.int64)
-    visible[:, memory:] = np.arange(blocks)[None, :] < np.arange(q_len)[:, None]
-    size = float(rng.choice([1.0, 3.0]))
-    q = emulation.rounded(rng.standard_normal((1, kv_heads * group, q_len, head_dim)) * size, row)
-    k = emulation.rounded(rng.standard_normal((1, kv_heads, memory + blocks, head_dim)), row)
-    bound = score_bounds(
-        q, k[:, :, memory:], k[:, :, :memory], visible=visible, counts=counts, numerics=row
+def scored(
+    row: str, rng: np.random.Generator, wrong: type[Selector] | None = None
+) -> tuple[Array, Array, Array]:
+    """(computed, reference, bound) of the overlap scores of one random case."""
+    group, memory = int(rng.integers(1, 4)), 1 if wrong else int(rng.integers(0, 3))
+    case = Case(
+        dtype=NUMERICS[row].dtype,
+        q_heads=2 * group,
+        kv_heads=2,
+        q_len=10,
+        kv_len=10,
+        head_dim=4,
+        compress_block_size=2,
+        selection_block_size=3,
+        num_mem_kv=memory,
     )
-    order, scale = str(rng.choice(emulation.ORDERS)), head_dim**-0.5
+    size = float(rng.choice([1.0, 3.0]))
+    q = emulation.rounded(rng.standard_normal((1, case.q_heads, 10, 4)) * size, row)
+    k = emulation.rounded(rng.standard_normal((1, 2, memory + case.num_compress_blocks, 4)), row)
+    k_cmp, mem_k = k[:, :, memory:], k[:, :, :memory]
+    definition = Selector(row="fp64")
+    how = {"visible": definition.compress_mask(case), "counts": definition.overlap(case)}
+    bound = score_bounds(q, k_cmp, mem_k, numerics=row, **how)
+    order = str(rng.choice(emulation.ORDERS))
     with np.errstate(invalid="ignore"):
-        got = emulation.scores(q, k, visible, counts, row, order, scale=scale, bug=bug)
-        right = emulation.scores(q, k, visible, counts, "fp64", "sequential", scale=scale)
-    return got, right, bound
+        got = (wrong or Selector)(Way(order=order), row).scores(case, q, k_cmp, mem_k)
+        exact = dataclasses.replace(case, dtype="float64")
+        right = definition.scores(exact, q, k_cmp, mem_k)
+    return got.astype(np.float64), right, bound
 
 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "tf32", "bf16", "fp16"])
@@ -550,14 +556,16 @@ def test_right_scores_stay_within_their_bounds_and_wrong_ones_do_not(row: str) -
         largest = max(largest, float(np.max(budget_used(*scored(row, rng)))))
     assert largest <= 1
     print(f"\nbudget used by right scores, {row}: {largest:.3f}")
-    for bug in ("memory left out of the softmax", "shifted by one stride"):
+    for wrong in (selection.MemoryOutsideSoftmax, selection.EquationNineShifted):
         for seed in range(12):
-            assert np.max(budget_used(*scored(row, generator(23, seed), bug))) > 1, bug
+            assert np.max(budget_used(*scored(row, generator(23, seed), wrong))) > 1, wrong
 
 
 def test_scores_bound_each_head_apart_and_take_errors_of_the_keys() -> None:
     """With share_selection=False the heads' bounds add up to less than the group's."""
-    rng = generator(24)
+    rng, how = generator(24), {"num_mem_kv": 1, "selection_block_size": 2, "head_dim": 3}
+    semantics = Semantics(causal=False)
+    case = Case(q_heads=4, kv_heads=2, q_len=5, kv_len=6, semantics=semantics, **how)
     q, k = rng.standard_normal((1, 4, 5, 3)), rng.standard_normal((1, 2, 6, 3))
     memory, counts = rng.standard_normal((1, 2, 1, 3)), np.repeat(np.eye(3, dtype=int), 2, axis=0)
     visible = np.ones((5, 7), np.int64)
@@ -568,21 +576,14 @@ def test_scores_bound_each_head_apart_and_take_errors_of_the_keys() -> None:
     shared, single = bound(), bound(share_selection=False)
     assert shared.shape == (1, 2, 5, 3) and single.shape == (1, 4, 5, 3)
     assert (single.reshape(1, 2, 2, 5, 3).sum(axis=2) <= shared).all()
-    wrong = np.full(k.shape, 1e-3)
-    signs = np.where(rng.random(k.shape) < 0.5, -1.0, 1.0)
-    limit = bound(k_cmp_error=wrong)
-    keys = [np.concatenate([memory, z], axis=2) for z in (k, k + signs * wrong)]
-    right, moved = (
-        emulation.scores(q, z, visible, counts, "fp64", "sequential", scale=3**-0.5) for z in keys
-    )
-    assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
-    wrong, signs = np.full(q.shape, 1e-3), np.where(rng.random(q.shape) < 0.5, -1.0, 1.0)
-    limit = bound(q_error=wrong)
-    right_keys = np.concatenate([memory, k], axis=2)
-    moved = emulation.scores(
-        q + signs * wrong, right_keys, visible, counts, "fp64", "sequential", scale=3**-0.5
-    )
-    assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
+    right = Selector().scores(case, q, k, memory)
+    for name, exact in (("k_cmp", k), ("q", q)):
+        wrong = np.full(exact.shape, 1e-3)
+        signs = np.where(rng.random(exact.shape) < 0.5, -1.0, 1.0)
+        limit = bound(**{f"{name}_error": wrong})
+        off = {"q": q, "k_cmp": k, name: exact + signs * wrong}
+        moved = Selector().scores(case, off["q"], off["k_cmp"], memory)
+        assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
 
 
 def logit_means(
@@ -602,12 +603,12 @@ def logit_means(
     heads, q_len, head_dim = q.shape[1:]
     group, whole = heads // kv_heads, blocks // strides
     keys = np.repeat(k[0], group, axis=0)
-    s = emulation.add_up(q[0][:, :, None] * keys[:, None], order)
+    s = add_up(q[0][:, :, None] * keys[:, None], order)
     s = np.where(visible, s * dtype(factor * head_dim**-0.5), dtype(invisible))
     s = s[..., : whole * strides].reshape(kv_heads, group, q_len, whole, strides)
-    s = emulation.add_up(s / dtype(strides), order)
+    s = add_up(s / dtype(strides), order)
     if share_selection:
-        return emulation.add_up(np.moveaxis(s / dtype(group), 1, -1), order)[None]
+        return add_up(np.moveaxis(s / dtype(group), 1, -1), order)[None]
     return s.reshape(1, heads, q_len, whole)
 
 

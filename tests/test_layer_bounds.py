@@ -34,6 +34,7 @@ from nsa_ref.rounded import Rounded, exact, summed
 from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 from nsa_ref.sizes import COMPRESS_MAPS
+from nsa_ref.testing.case import Case
 
 ROWS = tuple(emulation.TORCH_DTYPES)
 CASES = 10  # per row, two of each preset; half of them as small as can be
@@ -463,23 +464,24 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
     largest = 0.0
     length, dim, first = 3, 2, [-1, 1, 3]
     tokens = np.array(first)[:, None] + np.arange(length)[None, :]
+    case = Case(
+        q_heads=2,
+        kv_heads=2,
+        kv_len=7,
+        compress_block_size=length,
+        compress_block_sliding_stride=2,
+        selection_block_size=2,
+        compress_map=compress_map,
+        semantics=dataclasses.replace(PAPER, compress_alignment="end"),
+    )
     for seed in range(12):
         rng = generator(53, ROWS.index(row), seed)
-        shapes: dict[str, tuple[int, ...]] = {
-            "positions": (2, length, dim),
-        }
-        if compress_map == "linear":
-            shapes |= {"weight": (dim, length * dim), "bias": (dim,)}
-        if compress_map == "linear_per_head":
-            shapes |= {"weight": (2, dim, length * dim), "bias": (2, dim)}
-        if compress_map == "mlp":
-            shapes |= {"weight_in": (4, length * dim), "bias_in": (4,)}
-            shapes |= {"weight_out": (dim, 4), "bias_out": (dim,)}
-        x, d_out, *values = (
+        x, d_out, positions = (
             flash_emulation.rounded(rng.standard_normal(shape), row)
-            for shape in ((2, 2, 7, dim), (2, 2, 3, dim), *shapes.values())
+            for shape in ((2, 2, 7, dim), (2, 2, 3, dim), (2, length, dim))
         )
-        weights = dict(zip(shapes, values))
+        weights = {"positions": positions}
+        weights |= flash_emulation.pool_weights(rng, row, compress_map, 2, length, dim, hidden=4)
         moved = [
             flash_emulation.rounded(y * (1 + 0.1 * rng.choice([-1.0, 1.0], y.shape)), row)
             for y in (x, d_out)
@@ -487,10 +489,9 @@ def test_compression_of_tokens_that_are_off_stays_within_its_bounds(
         given, g = (Rounded(y, np.abs(z - y)) for y, z in zip((x, d_out), moved))
         found = rounded_pool(given, weights, g, tokens, compress_map, NUMERICS[row])
         assert found.dx is not None
-        where: dict[str, Any] = {"first": first, "length": length}
         order = str(rng.choice(flash_emulation.ORDERS))
-        got = flash_emulation.pool(moved[0], weights, moved[1], row, order, **where)
-        right = flash_emulation.pool(x, weights, d_out, "fp64", "sequential", **where)
+        got = flash_emulation.pooled(case, row, order, moved[0], weights, moved[1])
+        right = flash_emulation.pooled(case, "fp64", "sequential", x, weights, d_out)
         used = [
             budget_used(got[0], right[0], found.out.error),
             budget_used(got[1], right[1], found.dx.error),

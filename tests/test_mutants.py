@@ -9,11 +9,12 @@ import pytest
 
 import layer_mutants  # noqa: F401, they join the zoo
 from layer_in_steps import LayerInSteps
-from mutants import Selector
 from nsa_ref.testing import Implementation
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.arithmetic import AnotherOrder
+from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import run_property
@@ -48,7 +49,7 @@ class Unsteady(AnotherOrder):
 
 
 RIGHT: list[tuple[Implementation, Property]] = []
-for base in (Kernel(), Selector(), LayerInSteps()):
+for base in (Kernel(), CompressionMap(), Selector(), LayerInSteps()):
     # what the mutants that are made from it are asked
     clauses = {m.clause for m in ZOO.values() if isinstance(m.implementation, type(base))}
     asked = (p for p in PROPERTIES.values() if p.clause in clauses)

@@ -11,8 +11,8 @@ import numpy as np
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.mutants.kernel import Kernel, Way
-from nsa_ref.testing.mutants.rounding import Rounding
+from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.rounding import Rounding, Way
 from nsa_ref.testing.mutants.zoo import mutant
 
 

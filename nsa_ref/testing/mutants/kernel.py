@@ -8,45 +8,17 @@ every row of numerics and every `Way`.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.implementation import OracleImplementation
-from nsa_ref.testing.mutants.rounding import Rounding
+from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-
-
-@dataclass(frozen=True)
-class Way:
-    """The decisions on which right kernels differ.
-
-    block : keys per block of the online softmax; 0 takes all at once
-    order, backward_order : of every sum, one of `rounding.ORDERS`
-    exponential : "exp", "exp2" (log2 e folded into the scale), "exp2_late" (s - m times log2 e)
-    delta_from : "out", dO . O, or "p", sum P dP
-    d_lse_joins : "delta" or "dp"
-    scale_before : dS is scaled before it is rounded, instead of the product after
-    reciprocal : multiply by 1 / total instead of dividing
-    scale_first : without fusion, q is scaled before it meets k
-    """
-
-    block: int = 0
-    order: str = "library"
-    backward_order: str = "library"
-    exponential: str = "exp"
-    delta_from: str = "out"
-    d_lse_joins: str = "delta"
-    scale_before: bool = False
-    reciprocal: bool = False
-    scale_first: bool = False
 
 
 class Inputs(NamedTuple):
@@ -73,8 +45,8 @@ class Forward(NamedTuple):
     empty: np.ndarray
 
 
-class Kernel(OracleImplementation):
-    """A fused kernel. The row of numerics follows from the case's dtype, or is `row`."""
+class Kernel(RoundedImplementation):
+    """A fused kernel."""
 
     name = "kernel"
     semantics: tuple[Semantics, ...] = (
@@ -85,12 +57,6 @@ class Kernel(OracleImplementation):
     )
     nonfinite_invisible = False  # 0 times inf is NaN
     log2_e = LOG2_E
-    way = Way()
-
-    def __init__(self, way: Way | None = None, row: str = "") -> None:
-        self.way = way or self.way
-        if row:
-            self.numerics = {NUMERICS[row].dtype: row}
 
     # steps, forward
 
@@ -235,7 +201,7 @@ class Kernel(OracleImplementation):
     def attend(
         self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
     ) -> Attention:
-        r = Rounding(self.numerics[case.dtype], self.way.order)
+        r = self.rounding(case)
         x = self._inputs(case, r, mask, q, k, v)
         found = self.forward(case, r, x)
         mean = x.v.sum(2, keepdims=True) / max(1, x.v.shape[2])
@@ -255,10 +221,10 @@ class Kernel(OracleImplementation):
         d_out: Any,
         d_lse: Any,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        row = self.numerics[case.dtype]
-        x = self._inputs(case, r := Rounding(row, self.way.order), mask, q, k, v)
+        r = self.rounding(case)
+        x = self._inputs(case, r, mask, q, k, v)
         found = self.forward(case, r, x)
-        r = Rounding(row, self.way.backward_order)
+        r = self.rounding(case, backward=True)
         x = x._replace(mask=self.backward_mask(x.mask))
         d_out, d_lse = d_out.astype(r.wide), d_lse.astype(r.wide)[..., None]
         p = self.probabilities(case, r, x, found)

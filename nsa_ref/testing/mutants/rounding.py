@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nsa_ref.numerics import NUMERICS
-from nsa_ref.testing.case import DTYPES
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.implementation import OracleImplementation
 
 #: Of every sum. "library" is NumPy's own; tensor cores may truncate, which is the last.
 ORDERS = ("library", "sequential", "reversed", "pairwise", "blocked", "truncated")
+
+
+@dataclass(frozen=True)
+class Way:
+    """The decisions on which right kernels differ.
+
+    block : keys per block of the online softmax; 0 takes all at once
+    order, backward_order : of every sum, one of ORDERS
+    exponential : "exp", "exp2" (log2 e folded into the scale), "exp2_late" (s - m times log2 e)
+    delta_from : "out", dO . O, or "p", sum P dP
+    d_lse_joins : "delta" or "dp"
+    scale_before : dS is scaled before it is rounded, instead of the product after
+    reciprocal : multiply by 1 / total instead of dividing
+    scale_first : without fusion, q is scaled before it meets k
+    """
+
+    block: int = 0
+    order: str = "library"
+    backward_order: str = "library"
+    exponential: str = "exp"
+    delta_from: str = "out"
+    d_lse_joins: str = "delta"
+    scale_before: bool = False
+    reciprocal: bool = False
+    scale_first: bool = False
 
 
 class Rounding:
@@ -48,6 +75,25 @@ class Rounding:
         if self._tf32:
             a, b = _eleven_bits(a), _eleven_bits(b)
         return self.products(a, b)
+
+
+class RoundedImplementation(OracleImplementation):
+    """A second implementation of a part of the definition, which rounds as real ones do.
+
+    The row of numerics follows from the case's dtype, or is `row`.
+    """
+
+    way = Way()
+
+    def __init__(self, way: Way | None = None, row: str = "") -> None:
+        self.way = way or self.way
+        if row:
+            self.numerics = {NUMERICS[row].dtype: row}
+
+    def rounding(self, case: Case, *, backward: bool = False) -> Rounding:
+        """The arithmetic of one direction."""
+        order = self.way.backward_order if backward else self.way.order
+        return Rounding(self.numerics[case.dtype], order)
 
 
 def add_up(terms: np.ndarray, order: str) -> np.ndarray:

@@ -1,0 +1,232 @@
+"""Masks and the choice of blocks a second time, as whole arrays; and the choice's mutants (I).
+
+Both are right as they stand, and share no line with the definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
+from nsa_ref.testing.mutants.zoo import mutant
+
+
+class DenseMasks(Implementation):
+    """W1, W2, C2, C3, F1 to F4."""
+
+    def positions(self, case: Case) -> np.ndarray:
+        """p of every row, as a column."""
+        return np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        p = self.positions(case)
+        distance = p - np.arange(case.kv_len)
+        distance = distance if case.semantics.causal else abs(distance)
+        reach = case.sliding_window_size + case.semantics.window_closed
+        return np.asarray((p >= 0) & (distance >= 0) & (distance < reach))
+
+    def last_tokens(self, case: Case) -> np.ndarray:
+        """Of every compressed block (C1)."""
+        start = case.semantics.compress_alignment == "start"
+        d = case.compress_block_sliding_stride
+        return np.arange((case.compress_block_size if start else d) - 1, case.kv_len, d)
+
+    def compress_mask(self, case: Case) -> np.ndarray:
+        p = self.positions(case)
+        seen = self.last_tokens(case) + case.semantics.compress_strict <= p
+        blocks = (p >= 0) & (seen | (not case.semantics.causal))
+        return np.pad(blocks, ((0, 0), (case.num_mem_kv, 0)), constant_values=True)
+
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        p, causal, size = self.positions(case), case.semantics.causal, case.selection_block_size
+        blocks = np.arange(-(-case.kv_len // size))
+        times = (block_indices[..., None] == blocks).sum(-2)
+        if case.semantics.own_block_extra and causal:
+            times = times + (p // size == blocks)
+        if case.semantics.duplicates == "set":
+            times = np.minimum(times, 1)
+        tokens = np.arange(case.kv_len)
+        times = times[..., tokens // size] * ((p >= 0) & ((tokens <= p) | (not causal)))
+        return times.repeat(case.q_heads // block_indices.shape[1], axis=1)
+
+
+class Selector(DenseMasks, RoundedImplementation):
+    """Top-n in a few lines: score, sort, cut, fill up with -1."""
+
+    name = "selector"
+    semantics: tuple[Semantics, ...] = (
+        PAPER,
+        dataclasses.replace(PAPER, causal=False),
+        dataclasses.replace(PAPER, compress_alignment="end", compress_strict=True),
+    )
+
+    # steps
+
+    def overlap(self, case: Case) -> np.ndarray:
+        """Strides that windows and blocks share: (compressed blocks, selection blocks) (I2)."""
+        start = (self.last_tokens(case) + 1 - case.compress_block_size)[:, None]
+        first = np.arange(case.num_selection_blocks) * case.selection_block_size
+        stop = np.minimum(start + case.compress_block_size, first + case.selection_block_size)
+        tokens = np.maximum(stop - np.maximum(start, first), 0)
+        return tokens // case.compress_block_sliding_stride
+
+    def probabilities(self, r: Rounding, logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        """Of all columns, memory among them (I1)."""
+        masked = np.where(visible, logits, -np.inf)
+        peak = masked.max(-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(masked - np.where(np.isfinite(peak), peak, 0))
+        total = r.total(weights)[..., None]
+        return r.store(weights / np.where(total > 0, total, 1))
+
+    def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        """Of every selection block: (batch, selection heads, q_len, blocks) (I2, I3)."""
+        r, visible = self.rounding(case), self.compress_mask(case)
+        k = np.concatenate([mem_k, k_cmp], axis=2).repeat(case.group_size, axis=1)
+        logits = r.dot(q.astype(r.wide), k.astype(r.wide)) * r.wide(case.scale)
+        by_group = (case.batch, case.selection_heads, case.q_heads // case.selection_heads)
+        if case.semantics.importance == "overlap":
+            p = self.probabilities(r, logits, visible)[..., case.num_mem_kv :]
+            each = r.products(p, self.overlap(case).T.astype(r.wide))
+            return r.total(np.moveaxis(each.reshape(*by_group, *each.shape[2:]), 2, -1))
+        invisible = -np.finfo(r.wide).max / 10
+        logits = np.where(visible, logits, invisible)[..., case.num_mem_kv :]
+        means = logits.reshape(*by_group, *logits.shape[2:]).mean(2)
+        strides = case.strides_per_selection_block
+        whole = means.shape[3] // strides
+        means = means[..., : whole * strides].reshape(*means.shape[:3], whole, strides).mean(-1)
+        scores = np.full((*means.shape[:3], case.num_selection_blocks), -np.inf, r.wide)
+        scores[..., :whole] = means
+        return scores
+
+    def candidates(self, case: Case) -> np.ndarray:
+        """Blocks that a row may choose: (q_len, blocks) (I3, I4)."""
+        semantics, size = case.semantics, case.selection_block_size
+        p, block = self.positions(case), np.arange(case.num_selection_blocks)
+        own, strides = block == p // size, size // case.compress_block_sliding_stride
+        candidates = (block * size <= p) | (not semantics.causal)
+        if semantics.own_block_extra and semantics.causal:
+            candidates &= ~own
+        if semantics.importance == "logit_mean":
+            candidates &= (block + 1) * strides <= len(self.last_tokens(case))
+            candidates &= ~own | (strides == 1)
+        return candidates
+
+    def forced(self, case: Case) -> np.ndarray:
+        """Candidates that are taken whatever their score (I4)."""
+        block, own = np.arange(case.num_selection_blocks), self.positions(case)
+        own = own // case.selection_block_size
+        local = (own - case.num_local_blocks < block) & (block <= own)
+        forced = local | (block < case.num_initial_blocks)
+        return forced & self.candidates(case) & (not case.semantics.own_block_extra)
+
+    def unused(self) -> int:
+        return -1
+
+    # the whole
+
+    @np.errstate(invalid="ignore")
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        candidates = self.candidates(case)
+        scores = np.where(self.forced(case), np.inf, self.scores(case, q, k_cmp, mem_k))
+        scores = np.where(candidates, scores, -np.inf)
+        order = np.argsort(-scores, axis=-1, kind="stable")
+        taken = np.arange(order.shape[-1]) < candidates.sum(-1)[:, None]
+        order = np.where(taken, order, self.unused())
+        width = case.num_selected_blocks
+        chosen = np.full((*order.shape[:3], width), self.unused(), dtype=np.int64)
+        chosen[..., : order.shape[-1]] = order[..., :width]
+        return chosen
+
+
+@mutant("I1", "memory does not take part in the softmax")
+class MemoryOutsideSoftmax(Selector):
+    def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        without = dataclasses.replace(case, num_mem_kv=0)
+        return super().scores(without, q, k_cmp, mem_k[:, :, :0])
+
+
+@mutant(
+    "I2",
+    "eq. 9 is read with 0-based indices as it is printed: off by l'/d - 1",
+    seen_in="public kernels, and their references with them",
+)
+class EquationNineShifted(Selector):
+    semantics = (PAPER,)
+
+    def overlap(self, case: Case) -> np.ndarray:
+        overlap = np.zeros_like(super().overlap(case))
+        strides = case.strides_per_selection_block
+        for m in range(strides):
+            for n in range(case.compress_block_size // case.compress_block_sliding_stride):
+                i = np.arange(overlap.shape[1]) * strides - m - n
+                inside = (i >= 0) & (i < len(overlap))
+                overlap[i[inside], np.flatnonzero(inside)] += 1
+        return overlap
+
+
+@mutant("I3", "scores are those of the group's first head only")
+class FirstHeadOnly(Selector):
+    def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        alone = dataclasses.replace(case, q_heads=case.kv_heads)
+        return super().scores(alone, q[:, :: case.group_size], k_cmp, mem_k)
+
+
+@mutant("I4", "initial and local blocks are not forced")
+class NothingForced(Selector):
+    def forced(self, case: Case) -> np.ndarray:
+        return np.zeros_like(super().forced(case))
+
+
+@mutant("I4", "blocks beyond the 128th are forced no more", seen_in="public kernels")
+class ForcedUpTo128(Selector):
+    def forced(self, case: Case) -> np.ndarray:
+        forced = super().forced(case)
+        forced[..., 128:] = False
+        return forced
+
+
+@mutant("I2", "blocks beyond the 128th are no candidates")
+class CandidatesUpTo128(Selector):
+    def candidates(self, case: Case) -> np.ndarray:
+        candidates = super().candidates(case)
+        candidates[..., 128:] = False
+        return candidates
+
+
+@mutant("I6", "causal by the block's index where its position is meant", seen_in="public kernels")
+class OwnBlockNoCandidate(Selector):
+    def candidates(self, case: Case) -> np.ndarray:
+        own = self.positions(case) // case.selection_block_size
+        before = np.arange(case.num_selection_blocks) < own
+        return super().candidates(case) & (before | (not case.semantics.causal))
+
+
+@mutant("I5", "a tie is resolved to a block that begins after p")
+class TieIntoTheFuture(Selector):
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        chosen = super().select(case, q, k_cmp, mem_k)
+        future = case.num_selection_blocks - 1
+        scores, forced = self.scores(case, q, k_cmp, mem_k), self.forced(case)
+        for b, g, t, slot in np.ndindex(*chosen.shape):
+            block = chosen[b, g, t, slot]
+            if (
+                block >= 0
+                and not self.candidates(case)[t, future]
+                and scores[b, g, t, block] == scores[b, g, t, future]
+                and not forced[t, block]
+            ):
+                chosen[b, g, t, slot] = future
+                break
+        return chosen
+
+
+@mutant("I6", "slots left over hold block 0 again", seen_in="ports whose unused slots hold 0")
+class SlotsFilledWithZero(Selector):
+    def unused(self) -> int:
+        return 0
