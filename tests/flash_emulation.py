@@ -34,7 +34,7 @@ KINDS = (
     "tiny",
 )
 ORDERS = ("sequential", "reversed", "pairwise", "blocked")
-ROWS = ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", "bf16-eager", "fp16-eager")
+ROWS = tuple(NUMERICS)
 
 
 class Tensors(NamedTuple):

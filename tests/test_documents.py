@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 import tokenize
+import zlib
 from pathlib import Path
 
 import pytest
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import PRESETS, Semantics
-from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from pages import ROOT, headings, table
 
 SOURCES = [
     path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
 ]
 PAGES = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")]
+
+#: The version, and what has it: both change when a sentence or a switch does.
+SPECIFICATION = "3", 0x685BAF97
 
 EQUATION = r"(?<!2104\.09864, )\beq\. \d+(?:(?:,| and| to) \d+)*"
 #: What comments and docstrings cite: W1, eq. 9, section 3.2; NUMERICS 2, "Selection".
@@ -45,6 +49,11 @@ def test_every_clause_has_a_heading_and_its_sentence() -> None:
     assert [title for title in found if re.fullmatch(r"[A-Z]\d", title)] == list(CLAUSES)
     for clause, sentence in CLAUSES.items():
         assert f"> {sentence}\n" in found[clause], f"docs/semantics.md says {clause} otherwise"
+
+
+def test_another_specification_has_another_version() -> None:
+    switches = [field.name for field in dataclasses.fields(Semantics)]
+    assert (SPEC_VERSION, zlib.crc32(repr((CLAUSES, switches)).encode())) == SPECIFICATION
 
 
 def test_every_switch_preset_and_row_is_listed() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import cli
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.loading import SHORT_NAMES
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
@@ -60,6 +62,15 @@ def test_the_table_of_options_is_complete() -> None:
     verify = commands.choices["verify"]  # type: ignore[index]
     offered = {a.option_strings[-1] for a in verify._actions if a.option_strings}
     assert named == offered - {"--help"}
+    assert all(f"`{name}`" in page("docs/command.md") for name in SHORT_NAMES)
+
+
+def test_the_page_on_porting_has_the_whole_plug() -> None:
+    """Every method and attribute that is an adapter's to set, and every row of numerics."""
+    the_judges = {"offers", "run", "run_vjp", "device"}
+    plug = {name for name in vars(Implementation) if name[0] != "_"} - the_judges
+    for name in plug | set(NUMERICS):
+        assert re.search(rf"\b{name}[`(]", page("docs/porting.md")), name
 
 
 def test_every_clause_that_is_judged_is_named() -> None:
