@@ -71,7 +71,7 @@ def test_every_switch_preset_and_row_is_listed() -> None:
 
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
-    """Pages anywhere; on a page its links, `folder/file.py` and `folder/file.py::test_name`."""
+    """Pages anywhere; on a page its links, `folder/file.py` and `test_file.py::test_name`."""
     text = path.read_text()
     for name in re.findall(r"[\w./-]*\w\.md\b|\.\./shared\b", text):
         places = (path.parent / name, ROOT / name, ROOT / "docs" / name)
@@ -79,6 +79,8 @@ def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
     if path.suffix == ".md":
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (path.parent / target).exists(), target
-        for place, test in re.findall(r"`([\w/]+/[\w/.]*)(?:::(\w+))?`", text):
+        for place in re.findall(r"`([\w/]+/[\w/.]*)`", text):
             assert (ROOT / place).exists(), place
-            assert not test or f"def {test}(" in (ROOT / place).read_text(), f"{place}::{test}"
+        for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
+            found = [source.read_text() for source in SOURCES if source.name == file]
+            assert found and (not test or f"def {test}(" in found[0]), f"{file}::{test}"
