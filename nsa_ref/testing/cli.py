@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -26,12 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa_ref.testing.branches import BRANCHES
-from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version, try_loading
+from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
-from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import compiled, graphs, show, to_json
 from nsa_ref.testing.wording import reasons
@@ -151,9 +152,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             raise CannotRun(
                 f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(offered))}"
             )
-    level, seed = arguments.level, arguments.seed
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
-    _say(console, f"nsa-ref judges {names} on {where}, level {level}, seed {seed}")
+    level = f"level {arguments.level}, seed {arguments.seed}"
+    _say(console, f"nsa-ref judges {names} on {where}, {level}")
     wanted = arguments.branch or ()
     properties = [p for p in PROPERTIES.values() if not wanted or p.part in wanted]
     options = [
@@ -163,18 +164,17 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         *(f"--branch={branch}" for branch in wanted),
         *(f"--dtype={dtype}" for dtype in arguments.dtype or ()),
     ]
-    workers, folder = arguments.n, Path(arguments.findings)
+    run = functools.partial(
+        _run,
+        console,
+        arguments.implementation,
+        device,
+        workers=arguments.n,
+        findings=Path(arguments.findings),
+    )
     warmed: list[dict[str, Any]] = []
     if arguments.warm:
-        warming = _run(
-            console,
-            arguments.implementation,
-            device,
-            total=None,
-            workers=workers,
-            findings=folder,
-            options=[*options, "--nsa-warm"],
-        )
+        warming = run(total=None, options=[*options, "--nsa-warm"])
         if warming.interrupted:
             raise KeyboardInterrupt
         warmed = warming.warmed
@@ -183,15 +183,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         _say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
         if warming.errors:
             _say(console, f"while warming up workers died {len(warming.errors)} times")
-    collector = _run(
-        console,
-        arguments.implementation,
-        device,
-        total=len(properties) * len(chosen),
-        workers=workers,
-        findings=folder,
-        options=options,
-    )
+    collector = run(total=len(properties) * len(chosen), options=options)
     seconds = time.monotonic() - started
     asked_for = Counter({p.clause: 0 for p in properties})
     asked_for.update(p.clause for p in properties for _ in chosen)
@@ -213,40 +205,45 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         )
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         Path(arguments.json).write_text(text)
-    if records:
-        show(
-            console,
-            records,
-            findings,
-            title=f"{names} on {where}",
-            seconds=seconds,
-            asked_for=asked_for,
-        )
-    if collector.interrupted:
-        raise KeyboardInterrupt
-    if findings:
-        for error in collector.errors:
-            print(f"nsa-ref: {error}", file=sys.stderr)
-        return BROKEN
-    _check_complete(collector, names)
-    if arguments.level == "thorough":
+    title = f"{names} on {where}"
+    code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
+    if code == HOLDS and arguments.level == "thorough":
         excused = excused_edges(records, [one["limits"] for one in chosen])
         if gaps := [edge for edge in unmet_edges(records) if edge not in excused]:
             raise CannotRun(
                 f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
                 "another --seed; what the implementation cannot do belongs into its `limits`"
             )
-    return HOLDS
+    return code
 
 
-def _check_complete(collector: Collector, names: str) -> None:
-    """Raise CannotRun if the absence of findings means nothing."""
+def _show(console: Console, collector: Collector, names: str, **more: Any) -> int:
+    """Show what was found, as far as the run came.
+
+    Returns
+    -------
+    BROKEN, or HOLDS if the absence of findings means something
+
+    Raises
+    ------
+    KeyboardInterrupt : the user ended the run
+    CannotRun : nothing was found, and nothing was judged or not all
+    """
+    if collector.records:
+        show(console, collector.records, collector.findings, **more)
+    if collector.interrupted:
+        raise KeyboardInterrupt
+    if collector.findings:
+        for error in collector.errors:
+            print(f"nsa-ref: {error}", file=sys.stderr)
+        return BROKEN
     if collector.errors:
-        more = len(collector.errors) - 1
-        raise CannotRun(collector.errors[0] + (f" (and {more} more like it)" if more else ""))
+        others = len(collector.errors) - 1
+        raise CannotRun(collector.errors[0] + (f" (and {others} more like it)" if others else ""))
     if not any(record["cases"] for record in collector.records):
         why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
+    return HOLDS
 
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
@@ -265,9 +262,10 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
             f"{path} was found by {name!r}, which is no property of this version, "
             f"{own_version()}. Try the version that found it"
         )
-    timeout = _positive(data.get("timeout", 120.0))
-    if timeout is None:
-        raise CannotRun(f"{path}: timeout={data['timeout']!r} must be a number of seconds above 0")
+    try:
+        timeout = parse_seconds(data.get("timeout", 120.0))
+    except argparse.ArgumentTypeError as error:
+        raise CannotRun(f"{path}: timeout={error}") from None
     # "cuda:1" is an instance's own choice, and it makes it again
     kind = data.get("device", "auto").partition(":")[0]
     device = arguments.device or (kind if kind in DEVICES else "auto")
@@ -291,21 +289,10 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
             f"--case-timeout={timeout}",
         ],
     )
-    if collector.records:
-        show(
-            console,
-            collector.records,
-            collector.findings,
-            title=f"{only or ', '.join(chosen)} on {found['device']}",
-            seconds=time.monotonic() - started,
-            edges=False,
-        )
-    if collector.interrupted:
-        raise KeyboardInterrupt
-    if collector.findings:
-        return BROKEN
-    _check_complete(collector, only or ", ".join(chosen))
-    return HOLDS
+    names = only or ", ".join(chosen)
+    seconds = time.monotonic() - started
+    title = f"{names} on {found['device']}"
+    return _show(console, collector, names, title=title, seconds=seconds, edges=False)
 
 
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
@@ -376,22 +363,12 @@ def _run(
         code = pytest.main(
             [
                 str(suite),
-                "-p",
-                "xdist",
-                "-p",
-                "nsa_ref.testing.plugin",
-                "-p",
-                "no:terminal",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:faulthandler",
-                "-c",
-                os.devnull,
+                *(f"-p{name}" for name in ("xdist", "nsa_ref.testing.plugin")),
+                *(f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler")),
+                f"-c{os.devnull}",
                 f"--rootdir={suite.parent}",
                 "--noconftest",
-                "-n",
-                workers,
+                f"-n{workers}",
                 "--dist=worksteal",
                 "--max-worker-restart=10000",
                 f"--device={device}",
@@ -464,32 +441,10 @@ def _check_folder(path: Path) -> None:
         ) from None
 
 
-def _workers(text: str) -> str:
+def _parse_workers(text: str) -> str:
     if text != "auto" and (not text.isdigit() or int(text) < 1):
         raise argparse.ArgumentTypeError(f"{text!r} must be auto or a number of at least 1")
     return text
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
-    return int(text)
-
-
-def _positive(value: Any) -> float | None:
-    """The number, or None if it is none, or not above 0, or not finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < float("inf") else None
-
-
-def _seconds(text: str) -> float:
-    value = _positive(text)
-    if value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
-    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -511,29 +466,13 @@ def _parser() -> argparse.ArgumentParser:
         default="nsa_fast",
         help=f"package.module:object, or {', '.join(SHORT_NAMES)} (default nsa_fast)",
     )
-    command.add_argument("--device", default="auto", choices=DEVICES)
-    command.add_argument("--level", default="quick", choices=tuple(LEVELS))
-    command.add_argument(
-        "--branch",
-        action="append",
-        choices=(*(branch.name for branch in BRANCHES), "selection", "layer"),
-        help="this branch only; may be repeated",
-    )
-    command.add_argument(
-        "--dtype", action="append", choices=tuple(DTYPES), help="this dtype only; may be repeated"
-    )
-    command.add_argument("--seed", type=_seed, default=0, help="another number, other cases")
+    for name, about in SHARED_OPTIONS.items():
+        command.add_argument(name, **about)
     command.add_argument("--json", metavar="FILE", help="write the report as data")
-    command.add_argument(
-        "--findings", metavar="DIR", default="nsa-ref-findings", help="where broken cases are kept"
-    )
-    command.add_argument(
-        "--case-timeout", type=_seconds, default=120.0, help="seconds that one case may take"
-    )
     command.add_argument(
         "--warm", action="store_true", help="first fill the compiler's cache, each graph once"
     )
-    command.add_argument("-n", type=_workers, default="auto", help="worker processes")
+    command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
     command.set_defaults(run=verify)
 
     command = commands.add_parser("replay", help="run one saved case again")

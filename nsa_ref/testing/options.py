@@ -1,11 +1,15 @@
-"""What the command line says about a run."""
+"""What the command line says about a run: options that `nsa-ref verify` and pytest share."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.loading import DEVICES
+from nsa_ref.testing.profiles import LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +35,54 @@ class Options:
     timeout: float = 120.0
     traces: bool = False
     shrink: bool = True
+
+
+def parse_seed(text: str) -> int:
+    """The number that `--seed` gives, at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return int(text)
+
+
+def parse_seconds(text: Any) -> float:
+    """A finite number of seconds above 0."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return value
+
+
+#: name -> what argparse is told about it
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "--device": {"default": "auto", "choices": DEVICES, "help": "default: the best there is"},
+    "--level": {"default": "quick", "choices": tuple(LEVELS), "help": "default: quick"},
+    "--branch": {
+        "action": "append",
+        "choices": ("compress", "fine", "sliding", "selection", "layer"),
+        "help": "this branch only; may be repeated (default: all)",
+    },
+    "--dtype": {
+        "action": "append",
+        "choices": tuple(DTYPES),
+        "help": "this dtype only; may be repeated (default: all that are declared)",
+    },
+    "--seed": {
+        "type": parse_seed,
+        "default": 0,
+        "help": "another number, other cases (default: 0)",
+    },
+    "--findings": {
+        "metavar": "DIR",
+        "default": "nsa-ref-findings",
+        "help": "folder for the cases that broke a clause (default: nsa-ref-findings)",
+    },
+    "--case-timeout": {
+        "type": parse_seconds,
+        "default": 120.0,
+        "metavar": "SECONDS",
+        "help": "time that one case may take in a worker process (default: 120)",
+    },
+}

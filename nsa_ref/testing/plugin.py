@@ -15,6 +15,12 @@ from typing import Any
 
 import pytest
 
+from nsa_ref.testing.case import load_case
+from nsa_ref.testing.last_words import finding_of_dead_worker, remove_folder_of_run
+from nsa_ref.testing.loading import CannotRun, load, resolve_device
+from nsa_ref.testing.options import SHARED_OPTIONS, Options
+from nsa_ref.testing.wording import message
+
 #: What one worker's CUDA context, compiler and test arrays may take of a GPU, in MiB.
 GPU_MEMORY_PER_WORKER = 6 * 1024
 
@@ -93,32 +99,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa-ref", "judging an implementation of Native Sparse Attention")
-    group.addoption("--device", default="auto", help="auto, cpu, cuda, interpreter (default auto)")
-    group.addoption("--level", default="quick", help="quick or thorough (default quick)")
-    group.addoption(
-        "--branch",
-        action="append",
-        default=None,
-        help="compress, fine, sliding, selection or layer; may be repeated (default all)",
-    )
-    group.addoption(
-        "--dtype",
-        action="append",
-        default=None,
-        help="float64, float32, bfloat16 or float16; may be repeated (default all declared)",
-    )
-    group.addoption("--seed", type=int, default=0, help="another number, other cases (default 0)")
-    group.addoption(
-        "--findings",
-        default="nsa-ref-findings",
-        help="folder for the cases that broke a clause (default nsa-ref-findings)",
-    )
-    group.addoption(
-        "--case-timeout",
-        type=float,
-        default=120.0,
-        help="seconds that one case may take in a worker process (default 120)",
-    )
+    for name, about in SHARED_OPTIONS.items():
+        group.addoption(name, **about)
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
     group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
     group.addoption("--nsa-case", default="", help="for nsa-ref replay: run this case alone")
@@ -127,30 +109,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # not before: adapters import this package, and a worker's resources are assigned first
-    from nsa_ref.testing.branches import BRANCHES
-    from nsa_ref.testing.case import DTYPES, load_case
-    from nsa_ref.testing.loading import DEVICES, CannotRun, load, resolve_device
-    from nsa_ref.testing.options import Options
-    from nsa_ref.testing.profiles import LEVELS
-
-    known = {
-        "--device": DEVICES,
-        "--level": tuple(LEVELS),
-        "--branch": (*(branch.name for branch in BRANCHES), "selection", "layer"),
-        "--dtype": tuple(DTYPES),
-    }
-    for option, allowed in known.items():
-        given = config.getoption(option) or []
-        for value in [given] if isinstance(given, str) else given:
-            if value not in allowed:
-                raise pytest.UsageError(f"{option} {value}: must be one of {', '.join(allowed)}")
-    if config.getoption("--seed") < 0:
-        raise pytest.UsageError(f"--seed {config.getoption('--seed')}: must be at least 0")
-    if not config.getoption("--case-timeout") > 0:
-        raise pytest.UsageError(
-            f"--case-timeout {config.getoption('--case-timeout')}: must be above 0 seconds"
-        )
     global device, warming
     device, warming = config.getoption("--device"), config.getoption("--nsa-warm")
     case_file, spec = config.getoption("--nsa-case"), config.getoption("--nsa-implementation")
@@ -211,9 +169,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
     """A property whose worker died is reported with the case that did it."""
-    from nsa_ref.testing.last_words import finding_of_dead_worker
-    from nsa_ref.testing.wording import message
-
     node, test = report.node, crashitem.rpartition("::")[2]
     folder = node.config.nsa_ref_options.findings
     run = node.workerinput["testrunuid"]
@@ -230,8 +185,6 @@ def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What the workers left to be read by `pytest_handlecrashitem` is needed no more."""
-    from nsa_ref.testing.last_words import remove_folder_of_run
-
     if _distributes(session.config):
         findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]
         remove_folder_of_run(findings, session.config.option.testrunuid)
