@@ -1,8 +1,11 @@
-"""The clauses that the judge decides, each with its sentence, as a failing port is told it."""
+"""The clauses that the judge decides, each with its sentence, as a failing port is told it.
+
+docs/semantics.md says of each what the sentence leaves open.
+"""
 
 from __future__ import annotations
 
-#: Changes whenever a clause is added, removed or means something else.
+#: Changes whenever a clause or a switch is added, removed or means something else.
 SPEC_VERSION = "3"
 
 CLAUSES = {
