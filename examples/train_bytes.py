@@ -47,17 +47,15 @@ from nsa_fast.rotary import rotate
 from nsa_ref import (
     LUCIDRAINS_FLEX,
     Sizes,
-    forced_blocks,
-    importance,
     layer,
     layer_block_indices,
     layer_vjp,
-    selection_candidates,
-    undecided_rows,
+    scored,
 )
 from nsa_ref.layer import selection_inputs
 from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.testing.branches import Broken
+from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.loading import versions
 
@@ -237,21 +235,9 @@ def undecided_tokens(
     x: np.ndarray, weights: dict[str, np.ndarray], score_bounds: np.ndarray, sizes: Sizes
 ) -> np.ndarray:
     """(tokens,) bool: another choice of blocks may be right too (I5)."""
-    tokens = x.shape[1]
-    scores = importance(
-        *selection_inputs(x, weights, sizes=sizes, semantics=SEMANTICS),
-        kv_len=tokens,
-        sizes=sizes,
-        semantics=SEMANTICS,
-    )
-    return undecided_rows(
-        scores,
-        score_bounds,
-        candidates=selection_candidates(tokens, tokens, sizes, SEMANTICS),
-        forced=forced_blocks(tokens, tokens, sizes, SEMANTICS),
-        num_selected_blocks=sizes.num_selected_blocks,
-        semantics=SEMANTICS,
-    ).any(axis=(0, 1))
+    how = {"sizes": sizes, "semantics": SEMANTICS}
+    blocks = scored(*selection_inputs(x, weights, **how), kv_len=x.shape[1], **how)
+    return undecided_rows(blocks, score_bounds, **how).any(axis=(0, 1))
 
 
 # --- training -------------------------------------------------------------------------------------

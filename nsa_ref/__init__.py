@@ -19,20 +19,16 @@ from nsa_ref.layer import (
 )
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import (
-    AMBIGUOUS,
-    INVALID,
-    VALID,
-    SelectionVerdict,
+    Scored,
     compress_probabilities,
     forced_blocks,
     importance,
+    scored,
     select,
     selection_candidates,
     selection_probability,
     shared_strides,
     top_blocks,
-    undecided_rows,
-    valid_selection,
 )
 from nsa_ref.semantics import (
     FLA,
@@ -47,18 +43,15 @@ from nsa_ref.semantics import (
 from nsa_ref.sizes import Sizes
 
 __all__ = [
-    "AMBIGUOUS",
     "FLA",
-    "INVALID",
     "LUCIDRAINS",
     "LUCIDRAINS_FLEX",
     "PAPER",
     "PRESETS",
-    "VALID",
     "XUNHAO",
     "Attention",
     "PerBranch",
-    "SelectionVerdict",
+    "Scored",
     "Semantics",
     "Sizes",
     "attend",
@@ -78,14 +71,13 @@ __all__ = [
     "pool",
     "pool_vjp",
     "pool_weight_shapes",
+    "scored",
     "select",
     "selection_candidates",
     "selection_probability",
     "shared_strides",
     "sliding_mask",
     "top_blocks",
-    "undecided_rows",
-    "valid_selection",
     "varlen",
     "varlen_vjp",
 ]

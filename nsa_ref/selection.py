@@ -1,4 +1,4 @@
-"""Which blocks the fine branch reads: candidates, importance, top-n, and its judge (I1 to I6).
+"""Which blocks the fine branch reads: candidates, importance, top-n (I1 to I6).
 
 Paper's letters: l = compress_block_size, d = compress_block_sliding_stride,
 l' = selection_block_size, n = num_selected_blocks. Selection block b holds the tokens
@@ -8,7 +8,6 @@ of the query at p is p // l'. A stride is d tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -16,13 +15,9 @@ import numpy as np
 
 from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
-from nsa_ref.masks import check_block_indices, compress_mask
+from nsa_ref.masks import compress_mask
 from nsa_ref.semantics import PAPER, Semantics, check_semantics
-from nsa_ref.sizes import Sizes, num_selection_blocks
-
-VALID = "valid"
-AMBIGUOUS = "ambiguous"
-INVALID = "invalid"
+from nsa_ref.sizes import Sizes, check_sizes, num_selection_blocks
 
 # Upstream masks logits with a tenth of the lowest finite number, and puts this logit before the
 # means, so that a softmax over nothing visible goes to the pad (I3).
@@ -315,6 +310,50 @@ def selection_probability(means: np.ndarray) -> np.ndarray:
     return probability
 
 
+class Scored(NamedTuple):
+    """What top-n chooses from.
+
+    scores : (batch, heads, q_len, blocks), as `importance` returns them
+    candidates, forced : (q_len, blocks) bool
+    """
+
+    scores: np.ndarray
+    candidates: np.ndarray
+    forced: np.ndarray
+
+
+def scored(
+    q: np.ndarray,
+    k_cmp: np.ndarray,
+    mem_k: np.ndarray,
+    *,
+    kv_len: int,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
+) -> Scored:
+    """The blocks' scores, with those that are candidates and those that are forced.
+
+    Shapes
+    ------
+    q, k_cmp, mem_k : as in `compress_probabilities`
+
+    Raises
+    ------
+    ValueError, TypeError : as `importance`
+
+    Source
+    ------
+    I1 to I4
+    """
+    scores = importance(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
+    lengths = scores.shape[2], kv_len
+    return Scored(
+        scores,
+        candidates=selection_candidates(*lengths, sizes, semantics),
+        forced=forced_blocks(*lengths, sizes, semantics),
+    )
+
+
 # --- top-n ----------------------------------------------------------------------------------------
 
 
@@ -329,7 +368,7 @@ def select(
 ) -> np.ndarray:
     """The blocks that each query reads in the fine branch, best first.
 
-    `importance` scores the blocks, and `top_blocks` takes n of the candidates.
+    `scored` scores the blocks, and `top_blocks` takes n of the candidates.
 
     Shapes
     ------
@@ -345,25 +384,11 @@ def select(
     ------
     I1 to I6; arXiv 2502.11089, eq. 8 to 11
     """
-    scores = importance(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
-    lengths = scores.shape[2], kv_len
-    return top_blocks(
-        scores,
-        candidates=selection_candidates(*lengths, sizes, semantics),
-        forced=forced_blocks(*lengths, sizes, semantics),
-        num_selected_blocks=sizes.num_selected_blocks,
-        semantics=semantics,
-    )
+    found = scored(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
+    return top_blocks(found, sizes, semantics)
 
 
-def top_blocks(
-    scores: np.ndarray,
-    *,
-    candidates: np.ndarray,
-    forced: np.ndarray,
-    num_selected_blocks: int,
-    semantics: Semantics = PAPER,
-) -> np.ndarray:
+def top_blocks(scored: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
     """The n candidates of the highest score, best first; of equal ones the lower index.
 
     ::
@@ -375,31 +400,30 @@ def top_blocks(
 
     Shapes
     ------
-    scores : (batch, heads, q_len, blocks), as `importance` returns them
-    candidates, forced : (q_len, blocks) bool
+    scored : what `scored` returns
     returns : (batch, heads, q_len, n) int64
 
     Raises
     ------
-    ValueError : shapes that do not fit, num_selected_blocks < 0, a candidate whose score is NaN
-    TypeError : arrays that hold no numbers
+    ValueError : shapes that do not fit, a candidate whose score is NaN
+    TypeError : arrays that hold no numbers, sizes that are no Sizes, semantics that is no Semantics
 
     Source
     ------
     I4, I5, I6; arXiv 2502.11089, eq. 11
     """
-    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
-    check_at_least("num_selected_blocks", num_selected_blocks, 0)
-    ranked = _with_forced_score(scores, forced, semantics)
-    floored = _floored_quantity(scores, forced, semantics)
-    chosen = np.full((*scores.shape[:3], num_selected_blocks), -1, dtype=np.int64)
-    for b, g, t in np.ndindex(scores.shape[:3]):
+    check_sizes(sizes)
+    scored = check_scored(scored, semantics)
+    ranked, floored = ranked_scores(scored, semantics), floored_scores(scored, semantics)
+    n = sizes.num_selected_blocks
+    chosen = np.full((*ranked.shape[:3], n), -1, dtype=np.int64)
+    for b, g, t in np.ndindex(ranked.shape[:3]):
         best = sorted(
-            (int(block) for block in np.flatnonzero(candidates[t])),
+            (int(block) for block in np.flatnonzero(scored.candidates[t])),
             key=lambda block: (-ranked[b, g, t, block], block),
         )
         slot = 0
-        for block in best[:num_selected_blocks]:
+        for block in best[:n]:
             floor = semantics.score_floor
             if floor is None or floored[b, g, t, block] > floor:
                 chosen[b, g, t, slot] = block
@@ -407,234 +431,13 @@ def top_blocks(
     return chosen
 
 
-# --- the judge of somebody else's choice ----------------------------------------------------------
-
-
-class SelectionVerdict(NamedTuple):
-    """What `valid_selection` finds.
-
-    verdict : (batch, heads, q_len) of the strings VALID, AMBIGUOUS, INVALID
-    reasons : (batch, heads, q_len) -> (clause, sentence), for every row that is not VALID
-    """
-
-    verdict: np.ndarray
-    reasons: dict[tuple[int, int, int], tuple[str, str]]
-
-    def first_invalid(self) -> str | None:
-        """The first INVALID row in words, or None: "I4 at batch 0, head 1, row 5: ..."."""
-        for (b, g, t), (clause, sentence) in self.reasons.items():
-            if self.verdict[b, g, t] == INVALID:
-                return f"{clause} at batch {b}, head {g}, row {t}: {sentence}"
-        return None
-
-
-def valid_selection(
-    block_indices: np.ndarray,
-    scores: np.ndarray,
-    score_bounds: np.ndarray,
-    *,
-    candidates: np.ndarray,
-    forced: np.ndarray,
-    num_selected_blocks: int,
-    semantics: Semantics = PAPER,
-) -> SelectionVerdict:
-    """Is this choice of blocks a valid top-n, given how exactly the scores can be known?
-
-    Indices below 0 or not below the number of blocks are dropped, in any slot (I6). The rest of
-    a row is VALID iff
-
-    ::
-
-        distinct candidates, at most n of them, all forced ones among them (I4; where more than n
-            are forced at an infinite score, the lowest n)
-        min(n, candidates) of them (I6), unless score_floor took some: then every candidate that
-            was left out is at the floor or below, and every one that was taken is above (I4)
-        no candidate that was left out scores higher than one that was taken (I4); equal scores
-            may be resolved either way (I5)
-
-    A comparison that comes out wrong, but by no more than the bounds of its two scores, makes the
-    row AMBIGUOUS (I5); by more, INVALID.
-
-    Shapes
-    ------
-    block_indices : (batch, heads, q_len, slots) integers
-    scores, score_bounds : (batch, heads, q_len, blocks): `importance`, and the largest error
-        of each score; for "logit_mean" both are about the means before the softmax
-    candidates, forced : (q_len, blocks) bool
-    returns : SelectionVerdict(verdict, reasons)
-
-    Raises
-    ------
-    ValueError : shapes that do not fit, num_selected_blocks < 0, a candidate whose score or bound
-        is NaN, a negative bound
-    TypeError : block_indices that are no integers, arrays that hold no numbers
-
-    Source
-    ------
-    I4, I5, I6
-    """
-    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
-    check_at_least("num_selected_blocks", num_selected_blocks, 0)
-    bounds = as_float64("score_bounds", score_bounds)
-    check_shape("score_bounds", bounds.shape, scores.shape)
-    usable = np.broadcast_to(candidates, scores.shape)
-    if not (bounds[usable] >= 0).all():
-        wrong = bounds[usable][~(bounds[usable] >= 0)][0]
-        raise ValueError(f"score_bounds holds {wrong} at a candidate; it must be at least 0.")
-    bounds = np.where(usable, bounds, 0)
-    block_indices = np.asarray(block_indices)
-    batch, heads, q_len, _ = scores.shape
-    check_block_indices(block_indices, q_len)
-    check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
-
-    ranked = _with_forced_score(scores, forced, semantics)
-    low, high = _floored_range(scores, bounds, forced, semantics)
-    floored = _floored_quantity(scores, forced, semantics)
-    rank_bounds = np.where(forced, _bound_of_forced(bounds, semantics), bounds)
-
-    verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
-    reasons: dict[tuple[int, int, int], tuple[str, str]] = {}
-    for b, g, t in np.ndindex(batch, heads, q_len):
-        found = _judge_row(
-            [int(block) for block in block_indices[b, g, t]],
-            ranked[b, g, t],
-            rank_bounds[b, g, t],
-            candidates[t],
-            forced[t],
-            (low[b, g, t], floored[b, g, t], high[b, g, t]),
-            num_selected_blocks,
-            semantics,
-        )
-        if found is not None:
-            verdict[b, g, t], clause, sentence = found
-            reasons[b, g, t] = (clause, sentence)
-    return SelectionVerdict(verdict, reasons)
-
-
-def undecided_rows(
-    scores: np.ndarray,
-    score_bounds: np.ndarray,
-    *,
-    candidates: np.ndarray,
-    forced: np.ndarray,
-    num_selected_blocks: int,
-    semantics: Semantics = PAPER,
-) -> np.ndarray:
-    """Rows for which more than one choice of blocks is valid, given the scores' bounds.
-
-    ::
-
-        some block of the top n and some candidate left out differ in score by no more than the sum
-        of their bounds; or the score of a candidate lies within its bound of `score_floor`
-
-    Shapes
-    ------
-    scores, score_bounds, candidates, forced : as in `valid_selection`
-    returns : (batch, heads, q_len) bool
-
-    Raises
-    ------
-    ValueError, TypeError : as `valid_selection`
-
-    Source
-    ------
-    I5
-    """
-    chosen = top_blocks(
-        scores,
-        candidates=candidates,
-        forced=forced,
-        num_selected_blocks=num_selected_blocks,
-        semantics=dataclasses.replace(semantics, score_floor=None),
-    )
-    scores, candidates, forced = _checked_scores(scores, candidates, forced, semantics)
-    bounds = as_float64("score_bounds", score_bounds)
-    check_shape("score_bounds", bounds.shape, scores.shape)
-    ranked = _with_forced_score(scores, forced, semantics)
-    rank_bounds = np.where(forced, _bound_of_forced(bounds, semantics), bounds)
-    low, high = _floored_range(scores, bounds, forced, semantics)
-    floor = semantics.score_floor
-    undecided = np.zeros(scores.shape[:3], dtype=bool)
-    for row in np.ndindex(scores.shape[:3]):
-        taken = [int(block) for block in chosen[row] if block >= 0]
-        left = [int(block) for block in np.flatnonzero(candidates[row[2]]) if block not in taken]
-        for better in taken:
-            for worse in left:
-                if math.isinf(ranked[row][better]):
-                    continue  # forced: where even those are too many, the lowest are taken (I4)
-                gap = ranked[row][better] - ranked[row][worse]
-                undecided[row] |= gap <= rank_bounds[row][better] + rank_bounds[row][worse]
-        if floor is not None:
-            undecided[row] |= any(low[row][block] <= floor < high[row][block] for block in taken)
-    return undecided
-
-
-def _judge_row(
-    named: list[int],
-    ranked: np.ndarray,
-    bounds: np.ndarray,
-    candidate: np.ndarray,
-    forced: np.ndarray,
-    floored: tuple[np.ndarray, np.ndarray, np.ndarray],
-    n: int,
-    semantics: Semantics,
-) -> tuple[str, str, str] | None:
-    """(verdict, clause, sentence) for one row, or None if it is valid."""
-    num_blocks = len(ranked)
-    taken = [block for block in named if 0 <= block < num_blocks]
-    left = [block for block in range(num_blocks) if candidate[block] and block not in taken]
-    doubt: tuple[str, str, str] | None = None
-
-    for block in taken:
-        if taken.count(block) > 1:
-            return INVALID, "I4", f"block {block} is named {taken.count(block)} times."
-        if not candidate[block]:
-            listed = ", ".join(str(c) for c in np.flatnonzero(candidate)) or "none"
-            return INVALID, "I4", f"block {block} is no candidate; candidates are {listed}."
-    if len(taken) > n:
-        return INVALID, "I4", f"{len(taken)} blocks are named, num_selected_blocks={n}."
-    if math.isinf(semantics.forced_score):
-        for block in np.flatnonzero(forced)[:n]:
-            if block not in taken:
-                return INVALID, "I4", f"block {block} is forced and was left out."
-
-    low, middle, high = floored
-    floor = semantics.score_floor
-    if len(taken) < min(n, len(taken) + len(left)):
-        for block in left:
-            if floor is None or low[block] > floor:
-                rule = "" if floor is None else f", and its score is above score_floor={floor}"
-                return INVALID, "I6", f"block {block} was left out with a slot to spare{rule}."
-            if middle[block] > floor:
-                doubt = AMBIGUOUS, "I5", f"block {block}: score_floor={floor} is within its bound."
-    for block in taken:
-        if floor is not None and high[block] <= floor:
-            why = f"block {block} was taken, and its score is not above score_floor={floor}."
-            return INVALID, "I4", why
-        if floor is not None and middle[block] <= floor:
-            doubt = AMBIGUOUS, "I5", f"block {block}: score_floor={floor} is within its bound."
-
-    for worse in taken:
-        for better in left:
-            if not ranked[better] > ranked[worse]:
-                continue
-            gap, bound = ranked[better] - ranked[worse], bounds[better] + bounds[worse]
-            what = (
-                f"block {better} (score {ranked[better]:.17g}) was left out and block {worse} "
-                f"(score {ranked[worse]:.17g}) taken: the gap {gap:.3g}"
-            )
-            if gap > bound:
-                return INVALID, "I4", f"{what} is larger than the bound {bound:.3g} of the two."
-            doubt = AMBIGUOUS, "I5", f"{what} is within the bound {bound:.3g} of the two."
-    return doubt
-
-
-def _with_forced_score(scores: np.ndarray, forced: np.ndarray, semantics: Semantics) -> np.ndarray:
-    """The scores that are ranked: `forced_score` in place of the own score of forced blocks.
+def ranked_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
+    """What top-n ranks: `forced_score` in place of the own score of forced blocks (I4).
 
     "logit_mean" ranks means, so there a finite forced_score becomes the mean at which a block's
     probability would be forced_score: log(forced_score) + log of the softmax's denominator.
     """
+    scores, forced = scored.scores, scored.forced
     ranked = scores.copy()
     for b, g, t in np.ndindex(scores.shape[:3]):
         value = semantics.forced_score
@@ -646,39 +449,12 @@ def _with_forced_score(scores: np.ndarray, forced: np.ndarray, semantics: Semant
     return ranked
 
 
-def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
-    """The error of a forced block's rank: none, but where `_with_forced_score` took a log-sum-exp.
-
-    A log-sum-exp moves by no more than the largest move of its terms. Shape (..., 1).
-    """
-    if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
-        return np.zeros((*bounds.shape[:3], 1))
-    largest: np.ndarray = bounds.max(axis=3, keepdims=True, initial=0)
-    return largest
-
-
-def _floored_quantity(scores: np.ndarray, forced: np.ndarray, semantics: Semantics) -> np.ndarray:
-    """What `score_floor` is compared with: the score, or for "logit_mean" its probability."""
+def floored_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
+    """What `score_floor` is compared with: the score, or for "logit_mean" its probability (I4)."""
+    scores = scored.scores
     own = scores if semantics.importance == "overlap" else selection_probability(scores)
-    quantity: np.ndarray = np.where(forced, semantics.forced_score, own)
-    return quantity
-
-
-def _floored_range(
-    scores: np.ndarray, bounds: np.ndarray, forced: np.ndarray, semantics: Semantics
-) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest value that `_floored_quantity` has within the scores' bounds."""
-    low, high = scores - bounds, scores + bounds
-    if semantics.importance == "logit_mean" and semantics.score_floor is not None:
-        # A probability grows with its own mean and falls with every other one.
-        least, most = np.zeros(scores.shape), np.zeros(scores.shape)
-        for block in range(scores.shape[3]):
-            own = np.arange(scores.shape[3]) == block
-            least[..., block] = selection_probability(np.where(own, low, high))[..., block]
-            most[..., block] = selection_probability(np.where(own, high, low))[..., block]
-        low, high = least, most
-    value = semantics.forced_score
-    return np.where(forced, value, low), np.where(forced, value, high)
+    floored: np.ndarray = np.where(scored.forced, semantics.forced_score, own)
+    return floored
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -702,18 +478,16 @@ def _checked(
     return q, k_cmp, mem_k
 
 
-def _checked_scores(
-    scores: np.ndarray, candidates: np.ndarray, forced: np.ndarray, semantics: Semantics
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The scores as float64, candidates and forced as bool, of fitting shapes."""
+def check_scored(scored: Scored, semantics: Semantics) -> Scored:
+    """The scores as float64, candidates and forced as bool, of fitting shapes; else raise."""
     check_semantics(semantics)
-    scores = as_float64("scores", scores).real
+    scores = as_float64("scores", scored.scores).real
     check_shape("scores", scores.shape, ("batch", "heads", "q_len", "blocks"))
-    candidates, forced = np.asarray(candidates), np.asarray(forced)
+    candidates, forced = np.asarray(scored.candidates), np.asarray(scored.forced)
     for name, array in (("candidates", candidates), ("forced", forced)):
         if array.dtype != bool:
             raise TypeError(f"{name} has dtype {array.dtype}; it must be bool.")
         check_shape(name, array.shape, scores.shape[2:])
     if np.isnan(scores[np.broadcast_to(candidates, scores.shape)]).any():
         raise ValueError("scores holds NaN at a candidate; scores must be numbers to be ranked.")
-    return scores, candidates, forced & candidates
+    return Scored(scores, candidates, forced & candidates)

@@ -23,6 +23,7 @@ from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PerBranch, Semantics
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.choices import valid_selection
 from nsa_ref.testing.probes import block_mask_readings
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -832,7 +833,7 @@ def test_equal_scores_go_to_the_lower_index() -> None:
 def test_selection_in_float32_is_a_valid_one() -> None:
     case = replace(dtype="float32", num_initial_blocks=1, num_local_blocks=2)
     q, k_cmp, _, mem_k, _ = case.compressed()
-    scores = nsa_ref.selection.importance(
+    scored = nsa_ref.selection.scored(
         *(array.astype(np.float64) for array in (q, k_cmp, mem_k)), **geometry(case)
     )
     bounds = score_bounds(
@@ -843,14 +844,8 @@ def test_selection_in_float32_is_a_valid_one() -> None:
         counts=nsa_ref.selection.shared_strides(37, case, PAPER),
         numerics="fp32",
     )
-    verdict = nsa_ref.selection.valid_selection(
-        NsaFastEager().run("select", case, q, k_cmp, mem_k),
-        scores,
-        bounds,
-        candidates=nsa_ref.selection.selection_candidates(37, 37, case, PAPER),
-        forced=nsa_ref.selection.forced_blocks(37, 37, case, PAPER),
-        num_selected_blocks=3,
-    )
+    chosen = NsaFastEager().run("select", case, q, k_cmp, mem_k)
+    verdict = valid_selection(chosen, scored, bounds, sizes=case)
     assert verdict.first_invalid() is None
 
 

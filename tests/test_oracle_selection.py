@@ -1,9 +1,8 @@
-"""The oracle's selection (clauses I): importance, top-n, and the judge of other choices."""
+"""The oracle's selection (clauses I): importance and top-n."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -21,27 +20,26 @@ from dense_definitions import (
     dense_overlap_scores,
 )
 from nsa_ref import (
-    AMBIGUOUS,
     FLA,
-    INVALID,
     LUCIDRAINS,
     LUCIDRAINS_FLEX,
     PAPER,
     PRESETS,
-    VALID,
+    Scored,
     Semantics,
     Sizes,
     compress_probabilities,
     forced_blocks,
     importance,
     num_compress_blocks,
+    scored,
     select,
     selection_candidates,
     selection_probability,
     shared_strides,
     top_blocks,
-    valid_selection,
 )
+from nsa_ref.testing.choices import VALID, valid_selection
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
@@ -368,13 +366,12 @@ def test_i1_fifty_digits_agree_on_a_tiny_row():
 def top(scores: list[float], n: int, *, candidates=None, forced=(), semantics=PAPER) -> list[int]:
     """top_blocks for one row; `candidates` and `forced` are lists of blocks."""
     everything = range(len(scores))
-    return top_blocks(
+    blocks = Scored(
         np.array(scores)[None, None, None],
         candidates=np.isin(everything, everything if candidates is None else candidates)[None],
         forced=np.isin(everything, forced)[None],
-        num_selected_blocks=n,
-        semantics=semantics,
-    )[0, 0, 0].tolist()
+    )
+    return top_blocks(blocks, Sizes(num_selected_blocks=n), semantics)[0, 0, 0].tolist()
 
 
 def test_i4_the_n_highest_scores_are_taken_best_first():
@@ -488,212 +485,23 @@ def test_selectings_reach_the_corner(corner):
     find(selectings(), reached, settings=settings(database=None, max_examples=2000))
 
 
-# --- valid_selection ------------------------------------------------------------------------------
-
-
-def judge(
-    named: list[int],
-    scores: list[float],
-    n: int,
-    *,
-    bound: float | list[float] = 0.0,
-    candidates: Any = None,
-    forced: Any = (),
-    semantics: Semantics = PAPER,
-) -> tuple[str, str | None, str]:
-    """(verdict, clause, sentence) of valid_selection for one row."""
-    everything = range(len(scores))
-    verdict, reasons = valid_selection(
-        np.array(named, dtype=np.int64)[None, None, None],
-        np.array(scores)[None, None, None],
-        np.broadcast_to(bound, (1, 1, 1, len(scores))),
-        candidates=np.isin(everything, everything if candidates is None else candidates)[None],
-        forced=np.isin(everything, forced)[None],
-        num_selected_blocks=n,
-        semantics=semantics,
-    )
-    clause, sentence = reasons.get((0, 0, 0), (None, ""))
-    return str(verdict[0, 0, 0]), clause, sentence
-
-
-def test_i4_the_top_n_is_valid_in_any_order_with_minus_one_in_any_slot():
-    for named in ([1, 3], [3, 1], [-1, 1, -1, 3], [3, 99, 1, -5]):
-        assert judge(named, [0.1, 0.4, 0.2, 0.3], 2) == (VALID, None, "")
-
-
-def test_i4_a_block_that_is_beaten_is_invalid_and_the_reason_names_both():
-    verdict, clause, sentence = judge([1, 2], [0.1, 0.4, 0.2, 0.3], 2)
-    assert (verdict, clause) == (INVALID, "I4")
-    assert "block 3 (score 0.2999" in sentence and "block 2 (score 0.2000" in sentence
-    assert "larger than the bound 0 of the two" in sentence
-
-
-def test_i4_what_is_no_candidate_may_not_be_taken():
-    verdict = judge([0, 3], [0.1, 0.4, 0.2, 0.3], 2, candidates=[0, 1, 2])
-    assert verdict == (INVALID, "I4", "block 3 is no candidate; candidates are 0, 1, 2.")
-
-
-def test_i4_a_block_may_be_named_only_once():
-    verdict = judge([1, 1], [0.1, 0.4, 0.2], 2)
-    assert verdict == (INVALID, "I4", "block 1 is named 2 times.")
-
-
-def test_i4_no_more_than_n_blocks_may_be_taken():
-    verdict = judge([0, 1, 2], [0.1, 0.4, 0.2], 2)
-    assert verdict == (INVALID, "I4", "3 blocks are named, num_selected_blocks=2.")
-
-
-def test_i4_forced_blocks_must_be_among_the_chosen_the_lowest_if_they_are_too_many():
-    scores = [0.1, 0.4, 0.2, 0.3]
-    assert judge([0, 1], scores, 2, forced=[0])[0] == VALID
-    assert judge([1, 3], scores, 2, forced=[0]) == (
-        INVALID, "I4", "block 0 is forced and was left out.",
-    )  # fmt: skip
-    assert judge([0, 2], scores, 2, forced=[0, 2, 3])[0] == VALID
-    assert judge([2, 3], scores, 2, forced=[0, 2, 3])[:2] == (INVALID, "I4")
-    # at a finite score they only compete, and tie
-    assert judge([2, 3], scores, 2, forced=[0, 2, 3], semantics=FLA)[0] == VALID
-    assert judge([1, 0], scores, 2, forced=[0, 3], semantics=FLA)[:2] == (INVALID, "I4")
-
-
-def test_i5_equal_scores_may_be_resolved_either_way():
-    for named in ([0, 1], [0, 2], [2, 0]):
-        assert judge(named, [0.4, 0.3, 0.3], 2)[0] == VALID
-
-
-def test_i5_a_gap_within_the_bounds_is_ambiguous_and_one_beyond_is_not():
-    scores = [0.5, 0.375, 0.25]
-    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0625])[:2] == (AMBIGUOUS, "I5")
-    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0624])[:2] == (INVALID, "I4")
-    assert judge([0, 1], scores, 2, bound=1.0)[0] == VALID
-
-
-def test_i6_all_candidates_must_be_taken_where_they_are_fewer_than_n():
-    assert judge([2, 0], [0.1, 0.4, 0.2], 3, candidates=[0, 2])[0] == VALID
-    verdict = judge([2, -1], [0.1, 0.4, 0.2], 3, candidates=[0, 2])
-    assert verdict == (INVALID, "I6", "block 0 was left out with a slot to spare.")
-    assert judge([-1], [0.1], 1, candidates=[])[0] == VALID
-    assert judge([], [0.1], 0)[0] == VALID
-
-
-def test_i4_the_floor_takes_what_is_at_or_below_it_and_nothing_else():
-    scores = [0.5, 0.25, 0.375]
-    assert judge([0, 2, -1], scores, 3, semantics=FLOOR)[0] == VALID
-    assert judge([0, 2, 1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I4")
-    assert judge([0, -1, -1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I6")
-    assert judge([0, 2, 1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
-    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
-    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.124)[:2] == (INVALID, "I6")
-
-
-def test_i4_the_floor_of_logit_mean_is_about_probabilities():
-    """log 1e-10 is -23.03: a mean of -23 is a probability just above it."""
-    judged = [
-        judge([0, block], [0.0, -23.0, -24.0, -math.inf], 3, candidates=[0, 1, 2], bound=bound,
-              semantics=LUCIDRAINS)[:2]
-        for block, bound in ((1, 0.0), (-1, 0.0), (-1, 0.1), (2, 0.0))
-    ]  # fmt: skip
-    expected = [(VALID, None), (INVALID, "I6"), (AMBIGUOUS, "I5"), (INVALID, "I6")]
-    assert judged == expected
-    row = judge([0, 1, 2], [0.0, -23.0, -24.0], 3, semantics=LUCIDRAINS)
-    assert row == (
-        INVALID, "I4", "block 2 was taken, and its score is not above score_floor=1e-10.",
-    )  # fmt: skip
-
-
-def test_the_first_invalid_row_is_told_with_its_place_and_clause():
-    scores = np.zeros((1, 2, 2, 3))
-    scores[..., 2] = 1
-    indices = np.array([[[2], [-1]], [[0], [2]]])[None]
-    result = valid_selection(
-        indices,
-        scores,
-        np.zeros(scores.shape),
-        candidates=np.array([[True, True, True], [False, False, False]]),
-        forced=np.zeros((2, 3), bool),
-        num_selected_blocks=1,
-    )
-    assert result.verdict.tolist() == [[[VALID, VALID], [INVALID, INVALID]]]
-    assert result.first_invalid() == (
-        "I4 at batch 0, head 1, row 0: block 2 (score 1) was left out and block 0 (score 0) "
-        "taken: the gap 1 is larger than the bound 0 of the two."
-    )
-    assert result._replace(verdict=np.full((1, 2, 2), VALID)).first_invalid() is None
-
-
-def valid_sets(scores, candidates, forced, n, semantics) -> set[frozenset[int]]:
-    """Every choice that I4, I5 and I6 allow when the scores are exact, by trying all subsets."""
-    score = {b: semantics.forced_score if b in forced else scores[b] for b in candidates}
-    m = min(n, len(score))
-    best = sorted(score.values(), reverse=True)[:m]
-    must = sorted(b for b in candidates if b in forced and math.isinf(score[b]))[:n]
-    floor = semantics.score_floor
-    return {
-        frozenset(b for b in subset if floor is None or score[b] > floor)
-        for subset in itertools.combinations(score, m)
-        if sorted((score[b] for b in subset), reverse=True) == best and set(must) <= set(subset)
-    }
-
-
-EIGHTHS = st.integers(0, 6).map(lambda eighths: eighths / 8)
-
-
-@given(
-    row=st.lists(
-        st.tuples(EIGHTHS, EIGHTHS.map(lambda x: x / 4), st.booleans(), st.booleans()), max_size=4
-    ),
-    n=st.integers(0, 4),
-    semantics=st.sampled_from([PAPER, FLA, FLOOR, dataclasses.replace(FLOOR, forced_score=0.5)]),
-)
-@settings(deadline=None, max_examples=100)
-def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, semantics):
-    """VALID: allowed under the scores. AMBIGUOUS: allowed under some scores within the bounds, and
-    the most favourable ones lift what was taken and lower what was left. INVALID: neither."""
-    scores, bounds = [block[0] for block in row], [block[1] for block in row]
-    candidates = [b for b, block in enumerate(row) if block[2]]
-    forced = [b for b, block in enumerate(row) if block[2] and block[3]]
-    for size in range(len(row) + 1):
-        for taken in itertools.combinations(range(len(row)), size):
-            moved = [
-                score + (bound if b in taken else -bound)
-                for b, (score, bound) in enumerate(zip(scores, bounds))
-            ]
-            if frozenset(taken) in valid_sets(scores, candidates, forced, n, semantics):
-                expected = VALID
-            elif frozenset(taken) in valid_sets(moved, candidates, forced, n, semantics):
-                expected = AMBIGUOUS
-            else:
-                expected = INVALID
-            verdict, _, sentence = judge(
-                list(taken), scores, n, bound=bounds, candidates=candidates, forced=forced,
-                semantics=semantics,
-            )  # fmt: skip
-            assert verdict == expected, f"{taken}: {sentence}"
-
-
 @given(case=selectings(), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=100)
 def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_never_invalid(
     case, seed
 ):
     """The bounds are of the size of the scores' gaps, so that the noise does change choices."""
-    scores, chosen = case.scores(), case.select()
-    keywords: dict[str, Any] = {
-        "candidates": case.candidates(),
-        "forced": case.forced(),
-        "num_selected_blocks": case.sizes.num_selected_blocks,
-        "semantics": case.semantics,
-    }
-    assert (
-        valid_selection(chosen, scores, np.zeros(scores.shape), **keywords).verdict == VALID
-    ).all()
+    how: dict[str, Any] = {"sizes": case.sizes, "semantics": case.semantics}
+    chosen, blocks = case.select(), scored(*case[:3], kv_len=case.kv_len, **how)
+    shape = blocks.scores.shape
+    assert (valid_selection(chosen, blocks, np.zeros(shape), **how).verdict == VALID).all()
     generator = np.random.default_rng(seed)
-    bounds = 0.5 * generator.random(scores.shape)
+    bounds = 0.5 * generator.random(shape)
     shuffled = generator.permuted(chosen, axis=-1)
-    assert (valid_selection(shuffled, scores, bounds, **keywords).verdict == VALID).all()
-    noisy = top_blocks(scores + bounds * generator.uniform(-1, 1, scores.shape), **keywords)
-    result = valid_selection(noisy, scores, bounds, **keywords)
-    assert result.first_invalid() is None
+    assert (valid_selection(shuffled, blocks, bounds, **how).verdict == VALID).all()
+    noise = bounds * generator.uniform(-1, 1, shape)
+    noisy = top_blocks(blocks._replace(scores=blocks.scores + noise), **how)
+    assert valid_selection(noisy, blocks, bounds, **how).first_invalid() is None
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -709,13 +517,7 @@ HOW = {
         selection_block_size=2,
     ),
 }
-ROW = {
-    "scores": np.zeros((1, 1, 1, 2)),
-    "candidates": np.ones((1, 2), bool),
-    "forced": np.zeros((1, 2), bool),
-    "num_selected_blocks": 1,
-}
-CHOICE = np.zeros((1, 1, 1, 1), int)
+ROW = Scored(np.zeros((1, 1, 1, 2)), np.ones((1, 2), bool), np.zeros((1, 2), bool))
 
 
 @pytest.mark.parametrize(
@@ -761,44 +563,19 @@ CHOICE = np.zeros((1, 1, 1, 1), int)
             r"q_len=-1 must be at least 0",
         ),
         (
-            lambda: top_blocks(**{**ROW, "num_selected_blocks": -1}),
-            ValueError,
-            r"num_selected_blocks=-1 must be at least 0",
-        ),
-        (
-            lambda: top_blocks(**{**ROW, "scores": np.full((1, 1, 1, 2), math.nan)}),
+            lambda: top_blocks(ROW._replace(scores=np.full((1, 1, 1, 2), math.nan)), Sizes()),
             ValueError,
             r"scores holds NaN at a candidate",
         ),
         (
-            lambda: top_blocks(**{**ROW, "forced": np.zeros((2, 2), bool)}),
+            lambda: top_blocks(ROW._replace(forced=np.zeros((2, 2), bool)), Sizes()),
             ValueError,
             r"forced has shape \(2, 2\); it must be \(1, 2\)",
         ),
         (
-            lambda: top_blocks(**{**ROW, "candidates": np.ones((1, 2))}),
+            lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), Sizes()),
             TypeError,
             r"candidates has dtype float64; it must be bool",
-        ),
-        (
-            lambda: valid_selection(CHOICE, score_bounds=ROW["scores"] - 1, **ROW),
-            ValueError,
-            r"score_bounds holds -1.0 at a candidate; it must be at least 0",
-        ),
-        (
-            lambda: valid_selection(CHOICE, score_bounds=np.zeros((1, 1, 2)), **ROW),
-            ValueError,
-            r"score_bounds has shape \(1, 1, 2\); it must be \(1, 1, 1, 2\)",
-        ),
-        (
-            lambda: valid_selection(CHOICE * 1.0, score_bounds=ROW["scores"], **ROW),
-            TypeError,
-            r"block_indices has dtype float64; it must hold integers",
-        ),
-        (
-            lambda: valid_selection(CHOICE[0], score_bounds=ROW["scores"], **ROW),
-            ValueError,
-            r"block_indices has shape \(1, 1, 1\); it must be \(batch, heads, q_len=1, n\)",
         ),
     ],
 )  # fmt: skip

@@ -23,15 +23,9 @@ import nsa_ref
 from nsa_ref.layer import layer, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
-from nsa_ref.selection import (
-    importance,
-    select,
-    selection_candidates,
-    selection_probability,
-    top_blocks,
-    valid_selection,
-)
+from nsa_ref.selection import scored, select, selection_probability, top_blocks
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch, Semantics
+from nsa_ref.testing.choices import valid_selection
 from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -530,28 +524,23 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     sizes = nsa_ref.Sizes(**parts.sizes)
     weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
     tokens = x.detach().double().numpy()
-    q, k_cmp, mem_k = selection_inputs(tokens, weights, sizes=sizes, semantics=semantics)
-    scores = importance(q, k_cmp, mem_k, kv_len=x.shape[1], sizes=sizes, semantics=semantics)
-    candidates = selection_candidates(x.shape[1], x.shape[1], sizes, semantics)
-    choose = {"candidates": candidates, "forced": np.zeros_like(candidates), "semantics": semantics}
+    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
+    blocks = scored(*selection_inputs(tokens, weights, **how), kv_len=x.shape[1], **how)
 
     taken = upstream_choice(module, x).numpy()
-    shown = np.take_along_axis(np.broadcast_to(candidates, scores.shape), taken, axis=-1)
+    candidates = np.broadcast_to(blocks.candidates, blocks.scores.shape)
+    shown = np.take_along_axis(candidates, taken, axis=-1)
     if semantics.score_floor is not None:
-        probability = np.take_along_axis(selection_probability(scores), taken, axis=-1)
+        probability = np.take_along_axis(selection_probability(blocks.scores), taken, axis=-1)
         shown &= probability > semantics.score_floor
     taken = np.where(shown, taken, -1)
     found = Definition(sizes, semantics, NUMERICS_OF[x.dtype], weights, tokens, taken)
     of_scores = found.bounds().scores
     assert of_scores is not None
-    # what follows are incomplete blocks, which are no candidates
-    bounds = np.zeros(scores.shape)
-    bounds[..., : of_scores.shape[-1]] = of_scores
-    verdict = valid_selection(
-        taken, scores, bounds, num_selected_blocks=sizes.num_selected_blocks, **choose
-    )
+    verdict = valid_selection(taken, blocks, of_scores, **how)
     assert verdict.first_invalid() is None, verdict.first_invalid()
-    expected = top_blocks(scores, num_selected_blocks=taken.shape[-1], **choose)
+    all_slots = dataclasses.replace(sizes, num_selected_blocks=taken.shape[-1])
+    expected = top_blocks(blocks, all_slots, semantics)
     another = (np.sort(taken, axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)
     return found._replace(another=int(another.sum()))
 

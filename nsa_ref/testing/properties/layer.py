@@ -17,7 +17,7 @@ from nsa_ref.attention import Attention
 from nsa_ref.compress import compress_windows
 from nsa_ref.layer import NORM_EPS, layer, layer_block_indices, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
-from nsa_ref.selection import forced_blocks, importance, selection_candidates, undecided_rows
+from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import (
@@ -29,6 +29,7 @@ from nsa_ref.testing.branches import (
     call,
 )
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask, settle
@@ -67,17 +68,10 @@ def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: W
         semantics=semantics,
         numerics=implementation.numerics[case.dtype],
     )
-    q, k_cmp, mem_k = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
-    tokens = x.shape[1]
-    scores = importance(q, k_cmp, mem_k, kv_len=tokens, sizes=sizes, semantics=semantics)
-    undecided = undecided_rows(
-        scores,
-        _finite(bounds.scores, scores.shape),
-        candidates=selection_candidates(tokens, tokens, sizes, semantics),
-        forced=forced_blocks(tokens, tokens, sizes, semantics),
-        num_selected_blocks=case.num_selected_blocks,
-        semantics=semantics,
-    )
+    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
+    blocks = scored(*selection_inputs(x, weights, **how), kv_len=x.shape[1], **how)
+    assert bounds.scores is not None
+    undecided = undecided_rows(blocks, bounds.scores, **how)
     return _Truth(x, weights, block_indices, bounds, np.asarray(undecided.any(axis=1)))
 
 
@@ -85,14 +79,6 @@ def _check_pairs(case: Case) -> None:
     """NotOffered where limits leave nothing that could be turned."""
     if case.semantics.rotary != "none" and case.head_dim % 2:
         raise NotOffered(f"rotary={case.semantics.rotary!r} turns pairs, and head_dim is odd")
-
-
-def _finite(bounds: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The bounds over all blocks; an incomplete trailing block is no candidate and needs none."""
-    assert bounds is not None
-    whole = np.zeros(shape)
-    whole[..., : bounds.shape[-1]] = np.minimum(bounds, np.finfo(np.float64).max)
-    return whole
 
 
 def _expected(case: Case, truth: _Truth) -> np.ndarray:

@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 
 from nsa_ref.masks import compress_mask
-from nsa_ref.selection import (
-    AMBIGUOUS,
-    INVALID,
-    forced_blocks,
-    importance,
-    selection_candidates,
-    shared_strides,
-    valid_selection,
-)
+from nsa_ref.selection import scored, shared_strides
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
 from nsa_ref.testing.branches import (
     Broken,
@@ -25,11 +17,9 @@ from nsa_ref.testing.branches import (
     call,
 )
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
-
-#: How `valid_selection` says that a better block was left out for a worse one.
-WRONG_ORDER = "was left out and block"
 
 
 @dataclass(frozen=True)
@@ -41,17 +31,17 @@ class _Row:
     candidate: np.ndarray
     n: int
 
-    def at_fault(self, blamed: str, sentence: str) -> str:
+    def at_fault(self, reason: Reason) -> str:
         """The clause to blame, more closely than top-n as such (I4); "order" if scores are."""
-        if blamed != "I4":
-            return blamed
+        if reason.clause != "I4":
+            return reason.clause
         outside = [b for b in self.named if 0 <= b < len(self.scores) and not self.candidate[b]]
         left = [b for b in np.flatnonzero(self.candidate) if b not in self.named]
         if any(self.scores[b] == self.scores[other] for b in outside for other in left):
             return "I5"
         if self.candidate.sum() < self.n:
             return "I6"
-        return "order" if WRONG_ORDER in sentence else blamed
+        return "order" if reason.rule == "order" else reason.clause
 
 
 def valid_choice(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -93,7 +83,7 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
             f"shape {(*rows, case.num_selected_blocks)}"
         )
     q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
-    scores = importance(q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=semantics)
+    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=semantics)
     visible = compress_mask(case.q_len, case.kv_len, case, semantics)
     common: dict[str, Any] = {
         "numerics": implementation.numerics[case.dtype],
@@ -104,34 +94,23 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
         counts = shared_strides(case.kv_len, case, semantics)
         bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
     else:
-        complete = logit_mean_bounds(
+        bounds = logit_mean_bounds(
             q,
             k_cmp,
             visible=visible[:, case.num_mem_kv :],
             strides_per_block=case.strides_per_selection_block,
             **common,
         )
-        # an incomplete trailing block is no candidate: no bound is needed
-        bounds = np.zeros(scores.shape)
-        bounds[..., : complete.shape[-1]] = complete
-    candidates = selection_candidates(case.q_len, case.kv_len, case, semantics)
-    verdict = valid_selection(
-        indices,
-        scores,
-        np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max),
-        candidates=candidates,
-        forced=forced_blocks(case.q_len, case.kv_len, case, semantics),
-        num_selected_blocks=case.num_selected_blocks,
-        semantics=semantics,
-    )
+    verdict = valid_selection(indices, of_blocks, bounds, sizes=case, semantics=semantics)
     found: dict[str, str] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
-        blamed, sentence = verdict.reasons[b, g, t]
-        chosen = _Row(indices[b, g, t], scores[b, g, t], candidates[t], case.num_selected_blocks)
+        reason = verdict.reasons[b, g, t]
+        scores, candidate = of_blocks.scores[b, g, t], of_blocks.candidates[t]
+        chosen = _Row(indices[b, g, t], scores, candidate, case.num_selected_blocks)
         found.setdefault(
-            chosen.at_fault(blamed, sentence),
+            chosen.at_fault(reason),
             f"select at batch {b}, head {g}, row t={t} (p={t + case.kv_len - case.q_len}) "
-            f"chose {chosen.named.tolist()}: {sentence}\n"
+            f"chose {chosen.named.tolist()}: {reason.sentence}\n"
             f"scores {np.array2string(chosen.scores, precision=4)}",
         )
     return int((verdict.verdict == AMBIGUOUS).sum()), found

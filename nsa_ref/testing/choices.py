@@ -1,0 +1,312 @@
+"""Is somebody else's choice of blocks a valid top-n, given how exactly scores can be known?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from nsa_ref.checks import as_float64, check_shape
+from nsa_ref.masks import check_block_indices
+from nsa_ref.selection import (
+    Scored,
+    check_scored,
+    floored_scores,
+    ranked_scores,
+    selection_probability,
+    top_blocks,
+)
+from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.sizes import Sizes
+
+VALID = "valid"
+AMBIGUOUS = "ambiguous"
+INVALID = "invalid"
+
+#: What a choice may break: "order" is a better block that was left out for a worse one.
+Rule = Literal[
+    "named once", "candidates", "at most n", "forced", "all candidates", "floor", "order"
+]
+
+
+class Reason(NamedTuple):
+    """Why a row is not VALID.
+
+    verdict : AMBIGUOUS or INVALID
+    clause : what is broken; I5 where the bounds leave it open
+    sentence : blocks, scores and bounds
+    """
+
+    verdict: str
+    clause: str
+    rule: Rule
+    sentence: str
+
+
+class SelectionVerdict(NamedTuple):
+    """What `valid_selection` finds.
+
+    verdict : (batch, heads, q_len) of the strings VALID, AMBIGUOUS, INVALID
+    reasons : (batch, heads, q_len) -> Reason, for every row that is not VALID
+    """
+
+    verdict: np.ndarray
+    reasons: dict[tuple[int, int, int], Reason]
+
+    def first_invalid(self) -> str | None:
+        """The first INVALID row in words, or None: "I4 at batch 0, head 1, row 5: ..."."""
+        for (b, g, t), reason in self.reasons.items():
+            if reason.verdict == INVALID:
+                return f"{reason.clause} at batch {b}, head {g}, row {t}: {reason.sentence}"
+        return None
+
+
+def valid_selection(
+    block_indices: np.ndarray,
+    scored: Scored,
+    score_bounds: np.ndarray,
+    *,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
+) -> SelectionVerdict:
+    """Is this choice of blocks a valid top-n, given how exactly the scores can be known?
+
+    Indices below 0 or not below the number of blocks are dropped, in any slot (I6). The rest of
+    a row is VALID iff
+
+    ::
+
+        distinct candidates, at most n of them, all forced ones among them (I4; where more than n
+            are forced at an infinite score, the lowest n)
+        min(n, candidates) of them (I6), unless score_floor took some: then every candidate that
+            was left out is at the floor or below, and every one that was taken is above (I4)
+        no candidate that was left out scores higher than one that was taken (I4); equal scores
+            may be resolved either way (I5)
+
+    A comparison that comes out wrong, but by no more than the bounds of its two scores, makes the
+    row AMBIGUOUS (I5); by more, INVALID.
+
+    Shapes
+    ------
+    block_indices : (batch, heads, q_len, slots) integers
+    scored : what `nsa_ref.selection.scored` returns
+    score_bounds : (batch, heads, q_len, blocks), the largest error of each score, inf or NaN where
+        none is known; the trailing blocks that "logit_mean" takes for incomplete may be missing.
+        For "logit_mean" scores and bounds are about the means before the softmax
+    returns : SelectionVerdict(verdict, reasons)
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, a candidate whose score is NaN, a negative bound
+    TypeError : block_indices that are no integers, arrays that hold no numbers
+
+    Source
+    ------
+    I4, I5, I6
+    """
+    scored = check_scored(scored, semantics)
+    batch, heads, q_len, _ = scored.scores.shape
+    block_indices = np.asarray(block_indices)
+    check_block_indices(block_indices, q_len)
+    check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
+    known = _Known.of(scored, score_bounds, semantics)
+
+    verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
+    reasons: dict[tuple[int, int, int], Reason] = {}
+    for b, g, t in np.ndindex(batch, heads, q_len):
+        named = [int(block) for block in block_indices[b, g, t]]
+        reason = _judge_row(named, known, (b, g, t), sizes.num_selected_blocks, semantics)
+        if reason is not None:
+            verdict[b, g, t], reasons[b, g, t] = reason.verdict, reason
+    return SelectionVerdict(verdict, reasons)
+
+
+def undecided_rows(
+    scored: Scored,
+    score_bounds: np.ndarray,
+    *,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
+) -> np.ndarray:
+    """Rows for which more than one choice of blocks is valid, given the scores' bounds.
+
+    ::
+
+        some block of the top n and some candidate left out differ in score by no more than the sum
+        of their bounds; or the score of a candidate lies within its bound of `score_floor`
+
+    Shapes
+    ------
+    scored, score_bounds : as in `valid_selection`
+    returns : (batch, heads, q_len) bool
+
+    Raises
+    ------
+    ValueError, TypeError : as `valid_selection`
+
+    Source
+    ------
+    I5
+    """
+    scored = check_scored(scored, semantics)
+    known = _Known.of(scored, score_bounds, semantics)
+    ranked, bounds, floor = known.ranked, known.rank_bounds, semantics.score_floor
+    chosen = top_blocks(scored, sizes, dataclasses.replace(semantics, score_floor=None))
+    undecided = np.zeros(scored.scores.shape[:3], dtype=bool)
+    for row in np.ndindex(undecided.shape):
+        taken = [int(block) for block in chosen[row] if block >= 0]
+        candidates = np.flatnonzero(scored.candidates[row[2]])
+        left = [int(block) for block in candidates if block not in taken]
+        for better in taken:
+            for worse in left:
+                if math.isinf(ranked[row][better]):
+                    continue  # forced: where even those are too many, the lowest are taken (I4)
+                gap = ranked[row][better] - ranked[row][worse]
+                undecided[row] |= gap <= bounds[row][better] + bounds[row][worse]
+        if floor is not None:
+            low, high = known.low[row], known.high[row]
+            undecided[row] |= any(low[block] <= floor < high[block] for block in taken)
+    return undecided
+
+
+class _Known(NamedTuple):
+    """What is known of the scores: all but the last two (batch, heads, q_len, blocks).
+
+    ranked, rank_bounds : what top-n ranks, and its largest error
+    low, floored, high : what `score_floor` is compared with, and its range within the bounds
+    candidates, forced : (q_len, blocks) bool
+    """
+
+    ranked: np.ndarray
+    rank_bounds: np.ndarray
+    low: np.ndarray
+    floored: np.ndarray
+    high: np.ndarray
+    candidates: np.ndarray
+    forced: np.ndarray
+
+    @classmethod
+    def of(cls, scored: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _Known:
+        bounds = _whole_bounds(score_bounds, scored)
+        low, high = _floored_range(scored, bounds, semantics)
+        return cls(
+            ranked_scores(scored, semantics),
+            np.where(scored.forced, _bound_of_forced(bounds, semantics), bounds),
+            low,
+            floored_scores(scored, semantics),
+            high,
+            scored.candidates,
+            scored.forced,
+        )
+
+
+def _judge_row(
+    named: list[int], known: _Known, row: tuple[int, int, int], n: int, semantics: Semantics
+) -> Reason | None:
+    """What is wrong with one row, or what may be; None if it is valid."""
+    ranked, bounds = known.ranked[row], known.rank_bounds[row]
+    candidate, forced = known.candidates[row[2]], known.forced[row[2]]
+    num_blocks = len(ranked)
+    taken = [block for block in named if 0 <= block < num_blocks]
+    left = [block for block in range(num_blocks) if candidate[block] and block not in taken]
+    doubt: Reason | None = None
+
+    def invalid(rule: Rule, sentence: str, clause: str = "I4") -> Reason:
+        return Reason(INVALID, clause, rule, sentence)
+
+    for block in taken:
+        if taken.count(block) > 1:
+            return invalid("named once", f"block {block} is named {taken.count(block)} times.")
+        if not candidate[block]:
+            listed = ", ".join(str(c) for c in np.flatnonzero(candidate)) or "none"
+            why = f"block {block} is no candidate; candidates are {listed}."
+            return invalid("candidates", why)
+    if len(taken) > n:
+        return invalid("at most n", f"{len(taken)} blocks are named, num_selected_blocks={n}.")
+    if math.isinf(semantics.forced_score):
+        for block in np.flatnonzero(forced)[:n]:
+            if block not in taken:
+                return invalid("forced", f"block {block} is forced and was left out.")
+
+    low, middle, high = known.low[row], known.floored[row], known.high[row]
+    floor = semantics.score_floor
+    if len(taken) < min(n, len(taken) + len(left)):
+        for block in left:
+            if floor is None or low[block] > floor:
+                above = "" if floor is None else f", and its score is above score_floor={floor}"
+                why = f"block {block} was left out with a slot to spare{above}."
+                return invalid("all candidates", why, clause="I6")
+            if middle[block] > floor:
+                doubt = _within_bound_of_floor(block, floor)
+    for block in taken:
+        if floor is not None and high[block] <= floor:
+            why = f"block {block} was taken, and its score is not above score_floor={floor}."
+            return invalid("floor", why)
+        if floor is not None and middle[block] <= floor:
+            doubt = _within_bound_of_floor(block, floor)
+
+    for worse in taken:
+        for better in left:
+            if not ranked[better] > ranked[worse]:
+                continue
+            gap, bound = ranked[better] - ranked[worse], bounds[better] + bounds[worse]
+            what = (
+                f"block {better} (score {ranked[better]:.17g}) was left out and block {worse} "
+                f"(score {ranked[worse]:.17g}) taken: the gap {gap:.3g}"
+            )
+            if gap > bound:
+                return invalid("order", f"{what} is larger than the bound {bound:.3g} of the two.")
+            within = f"{what} is within the bound {bound:.3g} of the two."
+            doubt = Reason(AMBIGUOUS, "I5", "order", within)
+    return doubt
+
+
+def _within_bound_of_floor(block: int, floor: float) -> Reason:
+    sentence = f"block {block}: score_floor={floor} is within its bound."
+    return Reason(AMBIGUOUS, "I5", "floor", sentence)
+
+
+def _whole_bounds(score_bounds: np.ndarray, scored: Scored) -> np.ndarray:
+    """A number for every block: the largest there is for what is unknown, 0 for no candidate."""
+    scores = scored.scores
+    bounds = as_float64("score_bounds", score_bounds)
+    check_shape("score_bounds", bounds.shape, (*scores.shape[:3], "blocks"))
+    missing = scores.shape[3] - bounds.shape[3]
+    if missing < 0 or scored.candidates[:, bounds.shape[3] :].any():
+        check_shape("score_bounds", bounds.shape, scores.shape)
+    bounds = np.pad(bounds, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    bounds = np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max)
+    usable = np.broadcast_to(scored.candidates, scores.shape)
+    if (wrong := bounds[usable & (bounds < 0)]).size:
+        raise ValueError(f"score_bounds holds {wrong[0]} at a candidate; it must be at least 0.")
+    return np.where(usable, bounds, 0)
+
+
+def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
+    """The error of a forced block's rank: none, but where `ranked_scores` took a log-sum-exp.
+
+    A log-sum-exp moves by no more than the largest move of its terms. Shape (..., 1).
+    """
+    if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
+        return np.zeros((*bounds.shape[:3], 1))
+    largest: np.ndarray = bounds.max(axis=3, keepdims=True, initial=0)
+    return largest
+
+
+def _floored_range(
+    scored: Scored, bounds: np.ndarray, semantics: Semantics
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest value that `floored_scores` has within the scores' bounds."""
+    scores, value = scored.scores, semantics.forced_score
+    low, high = scores - bounds, scores + bounds
+    if semantics.importance == "logit_mean" and semantics.score_floor is not None:
+        # A probability grows with its own mean and falls with every other one.
+        least, most = np.zeros(scores.shape), np.zeros(scores.shape)
+        for block in range(scores.shape[3]):
+            own = np.arange(scores.shape[3]) == block
+            least[..., block] = selection_probability(np.where(own, low, high))[..., block]
+            most[..., block] = selection_probability(np.where(own, high, low))[..., block]
+        low, high = least, most
+    return np.where(scored.forced, value, low), np.where(scored.forced, value, high)

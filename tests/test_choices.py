@@ -1,0 +1,278 @@
+"""The judge of somebody else's choice of blocks (I4, I5, I6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_ref import FLA, LUCIDRAINS, PAPER, Scored, Semantics, Sizes
+from nsa_ref.testing.choices import AMBIGUOUS, INVALID, VALID, undecided_rows, valid_selection
+
+FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
+
+
+def blocks_of_one_row(scores: list[float], candidates: Any, forced: Any) -> Scored:
+    """`candidates` and `forced` are lists of blocks."""
+    everything = range(len(scores))
+    return Scored(
+        np.array(scores)[None, None, None],
+        candidates=np.isin(everything, candidates)[None],
+        forced=np.isin(everything, forced)[None],
+    )
+
+
+def judge(
+    named: list[int],
+    scores: list[float],
+    n: int,
+    *,
+    bound: float | list[float] = 0.0,
+    candidates: Any = None,
+    forced: Any = (),
+    semantics: Semantics = PAPER,
+) -> tuple[str, str | None, str]:
+    """(verdict, clause, sentence) of valid_selection for one row."""
+    if candidates is None:
+        candidates = range(len(scores))
+    blocks = blocks_of_one_row(scores, candidates, forced)
+    verdict, reasons = valid_selection(
+        np.array(named, dtype=np.int64)[None, None, None],
+        blocks,
+        np.broadcast_to(bound, blocks.scores.shape),
+        sizes=Sizes(num_selected_blocks=n),
+        semantics=semantics,
+    )
+    reason = reasons.get((0, 0, 0))
+    if reason is None:
+        return str(verdict[0, 0, 0]), None, ""
+    assert reason.verdict == verdict[0, 0, 0]
+    return reason.verdict, reason.clause, reason.sentence
+
+
+def test_i4_the_top_n_is_valid_in_any_order_with_minus_one_in_any_slot():
+    for named in ([1, 3], [3, 1], [-1, 1, -1, 3], [3, 99, 1, -5]):
+        assert judge(named, [0.1, 0.4, 0.2, 0.3], 2) == (VALID, None, "")
+
+
+def test_i4_a_block_that_is_beaten_is_invalid_and_the_reason_names_both():
+    verdict, clause, sentence = judge([1, 2], [0.1, 0.4, 0.2, 0.3], 2)
+    assert (verdict, clause) == (INVALID, "I4")
+    assert "block 3 (score 0.2999" in sentence and "block 2 (score 0.2000" in sentence
+    assert "larger than the bound 0 of the two" in sentence
+
+
+def test_i4_what_is_no_candidate_may_not_be_taken():
+    verdict = judge([0, 3], [0.1, 0.4, 0.2, 0.3], 2, candidates=[0, 1, 2])
+    assert verdict == (INVALID, "I4", "block 3 is no candidate; candidates are 0, 1, 2.")
+
+
+def test_i4_a_block_may_be_named_only_once():
+    verdict = judge([1, 1], [0.1, 0.4, 0.2], 2)
+    assert verdict == (INVALID, "I4", "block 1 is named 2 times.")
+
+
+def test_i4_no_more_than_n_blocks_may_be_taken():
+    verdict = judge([0, 1, 2], [0.1, 0.4, 0.2], 2)
+    assert verdict == (INVALID, "I4", "3 blocks are named, num_selected_blocks=2.")
+
+
+def test_i4_forced_blocks_must_be_among_the_chosen_the_lowest_if_they_are_too_many():
+    scores = [0.1, 0.4, 0.2, 0.3]
+    assert judge([0, 1], scores, 2, forced=[0])[0] == VALID
+    assert judge([1, 3], scores, 2, forced=[0]) == (
+        INVALID, "I4", "block 0 is forced and was left out.",
+    )  # fmt: skip
+    assert judge([0, 2], scores, 2, forced=[0, 2, 3])[0] == VALID
+    assert judge([2, 3], scores, 2, forced=[0, 2, 3])[:2] == (INVALID, "I4")
+    # at a finite score they only compete, and tie
+    assert judge([2, 3], scores, 2, forced=[0, 2, 3], semantics=FLA)[0] == VALID
+    assert judge([1, 0], scores, 2, forced=[0, 3], semantics=FLA)[:2] == (INVALID, "I4")
+
+
+def test_i5_equal_scores_may_be_resolved_either_way():
+    for named in ([0, 1], [0, 2], [2, 0]):
+        assert judge(named, [0.4, 0.3, 0.3], 2)[0] == VALID
+
+
+def test_i5_a_gap_within_the_bounds_is_ambiguous_and_one_beyond_is_not():
+    scores = [0.5, 0.375, 0.25]
+    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0625])[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, 2], scores, 2, bound=[1.0, 0.0625, 0.0624])[:2] == (INVALID, "I4")
+    assert judge([0, 1], scores, 2, bound=1.0)[0] == VALID
+
+
+def test_i6_all_candidates_must_be_taken_where_they_are_fewer_than_n():
+    assert judge([2, 0], [0.1, 0.4, 0.2], 3, candidates=[0, 2])[0] == VALID
+    verdict = judge([2, -1], [0.1, 0.4, 0.2], 3, candidates=[0, 2])
+    assert verdict == (INVALID, "I6", "block 0 was left out with a slot to spare.")
+    assert judge([-1], [0.1], 1, candidates=[])[0] == VALID
+    assert judge([], [0.1], 0)[0] == VALID
+
+
+def test_i4_the_floor_takes_what_is_at_or_below_it_and_nothing_else():
+    scores = [0.5, 0.25, 0.375]
+    assert judge([0, 2, -1], scores, 3, semantics=FLOOR)[0] == VALID
+    assert judge([0, 2, 1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I4")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I6")
+    assert judge([0, 2, 1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.124)[:2] == (INVALID, "I6")
+
+
+def test_i4_the_floor_of_logit_mean_is_about_probabilities():
+    """log 1e-10 is -23.03: a mean of -23 is a probability just above it."""
+    judged = [
+        judge([0, block], [0.0, -23.0, -24.0, -math.inf], 3, candidates=[0, 1, 2], bound=bound,
+              semantics=LUCIDRAINS)[:2]
+        for block, bound in ((1, 0.0), (-1, 0.0), (-1, 0.1), (2, 0.0))
+    ]  # fmt: skip
+    expected = [(VALID, None), (INVALID, "I6"), (AMBIGUOUS, "I5"), (INVALID, "I6")]
+    assert judged == expected
+    row = judge([0, 1, 2], [0.0, -23.0, -24.0], 3, semantics=LUCIDRAINS)
+    assert row == (
+        INVALID, "I4", "block 2 was taken, and its score is not above score_floor=1e-10.",
+    )  # fmt: skip
+
+
+def test_the_first_invalid_row_is_told_with_its_place_and_clause():
+    scores = np.zeros((1, 2, 2, 3))
+    scores[..., 2] = 1
+    indices = np.array([[[2], [-1]], [[0], [2]]])[None]
+    candidates = np.array([[True, True, True], [False, False, False]])
+    blocks = Scored(scores, candidates, forced=np.zeros((2, 3), bool))
+    result = valid_selection(indices, blocks, np.zeros(scores.shape), sizes=Sizes())
+    assert result.verdict.tolist() == [[[VALID, VALID], [INVALID, INVALID]]]
+    assert result.first_invalid() == (
+        "I4 at batch 0, head 1, row 0: block 2 (score 1) was left out and block 0 (score 0) "
+        "taken: the gap 1 is larger than the bound 0 of the two."
+    )
+    assert result.reasons[0, 1, 0].rule == "order"
+    assert result._replace(reasons={}).first_invalid() is None
+
+
+def valid_sets(scores, candidates, forced, n, semantics) -> set[frozenset[int]]:
+    """Every choice that I4, I5 and I6 allow when the scores are exact, by trying all subsets."""
+    score = {b: semantics.forced_score if b in forced else scores[b] for b in candidates}
+    m = min(n, len(score))
+    best = sorted(score.values(), reverse=True)[:m]
+    must = sorted(b for b in candidates if b in forced and math.isinf(score[b]))[:n]
+    floor = semantics.score_floor
+    return {
+        frozenset(b for b in subset if floor is None or score[b] > floor)
+        for subset in itertools.combinations(score, m)
+        if sorted((score[b] for b in subset), reverse=True) == best and set(must) <= set(subset)
+    }
+
+
+EIGHTHS = st.integers(0, 6).map(lambda eighths: eighths / 8)
+
+
+@given(
+    row=st.lists(
+        st.tuples(EIGHTHS, EIGHTHS.map(lambda x: x / 4), st.booleans(), st.booleans()), max_size=4
+    ),
+    n=st.integers(0, 4),
+    semantics=st.sampled_from([PAPER, FLA, FLOOR, dataclasses.replace(FLOOR, forced_score=0.5)]),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, semantics):
+    """VALID: allowed under the scores. AMBIGUOUS: allowed under some scores within the bounds, and
+    the most favourable ones lift what was taken and lower what was left. INVALID: neither.
+    A row is undecided if more than one choice is not INVALID; also where equal scores are both
+    below the floor, which leaves one choice."""
+    scores, bounds = [block[0] for block in row], [block[1] for block in row]
+    possible = 0
+    candidates = [b for b, block in enumerate(row) if block[2]]
+    forced = [b for b, block in enumerate(row) if block[2] and block[3]]
+    for size in range(len(row) + 1):
+        for taken in itertools.combinations(range(len(row)), size):
+            moved = [
+                score + (bound if b in taken else -bound)
+                for b, (score, bound) in enumerate(zip(scores, bounds))
+            ]
+            if frozenset(taken) in valid_sets(scores, candidates, forced, n, semantics):
+                expected = VALID
+            elif frozenset(taken) in valid_sets(moved, candidates, forced, n, semantics):
+                expected = AMBIGUOUS
+            else:
+                expected = INVALID
+            verdict, _, sentence = judge(
+                list(taken), scores, n, bound=bounds, candidates=candidates, forced=forced,
+                semantics=semantics,
+            )  # fmt: skip
+            assert verdict == expected, f"{taken}: {sentence}"
+            possible += verdict != INVALID
+    undecided = undecided_rows(
+        blocks_of_one_row(scores, candidates, forced),
+        np.broadcast_to(bounds, (1, 1, 1, len(scores))),
+        sizes=Sizes(num_selected_blocks=n),
+        semantics=semantics,
+    )
+    assert undecided if possible > 1 else semantics.score_floor is not None or not undecided
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+TWO = Scored(np.zeros((1, 1, 1, 2)), np.ones((1, 2), bool), np.zeros((1, 2), bool))
+FIRST = np.zeros((1, 1, 1, 1), int)
+
+
+def test_a_bound_that_is_not_known_is_as_large_as_any():
+    apart = TWO._replace(scores=np.array([[[[0.0, 1.0]]]]))
+    for unknown in (math.inf, math.nan):
+        bounds = np.array([[[[0.0, unknown]]]])
+        assert valid_selection(FIRST, apart, bounds, sizes=Sizes()).verdict.item() == AMBIGUOUS
+        assert undecided_rows(apart, bounds, sizes=Sizes()).all()
+
+
+def test_blocks_that_are_no_candidates_need_no_bound():
+    alone = TWO._replace(candidates=np.array([[True, False]]))
+    assert valid_selection(FIRST, alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).verdict == VALID
+    assert not undecided_rows(alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).any()
+
+
+@pytest.mark.parametrize(
+    ("indices", "bounds", "error", "message"),
+    [
+        (
+            FIRST,
+            TWO.scores - 1,
+            ValueError,
+            r"score_bounds holds -1.0 at a candidate; it must be at least 0",
+        ),
+        (
+            FIRST,
+            np.zeros((1, 1, 2)),
+            ValueError,
+            r"score_bounds has shape \(1, 1, 2\); it must be \(1, 1, 1, blocks\)",
+        ),
+        (
+            FIRST,
+            np.zeros((1, 1, 1, 1)),
+            ValueError,
+            r"score_bounds has shape \(1, 1, 1, 1\); it must be \(1, 1, 1, 2\)",
+        ),
+        (
+            FIRST * 1.0,
+            TWO.scores,
+            TypeError,
+            r"block_indices has dtype float64; it must hold integers",
+        ),
+        (
+            FIRST[0],
+            TWO.scores,
+            ValueError,
+            r"block_indices has shape \(1, 1, 1\); it must be \(batch, heads, q_len=1, n\)",
+        ),
+    ],
+)
+def test_a_choice_and_bounds_that_do_not_fit_are_refused(indices, bounds, error, message):
+    with pytest.raises(error, match=message):
+        valid_selection(indices, TWO, bounds, sizes=Sizes())
