@@ -19,14 +19,7 @@ from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.lattice import EDGES, VISIBLE, Edge, edges
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.strategies import (
-    ABOUT,
-    GROUP_SIZES,
-    HEAD_DIMS,
-    Drawn,
-    cases,
-    fresh_seeds,
-)
+from nsa_ref.testing.strategies import ABOUT, GROUP_SIZES, HEAD_DIMS, Drawn, cases, fresh_seeds
 
 quiet = settings(
     max_examples=60,

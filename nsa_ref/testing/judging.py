@@ -7,12 +7,7 @@ import signal
 import traceback
 from pathlib import Path
 
-from nsa_ref.testing.branches import (
-    BRANCHES,
-    Broken,
-    Inconclusive,
-    Raised,
-)
+from nsa_ref.testing.branches import BRANCHES, Broken, Inconclusive, Raised
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import (
     Implementation,

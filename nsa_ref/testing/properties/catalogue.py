@@ -83,7 +83,7 @@ ROWS = (
              adjust=adjust.mean_without_positions, head_dims=PROBED_DIMS, examples=36),
     Property("C4_pool", "C4", COMPRESS, "pool", compression.pooled,
              by_dtype=True, adjust=adjust.affordable_map, examples=64),
-    Property("C4_pool_gradients", "C4", COMPRESS, "pool", compression.pooled,
+    Property("C4_pool_gradients", "C4", COMPRESS, "pool", compression.pooled_gradients,
              backward=True, adjust=adjust.affordable_map),
     Property("F1_fine_mask_as_exposed", "F1", FINE, "fine_mask", masks.exposed,
              semantics=causal, indices=("distinct", "few", "all"), examples=36),

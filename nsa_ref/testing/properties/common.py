@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from nsa_ref.bounds import (
-    AttentionBounds,
-    attention_bounds,
-)
+from nsa_ref.attention import Attention
+from nsa_ref.bounds import AttentionBounds, attention_bounds
 from nsa_ref.semantics import Semantics
-from nsa_ref.testing.branches import (
-    FINE,
-    Branch,
-    Inconclusive,
-    Inputs,
-)
+from nsa_ref.testing.branches import FINE, Branch, Inconclusive, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
-from nsa_ref.testing.compare import Comparison
+from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
 
@@ -41,6 +34,8 @@ class Outcome:
     powerless: int = 0
     suspicion: str = ""
 
+
+GRADIENTS = ("dq", "dk", "dv")
 
 #: What the cases of a method are about; those of all others are about its branch.
 ABOUT_OF = {"pool": "pool", "select": "selection"} | dict.fromkeys(
@@ -181,6 +176,11 @@ def set_up(prop: Property, case: Case) -> tuple[Branch, Inputs, np.ndarray]:
     return branch, inputs, branch.mask(case, inputs.block_indices)
 
 
+def first_at(wrong: np.ndarray) -> tuple[int, ...]:
+    """Where the first element is that is wrong."""
+    return tuple(int(i) for i in np.argwhere(wrong)[0])
+
+
 def is_declared(implementation: Implementation, case: Case) -> bool:
     """Whether a case that was derived from another one lies within what is declared as well."""
     within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
@@ -193,10 +193,12 @@ def bounds_of(
     case: Case,
     inputs: Inputs,
     mask: np.ndarray,
-    form: str = "deterministic",
     d_out: np.ndarray | None = None,
     d_lse: np.ndarray | None = None,
+    *,
+    form: str = "deterministic",
 ) -> AttentionBounds:
+    """Bounds of a branch's out and lse; of its gradients as well, if d_out and d_lse are given."""
     q, k, v = (x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v))
     if getattr(case.semantics.empty_row, branch.name) == "uniform":
         # such a row is attention with equal logits over all columns
@@ -220,13 +222,37 @@ def all_bounds(
 ) -> list[AttentionBounds]:
     """Deterministic; on generic data also statistical and shared: what `compare` takes.
 
-    given : the further arguments of `bounds_of`, without `form`
+    given : the further arguments of `bounds_of`
     """
-    inputs, mask, *gradients = given
     forms = ("deterministic", "statistical", "shared") if case.generic else ("deterministic",)
-    return [
-        bounds_of(branch, implementation, case, inputs, mask, form, *gradients) for form in forms
-    ]
+    return [bounds_of(branch, implementation, case, *given, form=form) for form in forms]
+
+
+def compare_all(
+    prop: Property,
+    found: Attention | tuple[np.ndarray, ...],
+    expected: Attention | tuple[np.ndarray, ...],
+    bounds: Sequence[AttentionBounds],
+    of: str = "",
+) -> Outcome:
+    """Out and lse, or dq, dk and dv, against their bounds; lse may be None.
+
+    of : what to say behind a tensor's name
+    """
+    names = GRADIENTS if prop.backward else ("out", "lse")
+    return settle(
+        [
+            compare(
+                prop.clause,
+                f"{prop.the_branch.name} {name}{of}",
+                have,
+                want,
+                *(getattr(bound, name) for bound in bounds),
+            )
+            for name, have, want in zip(names, found, expected)
+            if have is not None
+        ]
+    )
 
 
 def settle(comparisons: Sequence[Comparison]) -> Outcome:
@@ -238,19 +264,3 @@ def settle(comparisons: Sequence[Comparison]) -> Outcome:
         powerless=sum(c.powerless for c in comparisons),
         suspicion=next((c.suspicion for c in comparisons if c.suspicion), ""),
     )
-
-
-def gradient_bounds(
-    branch: Branch,
-    implementation: Implementation,
-    case: Case,
-    inputs: Inputs,
-    mask: np.ndarray,
-    d_out: np.ndarray,
-    d_lse: np.ndarray,
-) -> list[np.ndarray]:
-    """Deterministic bounds of dq, dk and dv."""
-    asked = (branch, implementation, case, inputs, mask)
-    _, _, dq, dk, dv = bounds_of(*asked, "deterministic", d_out, d_lse)
-    assert dq is not None and dk is not None and dv is not None  # d_out was given
-    return [dq, dk, dv]

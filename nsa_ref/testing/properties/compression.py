@@ -7,89 +7,77 @@ import numpy as np
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import (
-    Broken,
-    Raised,
-    as_float64,
-    call,
-)
+from nsa_ref.testing.branches import Broken, Raised, as_float64, call
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Outcome, Property, settle
-
-
-def _float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array.astype(np.float64) for name, array in weights.items()}
+from nsa_ref.testing.properties.common import Outcome, Property, first_at, settle
 
 
 def windows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """C1: one-hot tokens through the mean show which tokens a window holds, and their weight."""
     weights = case.pool_weights()
-    shape = (case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim)
     comparisons = []
     for chunk in probes.chunks(case.kv_len, case.head_dim):
         width = chunk.stop - chunk.start
         x = np.zeros((case.batch, case.kv_heads, case.kv_len, case.head_dim), DTYPES[case.dtype])
         x[:, :, chunk, :width] = np.eye(width, dtype=x.dtype)
-        actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
-        expected = pool(x.astype(np.float64), _float64(weights), case, case.semantics)
-        bounds = pool_bounds(
-            x.astype(np.float64),
-            _float64(weights),
-            sizes=case,
-            semantics=case.semantics,
-            numerics=implementation.numerics[case.dtype],
-        )
+        actual, expected, bound = _pooled(implementation, case, x, weights)
         wrong = (actual != 0) != (expected != 0)
         if wrong.any():
-            _, _, i, c = (int(n) for n in np.argwhere(wrong)[0])
+            _, _, i, c = first_at(wrong)
             deed = "holds" if actual[wrong][0] != 0 else "misses"
             raise Broken("C1", f"compressed block {i} {deed} token {chunk.start + c}")
         name = f"pool of one-hot tokens {chunk.start}.."
-        comparisons.append(compare("C1", name, actual, expected, bounds.out))
+        comparisons.append(compare("C1", name, actual, expected, bound))
     return settle(comparisons)
 
 
 def pooled(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    def check() -> Outcome:
-        x = case.array("x", case.batch, case.kv_heads, case.kv_len, case.head_dim)
-        weights = case.pool_weights()
-        shape = (case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim)
-        d_out = case.array("d_out", *shape)
-        which = f"pool ({case.compress_map})"
-        bounds = pool_bounds(
-            x.astype(np.float64),
-            _float64(weights),
-            d_out.astype(np.float64),
-            sizes=case,
-            semantics=case.semantics,
-            numerics=implementation.numerics[case.dtype],
-        )
-        if not prop.backward:
-            actual = as_float64("pool", call(implementation.run, "pool", case, x, weights), shape)
-            expected = pool(x.astype(np.float64), _float64(weights), case, case.semantics)
-            return settle([compare("C4", which, actual, expected, bounds.out)])
-        dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
-        want_dx, want_dweights = pool_vjp(
-            x.astype(np.float64),
-            _float64(weights),
-            d_out.astype(np.float64),
-            case,
-            case.semantics,
-        )
-        if set(dweights) != set(want_dweights):
-            raise Raised(
-                f"pool_vjp gave gradients of {sorted(dweights)}; the weights are "
-                f"{sorted(want_dweights)}"
-            )
-        assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
-        comparisons = [
-            compare("C4", f"{which} dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)
-        ]
-        for name, want in want_dweights.items():
-            have = as_float64(f"d{name}", dweights[name], want.shape)
-            comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
-        return settle(comparisons)
+    """C4: compressed keys are the map of their window's tokens."""
+    x = case.array("x", case.batch, case.kv_heads, case.kv_len, case.head_dim)
+    found = _pooled(implementation, case, x, case.pool_weights())
+    return settle([compare("C4", f"pool ({case.compress_map})", *found)])
 
-    return check()
+
+def pooled_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """C4: gradients reach the tokens and every weight."""
+    x = case.array("x", case.batch, case.kv_heads, case.kv_len, case.head_dim)
+    d_out = case.array("d_out", *_blocks(case))
+    weights = case.pool_weights()
+    dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
+    given = (x.astype(np.float64), _float64(weights), d_out.astype(np.float64))
+    want_dx, want_dweights = pool_vjp(*given, case, case.semantics)
+    if set(dweights) != set(want_dweights):
+        raise Raised(
+            f"pool_vjp gave gradients of {sorted(dweights)}; the weights are "
+            f"{sorted(want_dweights)}"
+        )
+    numerics = implementation.numerics[case.dtype]
+    bounds = pool_bounds(*given, sizes=case, semantics=case.semantics, numerics=numerics)
+    assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
+    which = f"pool ({case.compress_map})"
+    comparisons = [compare("C4", f"{which} dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)]
+    for name, want in want_dweights.items():
+        have = as_float64(f"d{name}", dweights[name], want.shape)
+        comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
+    return settle(comparisons)
+
+
+def _pooled(
+    implementation: Implementation, case: Case, x: np.ndarray, weights: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the implementation makes of tokens, what the definition does, and the bound."""
+    found = call(implementation.run, "pool", case, x, weights)
+    given, numerics = (x.astype(np.float64), _float64(weights)), implementation.numerics[case.dtype]
+    bounds = pool_bounds(*given, sizes=case, semantics=case.semantics, numerics=numerics)
+    expected = pool(*given, case, case.semantics)
+    return as_float64("pool", found, _blocks(case)), expected, bounds.out
+
+
+def _blocks(case: Case) -> tuple[int, ...]:
+    return case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim
+
+
+def _float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float64) for name, array in weights.items()}

@@ -15,10 +15,16 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, Branch, Broken, Inconclusive, Inputs, Raised, call
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, gradient_bounds, settle
+from nsa_ref.testing.properties.common import (
+    GRADIENTS,
+    Outcome,
+    Property,
+    bounds_of,
+    compare_all,
+    first_at,
+)
 from nsa_ref.testing.strategies import far_lengths, large_sizes
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
@@ -97,7 +103,7 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
             seen += int((n > 0).sum())
             told += int(((n > 0) & (slack < 0.25)).sum())
             if wrong.any():
-                h, c = (int(i) for i in np.argwhere(wrong)[0])
+                h, c = first_at(wrong)
                 head = g * case.group_size + h
                 raise Broken(
                     prop.clause,
@@ -150,7 +156,7 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
             # such a row reads all columns, or none
             visible = np.where(visible.any(-1, keepdims=True), visible, seen)
         if (visible != seen).any():
-            b, g, j = (int(i) for i in np.argwhere(visible != seen)[0])
+            b, g, j = first_at(visible != seen)
             deed = "misses" if visible[b, g, j] else "reads"
             raise Broken(
                 "A3",
@@ -180,23 +186,12 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
     few = dataclasses.replace(case, q_len=len(rows))
     asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
-    which = f"of rows t={rows} in {case.q_len}"
+    of = f" of rows t={rows} in {case.q_len}"
     if not prop.backward:
-        found = branch.forward(implementation, case, inputs)
-        expected = branch.attend(few, mask, asked)
+        out, lse = branch.forward(implementation, case, inputs)
+        found = (out[:, :, rows], None if lse is None else lse[:, :, rows])
         bounds = bounds_of(branch, implementation, few, asked, mask)
-        tensors = {
-            name: compare(
-                "A1",
-                f"{branch.name} {name} {which}",
-                getattr(found, name)[:, :, rows],
-                getattr(expected, name),
-                getattr(bounds, name),
-            )
-            for name in ("out", "lse")
-            if getattr(found, name) is not None
-        }
-        return settle(list(tensors.values()))
+        return compare_all(prop, found, branch.attend(few, mask, asked), [bounds], of)
     d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
     d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
     d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
@@ -204,7 +199,7 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     others = np.ones(case.q_len, bool)
     others[rows] = False
     if (dq[:, :, others] != 0).any():
-        b, h, i, c = (int(n) for n in np.argwhere(dq[:, :, others] != 0)[0])
+        b, h, i, c = first_at(dq[:, :, others] != 0)
         t = int(np.flatnonzero(others)[i])
         raise Broken(
             "A3",
@@ -212,15 +207,9 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
             f"(kv_len {case.kv_len})",
         )
     there = (d_out[:, :, rows], d_lse[:, :, rows])
-    wanted = branch.attend_vjp(few, mask, asked, *there)
-    limits = gradient_bounds(branch, implementation, few, asked, mask, *there)
-    gradients = zip(("dq", "dk", "dv"), (dq[:, :, rows], dk, dv), wanted, limits)
-    return settle(
-        [
-            compare("A3", f"{branch.name} {name} {which}", have, want, limit)
-            for name, have, want, limit in gradients
-        ]
-    )
+    expected = branch.attend_vjp(few, mask, asked, *there)
+    bounds = bounds_of(branch, implementation, few, asked, mask, *there)
+    return compare_all(prop, (dq[:, :, rows], dk, dv), expected, [bounds], of)
 
 
 def large(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -258,76 +247,65 @@ def large(prop: Property, implementation: Implementation, case: Case) -> Outcome
         d_lse = np.zeros_like(d_lse)
         arguments += (spread(d_out, g), spread(d_lse))
         gradients = (d_out, d_lse)
-        names = ("dq", "dk", "dv", "dk", "dv") if branch is COMPRESS else ("dq", "dk", "dv")
+        names = (*GRADIENTS, "dk", "dv") if branch is COMPRESS else GRADIENTS
     run = implementation.run_vjp if prop.backward else implementation.run
     found = call(run, branch.name, case, *arguments)
     if len(found) != len(names):
         raise Raised(f"{branch.name} returned {len(found)} arrays, not {len(names)}")
     for name, tensor in zip(names, found):
         if tensor is not None:
-            _entries_alike(prop.clause, f"{branch.name} {name}", tensor, FACTORS[name], f, g)
-    return _first_entry(branch, implementation, alone, once, found, gradients)
+            _check_entries(prop, name, tensor, f, g)
+    return _first_entry(prop, implementation, alone, once, found, gradients)
 
 
-def _entries_alike(
-    clause: str,
+def _check_entries(
+    prop: Property,
     name: str,
     tensor: np.ndarray,
-    factor_of: Callable[[float, float], float],
     f: np.ndarray,
     g: np.ndarray,
 ) -> None:
-    first = tensor[0].astype(np.float32)
-    finite = np.isfinite(first)
-    size = np.abs(first[finite]).max(initial=0)
+    """Broken if an entry is not what its factors make of the first one."""
+    once = tensor[0].astype(np.float32)
+    finite = np.isfinite(once)
+    size = np.abs(once[finite]).max(initial=0)
     for b in range(1, len(tensor)):
-        factor = factor_of(f[b], g[b])
+        factor = FACTORS[name](f[b], g[b])
         other = tensor[b].astype(np.float32)
         with np.errstate(invalid="ignore"):
             # right ones differ by roundings, wrong ones by a factor of 2 or more
-            near = np.abs(other - factor * first) <= factor * size / 8
-        alike = np.where(finite, near, (other == first) | (np.isnan(other) & np.isnan(first)))
+            near = np.abs(other - factor * once) <= factor * size / 8
+        alike = np.where(finite, near, (other == once) | (np.isnan(other) & np.isnan(once)))
         if not alike.all():
-            at = tuple(int(i) for i in np.argwhere(~alike)[0])
+            at = first_at(~alike)
             raise Broken(
-                clause,
-                f"{name} of {tensor.size} elements: batch entry {b} must be {factor:g} times entry "
-                f"0, and is not at {at}: {other[at]:g} against {first[at]:g}",
+                prop.clause,
+                f"{prop.the_branch.name} {name} of {tensor.size} elements: batch entry {b} must be "
+                f"{factor:g} times entry 0, and is not at {at}: {other[at]:g} against {once[at]:g}",
             )
 
 
 def _first_entry(
-    branch: Branch,
+    prop: Property,
     implementation: Implementation,
     alone: Case,
     once: Inputs,
     found: tuple[np.ndarray, ...],
     gradients: tuple[np.ndarray, ...],
 ) -> Outcome:
-    mask = branch.mask(alone, once.block_indices)
-    first = [x[:1].astype(np.float64) for x in found if x is not None]
-    if not gradients:
-        bounds = bounds_of(branch, implementation, alone, once, mask)
-        expected = branch.attend(alone, mask, once)
-        pairs = [
-            compare("A1", f"{branch.name} {name}", have, getattr(expected, name), bound)
-            for name, have, bound in zip(("out", "lse"), first, (bounds.out, bounds.lse))
-        ]
-        return settle(pairs)
-    if branch is COMPRESS:
+    """The first entry of what was found against its bounds."""
+    branch, mask = prop.the_branch, prop.the_branch.mask(alone, once.block_indices)
+    first = tuple(x[:1].astype(np.float64) for x in found if x is not None)
+    if prop.backward and branch is COMPRESS:
         dq, dk, dv, dmem_k, dmem_v = first
-        first = [dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2)]
-    d_out, d_lse = gradients
-    if getattr(alone.semantics.empty_row, branch.name) == "nan" and not mask.any(-1).all():
+        first = (dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2))
+    nan = getattr(alone.semantics.empty_row, branch.name) == "nan" and not mask.any(-1).all()
+    if prop.backward and nan:
         raise Inconclusive("the gradient of a NaN row is nobody's business")
-    wanted = branch.attend_vjp(alone, mask, once, d_out, d_lse)
-    limits = gradient_bounds(branch, implementation, alone, once, mask, d_out, d_lse)
-    return settle(
-        [
-            compare("A3", f"{branch.name} {name}", have, want, limit)
-            for name, have, want, limit in zip(("dq", "dk", "dv"), first, wanted, limits)
-        ]
-    )
+    definition = branch.attend_vjp if prop.backward else branch.attend
+    expected = definition(alone, mask, once, *gradients)
+    bounds = bounds_of(branch, implementation, alone, once, mask, *gradients)
+    return compare_all(prop, first, expected, [bounds])
 
 
 def no_long_sequences(implementation: Implementation) -> str:

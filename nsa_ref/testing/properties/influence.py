@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from nsa_ref.bounds import AttentionBounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import (
-    Branch,
-    Broken,
-    Inconclusive,
-    Inputs,
-)
+from nsa_ref.testing.branches import Branch, Broken, Inconclusive, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, gradient_bounds, set_up
+from nsa_ref.testing.properties.common import (
+    GRADIENTS,
+    Outcome,
+    Property,
+    bounds_of,
+    first_at,
+    set_up,
+)
 from nsa_ref.testing.properties.values import upstream
 
 
@@ -49,7 +52,8 @@ def _plant_canary(
     return dataclasses.replace(inputs, k=k, v=v), (b, kv_head, j)
 
 
-Tensors = Sequence[np.ndarray]
+#: What a run gives, by the names of the plug.
+Tensors = dict[str, np.ndarray]
 
 
 def _plants(
@@ -63,56 +67,55 @@ def _plants(
         yield f"k = v = {value}", dataclasses.replace(planted, k=k, v=v)
 
 
-def _runs(run: Callable[[], Tensors]) -> Iterator[Tensors]:
-    """The same run again and again, its buffers lying elsewhere each time.
+def _repeatable(run: Callable[[], Tensors]) -> bool:
+    """Whether the same run gives the same values whenever it is made.
 
     Sums on a CPU may depend on how their operands are aligned in memory, so that two runs which
     look identical are not; arrays of odd sizes in between move what is allocated next.
     """
-    ballast = []
+    runs, ballast = [], []
     for i in range(4):
         ballast.append([np.empty(8 * (i + 1) * size + 8) for size in (1, 3, 17, 130)])
-        yield run()
-
-
-def _repeatable(run: Callable[[], Tensors]) -> bool:
-    """Whether the same run gives the same values whenever it is made."""
-    first, *others = _runs(run)
+        runs.append(run())
     return all(
-        np.array_equal(one, other, equal_nan=True)
-        for repeated in others
-        for one, other in zip(first, repeated)
+        np.array_equal(x, again[name], equal_nan=True)
+        for again in runs[1:]
+        for name, x in runs[0].items()
     )
 
 
-def _unchanged(
-    names: Sequence[str],
+def _check_unchanged(
+    branch: Branch,
     what: str,
     base: Tensors,
     planted: Tensors,
-    compared: Sequence[np.ndarray],
+    compared: Tensors,
     again: Callable[[], Tensors],
-    bounds: Callable[[], Tensors],
+    bounds: Callable[[], AttentionBounds],
 ) -> None:
-    """A5: bit for bit, or within the bounds if identical runs already differ by themselves."""
-    wrong = [
-        mask & (one != other) & ~(np.isnan(one) & np.isnan(other))
-        for mask, one, other in zip(compared, base, planted)
-    ]
-    if not any(w.any() for w in wrong):
+    """A5: bit for bit, or within the bounds if identical runs already differ by themselves.
+
+    compared : bool, the elements that must not change
+    """
+    wrong = {
+        name: compared[name] & (x != planted[name]) & ~(np.isnan(x) & np.isnan(planted[name]))
+        for name, x in base.items()
+    }
+    if not any(w.any() for w in wrong.values()):
         return
     repeatable = _repeatable(again)
-    for i, name in enumerate(names):
-        if repeatable and wrong[i].any():
-            index = tuple(int(n) for n in np.argwhere(wrong[i])[0])
+    for name, x in base.items():
+        if repeatable and wrong[name].any():
+            at = first_at(wrong[name])
             raise Broken(
                 "A5",
-                f"{name}{list(index)} changes from {base[i][index]:.9g} to {planted[i][index]:.9g} "
-                f"when a key that is invisible there gets {what}",
+                f"{branch.name} {name}{list(at)} changes from {x[at]:.9g} to "
+                f"{planted[name][at]:.9g} when a key that is invisible there gets {what}",
             )
         # two right results are at most two bounds apart
-        there = np.where(compared[i], planted[i], base[i])
-        compare("A5", f"{name} with an invisible canary", there, base[i], 2 * bounds()[i])
+        there = np.where(compared[name], planted[name], x)
+        bound = 2 * getattr(bounds(), name)
+        compare("A5", f"{branch.name} {name} with an invisible canary", there, x, bound)
 
 
 def _sees(branch: Branch, case: Case, mask: np.ndarray, where: tuple[int, int, int]) -> np.ndarray:
@@ -131,35 +134,23 @@ def canary_forward(prop: Property, implementation: Implementation, case: Case) -
     """A5: out and lse of rows that do not see a key are the same whatever it holds."""
     branch, inputs, mask = set_up(prop, case)
     planted, where = _plant_canary(branch, case, inputs, mask)
-    sees = _sees(branch, case, mask, where)
-    present = [
-        name
-        for name in ("out", "lse")
-        if getattr(branch.forward(implementation, case, inputs), name) is not None
-    ]
+    hidden = ~_sees(branch, case, mask, where)
 
     def run(some: Inputs) -> Tensors:
-        result = branch.forward(implementation, case, some)
-        return [getattr(result, name) for name in present]
+        with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
+            result = branch.forward(implementation, case, some)
+        return {name: x for name, x in result._asdict().items() if x is not None}
 
     base = run(inputs)
-    compared = [
-        np.broadcast_to(~sees.reshape(sees.shape + (1,) * (x.ndim - 3)), x.shape) for x in base
-    ]
     for what, other in _plants(implementation, planted, where):
-        with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
-            found = run(other)
-        _unchanged(
-            [f"{branch.name} {name}" for name in present],
+        _check_unchanged(
+            branch,
             what,
             base,
-            found,
-            compared,
+            run(other),
+            {"out": hidden[..., None], "lse": hidden},
             lambda: run(inputs),
-            lambda: [
-                getattr(bounds_of(branch, implementation, case, inputs, mask), name)
-                for name in present
-            ],
+            lambda: bounds_of(branch, implementation, case, inputs, mask),
         )
     return Outcome()
 
@@ -175,28 +166,28 @@ def canary_backward(prop: Property, implementation: Implementation, case: Case) 
     d_lse = np.where(silent, 0, d_lse).astype(d_lse.dtype)
 
     def run(some: Inputs) -> Tensors:
-        return branch.backward(implementation, case, some, d_out, d_lse)
+        return dict(zip(GRADIENTS, branch.backward(implementation, case, some, d_out, d_lse)))
 
     base = run(inputs)
     for what, other in _plants(implementation, planted, where):
         if sees.any() and not np.isfinite(other.v[where].astype(np.float64)).all():
             continue  # a row that sees it is NaN, and so is all that it reaches
         gradients = run(other)
-        _unchanged(
-            [f"{branch.name} {name}" for name in ("dq", "dk", "dv")],
+        _check_unchanged(
+            branch,
             what,
             base,
             gradients,
-            [np.ones(x.shape, bool) for x in base],
+            dict.fromkeys(GRADIENTS, np.ones((), bool)),
             lambda: run(inputs),
-            lambda: gradient_bounds(branch, implementation, case, inputs, mask, d_out, d_lse),
+            lambda: bounds_of(branch, implementation, case, inputs, mask, d_out, d_lse),
         )
-        for name, gradient in zip(("dk", "dv"), gradients[1:]):
-            if (gradient[where] != 0).any():
+        for name in ("dk", "dv"):
+            if (gradients[name][where] != 0).any():
                 raise Broken(
                     "A5",
-                    f"{branch.name} {name}{list(where)} is {gradient[where].tolist()}: nothing "
-                    "comes back to rows that see this key, so it must be exactly 0",
+                    f"{branch.name} {name}{list(where)} is {gradients[name][where].tolist()}: "
+                    "nothing comes back to rows that see this key, so it must be exactly 0",
                 )
     return Outcome()
 
@@ -211,7 +202,7 @@ def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome
         by_k, by_v = probes.head_influence(*asked)
         repeatable = True
         if (by_k | by_v)[owners != kv_head].any() and not _repeatable(
-            lambda: [branch.forward(implementation, case, inputs).out]
+            lambda: {"out": branch.forward(implementation, case, inputs).out}
         ):
             # two right results are at most two bounds apart, and may be so for small reasons
             repeatable = False

@@ -6,20 +6,16 @@ import dataclasses
 
 import numpy as np
 
-from nsa_ref.testing.branches import (
-    FINE,
-    Branch,
-    Broken,
-    Inconclusive,
-    Inputs,
-)
+from nsa_ref.testing.branches import FINE, Branch, Broken, Inconclusive, Inputs
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
+    GRADIENTS,
     Outcome,
     Property,
     bounds_of,
+    first_at,
     is_declared,
     set_up,
     settle,
@@ -146,7 +142,7 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
         gradients = branch.backward(
             implementation, case, inputs, *upstream(branch, implementation, case, inputs)
         )
-        return dict(zip(("dq", "dk", "dv"), gradients))
+        return dict(zip(GRADIENTS, gradients))
 
     first, second = once(), once()
     for name, one in first.items():
@@ -155,7 +151,7 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
             continue
         differs = one.view(np.int64) != other.view(np.int64)
         if differs.any():
-            at = tuple(int(i) for i in np.argwhere(differs)[0])
+            at = first_at(differs)
             raise Broken(
                 prop.clause,
                 f"{branch.name} {name} differs when the same call is made twice, though "

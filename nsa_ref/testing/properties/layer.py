@@ -20,14 +20,7 @@ from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
 from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import (
-    COMPRESS,
-    Broken,
-    Inconclusive,
-    Raised,
-    as_float64,
-    call,
-)
+from nsa_ref.testing.branches import COMPRESS, Broken, Inconclusive, Raised, as_float64, call
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare

@@ -9,18 +9,11 @@ import numpy as np
 
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import (
-    COMPRESS,
-    FINE,
-    Branch,
-    Broken,
-    Raised,
-    call,
-)
+from nsa_ref.testing.branches import COMPRESS, FINE, Branch, Broken, Raised, call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.pictures import side_by_side
-from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
+from nsa_ref.testing.properties.common import Outcome, Property, first_at, oracle_mask
 
 #: How a remark begins that the definition and the port may differ on purpose.
 CONVENTION = "This may be a difference of convention"
@@ -31,7 +24,7 @@ def mask_broken(
     branch: Branch, clause: str, case: Case, expected: np.ndarray, actual: np.ndarray, how: str
 ) -> Broken:
     """The first wrong cell in the clause's terms, the masks side by side, the likely switch."""
-    b, h, t, j = (int(i) for i in np.argwhere(expected != actual)[0])
+    b, h, t, j = first_at(expected != actual)
     want, have = int(expected[b, h, t, j]), int(actual[b, h, t, j])
     p = t + case.kv_len - case.q_len
     if have < 0:
@@ -126,7 +119,7 @@ def read_backward(prop: Property, implementation: Implementation, case: Case) ->
         wrong = pattern.wrong()
         if not wrong.any():
             continue
-        b, h, t, j = (int(i) for i in np.argwhere(wrong)[0])
+        b, h, t, j = first_at(wrong)
         deed = "misses" if pattern.visible[b, h, t, j] else "reads"
         expected = pattern.visible[b, h].astype(int)
         seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)

@@ -11,11 +11,7 @@ import numpy as np
 from nsa_ref.masks import compress_mask
 from nsa_ref.selection import scored, shared_strides
 from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
-from nsa_ref.testing.branches import (
-    Broken,
-    Raised,
-    call,
-)
+from nsa_ref.testing.branches import Broken, Raised, call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
 from nsa_ref.testing.implementation import Implementation

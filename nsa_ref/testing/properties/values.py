@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.testing.branches import (
-    Branch,
-    Broken,
-    Inconclusive,
-    Inputs,
-)
+from nsa_ref.testing.branches import Branch, Broken, Inconclusive, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Outcome, Property, all_bounds, set_up, settle
+from nsa_ref.testing.properties.common import (
+    GRADIENTS,
+    Outcome,
+    Property,
+    all_bounds,
+    compare_all,
+    first_at,
+    set_up,
+    settle,
+)
 
 
 def _check_empty_rows(
@@ -34,7 +38,7 @@ def _check_empty_rows(
         same = (have == want) | (np.isnan(have) & np.isnan(want))
         wrong = np.broadcast_to(where, have.shape) & ~same
         if wrong.any():
-            index = tuple(int(i) for i in np.argwhere(wrong)[0])
+            index = first_at(wrong)
             raise Broken(
                 "A2",
                 f"{branch.name} {name}{list(index)} is {have[index]:.9g} in a row that sees no "
@@ -80,12 +84,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     actual = branch.backward(implementation, case, inputs, d_out, d_lse)
     expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
     bounds = all_bounds(branch, implementation, case, inputs, mask, d_out, d_lse)
-    return settle(
-        [
-            compare("A3", f"{branch.name} {name}", have, want, *(getattr(x, name) for x in bounds))
-            for name, have, want in zip(("dq", "dk", "dv"), actual, expected)
-        ]
-    )
+    return compare_all(prop, actual, expected, bounds)
 
 
 def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -104,9 +103,9 @@ def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Ou
     d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
     d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
     gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
-    for name, gradient in zip(("dq", "dk", "dv"), gradients):
+    for name, gradient in zip(GRADIENTS, gradients):
         if (gradient != 0).any():
-            index = tuple(int(i) for i in np.argwhere(gradient != 0)[0])
+            index = first_at(gradient != 0)
             raise Broken(
                 "A2",
                 f"{branch.name} {name}{list(index)} is {gradient[index]:.9g}, though d_out is "
