@@ -66,6 +66,7 @@ def install() -> None:
     tiles_are_a_gpus()
     scalars_stay_tensors()
     bfloat16_is_rounded()
+    nothing_is_done_twice()
 
     from nsa_fast import flex
 
@@ -196,3 +197,29 @@ def bfloat16_is_rounded() -> None:
 
     InterpreterBuilder.cast_impl = rounded_cast
     InterpreterBuilder.create_dot = dot_of_values
+
+
+def nothing_is_done_twice() -> None:
+    """10. Two things cost most of the interpreter's time, and no result depends on them.
+
+    It computes whether integers overflow, and asserts it in debug mode alone. And it replaces the
+    functions of `triton.language` by its own at every call of a device function: at the launch of
+    the kernel is enough, if both modules are replaced that such a function may know.
+    """
+    import dataclasses
+    import types
+
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    patch_lang = interpreter._patch_lang
+    knows_both = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang = lambda kernel: patch_lang(knows_both)
+    interpreter.InterpretedFunction.__call__ = call
