@@ -34,6 +34,7 @@ from nsa_ref import (
     shared_strides,
 )
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
+from nsa_ref.layer import layer_width
 from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
@@ -168,8 +169,7 @@ def layers(number: int, rng: np.random.Generator) -> Bounds:
     x = rng.standard_normal((1, 11, sizes.model_dim))
     of: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
     blocks = layer_block_indices(x, weights, **of)
-    width = sizes.model_dim if semantics.output_projection else sizes.q_heads * sizes.value_dim
-    d_out = rng.standard_normal((1, 11, width))
+    d_out = rng.standard_normal((1, 11, layer_width(sizes, semantics)))
     for row in NUMERICS:
         found = layer_bounds(x, weights, blocks, d_out, **of, numerics=row)
         gradients = found.dweights or {}

@@ -5,7 +5,7 @@ They are passed the argument's name, so that a message speaks the caller's words
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -74,3 +74,20 @@ def as_float64(name: str, x: object) -> np.ndarray:
         raise TypeError(
             f"{name} has dtype {array.dtype}; it must hold real or complex numbers."
         ) from None
+
+
+def as_weights(
+    weights: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """The weights as float64, if their names and shapes are these; else raise."""
+    if set(weights) != set(shapes):
+        missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+        raise ValueError(
+            f"weights lacks {missing} and has the unknown names {unknown}; it must have "
+            f"{sorted(shapes)}."
+        )
+    checked = {}
+    for name, shape in shapes.items():
+        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
+        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
+    return checked

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nsa_ref.checks import as_float64, check_at_least, check_shape
+from nsa_ref.checks import as_float64, as_weights, check_at_least, check_shape
 from nsa_ref.semantics import PAPER, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, check_sizes
 
@@ -22,6 +22,9 @@ def num_compress_blocks(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER)
 
         "start"   floor((kv_len - l) / d) + 1, and none if kv_len < l
         "end"     floor(kv_len / d)
+
+    The set that eq. 7 prints, i = 0 .. floor((t - l) / d), has as many; the shape printed below it,
+    d_k x floor((t - l) / d), has one less.
 
     Raises
     ------
@@ -261,14 +264,4 @@ def _checked(
     check_sizes(sizes)
     x = as_float64("x", x)
     check_shape("x", x.shape, ("batch", sizes.kv_heads, "kv_len", "dim"))
-    shapes = pool_weight_shapes(sizes, x.shape[3])
-    if set(weights) != set(shapes):
-        raise ValueError(
-            f"weights has the names {sorted(weights)}; compress_map={sizes.compress_map!r} with "
-            f"compress_positions={sizes.compress_positions} takes {sorted(shapes)}."
-        )
-    checked = {}
-    for name, shape in shapes.items():
-        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
-        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
-    return x, checked
+    return x, as_weights(weights, pool_weight_shapes(sizes, x.shape[3]))

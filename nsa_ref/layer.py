@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsa_ref.attention import Attention, attend, attend_vjp
-from nsa_ref.checks import as_float64, check_integer, check_shape
+from nsa_ref.checks import as_float64, as_weights, check_integer, check_shape
 from nsa_ref.compress import num_compress_blocks, pool, pool_vjp, pool_weight_shapes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
@@ -61,7 +62,7 @@ def layer_weight_shapes(sizes: Sizes, semantics: Semantics = PAPER) -> dict[str,
     shapes["to_q.weight"] = (heads * sizes.head_dim, dim)
     for kind in ("k", "v"):
         for branch in BRANCHES:
-            shapes[_projection(kind, branch, semantics)] = (kv_heads * dims[kind], dim)
+            shapes[projection_name(kind, branch, semantics)] = (kv_heads * dims[kind], dim)
     shapes["gates.weight"] = (len(BRANCHES) * heads, dim)
     shapes["gates.bias"] = (len(BRANCHES) * heads,)
     for kind in ("k", "v"):
@@ -74,7 +75,17 @@ def layer_weight_shapes(sizes: Sizes, semantics: Semantics = PAPER) -> dict[str,
     return shapes
 
 
-def _projection(kind: str, branch: str, semantics: Semantics) -> str:
+def layer_width(sizes: Sizes, semantics: Semantics = PAPER) -> int:
+    """Features of a token as the layer returns it: model_dim, or all heads without a projection.
+
+    Source: G1
+    """
+    if semantics.output_projection:
+        return sizes.model_dim
+    return sizes.q_heads * sizes.value_dim
+
+
+def projection_name(kind: str, branch: str, semantics: Semantics) -> str:
     """The name of the weight that makes the keys ("k") or values ("v") of a branch."""
     return f"to_{kind}_{branch}.weight" if semantics.kv_per_branch else f"to_{kind}.weight"
 
@@ -128,13 +139,13 @@ def _normed(x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS) * weights["norm.weight"]
 
 
-def _split(flat: np.ndarray, heads: int) -> np.ndarray:
+def split_heads(flat: np.ndarray, heads: int) -> np.ndarray:
     """(batch, len, heads dim) -> (batch, heads, len, dim): a head's features stand together."""
     batch, length, width = flat.shape
     return flat.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
 
 
-def _merge(x: np.ndarray) -> np.ndarray:
+def merge_heads(x: np.ndarray) -> np.ndarray:
     """The way back."""
     batch, heads, length, dim = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * dim)
@@ -147,7 +158,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _turns(semantics: Semantics, branch: str) -> bool:
+def is_rotated(semantics: Semantics, branch: str) -> bool:
     """Whether a branch's q and k are rotated (G2)."""
     if branch == "compress":
         return semantics.rotary in ("all", "before_pooling")
@@ -188,15 +199,13 @@ def _tokens(
     x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes, semantics: Semantics
 ) -> _Tokens:
     h = _normed(x, weights)
-    q = _split(h @ weights["to_q.weight"].T, sizes.q_heads)
-    k, v = (
-        {
-            branch: _split(h @ weights[_projection(kind, branch, semantics)].T, sizes.kv_heads)
-            for branch in BRANCHES
-        }
-        for kind in ("k", "v")
-    )
-    return _Tokens(h, q, k, v)
+    q = split_heads(h @ weights["to_q.weight"].T, sizes.q_heads)
+
+    def of_branches(kind: str) -> dict[str, np.ndarray]:
+        projections = {c: weights[projection_name(kind, c, semantics)] for c in BRANCHES}
+        return {c: split_heads(h @ w.T, sizes.kv_heads) for c, w in projections.items()}
+
+    return _Tokens(h, q, of_branches("k"), of_branches("v"))
 
 
 def _pooled(
@@ -206,10 +215,10 @@ def _pooled(
     sizes: Sizes,
     semantics: Semantics,
 ) -> np.ndarray:
-    return pool(tokens, _of_map(weights, kind), sizes, semantics)
+    return pool(tokens, map_weights(weights, kind), sizes, semantics)
 
 
-def _of_map(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+def map_weights(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     """The weights of the compression map of keys ("k") or values ("v")."""
     prefix = f"compress_{kind}."
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
@@ -231,10 +240,10 @@ def _branches(
     """
     batch, q_len, kv_len = q.shape[0], q.shape[2], tokens.k["fine"].shape[2]
     p = np.arange(q_len) + kv_len - q_len
-    rows = {b: rotate(q, p) if _turns(semantics, b) else q for b in BRANCHES}
+    rows = {b: rotate(q, p) if is_rotated(semantics, b) else q for b in BRANCHES}
     keys, values = dict(tokens.k), dict(tokens.v)
     for branch in ("fine", "sliding"):
-        if _turns(semantics, branch):
+        if is_rotated(semantics, branch):
             keys[branch] = rotate(keys[branch], np.arange(kv_len))
     if semantics.rotary == "all":
         # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
@@ -287,7 +296,7 @@ def _combined(
     gates: dict[str, np.ndarray], attended: dict[str, Attention], weights: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """Eq. 5, heads merged, projected if there is a projection."""
-    out = _merge(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
+    out = merge_heads(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
     return out @ weights["to_out.weight"].T if "to_out.weight" in weights else out
 
 
@@ -316,6 +325,9 @@ def layer(
         blocks = top-n by q and k_cmp as the compress branch sees them
         out    = sum over c of sigmoid(gates_c h) * Attn_c(q, k_c, v_c), then to_out
 
+    The paper derives the gates by "an MLP and sigmoid activation" (section 3.2). Here they are one
+    linear map, as in the layers that the presets follow: upstream's default, fla's and XunhaoLai's.
+
     Shapes
     ------
     x : (batch, seq_len, model_dim)
@@ -333,7 +345,7 @@ def layer(
     ------
     G1, G2; arXiv 2502.11089, eq. 5
     """
-    x, weights = _checked(x, weights, sizes, semantics)
+    x, weights = layer_arguments(x, weights, sizes, semantics)
     tokens = _tokens(x, weights, sizes, semantics)
     branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
     attended = _attended(branches, semantics)
@@ -357,7 +369,7 @@ def layer_block_indices(
     ------
     I1 to I6
     """
-    x, weights = _checked(x, weights, sizes, semantics)
+    x, weights = layer_arguments(x, weights, sizes, semantics)
     tokens = _tokens(x, weights, sizes, semantics)
     return _of_all_rows(tokens, weights, sizes, semantics, None).block_indices
 
@@ -384,7 +396,7 @@ def selection_inputs(
     ------
     I1, G2
     """
-    x, weights = _checked(x, weights, sizes, semantics)
+    x, weights = layer_arguments(x, weights, sizes, semantics)
     tokens = _tokens(x, weights, sizes, semantics)
     branches = _of_all_rows(tokens, weights, sizes, semantics, None)
     mem_k, k_cmp = np.split(branches.k["compress"], [sizes.num_mem_kv], axis=2)
@@ -437,7 +449,7 @@ def layer_vjp(
     ------
     G1, A3, A4, C4; derived by hand from `layer`
     """
-    x, weights = _checked(x, weights, sizes, semantics)
+    x, weights = layer_arguments(x, weights, sizes, semantics)
     tokens = _tokens(x, weights, sizes, semantics)
     branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
     attended = _attended(branches, semantics)
@@ -455,10 +467,10 @@ def layer_vjp(
 
     d_heads = d_out
     if "to_out.weight" in weights:
-        combined = _merge(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
+        combined = merge_heads(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
         dweights["to_out.weight"] += np.einsum("bto,bti->oi", d_out, combined)
         d_heads = d_out @ weights["to_out.weight"]
-    d_heads = _split(d_heads, sizes.q_heads)
+    d_heads = split_heads(d_heads, sizes.q_heads)
 
     d_logits = []
     dq = np.zeros(tokens.q.shape, dtype=dtype)
@@ -477,12 +489,12 @@ def layer_vjp(
         )
         if branch == "compress":
             dk_c, dv_c = _through_pool(dk_c, dv_c, tokens, weights, sizes, semantics, dweights)
-        elif _turns(semantics, branch):
+        elif is_rotated(semantics, branch):
             dk_c = rotate(dk_c, -p)
-        dq += rotate(dq_c, -p) if _turns(semantics, branch) else dq_c
-        dh += through(_projection("k", branch, semantics), _merge(dk_c))
-        dh += through(_projection("v", branch, semantics), _merge(dv_c))
-    dh += through("to_q.weight", _merge(dq))
+        dq += rotate(dq_c, -p) if is_rotated(semantics, branch) else dq_c
+        dh += through(projection_name("k", branch, semantics), merge_heads(dk_c))
+        dh += through(projection_name("v", branch, semantics), merge_heads(dv_c))
+    dh += through("to_q.weight", merge_heads(dq))
     d_logit = np.concatenate(d_logits, axis=2)
     dh += through("gates.weight", d_logit)
     dweights["gates.bias"] += d_logit.sum(axis=(0, 1))
@@ -516,7 +528,7 @@ def _through_pool(
     k, v = _turned_tokens(tokens.k["compress"], semantics), tokens.v["compress"]
     found = []
     for kind, of_tokens, d_cmp in (("k", k, dk_cmp), ("v", v, dv_cmp)):
-        d_tokens, d_map = pool_vjp(of_tokens, _of_map(weights, kind), d_cmp, sizes, semantics)
+        d_tokens, d_map = pool_vjp(of_tokens, map_weights(weights, kind), d_cmp, sizes, semantics)
         for name, gradient in d_map.items():
             dweights[f"compress_{kind}.{name}"] += gradient
         found.append(d_tokens)
@@ -551,7 +563,7 @@ def decode(
     ------
     G3
     """
-    x, weights = _checked(x, weights, sizes, semantics)
+    x, weights = layer_arguments(x, weights, sizes, semantics)
     if not semantics.causal:
         raise ValueError(
             "semantics.causal=False must be True to decode: a row would need later tokens."
@@ -565,8 +577,7 @@ def decode(
     k = dict.fromkeys(BRANCHES, none(sizes.head_dim))
     v = dict.fromkeys(BRANCHES, none(sizes.value_dim))
     k_cmp, v_cmp = none(sizes.head_dim), none(sizes.value_dim)
-    width = sizes.model_dim if semantics.output_projection else sizes.q_heads * sizes.value_dim
-    out = np.zeros((batch, seq_len, width), dtype=dtype)
+    out = np.zeros((batch, seq_len, layer_width(sizes, semantics)), dtype=dtype)
     for t in range(seq_len):
         new = _tokens(x[:, t : t + 1], weights, sizes, semantics)
         k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
@@ -628,10 +639,10 @@ def varlen(
     """
     x = as_float64("x", x)
     check_shape("x", x.shape, ("total tokens", sizes.model_dim))
-    bounds = check_cu_seqlens(cu_seqlens, x.shape[0])
+    offsets = check_cu_seqlens(cu_seqlens, x.shape[0])
     rows = [
         layer(x[None, start:stop], weights, sizes=sizes, semantics=semantics)[0]
-        for start, stop in itertools.pairwise(bounds)
+        for start, stop in itertools.pairwise(offsets)
     ]
     none = layer(x[None, :0], weights, sizes=sizes, semantics=semantics)[0]
     return np.concatenate([none, *rows], axis=0)
@@ -670,11 +681,11 @@ def varlen_vjp(
     x, d_out = as_float64("x", x), as_float64("d_out", d_out)
     check_shape("x", x.shape, ("total tokens", sizes.model_dim))
     check_shape("d_out", d_out.shape, (x.shape[0], "out_dim"))
-    bounds = check_cu_seqlens(cu_seqlens, x.shape[0])
+    offsets = check_cu_seqlens(cu_seqlens, x.shape[0])
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
     none, total = layer_vjp(x[None, :0], weights, d_out[None, :0], **how)
     rows = [none[0]]
-    for start, stop in itertools.pairwise(bounds):
+    for start, stop in itertools.pairwise(offsets):
         dx, dweights = layer_vjp(x[None, start:stop], weights, d_out[None, start:stop], **how)
         rows.append(dx[0])
         total = {name: total[name] + dweights[name] for name in total}
@@ -702,21 +713,16 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
     return offsets
 
 
-def _checked(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes, semantics: Semantics
+def layer_arguments(
+    x: ArrayLike, weights: Mapping[str, ArrayLike], sizes: Sizes, semantics: Semantics
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """x and the weights as float64, of the right names and shapes."""
+    """x and the weights as float64.
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`
+    """
     shapes = layer_weight_shapes(sizes, semantics)
     x = as_float64("x", x)
     check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))
-    if set(weights) != set(shapes):
-        missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
-        raise ValueError(
-            f"weights lacks {missing} and has the unknown names {unknown}; it must have "
-            f"{sorted(shapes)}."
-        )
-    checked = {}
-    for name, shape in shapes.items():
-        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
-        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
-    return x, checked
+    return x, as_weights(weights, shapes)

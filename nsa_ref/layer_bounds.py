@@ -49,7 +49,16 @@ from numpy.typing import ArrayLike, NDArray
 from nsa_ref.bounds import RoundedAttention, rounded_attention
 from nsa_ref.checks import check_multiple, check_one_of, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
-from nsa_ref.layer import _merge, _of_map, _projection, _split, _turns, layer_weight_shapes
+from nsa_ref.layer import (
+    is_rotated,
+    layer_arguments,
+    layer_weight_shapes,
+    layer_width,
+    map_weights,
+    merge_heads,
+    projection_name,
+    split_heads,
+)
 from nsa_ref.map_bounds import RoundedPool, rounded_pool, window_tokens
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.numerics import NUMERICS, Array, Numerics
@@ -133,26 +142,14 @@ def layer_bounds(
     NUMERICS 2 "Gates and combine"; G1, G2
     """
     check_one_of("numerics", numerics, NUMERICS)
-    shapes = layer_weight_shapes(sizes, semantics)
-    x = np.asarray(x, dtype=np.float64)
-    check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))
+    x, w = layer_arguments(x, weights, sizes, semantics)
     batch, seq_len, _ = x.shape
     if semantics.rotary != "none":
         check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
-    if set(weights) != set(shapes):
-        raise ValueError(f"weights has {sorted(weights)}; this layer takes {sorted(shapes)}.")
-    w = {name: np.asarray(weights[name], dtype=np.float64) for name in shapes}
-    for name, shape in shapes.items():
-        check_shape(f"weights[{name!r}]", w[name].shape, shape)
     d_out_ = None
     if d_out is not None:
-        out_dim = sizes.q_heads * sizes.value_dim
         d_out_ = np.asarray(d_out, dtype=np.float64)
-        check_shape(
-            "d_out",
-            d_out_.shape,
-            (batch, seq_len, sizes.model_dim if semantics.output_projection else out_dim),
-        )
+        check_shape("d_out", d_out_.shape, (batch, seq_len, layer_width(sizes, semantics)))
 
     masks = branch_masks(np.asarray(block_indices), batch, seq_len, sizes, semantics)
     rows = NUMERICS[numerics], NUMERICS["fp64"]
@@ -352,9 +349,9 @@ class RoundedLayer:
 
         q = self._heads("to_q.weight", sizes.q_heads)
         turned = rotated(q, self.turn, row)
-        self.branch_q = {c: turned if _turns(semantics, c) else q for c in BRANCHES}
+        self.branch_q = {c: turned if is_rotated(semantics, c) else q for c in BRANCHES}
         k, v = (
-            {c: self._heads(_projection(kind, c, semantics), sizes.kv_heads) for c in BRANCHES}
+            {c: self._heads(projection_name(kind, c, semantics), sizes.kv_heads) for c in BRANCHES}
             for kind in ("k", "v")
         )
         self.to_pool = {"k": k["compress"], "v": v["compress"]}
@@ -374,7 +371,7 @@ class RoundedLayer:
             c: Rounded(self.gates.value[i, ..., None], self.gates.error[i, ..., None])
             for i, c in enumerate(BRANCHES)
         }
-        self.merged = self._combined().map(_merge)
+        self.merged = self._combined().map(merge_heads)
         self.out = self.merged
         if semantics.output_projection:
             self.out = affine(self.merged, weights["to_out.weight"], None, row)
@@ -387,7 +384,7 @@ class RoundedLayer:
         if semantics.output_projection:
             dw["to_out.weight"] = weight_gradient(g, self.merged, row)
             g = matmul(g, exact(self.weights["to_out.weight"]), row)
-        g = g.map(lambda part: _split(part, self.sizes.q_heads))
+        g = g.map(lambda part: split_heads(part, self.sizes.q_heads))
         back = {c: self._attend(c, times(self.gate[c], g, row)) for c in BRANCHES}
         dg = joined([inner(g, self.attended[c], row) for c in BRANCHES], np.stack)
         dz = sigmoid_gradient(dg, self.gates, row).map(self._merge_gates)
@@ -408,19 +405,19 @@ class RoundedLayer:
         plain: dict[str, list[Rounded]] = {"to_q.weight": []}
         turned: dict[str, list[Rounded]] = {"to_q.weight": []}
         for c in BRANCHES:
-            turns_q = _turns(semantics, c)
+            turns_q = is_rotated(semantics, c)
             # with "all" the compress branch turns blocks, once they are pooled
             turns_k = turns_q and (c != "compress" or semantics.rotary == "before_pooling")
             for name, turns, d in (
                 ("to_q.weight", turns_q, back[c].dq),
-                (_projection("k", c, semantics), turns_k, d_tokens[c]["k"]),
-                (_projection("v", c, semantics), False, d_tokens[c]["v"]),
+                (projection_name("k", c, semantics), turns_k, d_tokens[c]["k"]),
+                (projection_name("v", c, semantics), False, d_tokens[c]["v"]),
             ):
                 for readers in (plain, turned):
                     readers.setdefault(name, [])
                 (turned if turns else plain)[name].append(d)
         projected = {
-            name: turned_gradient(plain[name], turned[name], self.turn, row).map(_merge)
+            name: turned_gradient(plain[name], turned[name], self.turn, row).map(merge_heads)
             for name in plain
         }
         projected["gates.weight"] = dz
@@ -441,11 +438,11 @@ class RoundedLayer:
         return affine(rest, self.weights[name], bias, self.row, common)
 
     def _heads(self, name: str, heads: int) -> Rounded:
-        return self._projected(name).map(lambda part: _split(part, heads))
+        return self._projected(name).map(lambda part: split_heads(part, heads))
 
     def _pool(self, kind: str, d_blocks: Rounded | None = None) -> RoundedPool:
         """The blocks of keys ("k") or values ("v"), and the gradients of their map."""
-        weights, compress_map = _of_map(self.weights, kind), self.sizes.compress_map
+        weights, compress_map = map_weights(self.weights, kind), self.sizes.compress_map
         y = self.to_pool[kind]
         return rounded_pool(y, weights, d_blocks, self.tokens, compress_map, self.row)
 

@@ -136,7 +136,7 @@ def fine_mask(
 
     Source
     ------
-    F1, F2, F3, F4, I6; arXiv 2502.11089, section 3.3.2
+    F1, F2, F3, F4, I6; arXiv 2502.11089, eq. 12, which does not cut the own block at p
     """
     check_at_least("q_len", q_len, 0)
     num_blocks = num_selection_blocks(kv_len, sizes)

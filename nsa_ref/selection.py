@@ -122,7 +122,8 @@ def shared_strides(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> n
 
     Eq. 9 prints p_slc[j] = sum_{m < l'/d} sum_{n < l/d} p_cmp[l'/d j - m - n]; with j and p_cmp
     counted from 1 it sums by overlap in strides. From 0 the same sum is over l'/d j + m - n for
-    windows that start at i d, and over l'/d j + m + n for windows that end at (i + 1) d.
+    windows that start at i d, and over l'/d j + m + n for windows that end at (i + 1) d. The paper
+    wants l <= l'; a longer window shares strides with more blocks, and the count is the same.
 
     Shapes
     ------
@@ -171,7 +172,8 @@ def compress_probabilities(
         p_cmp = softmax(scale q.k)  over memory and visible compressed blocks; 0 where invisible
 
     Memory takes part in the softmax and is no candidate, so a row sums to less than 1 with it,
-    and to 0 where no compressed block is visible.
+    and to 0 where no compressed block is visible. Eq. 8 prints no scale: it is that of eq. 2, for
+    the compress branch attends with these very probabilities.
 
     Shapes
     ------

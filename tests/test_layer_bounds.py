@@ -617,7 +617,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="x has shape"):
         bound(x=case.x[..., :-1])
     fewer = {name: weight for name, weight in case.weights.items() if name != "to_q.weight"}
-    with pytest.raises(ValueError, match=r"this layer takes .*'to_q.weight'"):
+    with pytest.raises(ValueError, match=r"weights lacks .* it must have .*'to_q.weight'"):
         bound(weights=fewer)
     with pytest.raises(ValueError, match=r"weights\['to_q.weight'\] has shape"):
         bound(weights=case.weights | {"to_q.weight": np.zeros((1, 1))})
@@ -625,5 +625,6 @@ def test_bad_arguments_are_named() -> None:
         bound(d_out=case.d_out[:, :0])
     odd = dataclasses.replace(case.sizes, head_dim=3)
     with pytest.raises(ValueError, match="head_dim=3 must be a positive multiple of 2"):
-        bound(sizes=odd)
+        weights = {n: np.zeros(s) for n, s in layer_weight_shapes(odd, LUCIDRAINS).items()}
+        bound(sizes=odd, weights=weights)
     assert set(ROWS) <= set(NUMERICS)

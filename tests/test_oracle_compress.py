@@ -306,8 +306,8 @@ def pooled(x=X, weights=LINEAR, **changes):
         (
             lambda: pooled(weights={"weight": LINEAR["weight"]}),
             ValueError,
-            r"weights has the names \['weight'\]; compress_map='linear' with "
-            r"compress_positions=False takes \['bias', 'weight'\]",
+            r"weights lacks \['bias'\] and has the unknown names \[\]; it must have "
+            r"\['bias', 'weight'\]",
         ),
         (
             lambda: pooled(weights={**LINEAR, "bias": np.ones(4)}),

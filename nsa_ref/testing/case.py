@@ -18,7 +18,7 @@ import numpy as np
 
 from nsa_ref.checks import check_at_least, check_one_of
 from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
-from nsa_ref.layer import layer_weight_shapes
+from nsa_ref.layer import layer_weight_shapes, layer_width
 from nsa_ref.semantics import PAPER, PRESETS, Semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
 
@@ -113,9 +113,7 @@ class Case(Sizes):
     @property
     def layer_width(self) -> int:
         """Features of a token as the layer returns it."""
-        if self.semantics.output_projection:
-            return self.model_dim
-        return self.q_heads * self.value_dim
+        return layer_width(self, self.semantics)
 
     @property
     def generic(self) -> bool:
