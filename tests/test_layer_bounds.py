@@ -1,6 +1,6 @@
 """`nsa_ref.layer_bounds`: no right layer exceeds it, and in float32 every wrong one does by far.
 
-Right layers are emulated in torch (`layer_emulation`), in several ways and every dtype. The
+Right layers (`nsa_ref.testing.mutants.layer`) run in several ways and every dtype. The
 budget they use is printed: see it with ``-s``, or with ``-rP`` under pytest-xdist.
 """
 
@@ -16,7 +16,7 @@ import pytest
 import flash_emulation
 import layer_emulation as emulation
 from flash_emulation import Array, generator
-from layer_emulation import LayerCase, Results, Way
+from layer_emulation import LayerCase, Results
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.bounds import attention_bounds
 from nsa_ref.layer import layer, layer_vjp, layer_weight_shapes, selection_inputs
@@ -35,8 +35,10 @@ from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.mutants import layers
+from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
 
-ROWS = tuple(emulation.TORCH_DTYPES)
+ROWS = flash_emulation.ROWS
 CASES = 10  # per row, two of each preset; half of them as small as can be
 TINY = {
     "seq_len": 3,
@@ -92,7 +94,7 @@ def test_right_layers_stay_within_their_bounds(row: str) -> None:
         semantics = emulation.with_semantics(PRESETS[preset], rng)
         sizes: dict[str, Any] = dict(TINY) if seed % 2 else {}
         case = emulation.draw_case(rng, row, semantics, **sizes)
-        way = Way.draw(rng, row)
+        way = emulation.draw_way(rng, row)
         got, right = emulation.layer(case, row, way), emulation.reference(case)
         for name, used in judged(case, got, right, bounds_of(case, row)).items():
             assert used <= 1, f"{row}, {preset}, seed {seed}, {way}: {name} uses {used}"
@@ -117,7 +119,7 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
         case = emulation.draw_case(
             rng, row, semantics, seq_len=9 + seed, head_dim=4, compress_map=compress_map
         )
-        way = Way.draw(rng, row)
+        way = emulation.draw_way(rng, row)
         got, right = emulation.layer(case, row, way), emulation.reference(case)
         for name, used in judged(case, got, right, bounds_of(case, row)).items():
             assert used <= 1, f"{row}, {compress_map}, {way}: {name} uses {used}"
@@ -155,19 +157,17 @@ def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
         rotary = "all" if seed < 2 else "before_pooling"
         semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary=rotary)
         case = emulation.draw_case(rng, row, semantics, seq_len=12)
-        got, right = emulation.layer(case, row, Way()), emulation.reference(case)
         memory = case.weights["mem_k"]
         memory = np.broadcast_to(memory, (case.x.shape[0], *memory.shape))
         scores = [
             importance(
-                each.q,
-                each.k_cmp,
+                *emulation.selection_inputs(case, each, LayerWay()),
                 memory,
                 kv_len=12,
                 sizes=case.sizes,
                 semantics=semantics,
             )
-            for each in (got, right)
+            for each in (row, "fp64")
         ]
         bound = bounds_of(case, row).scores
         assert bound is not None
@@ -180,30 +180,30 @@ def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
     print(f"\nbudget used by scores of right layers, {row}: {largest:.3f}")
 
 
-BUGS = (
-    "gates permuted",
-    "gates by softmax",
-    "window one longer",
-    "compressed keys detached",
-    "rotary missing",
-    "rotary on one branch only",
-    "keys pooled before they are turned",
-    "norm eps 1e-2",
-    "one gate 0.3 % off",
-    "one gate detached",
-    "positions dropped",
-    "memory takes one batch entry's gradient",
-    "weight gradient without the last token",
+WRONG = (
+    layers.GatesPermuted,
+    layers.SoftmaxGates,
+    layers.WindowOneOffInTheLayer,
+    layers.CompressionDetached,
+    layers.NothingTurned,
+    layers.RotaryForgottenInSliding,
+    layers.PoolsKeysAsTheyAre,
+    layers.LargeNormEpsilon,
+    layers.GatesSlightlyOff,
+    layers.GateDetached,
+    layers.NoPositionsInTheLayer,
+    layers.MemoryGradientOfOneEntry,
+    layers.TokenMissingInAWeight,
 )
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_every_single_bug_exceeds_a_bound_in_float32_by_far(bug: str) -> None:
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_wrong_layer_exceeds_a_bound_in_float32_by_far(wrong: type[LayerInSteps]) -> None:
     """Ten times the bound and more, in a layer as a judge draws it."""
     for seed in range(2):
         rng = generator(42, seed)
         semantics = LUCIDRAINS if seed else LUCIDRAINS_FLEX
-        if bug == "keys pooled before they are turned":
+        if wrong is layers.PoolsKeysAsTheyAre:
             semantics = dataclasses.replace(semantics, rotary="before_pooling")
         case = emulation.draw_case(
             rng,
@@ -224,12 +224,14 @@ def test_every_single_bug_exceeds_a_bound_in_float32_by_far(bug: str) -> None:
             num_selected_blocks=2,
             sliding_window_size=4,
         )
-        way, bounds = Way.draw(rng, "fp32"), bounds_of(case, "fp32")
+        way, bounds = emulation.draw_way(rng, "fp32"), bounds_of(case, "fp32")
         right = emulation.reference(case)
-        alright = judged(case, emulation.layer(case, "fp32", way), right, bounds)
-        wrong = judged(case, emulation.layer(case, "fp32", way, bug), right, bounds)
-        assert max(alright.values()) <= 1, f"without the bug: {alright}"
-        assert max(wrong.values()) > 10, f"seed {seed}, {way} lets it through: {wrong}"
+        used, far = (
+            judged(case, emulation.layer(case, "fp32", way, kind), right, bounds)
+            for kind in (LayerInSteps, wrong)
+        )
+        assert max(used.values()) <= 1, f"without the mistake: {used}"
+        assert max(far.values()) > 10, f"seed {seed}, {way} lets it through: {far}"
 
 
 def test_finer_arithmetic_has_smaller_bounds() -> None:
@@ -317,7 +319,7 @@ def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> 
         bounds = packed_weight_bounds(
             lengths, right, each_bound, sizes=case.sizes, semantics=semantics, numerics=row
         )
-        way = Way.draw(rng, row)
+        way = emulation.draw_way(rng, row)
         if together:
             got = emulation.layer(case, row, way).dweights
         else:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import flash_emulation
 from flash_emulation import Array, Generator, generator
-from layer_emulation import TORCH_DTYPES, _rotated
 from nsa_ref import rounded
 from nsa_ref.map_bounds import rounded_pool
 from nsa_ref.numerics import NUMERICS, Numerics
 from nsa_ref.rounded import Rounded
+from nsa_ref.testing.mutants.layer import rotated
 
 ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
 MANY = 3000
@@ -33,8 +33,8 @@ class Drawn:
 
     def __init__(self, rng: Generator, row: str, size: float) -> None:
         self.rng, self.row, self.size = rng, row, size
-        self.dtype = TORCH_DTYPES[row]
         self.numerics: Numerics = NUMERICS[row]
+        self.dtype = getattr(torch, self.numerics.dtype)
 
     def normal(
         self, *shape: int, spread: float = 1.0, exact: bool = False
@@ -146,7 +146,7 @@ def rotary(d: Drawn, *, back: bool, upcast: bool) -> Case:
     """Positions up to 3000; the gradient turns back."""
     (y, given), (g, dy) = d.normal(MANY, 4), d.normal(MANY, 4)
     dtype = torch.float32 if upcast and d.dtype != torch.float64 else d.dtype
-    got = _rotated(y, torch.arange(MANY), dtype)
+    got = rotated(y, torch.arange(MANY), dtype)
     if back:
         (got,) = torch.autograd.grad(got, y, g)
         given = dy
@@ -166,7 +166,7 @@ def joined(d: Drawn) -> Case:
     (a, plain), *turned = drawn
     y, _ = d.normal(MANY, 2)
     both = turned[0][0] + turned[1][0]
-    (back,) = torch.autograd.grad(_rotated(y, torch.arange(MANY), d.dtype), y, both)
+    (back,) = torch.autograd.grad(rotated(y, torch.arange(MANY), d.dtype), y, both)
     angle = np.arange(MANY).astype(wide)
     cosine, sine = np.cos(angle), np.sin(angle)
     u, v = (sum(part.value[:, i].astype(wide) for _, part in turned) for i in (0, 1))
@@ -179,7 +179,7 @@ def joined(d: Drawn) -> Case:
 def pooled_once_turned(d: Drawn) -> Case:
     """Means of two tokens that are turned at positions up to 3000."""
     y, given = d.normal(1, 1, MANY, 4)
-    got = _rotated(y, torch.arange(MANY), d.dtype)
+    got = rotated(y, torch.arange(MANY), d.dtype)
     got = (got[:, :, 0::2] + got[:, :, 1::2]) / 2
     frequency = wide(10000) ** (-np.arange(0, 4, 2).astype(wide) / 4)
     angle = np.arange(MANY).astype(wide)[:, None] * frequency

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import pytest
 
-import layer_mutants  # noqa: F401, they join the zoo
-from layer_in_steps import LayerInSteps
 from nsa_ref.testing import Implementation
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.arithmetic import AnotherOrder
 from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.layer import LayerInSteps
 from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property

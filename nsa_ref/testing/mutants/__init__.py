@@ -4,7 +4,7 @@ A mutant overrides one step of the definition (masks), or of a second implementa
 as it stands (attention, compression, selection, the layer).
 """
 
-from nsa_ref.testing.mutants import arithmetic, compression, masks, selection
+from nsa_ref.testing.mutants import arithmetic, compression, layers, masks, selection
 from nsa_ref.testing.mutants.zoo import ZOO, Mutant, mutant
 
-__all__ = ["ZOO", "Mutant", "arithmetic", "compression", "masks", "mutant", "selection"]
+__all__ = ["ZOO", "Mutant", "arithmetic", "compression", "layers", "masks", "mutant", "selection"]

@@ -45,6 +45,7 @@ class Rounding:
 
     wide : dtype of registers and accumulators
     dtype : dtype in memory
+    tf32 : factors of a matrix product are read in 11 bits
     by_head : each query head's dk and dv are stored before the group sum
     """
 
@@ -54,7 +55,7 @@ class Rounding:
         self.wide: Any = np.float64 if numerics.dtype == "float64" else np.float32
         self.by_head = numerics.stores_each_head
         self.order = order
-        self._tf32 = numerics.u_operand > 0
+        self.tf32 = numerics.u_operand > 0
 
     def store(self, x: np.ndarray) -> np.ndarray:
         """x after it has been in memory."""
@@ -72,7 +73,7 @@ class Rounding:
 
     def dot(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The same with factors as a matrix unit reads them."""
-        if self._tf32:
+        if self.tf32:
             a, b = _eleven_bits(a), _eleven_bits(b)
         return self.products(a, b)
 

@@ -1,0 +1,327 @@
+"""The layer a second time, step by step: right as it stands, and able to round as real ones do.
+
+Attention, compression maps and the choice of blocks are parts, which are implementations by
+themselves; projections, norm, rotation and gates are torch's, and so are all gradients. It decodes
+by running the tokens so far and keeping the last row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.semantics import BRANCHES, LUCIDRAINS_FLEX, PAPER
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.implementation import TorchImplementation
+from nsa_ref.testing.mutants.compression import CompressionMap
+from nsa_ref.testing.mutants.kernel import EagerKernel, Kernel
+from nsa_ref.testing.mutants.rounding import Rounding, Way
+from nsa_ref.testing.mutants.selection import DenseMasks, Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerWay:
+    """The decisions on which right layers differ.
+
+    attention : of attention, compression maps and choice
+    eager : attention without fusion
+    fused_projections : all projections of h as one matrix product
+    wide : RMSNorm, rotary and combine in float32, each stored once
+    turn_once : what several branches read is rotated once, not for each branch
+    reverse : features are added up in the other order
+    """
+
+    attention: Way = Way()
+    eager: bool = False
+    fused_projections: bool = False
+    wide: bool = False
+    turn_once: bool = False
+    reverse: bool = False
+
+
+class Read(NamedTuple):
+    """What the branches attend with, one entry each; memory stands before the compressed blocks.
+
+    gates : (3, batch, q_heads, tokens)
+    """
+
+    q: dict[str, Tensor]
+    k: dict[str, Tensor]
+    v: dict[str, Tensor]
+    gates: Tensor
+
+
+class LayerInSteps(DenseMasks, TorchImplementation):
+    """The row of numerics follows from the case's dtype, or is `row`."""
+
+    name = "layer in steps"
+    semantics = (
+        PAPER,
+        LUCIDRAINS_FLEX,
+        dataclasses.replace(PAPER, rotary="all", input_norm=True),
+        dataclasses.replace(PAPER, kv_per_branch=False, output_projection=True),
+        dataclasses.replace(PAPER, kv_per_branch=False, rotary="before_pooling"),
+        dataclasses.replace(PAPER, causal=False),
+    )
+    numerics: Mapping[str, str] = {"float64": "fp64", "float32": "fp32"}
+    kernel = Kernel()
+    maps = CompressionMap()
+    selector = Selector()
+    norm_eps = 2.0**-23
+
+    def __init__(self, way: LayerWay | None = None, row: str = "") -> None:
+        super().__init__("cpu")
+        self.way = way or LayerWay()
+        if row:
+            self.numerics = {NUMERICS[row].dtype: row}
+            kernel = EagerKernel if self.way.eager else Kernel
+            self.kernel = kernel(self.way.attention, row)
+            self.maps = type(self.maps)(self.way.attention, row)
+
+    # steps
+
+    def upcast(self, x: Tensor) -> Tensor:
+        """In float32, where the way is to keep more digits for a moment."""
+        return x.float() if self.way.wide and x.element_size() < 4 else x
+
+    def normed(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        if not case.semantics.input_norm:
+            return x
+        wide, weight = self.upcast(x), weights["norm.weight"]
+        mean = (wide * wide).mean(-1, keepdim=True) + self.norm_eps
+        if self.way.reverse:
+            return (wide / mean.sqrt()).to(x.dtype) * weight
+        return (wide * mean.rsqrt() * self.upcast(weight)).to(x.dtype)
+
+    def linear(self, case: Case, x: Tensor, weight: Tensor) -> Tensor:
+        r = Rounding(self.numerics[case.dtype])
+        if r.tf32:
+
+            def backward(x: Any, weight: Any, d_out: Any) -> tuple[np.ndarray, ...]:
+                rows = (y.reshape(-1, y.shape[-1]).T for y in (d_out, x))
+                return r.dot(d_out, weight.T), r.dot(*rows)
+
+            return self._through(case, r.dot, backward, x, weight)
+        return x.flip(-1) @ weight.flip(-1).mT if self.way.reverse else x @ weight.mT
+
+    def projections(self, case: Case, weights: Any, h: Tensor) -> dict[str, Tensor]:
+        """Of all tokens by every matrix that reads h: (batch, tokens, width)."""
+        import torch
+
+        names = [n for n in weights if n.startswith("to_") and n != "to_out.weight"]
+        names.append("gates.weight")
+        if not self.way.fused_projections:
+            return {name: self.linear(case, h, weights[name]) for name in names}
+        together = self.linear(case, h, torch.cat([weights[name] for name in names]))
+        return dict(zip(names, together.split([len(weights[name]) for name in names], dim=-1)))
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotated(x, positions, self.upcast(x).dtype)
+
+    def turns(self, case: Case, branch: str) -> bool:
+        rotary = case.semantics.rotary
+        return rotary != "none" and (rotary != "fine_and_sliding" or branch != "compress")
+
+    def turns_before_pooling(self, case: Case) -> bool:
+        return case.semantics.rotary == "before_pooling"
+
+    def places(self, case: Case, blocks: int) -> Tensor:
+        """Where compressed keys stand when they are turned."""
+        import torch
+
+        return torch.arange(blocks) * case.compress_block_sliding_stride
+
+    def memory(self, weights: Any, kind: str, batch: int) -> Tensor:
+        return weights[f"mem_{kind}"].expand(batch, -1, -1, -1)
+
+    def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
+        prefix = f"compress_{kind}."
+        w = {n.removeprefix(prefix): x for n, x in weights.items() if n.startswith(prefix)}
+
+        def forward(x: Any, *of_map: Any) -> np.ndarray:
+            return self.maps.pool(case, x, dict(zip(w, of_map)))
+
+        def backward(x: Any, *of_map: Any) -> tuple[np.ndarray, ...]:
+            *values, d_out = of_map
+            dx, dweights = self.maps.pool_vjp(case, x, dict(zip(w, values)), d_out)
+            return dx, *(dweights[name] for name in w)
+
+        return self._through(case, forward, backward, tokens, *w.values())
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        logits = (projected + weights["gates.bias"]).unflatten(-1, (3, case.q_heads))
+        return self.squashed(logits.permute(2, 0, 3, 1))
+
+    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
+        return self.selector.select(case, *map(self.array, (q, k_cmp, mem_k)))
+
+    def attended(self, case: Case, branch: str, read: Read, mask: np.ndarray) -> Tensor:
+        def forward(q: Any, k: Any, v: Any) -> np.ndarray:
+            return self.kernel.attend(case, branch, mask, q, k, v).out
+
+        def backward(q: Any, k: Any, v: Any, d_out: Any) -> tuple[np.ndarray, ...]:
+            d_lse = np.zeros(q.shape[:3])
+            return self.kernel.attend_vjp(case, branch, mask, q, k, v, d_out, d_lse)
+
+        inputs = read.q[branch], read.k[branch], read.v[branch]
+        return self._through(case, forward, backward, *inputs)
+
+    def after_selection(self, case: Case, out: Tensor, read: Read) -> Tensor:
+        return out
+
+    def combined(self, gates: Tensor, outs: list[Tensor]) -> Tensor:
+        import torch
+
+        if self.way.reverse and not self.way.wide:
+            return torch.einsum("cbht,cbhtv->bhtv", gates, torch.stack(outs))
+        terms = [self.upcast(g)[..., None] * self.upcast(out) for g, out in zip(gates, outs)]
+        return (terms[0] + terms[1] + terms[2]).to(outs[0].dtype)
+
+    # the whole
+
+    def _through(
+        self,
+        case: Case,
+        forward: Callable[..., np.ndarray],
+        backward: Callable[..., tuple[np.ndarray, ...]],
+        *tensors: Tensor,
+    ) -> Tensor:
+        """What NumPy computes, as a tensor; backward gets the inputs and the gradient of it."""
+        import torch
+
+        arrays, dtype = [self.array(tensor) for tensor in tensors], DTYPES[case.dtype]
+
+        class Bridge(torch.autograd.Function):
+            @staticmethod
+            def forward(_: Any, *tensors: Tensor) -> Tensor:
+                return self.tensor(case, forward(*arrays).astype(dtype))
+
+            @staticmethod
+            def backward(_: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+                found = backward(*arrays, self.array(d_out))
+                return tuple(self.tensor(case, gradient.astype(dtype)) for gradient in found)
+
+        return Bridge.apply(*tensors)
+
+    def read(self, case: Case, weights: Any, x: Tensor) -> Read:
+        """Everything up to attention."""
+        import torch
+
+        projected = self.projections(case, weights, self.normed(case, weights, x))
+        positions = torch.arange(x.shape[1])
+        turned: dict[str, Tensor] = {}
+
+        def of(kind: str, branch: str, turn: bool) -> Tensor:
+            of_branch = f"_{branch}" if kind != "q" and case.semantics.kv_per_branch else ""
+            name = f"to_{kind}{of_branch}.weight"
+            heads = case.q_heads if kind == "q" else case.kv_heads
+            y = projected[name].unflatten(-1, (heads, -1)).transpose(1, 2)
+            if not turn:
+                return y
+            if name not in turned or not self.way.turn_once:
+                turned[name] = self.turned(y, positions)
+            return turned[name]
+
+        before = self.turns_before_pooling(case)
+        k_cmp = self.pooled(case, weights, "k", of("k", "compress", before))
+        if self.turns(case, "compress") and case.semantics.rotary != "before_pooling":
+            k_cmp = self.turned(k_cmp, self.places(case, k_cmp.shape[2]))
+        v_cmp = self.pooled(case, weights, "v", of("v", "compress", False))
+        k, v = (
+            {"compress": torch.cat([self.memory(weights, kind, len(x)), blocks], dim=2)}
+            for kind, blocks in (("k", k_cmp), ("v", v_cmp))
+        )
+        for branch in ("fine", "sliding"):
+            k[branch] = of("k", branch, self.turns(case, branch))
+            v[branch] = of("v", branch, False)
+        q = {branch: of("q", branch, self.turns(case, branch)) for branch in BRANCHES}
+        return Read(q, k, v, self.gates(case, weights, projected["gates.weight"]))
+
+    def run_tokens(
+        self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
+    ) -> Tensor:
+        """All rows of x, as sequences of their own."""
+        batch, tokens = x.shape[:2]
+        case = dataclasses.replace(
+            case, batch=batch, q_len=tokens, kv_len=tokens, layout="contiguous"
+        )
+        read = self.read(case, weights, x)
+        blocks, memory = given, case.num_mem_kv
+        if blocks is None:
+            k = read.k["compress"]
+            blocks = self.chosen(case, read.q["compress"], k[:, :, memory:], k[:, :, :memory])
+        masks = {
+            "compress": self.compress_mask(case),
+            "fine": self.fine_mask(case, blocks),
+            "sliding": self.sliding_mask(case),
+        }
+        outs = [self.attended(case, branch, read, masks[branch]) for branch in BRANCHES]
+        if given is None:
+            outs[1] = self.after_selection(case, outs[1], read)
+        out = self.combined(read.gates, outs).transpose(1, 2).flatten(2)
+        return (
+            self.linear(case, out, weights["to_out.weight"]) if "to_out.weight" in weights else out
+        )
+
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        """The newest row."""
+        return self.run_tokens(case, weights, x)[:, -1:]
+
+    def offsets(self, case: Case, cu_seqlens: Tensor) -> list[int]:
+        return cu_seqlens.tolist()
+
+    # the plug
+
+    def offers(self, method: str) -> bool:
+        return method in ("layer", "layer_with_blocks", "decode", "varlen")
+
+    def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return self.run_tokens(case, weights, x)
+
+    def layer_with_blocks(
+        self, case: Case, weights: Any, x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        return self.run_tokens(case, weights, x, self.array(block_indices))
+
+    def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        import torch
+
+        rows = [self.decoded(case, weights, x[:, : t + 1]) for t in range(x.shape[1])]
+        return torch.cat([self.run_tokens(case, weights, x[:, :0]), *rows], dim=1)
+
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        import torch
+
+        offsets = itertools.pairwise(self.offsets(case, cu_seqlens))
+        return torch.cat([self.run_tokens(case, weights, x[None, a:b])[0] for a, b in offsets])
+
+
+def rotated(x: Tensor, positions: Tensor, dtype: Any) -> Tensor:
+    """Pairs (2i, 2i + 1) turned, with cosines and sines as they are stored in a dtype.
+
+    Angles are computed in float32 at least; the result has x's dtype.
+    """
+    import torch
+
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pair, dim = torch.arange(0, x.shape[-1], 2, dtype=exact), x.shape[-1]
+    frequency = 1.0 / 10000.0 ** (pair / dim)
+    if dtype != x.dtype:
+        frequency = (-pair / dim * torch.tensor(10000.0, dtype=exact).log()).exp()
+    angle = positions.to(exact)[:, None] * frequency
+    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
+    a, b = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
+    pairs = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+    return pairs.reshape(x.shape).to(x.dtype)

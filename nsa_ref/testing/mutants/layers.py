@@ -1,0 +1,336 @@
+"""Mutants of the layer: `LayerInSteps` with one step changed, or with a part that is a mutant."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
+from nsa_ref.testing.mutants.layer import LayerInSteps, Read
+from nsa_ref.testing.mutants.masks import switched
+from nsa_ref.testing.mutants.rounding import Rounding
+from nsa_ref.testing.mutants.selection import ForcedUpTo128, MemoryOutsideSoftmax, Selector
+from nsa_ref.testing.mutants.zoo import mutant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# --- gates, norm, projections ---------------------------------------------------------------------
+
+
+@mutant("G1", "gates of fine and sliding are exchanged")
+class GatesPermuted(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        return super().gates(case, weights, projected)[[0, 2, 1]]
+
+
+@mutant("G1", "gates sum to 1: softmax where sigmoid is meant")
+class SoftmaxGates(LayerInSteps):
+    def squashed(self, logits: Tensor) -> Tensor:
+        return logits.softmax(0)
+
+
+@mutant("G1", "every head takes the first head's gate")
+class OneGateForAllHeads(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        gates = super().gates(case, weights, projected)
+        return gates[:, :, :1].expand_as(gates)
+
+
+@mutant("G1", "one head's gate of one branch is 0.3 % too large, less than a rounding of bfloat16")
+class GatesSlightlyOff(LayerInSteps):
+    def squashed(self, logits: Tensor) -> Tensor:
+        gates = super().squashed(logits)
+        factor = gates.new_ones(gates.shape)
+        factor[1, :, 0] = 1.003
+        return gates * factor
+
+
+@mutant("G1", "no gradient goes through one branch's gate")
+class GateDetached(LayerInSteps):
+    def squashed(self, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[1] = logits[1].detach()
+        return super().squashed(logits)
+
+
+@mutant("G1", "gates read x, where q, k and v read the normed x")
+class GatesOfTheUnnormed(LayerInSteps):
+    def normed(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        self.x = x
+        return super().normed(case, weights, x)
+
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        unnormed = self.linear(case, self.x, weights["gates.weight"])
+        return super().gates(case, weights, unnormed)
+
+
+@mutant("G1", "the norm adds an epsilon of 1e-2 to the mean square")
+class LargeNormEpsilon(LayerInSteps):
+    norm_eps = 1e-2
+
+
+@mutant("G1", "the last token is missing in the gradient of the queries' weight")
+class TokenMissingInAWeight(LayerInSteps):
+    def projections(self, case: Case, weights: Any, h: Tensor) -> dict[str, Tensor]:
+        projected, name = super().projections(case, weights, h), "to_q.weight"
+        last = self.linear(case, h[:, -1:], weights[name].detach())
+        projected[name] = projected[name].clone()
+        projected[name][:, -1:] = last
+        return projected
+
+
+# --- compression and memory -----------------------------------------------------------------------
+
+
+@mutant("G1", "no gradient goes from the compressed blocks back to the tokens")
+class CompressionDetached(LayerInSteps):
+    def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
+        return super().pooled(case, weights, kind, tokens.detach())
+
+
+@mutant("G1", "intra-block positions are forgotten, seen through the layer alone")
+class NoPositionsInTheLayer(LayerInSteps):
+    maps = NoPositions()
+
+
+@mutant("G1", "memory has the gradient of the first batch entry alone")
+class MemoryGradientOfOneEntry(LayerInSteps):
+    def memory(self, weights: Any, kind: str, batch: int) -> Tensor:
+        memory = super().memory(weights, kind, batch).clone()
+        memory[1:] = memory[1:].detach()
+        return memory
+
+
+# --- rotation -------------------------------------------------------------------------------------
+
+
+@mutant("G2", "nothing is turned")
+class NothingTurned(LayerInSteps):
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+
+@mutant("G2", "the compressed branch's queries are turned as well")
+class RotaryOnCompress(LayerInSteps):
+    def turns(self, case: Case, branch: str) -> bool:
+        return case.semantics.rotary != "none"
+
+
+@mutant("G2", "pairs (i, i + dim / 2) where (2i, 2i + 1) are meant")
+class RotaryByHalves(LayerInSteps):
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        swapped = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        turned = super().turned(swapped, positions)
+        return turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+@mutant("G2", "q and k of the sliding branch are not turned")
+class RotaryForgottenInSliding(LayerInSteps):
+    def turns(self, case: Case, branch: str) -> bool:
+        return super().turns(case, branch) and branch != "sliding"
+
+
+@mutant("G2", "compressed key i is turned by i where i d is meant")
+class RotaryByBlock(LayerInSteps):
+    def places(self, case: Case, blocks: int) -> Tensor:
+        return super().places(case, blocks) // case.compress_block_sliding_stride
+
+
+@mutant("G2", "keys are pooled as they are where they are to be turned before")
+class PoolsKeysAsTheyAre(LayerInSteps):
+    def turns_before_pooling(self, case: Case) -> bool:
+        return False
+
+
+# --- masks and choice -----------------------------------------------------------------------------
+
+
+@mutant("W1", "w keys, seen through the layer alone")
+class WindowOneOffInTheLayer(LayerInSteps):
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        return super().sliding_mask(switched(case, window_closed=False))
+
+
+@mutant("C2", "a compressed block is seen from its last token but one on")
+class BlocksSeenTooEarly(LayerInSteps):
+    def last_tokens(self, case: Case) -> np.ndarray:
+        return super().last_tokens(case) - 1
+
+
+@mutant("F1", "the own block is read to its end, past the query")
+class FineWithoutCut(LayerInSteps):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        mask = super().fine_mask(case, block_indices)
+        own = np.arange(case.kv_len) // case.selection_block_size
+        reads_itself = mask.diagonal(axis1=2, axis2=3)[..., None]
+        return np.maximum(mask, reads_itself * (own[:, None] == own))
+
+
+@mutant("G1", "one forced local block too few")
+class LocalOneFewer(LayerInSteps):
+    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
+        fewer = max(0, case.num_local_blocks - 1)
+        case = dataclasses.replace(case, num_local_blocks=fewer)
+        return super().chosen(case, q, k_cmp, mem_k)
+
+
+@mutant("G1", "the choice of blocks knows no memory")
+class ChoiceWithoutMemory(LayerInSteps):
+    selector = MemoryOutsideSoftmax()
+
+
+@mutant("G1", "blocks beyond the 128th are forced no more, and scores decide")
+class LayerForcedUpTo128(LayerInSteps):
+    selector = ForcedUpTo128()
+
+
+@mutant("G1", "every batch entry reads the blocks that the first one chose")
+class ChoiceOfTheFirst(LayerInSteps):
+    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
+        chosen = super().chosen(case, q, k_cmp, mem_k)
+        return np.broadcast_to(chosen[:1], chosen.shape)
+
+
+@mutant("A4", "a straight-through term: no change in the output, a gradient in the logits")
+class GradientThroughTheChoice(LayerInSteps):
+    def after_selection(self, case: Case, out: Tensor, read: Read) -> Tensor:
+        k_cmp = read.k["compress"][:, :, case.num_mem_kv :]
+        logits = read.q["compress"] @ k_cmp.repeat_interleave(case.group_size, dim=1).mT
+        usable = logits.sum(-1, keepdim=True)
+        return out * (1 + usable - usable.detach())
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@mutant(
+    "G3",
+    "decoding leaves the memory out while no compressed block exists",
+    seen_in="lucidrains/native-sparse-attention-pytorch",
+)
+class MemoryForgottenAtDecode(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        if not len(self.last_tokens(dataclasses.replace(case, kv_len=x.shape[1]))):
+            weights = {**weights, **{n: weights[n][:, :0] for n in ("mem_k", "mem_v")}}
+            case = dataclasses.replace(case, num_mem_kv=0)
+        return super().decoded(case, weights, x)
+
+
+@mutant("G3", "w keys at decoding, w + 1 in parallel", seen_in="public layers, the other way round")
+class WindowOneOffAtDecode(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return WindowOneOffInTheLayer().decoded(case, weights, x)
+
+
+class _NewestStride(CompressionMap):
+    """Windows are zero but for their newest stride."""
+
+    def windows(self, case: Case, x: np.ndarray) -> np.ndarray:
+        old = case.compress_block_size - case.compress_block_sliding_stride
+        kept = np.arange(case.compress_block_size) >= old
+        return super().windows(case, x) * kept[:, None]
+
+
+class _PoolsTheNewestStride(LayerInSteps):
+    maps = _NewestStride()
+
+
+@mutant(
+    "G3",
+    "a window that is completed at decoding holds its newest stride alone",
+    seen_in="public caches",
+)
+class OverlapLostAtTheCacheBoundary(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return _PoolsTheNewestStride().decoded(case, weights, x)
+
+
+class _SumOfExponentials(Selector):
+    """Scores are not normalised over the columns."""
+
+    def probabilities(self, r: Rounding, logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        return np.exp(logits) * visible
+
+
+class _ChoosesUnnormalised(LayerInSteps):
+    selector = _SumOfExponentials()
+
+
+@mutant(
+    "G3",
+    "heads are summed by exp(s) at decoding, by softmax in parallel",
+    seen_in="public layers",
+)
+class ImportanceNotNormalisedAtDecode(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return _ChoosesUnnormalised().decoded(case, weights, x)
+
+
+# --- packed sequences -----------------------------------------------------------------------------
+
+
+@mutant("G4", "compressed windows and blocks count from the first token of the batch")
+class PackedWindows(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        import torch
+
+        parts = []
+        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
+            ahead = x.new_zeros(start % case.selection_block_size, x.shape[1])
+            padded = torch.cat([ahead, x[start:stop]])
+            parts.append(self.run_tokens(case, weights, padded[None])[0, len(ahead) :])
+        return torch.cat(parts)
+
+
+@mutant("G4", "every sequence begins with the last token of the one before")
+class SequencesLeak(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        import torch
+
+        parts = []
+        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
+            before = min(1, start)
+            rows = self.run_tokens(case, weights, x[None, start - before : stop])[0]
+            parts.append(rows[before:])
+        return torch.cat(parts)
+
+
+@mutant(
+    "G4",
+    "sequences begin at whole selection blocks: right while every length is a multiple",
+    seen_in="public kernels",
+)
+class OffsetsInBlocks(LayerInSteps):
+    def offsets(self, case: Case, cu_seqlens: Tensor) -> list[int]:
+        size = case.selection_block_size
+        offsets = super().offsets(case, cu_seqlens)
+        return [0, *(offset // size * size for offset in offsets[1:-1]), offsets[-1]]
+
+
+@mutant("G4", "memory has the gradient of the first sequence alone")
+class MemoryGradientOfOneSequence(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        import torch
+
+        parts = []
+        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
+            parts.append(self.run_tokens(case, weights, x[None, start:stop])[0])
+            weights = {n: w.detach() if n.startswith("mem_") else w for n, w in weights.items()}
+        return torch.cat(parts)
+
+
+@mutant("G4", "dx of a sequence's first token goes to the last token of the one before")
+class GradientsLeak(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        import torch
+
+        before = x.roll(1, 0)
+        first = torch.isin(torch.arange(len(x)), cu_seqlens[1:])[:, None]
+        # the value is x, whatever stands before it
+        moved = torch.where(first, x.detach() + (before - before.detach()), x)
+        return super().varlen(case, weights, moved, cu_seqlens)
