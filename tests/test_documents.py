@@ -13,7 +13,7 @@ import pytest
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from pages import ROOT, headings, table
+from pages import ROOT, headings, page, table
 
 SOURCES = [
     path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
@@ -84,3 +84,12 @@ def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
         for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
             found = [source.read_text() for source in SOURCES if source.name == file]
             assert found and (not test or f"def {test}(" in found[0]), f"{file}::{test}"
+
+
+def test_the_map_of_the_house_has_every_room() -> None:
+    """A file has a line in CONTRIBUTING.md, or its folder has."""
+    places = re.findall(r"`([\w/]+/[\w/.]*)`", page("CONTRIBUTING.md"))
+    for path in SOURCES:
+        room = str(path.relative_to(ROOT))
+        mapped = (room.startswith(place) if place[-1] == "/" else room == place for place in places)
+        assert any(mapped) or path.name == "__init__.py", f"{room} is not on the map"
