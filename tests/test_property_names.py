@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from nsa_ref.testing import properties
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.properties.catalogue import ROWS
 
@@ -21,3 +23,14 @@ def test_every_property_is_pinned() -> None:
 def test_a_name_is_that_of_one_row() -> None:
     """A second row of the same name, copied and not renamed, would take the first one's place."""
     assert len(PROPERTIES) == len(ROWS)
+
+
+def test_every_check_is_that_of_a_row() -> None:
+    checks = {(row.check.__module__, row.check.__name__) for row in ROWS}
+    for path in Path(properties.__file__).parent.glob("*.py"):
+        check = (
+            r"^def ([a-z]\w*)\(\s*prop: Property,\s*implementation: Implementation,\s*case: Case"
+        )
+        for name in re.findall(check, path.read_text(), re.MULTILINE):
+            module = f"{properties.__name__}.{path.stem}"
+            assert (module, name) in checks, f"no row of the table asks {module}.{name}"
