@@ -730,12 +730,13 @@ def test_compress_pool(compress_map: str, semantics: Semantics, dtype: str) -> N
         d_out = case.array("d_out", 2, 2, case.num_compress_blocks, 3)
         wide = [array.astype(np.float64) for array in (x, d_out)]
         wide_weights = {name: array.astype(np.float64) for name, array in weights.items()}
-        how: dict[str, Any] = {"sizes": case, "semantics": semantics}
-        bounds = pool_bounds(wide[0], wide_weights, wide[1], numerics=eager.numerics[dtype], **how)
+        bounds = pool_bounds(
+            wide[0], wide_weights, wide[1], numerics=eager.numerics[dtype], **case.geometry
+        )
         found = eager.run("pool", case, x, weights)
-        assert_within("out", found, pool(wide[0], wide_weights, **how), bounds.out)
+        assert_within("out", found, pool(x, weights, **case.geometry), bounds.out)
         dx, dweights = eager.run_vjp("pool", case, x, weights, d_out)
-        wanted, dwanted = pool_vjp(wide[0], wide_weights, wide[1], **how)
+        wanted, dwanted = pool_vjp(x, weights, d_out, **case.geometry)
         assert bounds.dx is not None and bounds.dweights is not None
         assert_within("dx", dx, wanted, bounds.dx)
         for name in weights:
@@ -804,11 +805,6 @@ def selections(semantics: Semantics) -> Iterator[Case]:
         yield replace(semantics=semantics, head_dim=4, batch=1, q_heads=4, **chosen)
 
 
-def geometry(case: Case) -> dict[str, Any]:
-    """What the oracle's selection takes beside the arrays."""
-    return {"kv_len": case.kv_len, "sizes": case, "semantics": case.semantics}
-
-
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selection_in_float64_is_the_oracles(name: str) -> None:
     """Random scores have no gap that float64 rounding could cross."""
@@ -816,7 +812,7 @@ def test_selection_in_float64_is_the_oracles(name: str) -> None:
         q, k_cmp, _, mem_k, _ = case.compressed()
         np.testing.assert_array_equal(
             NsaFastEager().run("select", case, q, k_cmp, mem_k),
-            nsa_ref.selection.select(q, k_cmp, mem_k, **geometry(case)),
+            nsa_ref.selection.select(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry),
         )
 
 
@@ -826,7 +822,7 @@ def test_equal_scores_go_to_the_lower_index() -> None:
     q = np.zeros_like(q)
     np.testing.assert_array_equal(
         NsaFastEager().run("select", case, q, k_cmp, mem_k),
-        nsa_ref.selection.select(q, k_cmp, mem_k, **geometry(case)),
+        nsa_ref.selection.select(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry),
     )
 
 
@@ -834,7 +830,9 @@ def test_selection_in_float32_is_a_valid_one() -> None:
     case = replace(dtype="float32", num_initial_blocks=1, num_local_blocks=2)
     q, k_cmp, _, mem_k, _ = case.compressed()
     scored = nsa_ref.selection.scored(
-        *(array.astype(np.float64) for array in (q, k_cmp, mem_k)), **geometry(case)
+        *(array.astype(np.float64) for array in (q, k_cmp, mem_k)),
+        kv_len=case.kv_len,
+        **case.geometry,
     )
     bounds = score_bounds(
         q,

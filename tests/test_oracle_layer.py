@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,11 +54,8 @@ def cases(**options: object) -> st.SearchStrategy[Case]:
     )
 
 
-def of(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, object]]:
-    return case.tokens(), case.layer_weights(), {
-        "sizes": case.layer_sizes,
-        "semantics": case.semantics,
-    }  # fmt: skip
+def of(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    return case.tokens(), case.layer_weights(), case.geometry
 
 
 # --- G1 -------------------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ class Branch:
     def attend(self, case: Case, mask: np.ndarray, inputs: Inputs) -> Attention:
         """The oracle's out and lse, float64."""
         return attend(
-            inputs.q.astype(np.float64),
-            inputs.k.astype(np.float64),
-            inputs.v.astype(np.float64),
+            inputs.q,
+            inputs.k,
+            inputs.v,
             mask,
             scale=case.scale,
             empty_row=getattr(case.semantics.empty_row, self.name),
@@ -114,16 +114,9 @@ class Branch:
         self, case: Case, mask: np.ndarray, inputs: Inputs, d_out: np.ndarray, d_lse: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The oracle's dq, dk, dv, float64."""
-        return attend_vjp(
-            inputs.q.astype(np.float64),
-            inputs.k.astype(np.float64),
-            inputs.v.astype(np.float64),
-            mask,
-            d_out.astype(np.float64),
-            d_lse.astype(np.float64),
-            scale=case.scale,
-            empty_row=getattr(case.semantics.empty_row, self.name),
-        )
+        empty_row = getattr(case.semantics.empty_row, self.name)
+        arrays = inputs.q, inputs.k, inputs.v, mask, d_out, d_lse
+        return attend_vjp(*arrays, scale=case.scale, empty_row=empty_row)
 
     # the implementation under test
 

@@ -111,6 +111,11 @@ class Case(Sizes):
         return Sizes(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sizes)})
 
     @property
+    def geometry(self) -> dict[str, Any]:
+        """Sizes and semantics, as the definition's functions take them."""
+        return {"sizes": self, "semantics": self.semantics}
+
+    @property
     def layer_width(self) -> int:
         """Features of a token as the layer returns it."""
         return layer_width(self, self.semantics)

@@ -371,28 +371,21 @@ class OracleImplementation(Implementation):
     }
 
     def sliding_mask(self, case: Case) -> np.ndarray:
-        return sliding_mask(case.q_len, case.kv_len, case, case.semantics)
+        return sliding_mask(case.q_len, case.kv_len, **case.geometry)
 
     def compress_mask(self, case: Case) -> np.ndarray:
-        return compress_mask(case.q_len, case.kv_len, case, case.semantics)
+        return compress_mask(case.q_len, case.kv_len, **case.geometry)
 
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        return fine_mask(case.q_len, case.kv_len, block_indices, case, case.semantics)
+        return fine_mask(case.q_len, case.kv_len, block_indices, **case.geometry)
 
     def attend(
         self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
     ) -> Attention:
         """A1 and A2 in float64."""
-        q, k, v = _float64(q, k, v)
-        return attend(
-            q,
-            k,
-            v,
-            mask,
-            scale=case.scale,
-            empty_row=getattr(case.semantics.empty_row, branch),
-            empty_lse=getattr(case.semantics.empty_lse, branch),
-        )
+        empty_row = getattr(case.semantics.empty_row, branch)
+        empty_lse = getattr(case.semantics.empty_lse, branch)
+        return attend(q, k, v, mask, scale=case.scale, empty_row=empty_row, empty_lse=empty_lse)
 
     def attend_vjp(
         self,
@@ -406,17 +399,8 @@ class OracleImplementation(Implementation):
         d_lse: Any,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A3 in float64."""
-        q, k, v, d_out, d_lse = _float64(q, k, v, d_out, d_lse)
-        return attend_vjp(
-            q,
-            k,
-            v,
-            mask,
-            d_out,
-            d_lse,
-            scale=case.scale,
-            empty_row=getattr(case.semantics.empty_row, branch),
-        )
+        empty_row = getattr(case.semantics.empty_row, branch)
+        return attend_vjp(q, k, v, mask, d_out, d_lse, scale=case.scale, empty_row=empty_row)
 
     def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
         return _stored(case, self.attend(case, "sliding", self.sliding_mask(case), q, k, v))
@@ -463,66 +447,45 @@ class OracleImplementation(Implementation):
         return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
 
     def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
-        return _stored(case, pool(*_float64(x, weights), **_geometry(case)))
+        return _stored(case, pool(x, weights, **case.geometry))
 
     def pool_vjp(
         self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        return _stored(case, pool_vjp(*_float64(x, weights, d_out), **_geometry(case)))
+        return _stored(case, pool_vjp(x, weights, d_out, **case.geometry))
 
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
-        q, k_cmp, mem_k = _float64(q, k_cmp, mem_k)
-        return select(q, k_cmp, mem_k, kv_len=case.kv_len, **_geometry(case))
+        return select(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
 
     def layer(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
-        weights, x = _float64(weights, x)
-        return _stored(case, layer(x, weights, **_geometry(case)))
+        return _stored(case, layer(x, weights, **case.geometry))
 
     def layer_with_blocks(
         self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
     ) -> np.ndarray:
-        weights, x = _float64(weights, x)
-        return _stored(case, layer(x, weights, block_indices=block_indices, **_geometry(case)))
+        return _stored(case, layer(x, weights, block_indices=block_indices, **case.geometry))
 
     def decode(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
-        weights, x = _float64(weights, x)
-        return _stored(case, decode(x, weights, **_geometry(case)))
+        return _stored(case, decode(x, weights, **case.geometry))
 
     def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> np.ndarray:
-        weights, x = _float64(weights, x)
-        return _stored(case, varlen(x, weights, cu_seqlens, **_geometry(case)))
+        return _stored(case, varlen(x, weights, cu_seqlens, **case.geometry))
 
     def layer_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        weights, x, d_out = _float64(weights, x, d_out)
-        return _stored(case, layer_vjp(x, weights, d_out, **_geometry(case)))
+        return _stored(case, layer_vjp(x, weights, d_out, **case.geometry))
 
     def layer_with_blocks_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        weights, x, d_out = _float64(weights, x, d_out)
-        forced = {"block_indices": block_indices, **_geometry(case)}
-        return _stored(case, layer_vjp(x, weights, d_out, **forced))
+        found = layer_vjp(x, weights, d_out, block_indices=block_indices, **case.geometry)
+        return _stored(case, found)
 
     def varlen_vjp(
         self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        weights, x, d_out = _float64(weights, x, d_out)
-        return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **_geometry(case)))
-
-
-def _geometry(case: Case) -> dict[str, Any]:
-    return {"sizes": case, "semantics": case.semantics}
-
-
-def _float64(*values: Any) -> tuple[Any, ...]:
-    return tuple(
-        {name: array.astype(np.float64) for name, array in value.items()}
-        if isinstance(value, dict)
-        else value.astype(np.float64)
-        for value in values
-    )
+        return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **case.geometry))
 
 
 def _stored(case: Case, value: Any) -> Any:

@@ -46,15 +46,14 @@ def pooled_gradients(prop: Property, implementation: Implementation, case: Case)
     d_out = case.array("d_out", *_blocks(case))
     weights = case.pool_weights()
     dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
-    given = (x.astype(np.float64), _float64(weights), d_out.astype(np.float64))
-    want_dx, want_dweights = pool_vjp(*given, case, case.semantics)
+    want_dx, want_dweights = pool_vjp(x, weights, d_out, **case.geometry)
     if set(dweights) != set(want_dweights):
         raise Raised(
             f"pool_vjp gave gradients of {sorted(dweights)}; the weights are "
             f"{sorted(want_dweights)}"
         )
     numerics = implementation.numerics[case.dtype]
-    bounds = pool_bounds(*given, sizes=case, semantics=case.semantics, numerics=numerics)
+    bounds = pool_bounds(x, weights, d_out, **case.geometry, numerics=numerics)
     assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
     which = f"pool ({case.compress_map})"
     comparisons = [compare("C4", f"{which} dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)]
@@ -69,15 +68,11 @@ def _pooled(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the implementation makes of tokens, what the definition does, and the bound."""
     found = call(implementation.run, "pool", case, x, weights)
-    given, numerics = (x.astype(np.float64), _float64(weights)), implementation.numerics[case.dtype]
-    bounds = pool_bounds(*given, sizes=case, semantics=case.semantics, numerics=numerics)
-    expected = pool(*given, case, case.semantics)
+    numerics = implementation.numerics[case.dtype]
+    bounds = pool_bounds(x, weights, **case.geometry, numerics=numerics)
+    expected = pool(x, weights, **case.geometry)
     return as_float64("pool", found, _blocks(case)), expected, bounds.out
 
 
 def _blocks(case: Case) -> tuple[int, ...]:
     return case.batch, case.kv_heads, case.num_compress_blocks, case.head_dim
-
-
-def _float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array.astype(np.float64) for name, array in weights.items()}

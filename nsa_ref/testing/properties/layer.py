@@ -50,18 +50,10 @@ class _Truth(NamedTuple):
 
 def _truth(implementation: Implementation, case: Case, x: np.ndarray, weights: Weights) -> _Truth:
     x, weights = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
-    sizes, semantics = case.layer_sizes, case.semantics
+    how, numerics = case.geometry, implementation.numerics[case.dtype]
     _check_pairs(case)
-    block_indices = layer_block_indices(x, weights, sizes=sizes, semantics=semantics)
-    bounds = layer_bounds(
-        x,
-        weights,
-        block_indices,
-        sizes=sizes,
-        semantics=semantics,
-        numerics=implementation.numerics[case.dtype],
-    )
-    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
+    block_indices = layer_block_indices(x, weights, **how)
+    bounds = layer_bounds(x, weights, block_indices, **how, numerics=numerics)
     blocks = scored(*selection_inputs(x, weights, **how), kv_len=x.shape[1], **how)
     assert bounds.scores is not None
     undecided = undecided_rows(blocks, bounds.scores, **how)
@@ -75,13 +67,7 @@ def _check_pairs(case: Case) -> None:
 
 
 def _expected(case: Case, truth: _Truth) -> np.ndarray:
-    return layer(
-        truth.x,
-        truth.weights,
-        sizes=case.layer_sizes,
-        semantics=case.semantics,
-        block_indices=truth.block_indices,
-    )
+    return layer(truth.x, truth.weights, block_indices=truth.block_indices, **case.geometry)
 
 
 def _run(
@@ -345,7 +331,7 @@ def _true_gradients(
     implementation: Implementation, case: Case, truth: _Truth, d_out: np.ndarray
 ) -> tuple[np.ndarray, Weights, LayerBounds]:
     """The definition's dx and dweights, and the bounds on them."""
-    how: dict[str, Any] = {"sizes": case.layer_sizes, "semantics": case.semantics}
+    how: dict[str, Any] = case.geometry
     d_out = d_out.astype(np.float64)
     dx, dweights = layer_vjp(
         truth.x, truth.weights, d_out, block_indices=truth.block_indices, **how
@@ -467,7 +453,7 @@ def packed_gradients(prop: Property, implementation: Implementation, case: Case)
     arguments = given.weights, x, given.cu_seqlens, d_out
     found = _run_vjp(implementation, "varlen", "G4", case, *arguments)
     of_each, bounds_of_each, compared = [], [], []
-    sizes: dict[str, Any] = {"sizes": case.layer_sizes, "semantics": case.semantics}
+    sizes: dict[str, Any] = case.geometry
     try:
         for i, (rows, truth) in enumerate(zip(given.rows, given.truths)):
             alone = given.alone[i]
