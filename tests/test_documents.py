@@ -44,11 +44,13 @@ def test_what_is_cited_has_a_heading(page: str) -> None:
                 assert title in titles, f"{path.name} cites {citation}; {page} has none"
 
 
-def test_every_clause_has_a_heading_and_its_sentence() -> None:
+def test_every_clause_has_a_heading_its_sentence_and_a_definition() -> None:
     found = headings("docs/semantics.md")
+    definition = "".join(path.read_text() for path in (ROOT / "nsa_ref").glob("*.py"))
     assert [title for title in found if re.fullmatch(r"[A-Z]\d", title)] == list(CLAUSES)
     for clause, sentence in CLAUSES.items():
         assert f"> {sentence}\n" in found[clause], f"docs/semantics.md says {clause} otherwise"
+        assert re.search(rf"\b{clause}\b", definition), f"nsa_ref never cites {clause}"
 
 
 def test_another_specification_has_another_version() -> None:
