@@ -41,19 +41,21 @@ class Rounded(NamedTuple):
 
 
 def exact(value: Array) -> Rounded:
-    """A number that every right implementation has: its error is 0.
-
-    Source: NUMERICS 2, inputs are taken as exact
-    """
+    """A number that every right implementation has. Source: NUMERICS 2."""
     return Rounded(value, np.zeros_like(value))
 
 
 def joined(parts: Sequence[Rounded], join: Callable[[Sequence[Array]], Array]) -> Rounded:
-    """Several pairs stacked or concatenated into one.
-
-    Source: NUMERICS 2; nothing is rounded
-    """
+    """Several pairs stacked or concatenated into one; nothing is rounded. Source: NUMERICS 2."""
     return Rounded(join([part.value for part in parts]), join([part.error for part in parts]))
+
+
+def worse(x: Rounded, y: Rounded) -> Rounded:
+    """Two ways to one value, of which an implementation goes either: the larger error.
+
+    Source: NUMERICS 2
+    """
+    return Rounded(x.value, np.maximum(x.error, y.error))
 
 
 def unless_overflow(x: Rounded, row: Numerics) -> Rounded:
@@ -61,44 +63,28 @@ def unless_overflow(x: Rounded, row: Numerics) -> Rounded:
 
     An error that is NaN came from 0 * inf, of something that overflowed before: inf as well.
 
-    Source: NUMERICS 2, storage
+    Source: NUMERICS 2, "Overflow"
     """
     return Rounded(x.value, np.where(x.size <= row.largest, x.error, np.inf))
 
 
 def stored(x: Rounded, row: Numerics, times: int = 1) -> Rounded:
-    """x, stored `times` times on its way.
+    """x, stored so many times: ``e + ((1 + u_store)^times - 1) |x^| + times eta``.
 
-    ::
-
-        e + ((1 + u_store)^times - 1) |x^| + times eta
-
-    Source: NUMERICS 2, storage
+    Source: NUMERICS 2, "Rounded values"
     """
     u = math.expm1(times * math.log1p(row.u_store))
-    error = x.error + u * (np.abs(x.value) + x.error) + times * row.eta
+    error = x.error + u * x.size + times * row.eta
     return unless_overflow(Rounded(x.value, error), row)
-
-
-def worse(x: Rounded, y: Rounded) -> Rounded:
-    """Two ways to the same value; a right implementation goes either.
-
-    Source: NUMERICS 2; nothing is rounded
-    """
-    return Rounded(x.value, np.maximum(x.error, y.error))
 
 
 # --- products and sums ----------------------------------------------------------------------------
 
 
 def times(x: Rounded, y: Rounded, row: Numerics) -> Rounded:
-    """x y, element by element, stored.
+    """x y, element by element: ``|x| e_y + e_x |y^| + u_elementwise |x^| |y^|``, stored.
 
-    ::
-
-        |x| e_y + e_x |y^| + u_elementwise |x^| |y^|
-
-    Source: NUMERICS 2, elementwise
+    Source: NUMERICS 2, "Rounded values"
     """
     error = np.abs(x.value) * y.error + x.error * y.size
     error = error + row.u_elementwise * (x.size * y.size)
@@ -106,29 +92,21 @@ def times(x: Rounded, y: Rounded, row: Numerics) -> Rounded:
 
 
 def scaled(x: Rounded, factor: float, row: Numerics) -> Rounded:
-    """x times a number that may be rounded before it is multiplied with, stored.
+    """x times a number that may be rounded: ``|factor| (e + 2 u_elementwise |x^|)``, stored.
 
-    ::
-
-        |factor| (e + 2 u_elementwise |x^|)
-
-    Source: NUMERICS 2, elementwise
+    Source: NUMERICS 2, "Rounded values"
     """
     error = x.error + 2.0 * row.u_elementwise * x.size
     return stored(Rounded(x.value * factor, abs(factor) * error), row)
 
 
 def plus(x: Rounded, constant: Array | float, u: float, row: Numerics) -> Rounded:
-    """x + constant, which is exact, by an addition of unit roundoff u, stored.
+    """x + constant, an addition of unit roundoff u: ``e + u (|x + constant| + e)``, stored.
 
-    ::
-
-        e + u (|x + constant| + e)
-
-    Source: NUMERICS 2, accumulation and elementwise
+    Source: NUMERICS 2, "Rounded values"
     """
-    value = x.value + constant
-    return stored(Rounded(value, x.error + u * (np.abs(value) + x.error)), row)
+    moved = Rounded(x.value + constant, x.error)
+    return stored(Rounded(moved.value, x.error + u * moved.size), row)
 
 
 def total(parts: Sequence[Rounded], row: Numerics) -> Rounded:
@@ -138,7 +116,7 @@ def total(parts: Sequence[Rounded], row: Numerics) -> Rounded:
 
         sum e + ((1 + u_store + u_accumulate)^(n - 1) - 1) sum |x^| + (n - 1) eta
 
-    Source: NUMERICS 2, accumulation and storage
+    Source: NUMERICS 2, "Rounded values"
     """
     value = np.sum([part.value for part in parts], axis=0)
     error = np.sum([part.error for part in parts], axis=0)
@@ -149,13 +127,9 @@ def total(parts: Sequence[Rounded], row: Numerics) -> Rounded:
 
 
 def summed(x: Rounded, axes: tuple[int, ...], row: Numerics) -> Rounded:
-    """The sum of x over `axes`, n terms in one accumulator, stored: gradients of biases.
+    """The sum of n terms over `axes`, in one accumulator: ``sum e + acc(n) sum |x^|``, stored.
 
-    ::
-
-        sum e + acc(n) sum |x^|
-
-    Source: NUMERICS 2, accumulation
+    Source: NUMERICS 2, acc(n)
     """
     n = math.prod(x.value.shape[axis] for axis in axes)
     error = x.error.sum(axis=axes) + row.accumulate(n) * x.size.sum(axis=axes)
@@ -163,24 +137,24 @@ def summed(x: Rounded, axes: tuple[int, ...], row: Numerics) -> Rounded:
 
 
 def inner(x: Rounded, y: Rounded, row: Numerics) -> Rounded:
-    """sum of x y over the last axis, n terms; the products p = x y may be stored.
+    """sum of x y over the last axis, n terms, stored; the products p may be stored before.
 
     ::
 
         sum e_p + n eta_accumulate + (acc(n) + u_operands) (sum |x^| |y^| + sum e_p)
 
-    Source: NUMERICS 2, accumulation
+    Source: NUMERICS 2, acc(n)
     """
     product = times(x, y, row)
     n = product.value.shape[-1]
-    size = np.sum(x.size * y.size, axis=-1)
-    error = np.sum(product.error, axis=-1) + n * row.eta_accumulate
-    error += (row.accumulate(n) + row.u_operands) * (size + np.sum(product.error, axis=-1))
+    of_products = np.sum(product.error, axis=-1)
+    size = np.sum(x.size * y.size, axis=-1) + of_products
+    error = of_products + n * row.eta_accumulate + (row.accumulate(n) + row.u_operands) * size
     return stored(Rounded(np.sum(product.value, axis=-1), error), row)
 
 
 def matmul(x: Rounded, y: Rounded, row: Numerics, terms: int | None = None) -> Rounded:
-    """x @ y, stored: the sums of n products that a matrix unit makes.
+    """x @ y, sums of n products in a matrix unit, stored.
 
     ::
 
@@ -188,7 +162,7 @@ def matmul(x: Rounded, y: Rounded, row: Numerics, terms: int | None = None) -> R
 
     terms : of the whole sum that this is a part of, default n
 
-    Source: NUMERICS 2, accumulation and operands
+    Source: NUMERICS 2, acc(n)
     """
     n = x.value.shape[-1]
     error = x.error @ y.size + np.abs(x.value) @ y.error
@@ -205,7 +179,7 @@ def affine(
     common : a relative error that whole rows of x have beside e. It is one factor of a row, and
         one of the same row of x W^T: it does not add up over |x| |W|
 
-    Source: NUMERICS 2, "Gates and combine" (compression maps layer by layer)
+    Source: NUMERICS 2, "Compression maps" and "The layer"
     """
     product = matmul(x, exact(weight.T), row)
     if common is not None:
@@ -214,10 +188,7 @@ def affine(
 
 
 def weight_gradient(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
-    """g^T x over all axes but the last: the gradient of W, of x W^T.
-
-    Source: NUMERICS 2, accumulation and operands
-    """
+    """g^T x over all axes but the last: the gradient of W in x W^T. Source: NUMERICS 2, acc(n)."""
     g, x = (pair.map(lambda part: part.reshape(-1, part.shape[-1])) for pair in (g, x))
     return matmul(g.map(np.transpose), x, row)
 
@@ -225,13 +196,9 @@ def weight_gradient(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
 def weight_gradient_by_entry(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
     """`weight_gradient` where each batch entry's part may be stored before the sum.
 
-    Shapes
-    ------
     g : (batch, rows, out)      x : (batch, rows, in)      returns : (out, in)
 
-    Source
-    ------
-    NUMERICS 2, accumulation and storage
+    Source: NUMERICS 2, "Compression maps"
     """
     batch, n = g.value.shape[:2]
     parts = matmul(g.map(lambda part: np.swapaxes(part, 1, 2)), x, row, terms=batch * n)
@@ -241,11 +208,9 @@ def weight_gradient_by_entry(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
 def input_gradient(parts: Sequence[tuple[Rounded, Array]], row: Numerics) -> Rounded:
     """sum of g W over several projections of one input, as one matrix product or one by one.
 
-    ::
+    Each has besides its own error (acc(all terms) - acc(its own)) |g^| @ |W|.
 
-        of each   its own error as a product, and (acc(all) - acc(its own terms)) |g^| @ |W|
-
-    Source: NUMERICS 2, accumulation and storage
+    Source: NUMERICS 2, "The layer"
     """
     width = sum(weight.shape[0] for _, weight in parts)
     products = []
@@ -260,7 +225,7 @@ def input_gradient(parts: Sequence[tuple[Rounded, Array]], row: Numerics) -> Rou
 
 
 class Normed(NamedTuple):
-    """x / sqrt(mean x^2 + eps) * weight, and what its gradient reads."""
+    """x / sqrt(mean x^2 + eps) * weight, and what its gradient reads of it."""
 
     r: Rounded  # (batch, seq_len, 1): 1 / root mean square
     normal: Rounded  # x r
@@ -278,7 +243,7 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
 
     r is one factor of a whole row, and stays one through a projection.
 
-    Source: G1; NUMERICS 2, elementwise
+    Source: G1; NUMERICS 2, "The layer"
     """
     given, factor = exact(x), exact(weight)
     mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).map(_as_column)
@@ -307,7 +272,7 @@ def normed_gradient(
 
     The second term of dx is made from n, or from x and r^3: the larger error counts.
 
-    Source: G1; NUMERICS 2, elementwise
+    Source: G1; NUMERICS 2, "The layer"
     """
     dim, given = x.shape[-1], exact(x)
     dweight = summed(times(g, norm.normal, row), (0, 1), row)
@@ -345,7 +310,7 @@ def turn(positions: Array, head_dim: int, row: Numerics) -> Turn:
         angle     angle (3 E + C_EXP + 1) u_elementwise; the first pair's frequency is 1, exactly
         result    that, and C_TRIG u_elementwise; cosine and sine may be stored
 
-    Source: G2; NUMERICS 2, elementwise
+    Source: G2; NUMERICS 2, "The layer"
     """
     exponent = math.log(ROTARY_BASE) * np.arange(0, head_dim, 2) / head_dim
     angle = positions[:, None] * np.exp(-exponent)
@@ -378,7 +343,7 @@ def turned_gradient(
     The gradients of its turned readers may be added up before or after they are turned back: the
     larger error counts.
 
-    Source: G2; NUMERICS 2, storage
+    Source: G2; NUMERICS 2, "The layer"
     """
     if by is None or not turned:
         return total([*plain, *turned], row)
