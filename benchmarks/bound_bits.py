@@ -8,6 +8,7 @@ and BLAS's last bits depend on the machine: compare on one machine, with one set
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import platform
@@ -26,19 +27,17 @@ from nsa_ref import (
     XUNHAO,
     Semantics,
     Sizes,
-    compress_mask,
     layer_block_indices,
     layer_weight_shapes,
     num_compress_blocks,
     pool_weight_shapes,
-    shared_strides,
 )
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
 from nsa_ref.layer import layer_width
 from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
-from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.sizes import COMPRESS_MAPS
 
 Bounds = Iterator[tuple[str, np.ndarray | None]]
@@ -116,30 +115,36 @@ def scores(number: int, rng: np.random.Generator) -> Bounds:
     kv_len, head_dim, memory = 24, int(rng.integers(1, 9)), int(rng.integers(0, 3))
     semantics = LUCIDRAINS if number % 2 else PAPER
     sizes = Sizes(
+        q_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         compress_block_size=2 * stride,
         compress_block_sliding_stride=stride,
         selection_block_size=4 * stride,
         num_mem_kv=memory,
     )
-    visible = compress_mask(9, kv_len, sizes, semantics)
-    counts = shared_strides(kv_len, sizes, semantics)
+    blocks = num_compress_blocks(kv_len, sizes, semantics)
     q = rng.standard_normal((batch, kv_heads * group, 9, head_dim))
-    k_cmp = rng.standard_normal((batch, kv_heads, len(counts), head_dim))
+    k_cmp = rng.standard_normal((batch, kv_heads, blocks, head_dim))
     mem_k = rng.standard_normal((batch, kv_heads, memory, head_dim))
     errors = {"q_error": 1e-3 * np.abs(q), "k_cmp_error": 1e-3 * np.abs(k_cmp)}
     for row in NUMERICS:
         for off in ({}, errors):
-            common: dict[str, Any] = {"numerics": row, "share_selection": number % 3 > 0, **off}
-            yield (
-                f"{row} overlap{' with errors' * bool(off)}",
-                score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common),
-            )
-            yield (
-                f"{row} logit_mean{' with errors' * bool(off)}",
-                logit_mean_bounds(
-                    q, k_cmp, visible=visible[:, memory:], strides_per_block=4, **common
-                ),
-            )
+            for how in ("overlap", "logit_mean"):
+                switches = {"importance": how, "share_selection": number % 3 > 0}
+                found = score_bounds(
+                    q,
+                    k_cmp,
+                    mem_k,
+                    kv_len=kv_len,
+                    sizes=sizes,
+                    semantics=dataclasses.replace(semantics, **switches),
+                    numerics=row,
+                    **off,
+                )
+                if how == "logit_mean":  # without the incomplete block behind them
+                    found = found[..., : blocks // 4]
+                yield f"{row} {how}{' with errors' * bool(off)}", found
 
 
 def layers(number: int, rng: np.random.Generator) -> Bounds:
@@ -173,7 +178,11 @@ def layers(number: int, rng: np.random.Generator) -> Bounds:
     for row in NUMERICS:
         found = layer_bounds(x, weights, blocks, d_out, **of, numerics=row)
         gradients = found.dweights or {}
-        yield from ((f"{row} {n}", getattr(found, n)) for n in ("out", "scores", "dx"))
+        scores = found.scores
+        if scores is not None and semantics.importance == "logit_mean":
+            scores = scores[..., : 11 // sizes.selection_block_size]  # as in `scores`
+        yield from ((f"{row} {n}", x) for n, x in (("out", found.out), ("dx", found.dx)))
+        yield f"{row} scores", scores
         yield from ((f"{row} d{n}", bound) for n, bound in gradients.items())
         packed = packed_weight_bounds([11, 5], [weights] * 2, [gradients] * 2, **of, numerics=row)
         yield from ((f"{row} packed d{n}", bound) for n, bound in packed.items())

@@ -5,25 +5,9 @@ Its inputs are rounded to its dtype and then taken as exact; what is left is the
 kernel's own arithmetic, and that is bounded here term by term, from the float64 quantities
 (probabilities, logits, outputs, gradients) of the same inputs.
 
-The error model
----------------
-The unit roundoffs ``u`` and the absolute errors ``eta`` are those of `nsa_ref.numerics`.
-
-- *Accumulation.* A sum of n products, in any order and blocking, is off by at most
-  ``acc(n) sum |terms|`` with ``acc(n) = (n + 2) u_accumulate``.
-- *Operands.* tf32 rounds both factors of a matrix product to 11 bits (``u_operand``).
-- *Storage.* 16-bit kernels round the probabilities before P V (``u_p``), dS before dS K
-  (``u_ds``), delta (``u_delta``) and every result (``u_store``). "-head" rows also store each
-  query head's dk and dv before the group sum; "-eager" rows round after every operation
-  (``u_scores``, ``u_dp``) and keep the rounded P for the backward pass. The row total adds P
-  before it is rounded: a kernel that adds the rounded P has lost half the digits of lse, and is
-  not right here.
-- *Elementwise* float32: scale and log2 e cost at most ``C_SCALE`` roundings of a logit, exp
-  ``C_EXP`` units in its result (ex2.approx), division ``C_DIV``.
-- *Inputs.* They are exact, unless their errors are given (the layer gives them). Then every size
-  above includes them, a logit moves by ``scale (|dq| (|k| + |dk|) + |q| |dk|)``, out by a mean of
-  |dv|, dP by ``|ddO| (|v| + |dv|) + |dO| |dv|``, and results that read an input once more take
-  its error with them.
+The unit roundoffs ``u`` and absolute errors ``eta`` are those of `nsa_ref.numerics`. Inputs are
+exact, unless their errors are given (the layer gives them). Comments on a line name the error it
+stands for; the whole formulas are in NUMERICS 2.
 
 Two forms of bound. **Deterministic**: every rounding at its worst at once; never excused.
 **Statistical**: independent roundings add in quadrature, at LAMBDA = 6 standard bounds, which by
@@ -40,7 +24,7 @@ Inputs and results are pairs of `nsa_ref.rounded`. What lies between them is not
 operations: the bounds rest on identities over a whole row (P sums to 1, out is a mean of v), which
 an analysis operation by operation does not see.
 
-Source: NUMERICS 2. Comments on a line name the error it stands for.
+Source: NUMERICS 2, "Deterministic form", "Statistical form" and "Inputs that are off"
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsa_ref.checks import as_float64, as_weights, check_at_least, check_shape
 from nsa_ref.semantics import PAPER, Semantics, check_semantics
@@ -151,7 +152,7 @@ def pool(
     C1, C4; arXiv 2502.11089, eq. 7. linear_per_head is ``linear_compress`` of
     XunhaoLai/native-sparse-attention-triton, whose weight is (kv_heads, l dim, dim) and has no bias
     """
-    x, weights = _checked(x, weights, sizes)
+    x, weights = pool_arguments(x, weights, sizes)
     batch, kv_heads, kv_len, dim = x.shape
     windows = compress_windows(kv_len, sizes, semantics)
     size, compress_map = sizes.compress_block_size, sizes.compress_map
@@ -208,7 +209,7 @@ def pool_vjp(
     ------
     C4; derived by hand from `pool`
     """
-    x, weights = _checked(x, weights, sizes)
+    x, weights = pool_arguments(x, weights, sizes)
     batch, kv_heads, kv_len, dim = x.shape
     windows = compress_windows(kv_len, sizes, semantics)
     size, compress_map = sizes.compress_block_size, sizes.compress_map
@@ -257,8 +258,8 @@ def _window(
     return X + weights["positions"][head] if "positions" in weights else X
 
 
-def _checked(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes
+def pool_arguments(
+    x: ArrayLike, weights: Mapping[str, ArrayLike], sizes: Sizes
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """x and the weights as float64, of the right names and shapes."""
     check_sizes(sizes)

@@ -264,12 +264,19 @@ def _branches(
         )
     keys["compress"] = np.concatenate([memory("mem_k"), k_cmp], axis=2)
     values["compress"] = np.concatenate([memory("mem_v"), v_cmp], axis=2)
-    mask = {
+    mask = branch_masks(q_len, kv_len, block_indices, sizes, semantics)
+    return _Branches(rows, keys, values, mask, block_indices)
+
+
+def branch_masks(
+    q_len: int, kv_len: int, block_indices: np.ndarray, sizes: Sizes, semantics: Semantics
+) -> dict[str, np.ndarray]:
+    """The multiplicities of every branch's keys (W1, C2, F1)."""
+    return {
         "compress": compress_mask(q_len, kv_len, sizes, semantics),
         "fine": fine_mask(q_len, kv_len, block_indices, sizes, semantics),
         "sliding": sliding_mask(q_len, kv_len, sizes, semantics),
     }
-    return _Branches(rows, keys, values, mask, block_indices)
 
 
 def _attended(branches: _Branches, semantics: Semantics) -> dict[str, Attention]:

@@ -1,55 +1,34 @@
 """How far a right layer may be from the float64 oracle: one bound per element of every tensor.
 
-A running error analysis. Every intermediate result of the layer is a pair, its float64 value and
-how far a right implementation may be from it, and every operation maps the errors of what it
-reads to that of its result. It is done twice, once in the declared numerics and once in float64,
-for the reference is arithmetic too; the bound is the sum. Deterministic form only: every rounding
-at its worst at once, in the forward pass and in the backward pass.
+The layer as a running error analysis, made of the operations of `nsa_ref.rounded`. It is done
+twice, in the declared numerics and in float64, for the reference is arithmetic too: the bound is
+the sum. Deterministic form only: every rounding at its worst at once, in the forward pass and in
+the backward pass.
 
-The error model, beyond that of `nsa_ref.bounds`
-------------------------------------------------
-x, the weights and d_out are rounded to the dtype and then taken as exact. In 16-bit dtypes the
-result of every operation may be stored (``u_store``, ``eta``), and a result that may overflow
-makes all that reads it unknown: its bound is inf.
-
-- *Projections*, as in the compression maps. Several may run as one matrix product, so that the
-  gradients of their common input add up in one accumulator, or each is stored and they add up
-  in the dtype, in any order.
-- *RMSNorm.* The mean of x^2, plus eps, is off by a relative error t: its inverse square root by
-  ``(1 - t)^(-1/2) - 1``. That is one factor of a whole row, and stays one through W. The
-  gradient's second term is taken both ways: with the normalised x, and with r^3.
-- *Rotary.* Frequencies and angles are float32 at least, whatever the dtype. With e the logarithm
-  of the base times 2i / head_dim, a frequency exp(-e) is off by ``(3 e + C_EXP) u_e`` (e is made
-  in three roundings, and exp or pow adds its own), the angle by one more; the first frequency
-  is 1, exactly. Cosine and sine add ``C_TRIG u_e``, and may be stored. Gradients of rotated
-  tensors may be added up before or after they are turned back: the larger bound counts. Keys that
-  are pooled once they are turned enter the compression map with the error of their rotation.
-- *Attention* of inputs that are off: ``scale (|dq| |k| + |q| |dk| + |dq| |dk|)`` joins the error
-  of a logit, a mean of |dv| that of the output, and so on through the gradients.
-- *Gates.* ``|dg| <= max sigmoid' |dz| + g (1 - g) C_SCALE u_e |z| + (C_EXP + C_DIV + 1) u_e g``,
-  with the largest slope that the logit's interval reaches.
-- *Combine.* Three products and two sums, each perhaps stored, or one matrix product.
-- *Reuse.* Gradients of weights and products read forward values with their errors. The gradient of
-  a ReLU that may be on or off is unknown by its whole size.
+x, the weights and d_out are rounded to the dtype and then taken as exact. Right layers differ, and
+the bound holds for all of them: projections run as one matrix product or one by one, gradients
+are added up before or after they are turned back, gates and outputs meet in one product or in
+several, and every intermediate result may be stored.
 
 Where an operation may overflow, or a row is NaN by definition, everything that reads it has bound
 inf: also a query that does not see the key, for a kernel may multiply it by 0.
 
-Source: NUMERICS 2 "Gates and combine"; G1, G2, C1, C4, A1-A3.
+Source: NUMERICS 2, "The layer" and "Gates and combine"; G1, G2, C1, C4, A1-A3
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from nsa_ref.bounds import RoundedAttention, rounded_attention
-from nsa_ref.checks import check_multiple, check_one_of, check_shape
-from nsa_ref.compress import compress_windows, num_compress_blocks
+from nsa_ref.checks import as_float64, check_multiple, check_one_of, check_shape
+from nsa_ref.compress import num_compress_blocks
 from nsa_ref.layer import (
+    branch_masks,
     is_rotated,
     layer_arguments,
     layer_weight_shapes,
@@ -59,12 +38,12 @@ from nsa_ref.layer import (
     projection_name,
     split_heads,
 )
-from nsa_ref.map_bounds import RoundedPool, rounded_pool, window_tokens
-from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
+from nsa_ref.map_bounds import RoundedPool, rounded_pool
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import (
     Rounded,
     affine,
+    as_column,
     exact,
     inner,
     input_gradient,
@@ -83,8 +62,7 @@ from nsa_ref.rounded import (
     turned_gradient,
     weight_gradient,
 )
-from nsa_ref.selection import shared_strides
-from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import BRANCHES, Semantics
 from nsa_ref.sizes import Sizes
 
@@ -93,7 +71,7 @@ class LayerBounds(NamedTuple):
     """Largest |error| of a right layer, per element, in the tensors' own shapes and units.
 
     out : (batch, seq_len, out_dim)
-    scores : of the selection, as `score_bounds` or `logit_mean_bounds` returns them; None where
+    scores : of the selection, as `score_bounds` returns them; None where
         the sizes have no such scores
     dx, dweights : like x and weights; None without d_out
     """
@@ -133,34 +111,33 @@ def layer_bounds(
 
     Raises
     ------
-    ValueError : an unknown row, weights that are missing or unknown, shapes that do not fit, an
-        odd head_dim that is to be rotated
-    TypeError : block_indices that are no integers, semantics that is no Semantics
+    ValueError, TypeError : as `layer_vjp`; an unknown row
 
     Source
     ------
-    NUMERICS 2 "Gates and combine"; G1, G2
+    NUMERICS 2, "The layer" and "Gates and combine"; G1, G2
     """
     check_one_of("numerics", numerics, NUMERICS)
     x, w = layer_arguments(x, weights, sizes, semantics)
     batch, seq_len, _ = x.shape
     if semantics.rotary != "none":
         check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
-    d_out_ = None
+    block_indices = np.asarray(block_indices)
+    masks = branch_masks(seq_len, seq_len, block_indices, sizes, semantics)
+    check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
     if d_out is not None:
-        d_out_ = np.asarray(d_out, dtype=np.float64)
-        check_shape("d_out", d_out_.shape, (batch, seq_len, layer_width(sizes, semantics)))
+        d_out = as_float64("d_out", d_out)
+        check_shape("d_out", d_out.shape, (batch, seq_len, layer_width(sizes, semantics)))
 
-    masks = branch_masks(np.asarray(block_indices), batch, seq_len, sizes, semantics)
     rows = NUMERICS[numerics], NUMERICS["fp64"]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         layers = {row: RoundedLayer(x, w, masks, sizes, semantics, row) for row in {*rows}}
         of_kernel, of_oracle = (layers[row] for row in rows)
-        scores = _scores(of_kernel, of_oracle, w["mem_k"], masks, numerics)
+        scores = _scores(of_kernel, of_oracle, numerics)
         out = of_kernel.out.error + of_oracle.out.error
-        if d_out_ is None:
+        if d_out is None:
             return LayerBounds(out, scores, None, None)
-        back = {row: layer.gradients(d_out_) for row, layer in layers.items()}
+        back = {row: layer.gradients(d_out) for row, layer in layers.items()}
     (dx, dw), (dx_oracle, dw_oracle) = (back[row] for row in rows)
     dweights = {name: dw[name].error + dw_oracle[name].error for name in w}
     return LayerBounds(out, scores, dx.error + dx_oracle.error, dweights)
@@ -229,54 +206,24 @@ def packed_weight_bounds(
     return of_all
 
 
-def branch_masks(
-    block_indices: NDArray[np.int64],
-    batch: int,
-    seq_len: int,
-    sizes: Sizes,
-    semantics: Semantics,
-) -> dict[str, Array]:
-    """Multiplicities of each branch: (seq_len, columns), with (batch, q_heads) before for fine.
-
-    Source: W1, C2, F1
-    """
-    fine = fine_mask(seq_len, seq_len, block_indices, sizes, semantics)
-    check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
-    compress = compress_mask(seq_len, seq_len, sizes, semantics)
-    sliding = sliding_mask(seq_len, seq_len, sizes, semantics)
-    return {"compress": compress, "fine": fine, "sliding": sliding}
-
-
-def _scores(
-    of_kernel: RoundedLayer,
-    of_oracle: RoundedLayer,
-    mem_k: Array,
-    masks: Mapping[str, Array],
-    numerics: str,
-) -> Array | None:
+def _scores(of_kernel: RoundedLayer, of_oracle: RoundedLayer, numerics: str) -> Array | None:
     """Bounds of the selection's scores, from the q and k_cmp that either side has."""
-    q, k_cmp = of_kernel.q, of_kernel.k_cmp
     sizes, semantics = of_kernel.sizes, of_kernel.semantics
-    by_overlap = semantics.importance != "logit_mean"
-    if by_overlap and sizes.compress_block_size % sizes.compress_block_sliding_stride:
+    in_strides = sizes.compress_block_size % sizes.compress_block_sliding_stride == 0
+    if semantics.importance == "overlap" and not in_strides:
         return None
-    batch, _, seq_len, _ = q.value.shape
-    how: dict[str, Any] = {
-        "numerics": numerics,
-        "share_selection": semantics.share_selection,
-        "q_error": _known(q.error + of_oracle.q.error),
-        "k_cmp_error": _known(k_cmp.error + of_oracle.k_cmp.error),
-    }
-    visible = masks["compress"]
-    if not by_overlap:
-        visible = visible[:, sizes.num_mem_kv :]
-        per_block = sizes.strides_per_selection_block
-        return logit_mean_bounds(
-            q.value, k_cmp.value, visible=visible, strides_per_block=per_block, **how
-        )
-    counts = shared_strides(seq_len, sizes, semantics)
-    mem_k = np.broadcast_to(mem_k, (batch, *mem_k.shape))
-    return score_bounds(q.value, k_cmp.value, mem_k, visible=visible, counts=counts, **how)
+    q, k_cmp, mem_k = of_kernel.q, of_kernel.k_cmp, of_kernel.weights["mem_k"]
+    return score_bounds(
+        q.value,
+        k_cmp.value,
+        np.broadcast_to(mem_k, (len(q.value), *mem_k.shape)),
+        kv_len=q.value.shape[2],
+        sizes=sizes,
+        semantics=semantics,
+        numerics=numerics,
+        q_error=_known(q.error + of_oracle.q.error),
+        k_cmp_error=_known(k_cmp.error + of_oracle.k_cmp.error),
+    )
 
 
 def _known(error: Array) -> Array:
@@ -338,14 +285,13 @@ class RoundedLayer:
         seq_len = x.shape[1]
         self.norm = normed(x, weights["norm.weight"], row) if semantics.input_norm else None
         self.h = exact(x) if self.norm is None else self.norm.out
-        windows = compress_windows(seq_len, sizes, semantics)
-        self.tokens = window_tokens(windows, sizes.compress_block_size)
         self.turn = self.block_turn = None
         if semantics.rotary != "none":
             self.turn = turn(np.arange(seq_len, dtype=np.float64), sizes.head_dim, row)
         if semantics.rotary == "all":
-            starts = np.arange(len(windows)) * sizes.compress_block_sliding_stride
-            self.block_turn = turn(starts.astype(np.float64), sizes.head_dim, row)
+            starts = np.arange(seq_len) * float(sizes.compress_block_sliding_stride)
+            blocks = num_compress_blocks(seq_len, sizes, semantics)
+            self.block_turn = turn(starts[:blocks], sizes.head_dim, row)
 
         q = self._heads("to_q.weight", sizes.q_heads)
         turned = rotated(q, self.turn, row)
@@ -365,12 +311,10 @@ class RoundedLayer:
         self.branch_v = v | {"compress": self._with_memory("mem_v", self._pool("v").out)}
 
         self.attended = {c: self._attend(c).out for c in BRANCHES}
-        logits = self._projected("gates.weight", weights["gates.bias"])
-        self.gates = sigmoid(logits, row).map(self._split_gates)
-        self.gate = {
-            c: Rounded(self.gates.value[i, ..., None], self.gates.error[i, ..., None])
-            for i, c in enumerate(BRANCHES)
-        }
+        # a gate is one number of a head: (batch, 3 q_heads, seq_len, 1), branch by branch
+        logits = self._heads("gates.weight", len(BRANCHES) * sizes.q_heads, weights["gates.bias"])
+        of_branches = (np.split(part, len(BRANCHES), axis=1) for part in sigmoid(logits, row))
+        self.gate = {c: Rounded(*pair) for c, *pair in zip(BRANCHES, *of_branches)}
         self.merged = self._combined().map(merge_heads)
         self.out = self.merged
         if semantics.output_projection:
@@ -386,8 +330,9 @@ class RoundedLayer:
             g = matmul(g, exact(self.weights["to_out.weight"]), row)
         g = g.map(lambda part: split_heads(part, self.sizes.q_heads))
         back = {c: self._attend(c, times(self.gate[c], g, row)) for c in BRANCHES}
-        dg = joined([inner(g, self.attended[c], row) for c in BRANCHES], np.stack)
-        dz = sigmoid_gradient(dg, self.gates, row).map(self._merge_gates)
+        dg = {c: inner(g, self.attended[c], row).map(as_column) for c in BRANCHES}
+        of_branches = [sigmoid_gradient(dg[c], self.gate[c], row) for c in BRANCHES]
+        dz = joined(of_branches, lambda parts: np.concatenate(parts, axis=1)).map(merge_heads)
         dw["gates.bias"] = summed(dz, (0, 1), row)
 
         # of keys and values by branch: those of the compress branch's tokens, through the maps
@@ -402,23 +347,22 @@ class RoundedLayer:
             dw |= {f"compress_{kind}.{name}": each for name, each in found.dweights.items()}
 
         # of every projection, those who read it as it is, and those who read it turned
-        plain: dict[str, list[Rounded]] = {"to_q.weight": []}
-        turned: dict[str, list[Rounded]] = {"to_q.weight": []}
+        readers: dict[str, tuple[list[Rounded], list[Rounded]]] = {}
+
+        def read(name: str, d: Rounded, *, is_turned: bool) -> None:
+            readers.setdefault(name, ([], []))[is_turned].append(d)
+
         for c in BRANCHES:
-            turns_q = is_rotated(semantics, c)
             # with "all" the compress branch turns blocks, once they are pooled
-            turns_k = turns_q and (c != "compress" or semantics.rotary == "before_pooling")
-            for name, turns, d in (
-                ("to_q.weight", turns_q, back[c].dq),
-                (projection_name("k", c, semantics), turns_k, d_tokens[c]["k"]),
-                (projection_name("v", c, semantics), False, d_tokens[c]["v"]),
-            ):
-                for readers in (plain, turned):
-                    readers.setdefault(name, [])
-                (turned if turns else plain)[name].append(d)
+            tokens_turned = c != "compress" or semantics.rotary == "before_pooling"
+            turned = is_rotated(semantics, c)
+            read("to_q.weight", back[c].dq, is_turned=turned)
+            k, v = (projection_name(kind, c, semantics) for kind in ("k", "v"))
+            read(k, d_tokens[c]["k"], is_turned=turned and tokens_turned)
+            read(v, d_tokens[c]["v"], is_turned=False)
         projected = {
-            name: turned_gradient(plain[name], turned[name], self.turn, row).map(merge_heads)
-            for name in plain
+            name: turned_gradient(plain, turned, self.turn, row).map(merge_heads)
+            for name, (plain, turned) in readers.items()
         }
         projected["gates.weight"] = dz
         for name, d in projected.items():
@@ -430,21 +374,18 @@ class RoundedLayer:
         dx, dw["norm.weight"] = normed_gradient(dh, self.norm, self.x, weight, row)
         return dx, dw
 
-    def _projected(self, name: str, bias: Array | None = None) -> Rounded:
-        """h W^T + b; the error of RMSNorm's r is one factor of a whole row of h."""
+    def _heads(self, name: str, heads: int, bias: Array | None = None) -> Rounded:
+        """h W^T + b by heads; the error of RMSNorm's r is one factor of a whole row of h."""
         common, rest = np.zeros((*self.x.shape[:2], 1)), self.h
         if self.norm is not None:
             common, rest = self.norm.r.error / self.norm.r.value, self.norm.out_of_r
-        return affine(rest, self.weights[name], bias, self.row, common)
-
-    def _heads(self, name: str, heads: int) -> Rounded:
-        return self._projected(name).map(lambda part: split_heads(part, heads))
+        flat = affine(rest, self.weights[name], bias, self.row, common)
+        return flat.map(lambda part: split_heads(part, heads))
 
     def _pool(self, kind: str, d_blocks: Rounded | None = None) -> RoundedPool:
         """The blocks of keys ("k") or values ("v"), and the gradients of their map."""
-        weights, compress_map = map_weights(self.weights, kind), self.sizes.compress_map
-        y = self.to_pool[kind]
-        return rounded_pool(y, weights, d_blocks, self.tokens, compress_map, self.row)
+        weights, sizes, semantics = map_weights(self.weights, kind), self.sizes, self.semantics
+        return rounded_pool(self.to_pool[kind], weights, d_blocks, sizes, semantics, self.row)
 
     def _with_memory(self, name: str, blocks: Rounded) -> Rounded:
         memory = self.weights[name]
@@ -469,13 +410,3 @@ class RoundedLayer:
         size = sum(gate.size * out.size for gate, out in parts)
         more = (row.accumulate(len(parts)) + row.u_operands) * size
         return stored(Rounded(apart.value, apart.error + more), row)
-
-    def _split_gates(self, part: Array) -> Array:
-        """(batch, seq_len, 3 * q_heads) -> (3, batch, q_heads, seq_len)."""
-        split = part.reshape(*part.shape[:2], len(BRANCHES), self.sizes.q_heads)
-        return split.transpose(2, 0, 3, 1)
-
-    def _merge_gates(self, part: Array) -> Array:
-        """The inverse of `_split_gates`."""
-        merged = part.transpose(1, 3, 0, 2)
-        return merged.reshape(*merged.shape[:2], len(BRANCHES) * self.sizes.q_heads)

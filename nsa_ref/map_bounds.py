@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from nsa_ref.checks import check_one_of, check_shape
-from nsa_ref.compress import compress_windows
+from nsa_ref.checks import as_float64, check_one_of, check_shape
+from nsa_ref.compress import compress_windows, num_compress_blocks, pool_arguments
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import (
     Rounded,
@@ -56,78 +56,33 @@ def pool_bounds(
 
     Shapes
     ------
-    x : (batch, kv_heads, kv_len, dim), already rounded to the kernel's dtype
-    weights : "positions" (kv_heads, l, dim), optional; for "linear" "weight" (dim, l * dim) and
-        "bias" (dim,), for "linear_per_head" the same with (kv_heads, ...); for "mlp" "weight_in"
-        (hidden, l * dim), "bias_in", "weight_out" (dim, hidden), "bias_out"; windows are flattened
-        token by token
+    x, weights : as in `pool`, already rounded to the kernel's dtype
     d_out : (batch, kv_heads, blocks, dim)
     returns : PoolBounds; dx and dweights (the keys of weights) are None without d_out
 
     Raises
     ------
-    ValueError, TypeError : an unknown row, shapes that do not fit, sizes or semantics of another
-        type
+    ValueError, TypeError : as `pool_vjp`; an unknown row
 
     Source
     ------
-    NUMERICS 2, "Gates and combine"; C1, C4
+    C1, C4; NUMERICS 2, "Compression maps"
     """
     check_one_of("numerics", numerics, NUMERICS)
-    x = np.asarray(x, dtype=np.float64)
-    check_shape("x", x.shape, ("batch", "kv_heads", "kv_len", "dim"))
-    w = {key: np.asarray(value, dtype=np.float64) for key, value in weights.items()}
-    windows = compress_windows(x.shape[2], sizes, semantics)
-    length, compress_map = sizes.compress_block_size, sizes.compress_map
-    _check_pool_weights(w, compress_map, x.shape[1], length, x.shape[3])
-    tokens = window_tokens(windows, length)
+    x, w = pool_arguments(x, weights, sizes)
     g = None
     if d_out is not None:
-        g = exact(np.asarray(d_out, dtype=np.float64))
-        check_shape("d_out", g.value.shape, (*x.shape[:2], len(windows), x.shape[3]))
+        blocks = num_compress_blocks(x.shape[2], sizes, semantics)
+        g = exact(as_float64("d_out", d_out))
+        check_shape("d_out", g.value.shape, (*x.shape[:2], blocks, x.shape[3]))
     rows = NUMERICS[numerics], NUMERICS["fp64"]
-    of_kernel, of_oracle = (rounded_pool(exact(x), w, g, tokens, compress_map, row) for row in rows)
+    of_kernel, of_oracle = (rounded_pool(exact(x), w, g, sizes, semantics, row) for row in rows)
     out = of_kernel.out.error + of_oracle.out.error
     if of_kernel.dx is None or of_oracle.dx is None:
         return PoolBounds(out, None, None)
     dx = unless_overflow(of_kernel.dx, rows[0]).error + unless_overflow(of_oracle.dx, rows[1]).error
     dweights = {key: of_kernel.dweights[key].error + of_oracle.dweights[key].error for key in w}
     return PoolBounds(out, dx, dweights)
-
-
-def window_tokens(windows: Sequence[tuple[int, int]], length: int) -> NDArray[np.int64]:
-    """The tokens of every window: (blocks, l); what is < 0 is padding.
-
-    Source: C1
-    """
-    first = np.array([start for start, _ in windows], dtype=np.int64)
-    return first[:, None] + np.arange(length)
-
-
-def _check_pool_weights(
-    weights: Mapping[str, Array], compress_map: str, kv_heads: int, length: int, dim: int
-) -> None:
-    """Raise ValueError unless the weights are those of the map, positions being optional."""
-    hidden = weights["weight_in"].shape[0] if weights.get("weight_in", np.zeros(())).ndim else 0
-    maps: dict[str, dict[str, tuple[int | str, ...]]] = {
-        "mean": {},
-        "linear": {"weight": (dim, length * dim), "bias": (dim,)},
-        "linear_per_head": {"weight": (kv_heads, dim, length * dim), "bias": (kv_heads, dim)},
-        "mlp": {
-            "weight_in": ("hidden", length * dim),
-            "bias_in": (hidden,),
-            "weight_out": (dim, hidden),
-            "bias_out": (dim,),
-        },
-    }
-    shapes = maps[compress_map]
-    if set(weights) - {"positions"} != set(shapes):
-        raise ValueError(
-            f"weights has {sorted(weights)}; compress_map={compress_map!r} takes {sorted(shapes)}, "
-            "and positions or not."
-        )
-    for name, value in weights.items():
-        check_shape(f"weights[{name!r}]", value.shape, shapes.get(name, (kv_heads, length, dim)))
 
 
 class RoundedPool(NamedTuple):
@@ -140,18 +95,21 @@ class RoundedPool(NamedTuple):
 
 def rounded_pool(
     x: Rounded,
-    w: dict[str, Array],
+    w: Mapping[str, Array],
     g: Rounded | None,
-    tokens: NDArray[np.int64],
-    compress_map: str,
+    sizes: Sizes,
+    semantics: Semantics,
     row: Numerics,
 ) -> RoundedPool:
     """A compression map and, with the gradient g of its blocks, that of its tokens and weights.
 
-    Source: C1, C4; NUMERICS 2, "Gates and combine"
+    Source: C1, C4; NUMERICS 2, "Compression maps"
     """
     batch, kv_heads, kv_len, dim = x.value.shape
-    blocks, length = tokens.shape
+    compress_map, length = sizes.compress_map, sizes.compress_block_size
+    starts = [start for start, _ in compress_windows(kv_len, sizes, semantics)]
+    blocks = len(starts)
+    tokens = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)  # < 0 is padding
     inside = (tokens >= 0)[:, :, None]
 
     def windows_of(part: Array) -> Array:

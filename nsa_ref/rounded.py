@@ -246,7 +246,7 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
     Source: G1; NUMERICS 2, "The layer"
     """
     given, factor = exact(x), exact(weight)
-    mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).map(_as_column)
+    mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).map(as_column)
     square = plus(mean, NORM_EPS, row.u_elementwise, row)
     t = np.minimum(square.error / square.value, 1.0)
     root = square.value**-0.5
@@ -257,7 +257,8 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
     return Normed(r, normal, times(normal, factor, row), times(of_r, factor, row))
 
 
-def _as_column(part: Array) -> Array:
+def as_column(part: Array) -> Array:
+    """(..., n) -> (..., n, 1). Source: NUMERICS 2; nothing is rounded."""
     return part[..., None]
 
 
@@ -278,10 +279,10 @@ def normed_gradient(
     dweight = summed(times(g, norm.normal, row), (0, 1), row)
     dn = times(g, exact(weight), row)
     first = times(dn, norm.r, row)
-    by_normal = scaled(inner(dn, norm.normal, row), 1.0 / dim, row).map(_as_column)
+    by_normal = scaled(inner(dn, norm.normal, row), 1.0 / dim, row).map(as_column)
     by_normal = times(times(norm.normal, by_normal, row), norm.r, row)
     cube = times(times(norm.r, norm.r, row), norm.r, row)
-    by_cube = times(inner(dn, given, row).map(_as_column), cube, row)
+    by_cube = times(inner(dn, given, row).map(as_column), cube, row)
     by_cube = times(scaled(by_cube, 1.0 / dim, row), given, row)
     second = worse(by_normal, by_cube)
     return total([first, Rounded(-second.value, second.error)], row), dweight
@@ -301,7 +302,7 @@ class Turn(NamedTuple):
         return Turn(self.cosine, Rounded(-self.sine.value, self.sine.error))
 
 
-def turn(positions: Array, head_dim: int, row: Numerics) -> Turn:
+def turn(positions: np.ndarray, head_dim: int, row: Numerics) -> Turn:
     """The angles of rotary embedding, float32 at least whatever the dtype.
 
     ::

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
@@ -190,7 +191,7 @@ def compress_probabilities(
     ------
     I1; arXiv 2502.11089, eq. 8
     """
-    q, k_cmp, mem_k = _checked(q, k_cmp, mem_k, kv_len, sizes, semantics)
+    q, k_cmp, mem_k = selection_arguments(q, k_cmp, mem_k, kv_len, sizes, semantics)
     batch, q_heads, q_len, _ = q.shape
     group, num_mem_kv, blocks = sizes.group_size, sizes.num_mem_kv, k_cmp.shape[2]
     mask = compress_mask(q_len, kv_len, sizes, semantics)
@@ -245,7 +246,7 @@ def importance(
     ------
     I1, I2, I3; arXiv 2502.11089, eq. 8, 9 and 10
     """
-    q, k_cmp, mem_k = _checked(q, k_cmp, mem_k, kv_len, sizes, semantics)
+    q, k_cmp, mem_k = selection_arguments(q, k_cmp, mem_k, kv_len, sizes, semantics)
     batch, q_heads, q_len, _ = q.shape
     heads = sizes.kv_heads if semantics.share_selection else q_heads
     group = q_heads // heads
@@ -462,10 +463,10 @@ def floored_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _checked(
-    q: np.ndarray,
-    k_cmp: np.ndarray,
-    mem_k: np.ndarray,
+def selection_arguments(
+    q: ArrayLike,
+    k_cmp: ArrayLike,
+    mem_k: ArrayLike,
     kv_len: int,
     sizes: Sizes,
     semantics: Semantics,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref.bounds import Group, groups, recomputed_p_error
-from nsa_ref.checks import check_at_least, check_multiple, check_one_of, check_shape
+from nsa_ref.checks import as_float64, check_one_of, check_shape
+from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
-from nsa_ref.rounded import Rounded, exact
+from nsa_ref.rounded import Rounded, exact, joined
+from nsa_ref.selection import selection_arguments, shared_strides
+from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.sizes import Sizes, num_selection_blocks
 
 
 def score_bounds(
@@ -18,91 +23,88 @@ def score_bounds(
     k_cmp: ArrayLike,
     mem_k: ArrayLike,
     *,
-    visible: ArrayLike,
-    counts: ArrayLike,
+    kv_len: int,
+    sizes: Sizes,
+    semantics: Semantics = PAPER,
     numerics: str,
-    scale: float | None = None,
-    share_selection: bool = True,
-    k_cmp_error: ArrayLike | None = None,
     q_error: ArrayLike | None = None,
+    k_cmp_error: ArrayLike | None = None,
 ) -> Array:
-    """Bounds of the scores of the selection blocks by overlap (I1-I3, eq. 9 and 10).
+    """Deterministic bounds of the scores of `importance`: by overlap, or means of logits.
 
     ::
 
-        B(b) = sum_i count_ib (P_i E'_i + u_p P_i + eta) + acc(terms) sum_i count_ib P_i
+        "overlap"      B(b) = sum_i count_ib E_i + acc(terms) sum_i count_ib (P_i + E_i)
+                       with E_i = P_i E'_i + u_p P_i + eta; the group's heads add up
+        "logit_mean"   B(b) = mean(d) + acc(terms) mean |s|
+                       over the l' / d strides of a block and the group's heads
 
-    summed over the query heads of the group. A row of the selection is ambiguous iff some gap
-    across its cutoff is at most B(b) + B(b').
+    Beside an invisible logit of "logit_mean", -max / 10 of the dtype, a visible one is lost in
+    rounding: the bound says so. A row of the selection is ambiguous iff some gap across its cutoff
+    is at most B(b) + B(b').
 
     Shapes
     ------
-    q : (batch, q_heads, q_len, head_dim); k_cmp : (batch, kv_heads, blocks, head_dim)
-    mem_k : (batch, kv_heads, num_mem_kv, head_dim)
-    visible : (q_len, num_mem_kv + blocks), memory columns first
-    counts : (blocks, selection_blocks), strides that window i and selection block b share
-    k_cmp_error, q_error : like k_cmp and q, what is already wrong with them; enter as
-        scale (|q| . |k_cmp_error| + |q_error| . (|k_cmp| + |k_cmp_error|))
-    returns : (batch, kv_heads, q_len, selection_blocks); with share_selection=False one score
-        per query head, (batch, q_heads, ...)
+    q, k_cmp, mem_k, kv_len : as in `importance`
+    q_error, k_cmp_error : like q and k_cmp, how far the kernel's own may be from them, default 0
+    numerics : a key of NUMERICS
+    returns : as `importance`; 0 for an incomplete last block of "logit_mean", which has no score
+
+    Raises
+    ------
+    ValueError, TypeError : as `importance`; an unknown row, errors of a wrong shape
 
     Source
     ------
-    NUMERICS 2, "Selection"
+    I1, I2, I3, eq. 9 and 10; NUMERICS 2, "Selection"
     """
     check_one_of("numerics", numerics, NUMERICS)
-    q, k_cmp, mem_k = (np.asarray(x, dtype=np.float64) for x in (q, k_cmp, mem_k))
-    counts = np.asarray(counts, dtype=np.float64)
-    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
-    batch, q_heads, q_len, head_dim = q.shape
-    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", "blocks", head_dim))
-    kv_heads, blocks = k_cmp.shape[1:3]
-    check_shape("mem_k", mem_k.shape, (batch, kv_heads, "num_mem_kv", head_dim))
-    memory = mem_k.shape[2]
-    visible = np.asarray(visible)
-    check_shape("visible", visible.shape, (q_len, memory + blocks))
-    check_shape("counts", counts.shape, (blocks, "selection_blocks"))
-    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
-    group = q_heads // kv_heads
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    wrong, q_wrong = _score_errors(q, k_cmp, q_error, k_cmp_error)
+    q, k_cmp, mem_k = selection_arguments(q, k_cmp, mem_k, kv_len, sizes, semantics)
+    off = {"q": exact(q), "k_cmp": exact(k_cmp)}
+    for name, error in (("q", q_error), ("k_cmp", k_cmp_error)):
+        if error is not None:
+            off[name] = Rounded(off[name].value, as_float64(f"{name}_error", error))
+            check_shape(f"{name}_error", off[name].error.shape, off[name].value.shape)
+    how = kv_len, sizes, semantics, NUMERICS[numerics]
+    if semantics.importance == "overlap":
+        k = joined([exact(mem_k), off["k_cmp"]], lambda parts: np.concatenate(parts, axis=2))
+        return _overlap_bounds(off["q"], k, *how)
+    return _logit_mean_bounds(off["q"], off["k_cmp"], *how)
 
-    k = np.concatenate([mem_k, k_cmp], axis=2)
-    k_wrong = np.concatenate([np.zeros_like(mem_k), wrong], axis=2)
-    result = np.zeros((batch, kv_heads if share_selection else q_heads, q_len, counts.shape[1]))
-    mask = np.broadcast_to(visible, (batch, q_heads, *visible.shape))
-    no_v = exact(np.zeros((*k.shape[:3], 0)))
-    terms = (counts > 0).sum(axis=0) * (group if share_selection else 1)
-    of_kernel, of_oracle = (
-        groups(q_, k_, no_v, mask=mask, scale=scale)
-        for q_, k_ in ((Rounded(q, q_wrong), Rounded(k, k_wrong)), (exact(q), exact(k)))
-    )
+
+def _overlap_bounds(
+    q: Rounded, k: Rounded, kv_len: int, sizes: Sizes, semantics: Semantics, row: Numerics
+) -> Array:
+    """k : memory first"""
+    counts = shared_strides(kv_len, sizes, semantics).astype(np.float64)
+    share, group = semantics.share_selection, sizes.group_size
+    terms = (counts > 0).sum(axis=0) * (group if share else 1)
+    batch, q_heads, q_len, _ = q.value.shape
+    visible = compress_mask(q_len, kv_len, sizes, semantics)
+    how: dict[str, Any] = {
+        "mask": np.broadcast_to(visible, (batch, q_heads, *visible.shape)),
+        "scale": sizes.scale,
+    }
+    no_v = exact(np.zeros((*k.value.shape[:3], 0)))
+    of_kernel = groups(q, k, no_v, **how)
+    of_oracle = groups(exact(q.value), exact(k.value), no_v, **how)
+    result = np.zeros((batch, sizes.kv_heads if share else q_heads, q_len, counts.shape[1]))
     for (b, g, heads, off), (*_, x) in zip(of_kernel, of_oracle):
-        bound = _score_bound(off, NUMERICS[numerics], counts, terms, memory)
-        bound += _score_bound(x, NUMERICS["fp64"], counts, terms, memory)
+        bound = _overlap_bound(off, row, counts, terms)
+        bound += _overlap_bound(x, NUMERICS["fp64"], counts, terms)
         bound = bound.reshape(group, q_len, counts.shape[1])
-        if share_selection:
+        if share:
             result[b, g] = bound.sum(axis=0)
         else:
             result[b, heads] = bound
     return result
 
 
-def _score_errors(
-    q: Array, k_cmp: Array, q_error: ArrayLike | None, k_cmp_error: ArrayLike | None
-) -> tuple[Array, Array]:
-    """Errors of k_cmp and of q, 0 unless given."""
-    wrong = np.zeros_like(k_cmp) if k_cmp_error is None else np.asarray(k_cmp_error, np.float64)
-    check_shape("k_cmp_error", wrong.shape, k_cmp.shape)
-    q_wrong = np.zeros_like(q) if q_error is None else np.asarray(q_error, np.float64)
-    check_shape("q_error", q_wrong.shape, q.shape)
-    return wrong, q_wrong
-
-
-def _score_bound(x: Group, row: Numerics, counts: Array, terms: Array, memory: int) -> Array:
-    """Bound of every query head's part of the scores: (rows, selection_blocks)."""
+def _overlap_bound(x: Group, row: Numerics, counts: Array, terms: Array) -> Array:
+    """Bound of every query head's part of the scores: (rows, selection blocks)."""
     pe = recomputed_p_error(x, row)
     error = pe + row.u_p * (x.p + pe) + row.eta * x.visible  # P, perhaps stored
+    memory = x.p.shape[1] - len(counts)
     error, p = error[:, memory:], x.p[:, memory:]
     size = (p + error) @ counts
     bound = error @ counts + (row.accumulate(terms) + row.u_operands) * size
@@ -113,80 +115,44 @@ def _score_bound(x: Group, row: Numerics, counts: Array, terms: Array, memory: i
     return np.where(x.n > 0, bound, 0.0)
 
 
-def logit_mean_bounds(
-    q: ArrayLike,
-    k_cmp: ArrayLike,
-    *,
-    visible: ArrayLike,
-    strides_per_block: int,
-    numerics: str,
-    scale: float | None = None,
-    share_selection: bool = True,
-    k_cmp_error: ArrayLike | None = None,
-    q_error: ArrayLike | None = None,
+def _logit_mean_bounds(
+    q: Rounded, k_cmp: Rounded, kv_len: int, sizes: Sizes, semantics: Semantics, of_kernel: Numerics
 ) -> Array:
-    """Bounds of upstream's scores before their softmax: means of logits (I3, "logit_mean").
-
-    ::
-
-        B(b) = mean(d) + acc(terms) mean |s|
-
-    over the l' / d strides of a selection block and the query heads of the group, where an
-    invisible logit is -max / 10 of the dtype, exactly. Beside such a number a visible logit is
-    lost in rounding: the bound says so.
-
-    Shapes
-    ------
-    q : (batch, q_heads, q_len, head_dim); k_cmp : (batch, kv_heads, blocks, head_dim)
-    visible : (q_len, blocks), no memory columns
-    strides_per_block : l' / d; blocks // strides_per_block complete selection blocks
-    returns : (batch, kv_heads, q_len, selection_blocks), or per query head
-
-    Source
-    ------
-    NUMERICS 2, "Selection"
-    """
-    check_one_of("numerics", numerics, NUMERICS)
-    check_at_least("strides_per_block", strides_per_block, 1)
-    q, k_cmp = np.asarray(q, dtype=np.float64), np.asarray(k_cmp, dtype=np.float64)
-    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
-    batch, q_heads, q_len, head_dim = q.shape
-    check_shape("k_cmp", k_cmp.shape, (batch, "kv_heads", "blocks", head_dim))
-    kv_heads, blocks = k_cmp.shape[1:3]
-    visible = np.asarray(visible) > 0
-    check_shape("visible", visible.shape, (q_len, blocks))
-    check_multiple("q_heads", q_heads, "kv_heads", kv_heads, why="groups are of equal size")
-    group = q_heads // kv_heads
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    wrong, q_wrong = _score_errors(q, k_cmp, q_error, k_cmp_error)
-
+    batch, q_heads, q_len, head_dim = q.value.shape
+    share, group, strides = (
+        semantics.share_selection,
+        sizes.group_size,
+        sizes.strides_per_selection_block,
+    )
+    visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :] > 0
     heads = np.arange(q_heads) // group
-    k, wrong = np.swapaxes(k_cmp[:, heads], 2, 3), np.swapaxes(wrong[:, heads], 2, 3)
-    s, a = scale * (q @ k), abs(scale) * (np.abs(q) + q_wrong) @ (np.abs(k) + wrong)
-    extra = abs(scale) * (np.abs(q) @ wrong + q_wrong @ (np.abs(k) + wrong))
-    extra = np.where(visible, extra, 0.0)
-    selection_blocks = blocks // strides_per_block
-    terms = strides_per_block * (group if share_selection else 1)
+    k = k_cmp.map(lambda part: np.swapaxes(part[:, heads], 2, 3))
+    s, a = sizes.scale * (q.value @ k.value), sizes.scale * q.size @ k.size
+    moved = sizes.scale * (np.abs(q.value) @ k.error + q.error @ k.size)
+    moved = np.where(visible, moved, 0.0)
+    complete = k.value.shape[3] // strides
+    terms = strides * (group if share else 1)
 
     def mean(per_logit: Array) -> Array:
-        kept = per_logit[..., : selection_blocks * strides_per_block]
-        kept = kept.reshape(batch, q_heads, q_len, selection_blocks, strides_per_block)
+        kept = per_logit[..., : complete * strides]
+        kept = kept.reshape(batch, q_heads, q_len, complete, strides)
         kept = (kept / terms).sum(axis=-1)
-        if not share_selection:
+        if not share:
             return kept
-        return kept.reshape(batch, kv_heads, group, q_len, selection_blocks).sum(axis=2)
+        return kept.reshape(batch, sizes.kv_heads, group, q_len, complete).sum(axis=2)
 
-    total = mean(extra)
-    for row in (NUMERICS[numerics], NUMERICS["fp64"]):
-        far = NUMERICS[numerics].largest / 10.0
-        size = np.where(visible, np.abs(s) + extra, far)
+    total = mean(moved)
+    for row in (of_kernel, NUMERICS["fp64"]):
+        size = np.where(visible, np.abs(s) + moved, of_kernel.largest / 10.0)
         d = (row.accumulate(head_dim) + row.u_operands) * a  # the dot product
         # scaled, stored
-        d = d + (C_SCALE * row.u_elementwise + row.u_scores) * (np.abs(s) + extra)
+        d = d + (C_SCALE * row.u_elementwise + row.u_scores) * (np.abs(s) + moved)
         d = np.where(visible, d, 0.0)
         bound = mean(d)
         if row.rounds_every_operation:  # two means are stored
             bound = bound + math.expm1(2 * math.log1p(row.u_store)) * mean(size + d)
         # adding up, and dividing by the number of terms
         total = total + bound + (row.accumulate(terms) + 2.0 * row.u_elementwise) * mean(size)
-    return total
+    result = np.zeros((*total.shape[:3], num_selection_blocks(kv_len, sizes)))
+    result[..., :complete] = total
+    return result

@@ -6,7 +6,6 @@ the same mathematics once, densely, in extended precision.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from numpy.random import Generator, Philox
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import LN_2, EagerKernel, Kernel
 from nsa_ref.testing.mutants.rounding import Way
 
@@ -212,43 +210,3 @@ def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] | None = None) 
     found = judged.attend(case, "sliding", *arrays)
     gradients = judged.attend_vjp(case, "sliding", *arrays, x.d_out, d_lse)
     return Tensors(*(y.astype(np.float64) for y in (*found, *gradients)))
-
-
-def pooled(
-    case: Case,
-    row: str,
-    order: str,
-    x: Array,
-    weights: dict[str, Array],
-    d_out: Array,
-    kind: type[CompressionMap] = CompressionMap,
-) -> tuple[Array, Array, dict[str, Array]]:
-    """out, dx and dweights of a compression map that rounds as the row says, float64."""
-    case = dataclasses.replace(case, dtype=NUMERICS[row].dtype)
-    computes = kind(Way(order=order, backward_order=order), row)
-    out = computes.pool(case, x, weights)
-    dx, dweights = computes.pool_vjp(case, x, weights, d_out)
-    wide = {name: gradient.astype(np.float64) for name, gradient in dweights.items()}
-    return out.astype(np.float64), dx.astype(np.float64), wide
-
-
-def pool_weights(
-    rng: Generator, row: str, compress_map: str, heads: int, length: int, dim: int, hidden: int
-) -> dict[str, Array]:
-    """Of any size, without positions."""
-    flat = length * dim
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "mean": {},
-        "linear": {"weight": (dim, flat), "bias": (dim,)},
-        "linear_per_head": {"weight": (heads, dim, flat), "bias": (heads, dim)},
-        "mlp": {
-            "weight_in": (hidden, flat),
-            "bias_in": (hidden,),
-            "weight_out": (dim, hidden),
-            "bias_out": (dim,),
-        },
-    }
-    return {
-        name: rounded(rng.standard_normal(shape), row)
-        for name, shape in shapes[compress_map].items()
-    }

@@ -21,6 +21,8 @@ from nsa_ref import rounded
 from nsa_ref.map_bounds import rounded_pool
 from nsa_ref.numerics import NUMERICS, Numerics
 from nsa_ref.rounded import Rounded
+from nsa_ref.semantics import PAPER
+from nsa_ref.sizes import Sizes
 from nsa_ref.testing.mutants.layer import rotated
 
 ROWS = ("fp64", "fp32", "bf16", "fp16", "bf16-eager")
@@ -191,8 +193,8 @@ def pooled_once_turned(d: Drawn) -> Case:
     exact = np.stack([first, second], -1).reshape(1, 1, MANY // 2, 2, 4).mean(axis=3)
     turn = rounded.turn(np.arange(MANY).astype(float), 4, d.numerics)
     turned = rounded.rotated(given, turn, d.numerics)
-    tokens = np.arange(MANY).reshape(-1, 2)
-    return got, exact, rounded_pool(turned, {}, None, tokens, "mean", d.numerics).out
+    sizes = Sizes(compress_block_size=2, compress_block_sliding_stride=2, selection_block_size=2)
+    return got, exact, rounded_pool(turned, {}, None, sizes, PAPER, d.numerics).out
 
 
 def head_weight_gradient(d: Drawn) -> Case:

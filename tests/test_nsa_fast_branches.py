@@ -829,19 +829,9 @@ def test_equal_scores_go_to_the_lower_index() -> None:
 def test_selection_in_float32_is_a_valid_one() -> None:
     case = replace(dtype="float32", num_initial_blocks=1, num_local_blocks=2)
     q, k_cmp, _, mem_k, _ = case.compressed()
-    scored = nsa_ref.selection.scored(
-        *(array.astype(np.float64) for array in (q, k_cmp, mem_k)),
-        kv_len=case.kv_len,
-        **case.geometry,
-    )
-    bounds = score_bounds(
-        q,
-        k_cmp,
-        mem_k,
-        visible=nsa_ref.masks.compress_mask(37, 37, case, PAPER),
-        counts=nsa_ref.selection.shared_strides(37, case, PAPER),
-        numerics="fp32",
-    )
+    wide = [array.astype(np.float64) for array in (q, k_cmp, mem_k)]
+    scored = nsa_ref.selection.scored(*wide, kv_len=case.kv_len, **case.geometry)
+    bounds = score_bounds(*wide, kv_len=case.kv_len, **case.geometry, numerics="fp32")
     chosen = NsaFastEager().run("select", case, q, k_cmp, mem_k)
     verdict = valid_selection(chosen, scored, bounds, sizes=case)
     assert verdict.first_invalid() is None

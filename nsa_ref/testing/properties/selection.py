@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.masks import compress_mask
-from nsa_ref.selection import scored, shared_strides
-from nsa_ref.selection_bounds import logit_mean_bounds, score_bounds
+from nsa_ref.selection import scored
+from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing.branches import Broken, Raised, call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
@@ -79,24 +78,10 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
             f"shape {(*rows, case.num_selected_blocks)}"
         )
     q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
-    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=semantics)
-    visible = compress_mask(case.q_len, case.kv_len, case, semantics)
-    common: dict[str, Any] = {
-        "numerics": implementation.numerics[case.dtype],
-        "scale": case.scale,
-        "share_selection": semantics.share_selection,
-    }
-    if semantics.importance == "overlap":
-        counts = shared_strides(case.kv_len, case, semantics)
-        bounds = score_bounds(q, k_cmp, mem_k, visible=visible, counts=counts, **common)
-    else:
-        bounds = logit_mean_bounds(
-            q,
-            k_cmp,
-            visible=visible[:, case.num_mem_kv :],
-            strides_per_block=case.strides_per_selection_block,
-            **common,
-        )
+    how: dict[str, Any] = {"kv_len": case.kv_len, "sizes": case, "semantics": semantics}
+    of_blocks = scored(q, k_cmp, mem_k, **how)
+    numerics = implementation.numerics[case.dtype]
+    bounds = score_bounds(q, k_cmp, mem_k, **how, numerics=numerics)
     verdict = valid_selection(indices, of_blocks, bounds, sizes=case, semantics=semantics)
     found: dict[str, str] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
