@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +16,18 @@ from hypothesis import example, given, settings
 import nsa_ref.masks
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.sizes import Sizes
+from nsa_ref.testing.branches import BRANCHES, FINE, SLIDING, Branch
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.probes import block_mask_readings, exposed_readings
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from torch.nn.attention.flex_attention import BlockMask  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nsa_fast  # noqa: E402
+from broken_nsa_fast import BUILDS  # noqa: E402
+from fast_memory import Largest  # noqa: E402
 from nsa_fast import block_lists, block_masks, upstream  # noqa: E402
 from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E402
 from nsa_fast.crowded import visible_cells  # noqa: E402
@@ -336,93 +339,65 @@ def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
     assert_reads(block_mask, expected)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: nsa_fast.create_sliding_mask(-1, 2),
-            ValueError,
-            r"seq_len=-1 must be at least 0\.",
-        ),
-        (
-            lambda: nsa_fast.create_sliding_mask(8, 2.0),
-            TypeError,
-            r"window_size=2\.0 must be an integer, not float\.",
-        ),
-        (
-            lambda: nsa_fast.create_sliding_mask(8, 2, 1),
-            TypeError,
-            r"causal=1 must be True or False, not int\.",
-        ),
-        (
-            lambda: nsa_fast.create_sliding_mask(2**31, 2),
-            ValueError,
-            r"seq_len=2147483648 must be below 1073741824\.",
-        ),
-        (
-            lambda: nsa_fast.create_sliding_mask(2**27, 1000),
-            ValueError,
-            r"seq_len=134217728 makes block lists of 1048576 x 1048576 entries; .*268435456",
-        ),
-        (
-            lambda: nsa_fast.create_compress_mask(8, 2, 0),
-            ValueError,
-            r"compress_block_sliding_stride=0 must be at least 1\.",
-        ),
-        (
-            lambda: nsa_fast.create_compress_mask(8, 2, 4, mem_kv_len=True),
-            TypeError,
-            r"mem_kv_len=True must be an integer, not bool\.",
-        ),
-        (
-            lambda: nsa_fast.create_fine_mask(8, 0),
-            ValueError,
-            r"fine_block_size=0 must be at least 1\.",
-        ),
-        (
-            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 7, 2, dtype=torch.int64)),
-            ValueError,
-            r"selected_block_indices has shape \(1, 1, 7, 2\); it must be \(batch, .*, 8, n\)",
-        ),
-        (
-            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 2)),
-            TypeError,
-            r"selected_block_indices has dtype torch\.float32; it must hold integers.*torch\.int64",
-        ),
-        (
-            lambda: nsa_fast.create_fine_mask(8, 4)([[0, 1]]),
-            TypeError,
-            r"selected_block_indices must be a torch\.Tensor, not list\.",
-        ),
-        (
-            lambda: nsa_fast.create_fine_mask(8, 4)(torch.zeros(1, 1, 8, 2, dtype=torch.int64), 0),
-            ValueError,
-            r"num_grouped_queries=0 must be at least 1\.",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(
-    call: Callable[[], object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        call()
+def fine(indices: Any, *group: int) -> BlockMask:
+    return nsa_fast.create_fine_mask(8, 4)(indices, *group)
+
+
+PAIRS = torch.zeros(1, 1, 8, 2, dtype=torch.int64)
+
+#: what is said, and what is called
+VALUE_ERRORS: list[tuple[str, Callable[[], Any]]] = [
+    ("seq_len=-1 must be at least 0.", lambda: nsa_fast.create_sliding_mask(-1, 2)),
+    (
+        "seq_len=2147483648 must be below 1073741824.",
+        lambda: nsa_fast.create_sliding_mask(2**31, 2),
+    ),
+    (
+        "seq_len=134217728 makes block lists of 1048576 x 1048576 entries; they must be at most",
+        lambda: nsa_fast.create_sliding_mask(2**27, 1000),
+    ),
+    (
+        "compress_block_sliding_stride=0 must be at least 1.",
+        lambda: nsa_fast.create_compress_mask(8, 2, 0),
+    ),
+    ("fine_block_size=0 must be at least 1.", lambda: nsa_fast.create_fine_mask(8, 0)),
+    (
+        "selected_block_indices has shape (1, 1, 7, 2); it must be (batch, kv_heads, 8, n)",
+        lambda: fine(PAIRS[:, :, :7]),
+    ),
+    ("num_grouped_queries=0 must be at least 1.", lambda: fine(PAIRS, 0)),
+]
+TYPE_ERRORS: list[tuple[str, Callable[[], Any]]] = [
+    (
+        "window_size=2.0 must be an integer, not float.",
+        lambda: nsa_fast.create_sliding_mask(8, 2.0),
+    ),
+    ("causal=1 must be True or False, not int.", lambda: nsa_fast.create_sliding_mask(8, 2, 1)),
+    (
+        "mem_kv_len=True must be an integer, not bool.",
+        lambda: nsa_fast.create_compress_mask(8, 2, 4, mem_kv_len=True),
+    ),
+    (
+        "it must hold integers: block numbers, and -1 in unused slots. Try torch.int64",
+        lambda: fine(PAIRS.float()),
+    ),
+    ("selected_block_indices must be a torch.Tensor, not list.", lambda: fine([[0, 1]])),
+]
+
+
+@pytest.mark.parametrize(("message", "wrong"), VALUE_ERRORS)
+def test_a_bad_value_is_named(message: str, wrong: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        wrong()
+
+
+@pytest.mark.parametrize(("message", "wrong"), TYPE_ERRORS)
+def test_a_bad_kind_is_named(message: str, wrong: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        wrong()
 
 
 # --- nothing as large as rows x columns -----------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(item, torch.Tensor):
-                stored = item.untyped_storage().nbytes() // item.element_size()
-                self.elements = max(self.elements, stored)
-        return result
 
 
 def test_fine_lists_of_16k_tokens_grow_with_tokens_times_n() -> None:
@@ -564,96 +539,43 @@ CASE = Case(
 )
 
 
-def exposed(branch: str) -> dict[str, bool]:
-    """Name of each mask that the adapter exposes -> whether it is the oracle's."""
-    eager = NsaFastEager()
-    indices = CASE.block_indices()
-    if branch == "sliding":
-        expected = nsa_ref.masks.sliding_mask(40, 40, CASE, CASE.semantics)
-        value = eager.run("sliding_mask", CASE)
-    elif branch == "compress":
-        expected = nsa_ref.masks.compress_mask(40, 40, CASE, CASE.semantics)
-        value = eager.run("compress_mask", CASE)
-    else:
-        expected = nsa_ref.masks.fine_mask(40, 40, indices, CASE, CASE.semantics)
-        value = eager.run("fine_mask", CASE, indices)
+ALL_PARTS = {"mask_mod", "kv lists", "q lists"}
+
+
+def exposed(branch: Branch, implementation: Implementation) -> dict[str, bool]:
+    """Name of each mask that an implementation exposes -> whether it is the oracle's."""
+    given = [CASE.block_indices()] if branch is FINE else []
+    expected = branch.mask(CASE, *given or [None])
+    value = implementation.run(f"{branch.name}_mask", CASE, *given)
     return {
         name: bool((cells == expected).all())
         for name, cells in exposed_readings(value, *expected.shape[-2:]).items()
     }
 
 
-@pytest.mark.parametrize("branch", ["sliding", "compress", "fine"])
-def test_adapter_exposes_the_branch_and_upstreams_call(branch: str) -> None:
-    assert exposed(branch) == {
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.name)
+def test_adapter_exposes_the_branch_and_upstreams_call(branch: Branch) -> None:
+    assert exposed(branch, NsaFastEager()) == {
         f"{maker} {part}": True
-        for maker in (f"{branch}_attention", f"create_{branch}_mask")
-        for part in ("mask_mod", "kv lists", "q lists")
+        for maker in (f"{branch.name}_attention", f"create_{branch.name}_mask")
+        for part in ALL_PARTS
     }
 
 
-def broken_window(build: Callable[..., BlockMask]) -> Callable[..., BlockMask]:
-    """One key too many."""
-
-    @functools.wraps(build)
-    def broken(q_len: int, kv_len: int, window: int, *args: Any, **sizes: Any) -> BlockMask:
-        return build(q_len, kv_len, window + 1, *args, **sizes)
-
-    return broken
-
-
-def broken_mask_mod(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The lists are right, the predicate shows one cell too few."""
-
-    @functools.wraps(build)
-    def broken(*args: Any, **sizes: Any) -> Any:
-        right = build(*args, **sizes)
-
-        def wrong(batch: Any, head: Any, row: Any, column: Any) -> Any:
-            return right(batch, head, row, column) & ~((row == 17) & (column == 17))
-
-        wrong.__name__ = right.__name__
-        return wrong
-
-    return broken
-
-
-def without_last(numbers: Any) -> Any:
-    """The longest list loses its last entry."""
-    shorter = numbers.clone()
-    shorter.view(-1)[numbers.argmax()] -= 1
-    return shorter
-
-
-def broken_lists(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The predicate is right, a row block loses a column block; its transpose follows."""
-
-    @functools.wraps(build)
-    def broken(*args: Any, **sizes: Any) -> Any:
-        lists = build(*args, **sizes)
-        return lists._replace(num_blocks=without_last(lists.num_blocks))
-
-    return broken
-
-
 @pytest.mark.parametrize(
-    ("module", "builder", "plant", "wrong_parts"),
+    ("build", "wrong_parts"),
     [
-        (block_masks, "sliding_block_mask", broken_window, {"mask_mod", "kv lists", "q lists"}),
-        (block_masks, "sliding_mask_mod", broken_mask_mod, {"mask_mod", "kv lists", "q lists"}),
-        (block_lists, "interval_lists", broken_lists, {"kv lists", "q lists"}),
-        (block_lists, "transposed", broken_lists, {"q lists"}),
+        ("WindowPlusOne", ALL_PARTS),
+        ("PredicateWrong", ALL_PARTS),  # the lists ask it in partial blocks
+        ("ListsTooShort", {"kv lists", "q lists"}),
+        ("QueryBlockLost", {"q lists"}),
     ],
 )
 def test_a_broken_build_is_planted_in_one_place_and_seen_in_the_exposed_masks(
-    module: Any,
-    builder: str,
-    plant: Callable[..., Any],
-    wrong_parts: set[str],
-    monkeypatch: pytest.MonkeyPatch,
+    build: str, wrong_parts: set[str]
 ) -> None:
-    monkeypatch.setattr(module, builder, plant(getattr(module, builder)))
-    wrong = {name for name, right in exposed("sliding").items() if not right}
+    eager = next(broken for broken in BUILDS[build]("cpu") if "eager" in broken.name)
+    wrong = {name for name, right in exposed(SLIDING, eager).items() if not right}
     assert wrong == {
         f"{maker} {part}"
         for maker in ("sliding_attention", "create_sliding_mask")

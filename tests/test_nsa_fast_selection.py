@@ -1,0 +1,251 @@
+"""The compression maps and the selection of nsa_fast, where the judge's properties do not go."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nsa_ref.selection
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.properties import PROPERTIES
+
+torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
+
+import nsa_fast  # noqa: E402
+from fast_memory import Largest  # noqa: E402
+from nsa_fast import selection  # noqa: E402
+from nsa_fast.adapter import NsaFastEager  # noqa: E402
+from nsa_fast.pool import MAP_WEIGHTS, map_shapes  # noqa: E402
+from nsa_fast.windows import Windows  # noqa: E402
+
+CASE = Case(
+    dtype="float64",
+    q_heads=4,
+    kv_heads=2,
+    q_len=37,
+    kv_len=37,
+    head_dim=4,
+    value_dim=4,
+    compress_block_size=6,
+    compress_block_sliding_stride=2,
+    selection_block_size=4,
+    num_selected_blocks=3,
+    num_mem_kv=1,
+)
+
+
+# --- compression ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compress_map", MAP_WEIGHTS)
+@pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS_FLEX], ids=["start", "end"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_windows_that_overlap_touch_and_leave_gaps(
+    compress_map: str, semantics: Semantics, dtype: str
+) -> None:
+    """C1, C4: and sequences without a window, or with less than one."""
+    for kv_len, size, stride in ((17, 6, 2), (5, 6, 2), (9, 2, 3), (1, 4, 2)):
+        case = dataclasses.replace(
+            CASE,
+            semantics=semantics,
+            dtype=dtype,
+            kv_len=kv_len,
+            compress_block_size=size,
+            compress_block_sliding_stride=stride,
+            selection_block_size=6,
+            compress_map=compress_map,
+            compress_positions=kv_len != 9,
+        )
+        PROPERTIES["C4_pool"].run(NsaFastEager(), case)
+        PROPERTIES["C4_pool_gradients"].run(NsaFastEager(), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_many_small_numbers_is_taken_in_float32(dtype: torch.dtype) -> None:
+    """In bfloat16 a sum of ones stands still at 256, in float16 at 2048."""
+    x = torch.ones(1, 1, 4096, 1, dtype=dtype)
+    y = nsa_fast.compress_pool(x, compress_block_size=4096, compress_block_sliding_stride=4096)
+    assert y.dtype == dtype and y.item() == 1
+
+
+PAIRS: dict[str, Any] = {"compress_block_size": 2, "compress_block_sliding_stride": 2}
+
+
+def test_pool_names_the_weights_that_a_map_takes() -> None:
+    x, weights = torch.zeros(1, 1, 4, 2), {"weight_in": torch.zeros(2, 4)}
+    with pytest.raises(ValueError, match=r"compress_map='linear' takes \['weight', 'bias'\]"):
+        nsa_fast.compress_pool(x, weights, **PAIRS, compress_map="linear")
+
+
+@pytest.mark.parametrize("compress_map", MAP_WEIGHTS)
+def test_pool_under_autocast_is_what_it_is_without(compress_map: str) -> None:
+    x = torch.randn(1, 2, 12, 4)
+    shapes = map_shapes(compress_map, 2, 2, 4, 5)
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    expected = nsa_fast.compress_pool(x, weights, **PAIRS, compress_map=compress_map)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nsa_fast.compress_pool(x, weights, **PAIRS, compress_map=compress_map)
+    assert torch.equal(found, expected)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+SELECTIONS = {
+    "paper": PAPER,
+    "end": dataclasses.replace(PAPER, compress_alignment="end"),
+    "non-causal": dataclasses.replace(PAPER, causal=False),
+    "per head": dataclasses.replace(PAPER, share_selection=False),
+    "forced at 1": dataclasses.replace(PAPER, forced_score=1.0),
+    "floor": dataclasses.replace(PAPER, score_floor=0.1),
+    "logit mean": LUCIDRAINS,
+    "logit mean, per head, non-causal": dataclasses.replace(
+        LUCIDRAINS, share_selection=False, causal=False
+    ),
+    "logit mean, no floor, non-causal": dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
+    "logit mean, own block": dataclasses.replace(
+        PAPER, importance="logit_mean", compress_alignment="end"
+    ),
+    "strict": dataclasses.replace(PAPER, compress_strict=True),
+}
+
+
+def selections(semantics: Semantics) -> Iterator[Case]:
+    """Decode, no compressed block, queries before every key, fewer candidates than n, and so on."""
+    free = {"num_selected_blocks": 9, "num_initial_blocks": 0, "num_local_blocks": 0}
+    for seed, sizes in enumerate(
+        (
+            {},
+            {"q_len": 1},
+            {"kv_len": 1},
+            {"kv_len": 0},
+            {"kv_len": 9},
+            {"num_selected_blocks": 20},
+            {"num_selected_blocks": 0},
+            {"num_initial_blocks": 3, "num_local_blocks": 3},
+            # a window ends with the first query, and one with the last, in its own block
+            {"q_len": 3, "kv_len": 40} | free,
+            {"q_len": 3, "kv_len": 40, "selection_block_size": 2} | free,
+        )
+    ):
+        forced = {"num_initial_blocks": 1, "num_local_blocks": 2}
+        yield dataclasses.replace(CASE, semantics=semantics, seed=seed, **(forced | sizes))
+
+
+def assert_the_oracles(case: Case, *, factor: int = 1) -> None:
+    """The choice is the oracle's, block by block, with q multiplied by the factor."""
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    expected = nsa_ref.selection.select(
+        factor * q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=case.semantics
+    )
+    found = NsaFastEager().run("select", case, factor * q, k_cmp, mem_k)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selection_in_float64_is_the_oracles(name: str) -> None:
+    """Random scores have no gap that float64 rounding could cross."""
+    for case in selections(SELECTIONS[name]):
+        assert_the_oracles(case)
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    assert_the_oracles(dataclasses.replace(CASE, num_selected_blocks=4), factor=0)
+
+
+def test_selection_in_chunks_is_the_same_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "q": torch.randn(1, 4, 2048, 8, generator=generator),
+        "k_cmp": torch.randn(1, 2, 1023, 8, generator=generator),
+        "kv_len": 2048,
+        "compress_block_size": 4,
+        "selection_block_size": 8,
+    }
+    whole = select(**tensors)
+    monkeypatch.setattr(selection, "CPU_CHUNK_ELEMENTS", 2**18)
+    with Largest() as largest:
+        in_chunks = select(**tensors)
+    assert torch.equal(whole, in_chunks)
+    assert largest.elements <= 2**19 < 4 * 2048 * 1023
+
+
+def select(**changes: Any) -> Any:
+    """A small selection with some arguments changed."""
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(1, 4, 64, 16),
+        "k_cmp": torch.zeros(1, 2, 32, 16),
+        "kv_len": 64,
+        **PAIRS,
+        "selection_block_size": 4,
+        "num_selected_blocks": 4,
+    }
+    return nsa_fast.select_blocks(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "preset", [PAPER, LUCIDRAINS, LUCIDRAINS_FLEX], ids=["PAPER", "LUCIDRAINS", "FLEX"]
+)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_chunk_leaves_out_nothing_that_its_rows_can_choose(
+    preset: Semantics, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows or all at once: the same choice, in a prefill, a later part, and before p = 0."""
+    semantics = dataclasses.replace(preset, causal=causal)
+    generator = torch.Generator().manual_seed(0)
+    for q_len, kv_len in ((50, 50), (7, 50), (50, 41), (9, 3)):
+        windows = Windows(4, 2, semantics).count(kv_len)
+        q, k_cmp, mem_k = (
+            torch.randn(1, heads, length, 5, generator=generator, dtype=torch.float64)
+            for heads, length in ((2, q_len), (1, windows), (1, 2))
+        )
+        chosen = []
+        for elements in (2**20, rows * 2 * max(windows + 2, -(-kv_len // 6))):
+            monkeypatch.setattr(selection, "CPU_CHUNK_ELEMENTS", elements)
+            found = select(
+                q=q,
+                k_cmp=k_cmp,
+                mem_k=mem_k,
+                kv_len=kv_len,
+                compress_block_size=4,
+                selection_block_size=6,
+                num_selected_blocks=2,
+                num_initial_blocks=0,
+                num_local_blocks=0,
+                semantics=semantics,
+            )
+            chosen.append(found)
+        assert torch.equal(*chosen)
+
+
+def test_selection_under_autocast_is_what_it_is_without() -> None:
+    torch.manual_seed(0)
+    tensors = {"q": torch.randn(1, 4, 64, 16), "k_cmp": torch.randn(1, 2, 32, 16)}
+    expected = select(**tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = select(**tensors)
+    assert torch.equal(found, expected)
+
+
+def test_selection_asks_for_no_gradient() -> None:
+    chosen = select(q=torch.randn(1, 4, 64, 16, requires_grad=True))
+    assert chosen.dtype == torch.int64 and not chosen.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compress_block_size": 3}, "compress_block_size=3 must be a multiple of"),
+        ({"selection_block_size": 5}, "in whole strides. Try 4 or 6"),
+        ({"scale": float("inf")}, "scale=inf must be finite"),
+    ],
+)
+def test_what_cannot_be_selected_by_is_said(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        select(**changes)
