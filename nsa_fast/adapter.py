@@ -308,7 +308,7 @@ class NsaFastLayer(TorchImplementation):
             )
         # the function below the module, to which no blocks can be handed
         return nsa_fast.native_sparse_attention(
-            x, weights, **_sizes(case), block_indices=block_indices
+            x, weights, **layer_arguments(case), block_indices=block_indices
         )
 
     def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -330,7 +330,7 @@ class NsaFastLayer(TorchImplementation):
         return method != "decode" and super().offers_vjp(method)
 
 
-def _sizes(case: Case) -> dict[str, Any]:
+def layer_arguments(case: Case) -> dict[str, Any]:
     """As the layer takes them, as a module and as a function."""
     names = {field.name for field in dataclasses.fields(Layer)} - {"backend"}
     return {name: getattr(case, name) for name in names}
@@ -339,7 +339,7 @@ def _sizes(case: Case) -> dict[str, Any]:
 def _module(case: Case) -> nsa_fast.NativeSparseAttention:
     return nsa_fast.NativeSparseAttention(
         case.model_dim,
-        **_sizes(case),
+        **layer_arguments(case),
         compress_positions=case.compress_positions,
         num_mem_kv=case.num_mem_kv,
     )

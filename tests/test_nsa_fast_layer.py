@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nsa_ref.layer import layer as oracle
-from nsa_ref.layer import layer_block_indices, layer_vjp, layer_weight_shapes
-from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
+from nsa_ref.layer import layer_block_indices, layer_weight_shapes
+from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
-from nsa_ref.sizes import Sizes
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
+from nsa_ref.testing.properties import PROPERTIES
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import nsa_fast  # noqa: E402
 from nsa_fast import NativeSparseAttention, native_sparse_attention  # noqa: E402
+from nsa_fast.adapter import NsaFastLayer, layer_arguments  # noqa: E402
 
 MODEL_DIM = 10
 
@@ -46,6 +48,7 @@ SIZES: dict[str, Any] = {
     "num_local_blocks": 1,
     "sliding_window_size": 5,
 }
+CASE = Case(dtype="float64", batch=2, model_dim=MODEL_DIM, compress_positions=True, **SIZES)
 
 
 def replace(semantics: Semantics, **changes: Any) -> Semantics:
@@ -105,37 +108,16 @@ def some_blocks(semantics: Semantics, batch: int, seq_len: int) -> Tensor:
     return torch.randint(-1, seq_len // 4 + 2, (batch, heads, seq_len, 3), generator=generator)
 
 
-class Right(NamedTuple):
-    """What the definition says about some tokens, and how far a right layer may be from it."""
-
-    out: np.ndarray
-    dx: np.ndarray
-    dweights: dict[str, np.ndarray]
-    bounds: LayerBounds
-
-
 class Layer:
-    """nsa_fast's layer and the definition, with the same weights: float64, none of them zero."""
+    """nsa_fast's layer and the definition, with the same sizes and weights, in float64."""
 
     def __init__(
         self, semantics: Semantics, compress_map: str, num_mem_kv: int, **changes: Any
     ) -> None:
-        how = SIZES | changes
-        self.how: dict[str, Any] = how | {"semantics": semantics, "compress_map": compress_map}
-        self.semantics = semantics
-        self.sizes = Sizes(
-            model_dim=MODEL_DIM,
-            compress_map=compress_map,
-            compress_positions=True,
-            num_mem_kv=num_mem_kv,
-            **how,
-        )
-        generator = torch.Generator().manual_seed(0)
-        self.weights = {
-            name: torch.randn(shape, generator=generator, dtype=torch.float64)
-            / math.sqrt(max(1, shape[-1]))
-            for name, shape in layer_weight_shapes(self.sizes, semantics).items()
-        }
+        of_kind = {"semantics": semantics, "compress_map": compress_map, "num_mem_kv": num_mem_kv}
+        self.case = dataclasses.replace(CASE, **of_kind, **changes)
+        weights = self.case.layer_weights()
+        self.weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
 
     @classmethod
     def of(cls, made: NativeSparseAttention) -> Layer:
@@ -147,68 +129,37 @@ class Layer:
         return both
 
     def __call__(self, x: Tensor, cache: nsa_fast.Cache | None = None, **how: Any) -> Tensor:
-        return native_sparse_attention(x, self.weights, **(self.how | how), cache=cache)
-
-    def right(self, x: Tensor, blocks: Tensor | None = None, d_out: Tensor | None = None) -> Right:
-        """By the oracle, with blocks of its own choice if none are handed in."""
-        weights = {name: weight.detach().numpy() for name, weight in self.weights.items()}
-        given: tuple[Any, ...] = x.detach().numpy(), weights
-        how: dict[str, Any] = {"sizes": self.sizes, "semantics": self.semantics}
-        chosen = layer_block_indices(*given, **how) if blocks is None else blocks.numpy()
-        out = oracle(*given, **how, block_indices=chosen)
-        if d_out is None:
-            bounds = layer_bounds(*given, chosen, numerics="fp64", **how)
-            return Right(out, np.zeros(0), {}, bounds)
-        gradient = d_out.numpy()
-        dx, dweights = layer_vjp(*given, gradient, **how, block_indices=chosen)
-        bounds = layer_bounds(*given, chosen, gradient, numerics="fp64", **how)
-        return Right(out, dx, dweights, bounds)
+        how = layer_arguments(self.case) | how
+        return native_sparse_attention(x, self.weights, **how, cache=cache)
 
     def assert_right(self, x: Tensor, blocks: Tensor | None = None, **found: Tensor) -> None:
-        """Every one of these is the definition's rows of x, or the last of them."""
-        right = self.right(x, blocks)
+        """Every one of these is the definition's rows of x, or the last of them.
+
+        The definition makes a choice of blocks of its own if none are handed in.
+        """
+        weights = {name: weight.detach().numpy() for name, weight in self.weights.items()}
+        given = x.detach().numpy(), weights
+        how: dict[str, Any] = {"sizes": self.case.layer_sizes, "semantics": self.case.semantics}
+        chosen = layer_block_indices(*given, **how) if blocks is None else blocks.numpy()
+        right = oracle(*given, **how, block_indices=chosen)
+        bound = layer_bounds(*given, chosen, numerics="fp64", **how).out
         for name, rows in found.items():
-            first = x.shape[1] - rows.shape[1]
-            assert_within(name, rows, right.out[:, first:], right.bounds.out[:, first:])
+            array, first = rows.detach().numpy(), x.shape[1] - rows.shape[1]
+            assert array.dtype == np.float64, name
+            compare("G1", name, array, right[:, first:], bound[:, first:])
 
 
-def assert_within(name: str, found: Tensor, expected: np.ndarray, bound: np.ndarray) -> None:
-    """No element is further from the definition than a right one may be."""
-    array = found.detach().numpy()
-    assert array.shape == expected.shape and array.dtype == np.float64, name
-    assert np.isfinite(bound).all(), name
-    compare("G1", name, array, expected, bound)
-
-
-def some_d_out(out: Tensor) -> Tensor:
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
-
-
-def gradients(out: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    # with 3 tokens there is no window, and nothing that the weights of a map take part in
-    found = torch.autograd.grad(
-        out, [*inputs.values()], some_d_out(out), allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(inputs, found))
+def case_of(kind: str, seq_len: int) -> Case:
+    return dataclasses.replace(Layer(*KINDS[kind]).case, q_len=seq_len, kv_len=seq_len)
 
 
 @pytest.mark.parametrize("kind", UNJUDGED)
 @pytest.mark.parametrize("seq_len", [21, 3])
 def test_the_layer_and_its_gradients_are_the_definition(kind: str, seq_len: int) -> None:
-    """G1, G2: out, and the gradient of x and of every weight, for blocks that are handed in."""
-    both = Layer(*KINDS[kind])
-    x, blocks = tokens(2, seq_len), some_blocks(both.semantics, 2, seq_len)
-    inputs = {"x": x, **both.weights}
-    for tensor in inputs.values():
-        tensor.requires_grad_()
-    found = both(x, block_indices=blocks)
-    right = both.right(x, blocks, some_d_out(found))
-    assert right.bounds.dx is not None and right.bounds.dweights is not None
-    assert_within("out", found, right.out, right.bounds.out)
-    expected = {"x": right.dx} | right.dweights
-    bounds = {"x": right.bounds.dx} | right.bounds.dweights
-    for name, gradient in gradients(found, inputs).items():
-        assert_within(f"d {name}", gradient, expected[name], bounds[name])
+    """G1, G2: out, and the gradient of x and of every weight."""
+    case = case_of(kind, seq_len)
+    PROPERTIES["G1_layer_output_with_blocks"].run(NsaFastLayer(), case)
+    PROPERTIES["G1_layer_gradients_with_blocks"].run(NsaFastLayer(), case)
 
 
 @pytest.mark.parametrize("kind", UNJUDGED)
@@ -245,7 +196,7 @@ def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
     batch, seq_len = changes.pop("batch", 2), changes.pop("seq_len", 19)
     both = Layer(*KINDS[kind], **changes)
     x, cache = tokens(batch, seq_len), nsa_fast.Cache(batch)
-    shape = (batch, both.sizes.kv_heads, seq_len, both.sizes.num_selected_blocks)
+    shape = (batch, both.case.kv_heads, seq_len, both.case.num_selected_blocks)
     blocks = torch.randint(-1, 8, shape, generator=torch.Generator().manual_seed(0))
     found = both(x, block_indices=blocks)
     ends = [0, min(3, seq_len), *range(9, seq_len), seq_len]
@@ -257,38 +208,20 @@ def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
 # --- variable lengths -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all", "pooled once turned"])
-def test_packed_sequences_are_the_sequences_one_by_one(kind: str) -> None:
-    """G4, with sequences of no token, of one, and shorter than a window; gradients as well."""
-    both = Layer(*KINDS[kind])
-    lengths = [0, 17, 1, 0, 3, 9, 0]
-    ends = np.cumsum([0, *lengths])
-    x = tokens(1, sum(lengths))[0]
-    inputs = {"x": x, **both.weights}
-    for tensor in inputs.values():
-        tensor.requires_grad_()
-    found = both(x, cu_seqlens=torch.from_numpy(ends).int())
-    d_out = some_d_out(found)
-    alone = [both.right(x[None, a:b], None, d_out[None, a:b]) for a, b in pairwise(ends)]
-    weights_bounds = packed_weight_bounds(
-        lengths,
-        [each.dweights for each in alone],
-        [each.bounds.dweights or {} for each in alone],
-        sizes=both.sizes,
-        semantics=both.semantics,
-        numerics="fp64",
-    )
-    got = gradients(found, inputs)
-    for each, a, b in zip(alone, ends, ends[1:]):
-        assert each.bounds.dx is not None
-        assert_within(f"out {a}:{b}", found[None, a:b], each.out, each.bounds.out)
-        assert_within(f"dx {a}:{b}", got["x"][None, a:b], each.dx, each.bounds.dx)
-    for name, bound in weights_bounds.items():
-        summed = np.sum([each.dweights[name] for each in alone], axis=0)
-        assert_within(f"d {name}", got[name], summed, bound)
+@pytest.mark.parametrize("kind", UNJUDGED)
+def test_packed_sequences_and_their_gradients_are_the_definition(kind: str) -> None:
+    """G4, where a layer chooses its blocks."""
+    PROPERTIES["G4_varlen"].run(NsaFastLayer(), case_of(kind, 17))
+    PROPERTIES["G4_varlen_gradients"].run(NsaFastLayer(), case_of(kind, 17))
 
-    blocks = some_blocks(both.semantics, 1, sum(lengths))[0]
-    found = both(x, cu_seqlens=torch.from_numpy(ends), block_indices=blocks)
+
+@pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all", "pooled once turned"])
+def test_packed_sequences_read_the_blocks_that_are_handed_in(kind: str) -> None:
+    """G4, with sequences of no token, of one, and shorter than a window."""
+    both, lengths = Layer(*KINDS[kind]), [0, 17, 1, 0, 3, 9, 0]
+    ends = np.cumsum([0, *lengths])
+    x, blocks = tokens(1, sum(lengths))[0], some_blocks(both.case.semantics, 1, sum(lengths))[0]
+    found = both(x, cu_seqlens=torch.from_numpy(ends).int(), block_indices=blocks)
     for a, b in pairwise(ends):
         both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
 
@@ -316,7 +249,7 @@ def test_the_state_dict_has_the_names_of_the_definition(kind: str) -> None:
     both = Layer(*KINDS[kind])
     made = module(semantics, compress_map=compress_map, num_mem_kv=memory).double()
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-    assert shapes == layer_weight_shapes(both.sizes, semantics)
+    assert shapes == layer_weight_shapes(both.case, semantics)
     made.load_state_dict(both.weights)
     x = tokens(2, 13)
     expected = both(x)
@@ -376,11 +309,11 @@ def test_under_autocast_the_result_has_its_dtype(semantics: Semantics) -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     layer, x = module(LUCIDRAINS_FLEX).double(), tokens(2, 13).requires_grad_()
-    inputs = {"x": x, **dict(layer.named_parameters())}
-    expected = gradients(layer(x), inputs)
-    found = gradients(checkpoint(layer, x, use_reentrant=False), inputs)
-    for name, gradient in found.items():
-        assert torch.equal(gradient, expected[name]), name
+    inputs = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
+    out = checkpoint(layer, x, use_reentrant=False)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_no_gradient_comes_from_the_choice_of_blocks() -> None:
@@ -410,145 +343,113 @@ def packed(*ends: int, dtype: torch.dtype | None = None) -> Callable[[], object]
     return call(x=tokens(1, 8)[0], cu_seqlens=torch.tensor(ends, dtype=dtype))
 
 
-ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "model_dim": (
-        call(x=torch.zeros(2, 8, 9)),
-        ValueError,
-        r"x has shape \(2, 8, 9\); it must be \(batch, seq_len, 10\)",
-    ),
-    "packed tokens with a batch": (
+def blocks(*shape: int, **how: Any) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, **how)
+
+
+#: what is said, and what is called; in every call one thing is wrong
+VALUE_ERRORS: list[tuple[str, Callable[[], object]]] = [
+    ("x has shape (2, 8, 9); it must be (batch, seq_len, 10)", call(x=torch.zeros(2, 8, 9))),
+    (
+        "x has shape (2, 8, 10); it must be (total_tokens, 10)",
         call(cu_seqlens=torch.tensor([0, 8])),
-        ValueError,
-        r"x has shape \(2, 8, 10\); it must be \(total_tokens, 10\)",
     ),
-    "first sequence": (packed(1, 8), ValueError, r"cu_seqlens=\[1, 8\] must start with 0"),
-    "no sequence": (packed(), TypeError, r"cu_seqlens has dtype torch\.float32"),
-    "a sequence that runs back": (
-        packed(0, 5, 3, 8),
-        ValueError,
-        r"cu_seqlens\[2\]=3 must be at least cu_seqlens\[1\]=5",
-    ),
-    "the last sequence": (
-        packed(0, 7),
-        ValueError,
-        r"cu_seqlens\[-1\]=7 must be 8, the number of tokens in x",
-    ),
-    "a weight that is missing, and one too many": (
+    ("cu_seqlens=[1, 8] must start with 0", packed(1, 8)),
+    ("cu_seqlens[2]=3 must be at least cu_seqlens[1]=5", packed(0, 5, 3, 8)),
+    ("cu_seqlens[-1]=7 must be 8, the number of tokens in x", packed(0, 7)),
+    (
+        "weights lacks ['to_k_fine.weight'] and has ['to_k.weight']",
         call(weights={"to_k_fine.weight": None, "to_k.weight": torch.zeros(12, 10)}),
-        ValueError,
-        r"weights lacks \['to_k_fine\.weight'\] and has \['to_k\.weight'\]",
     ),
-    "a weight's shape": (
+    (
+        "weights['gates.weight'] has shape (4, 10); it must be (12, 10)",
         call(weights={"gates.weight": torch.zeros(4, 10)}),
-        ValueError,
-        r"weights\['gates\.weight'\] has shape \(4, 10\); it must be \(12, 10\)",
     ),
-    "half a memory": (
+    (
+        "weights['mem_v'] has shape (2, 3, 5); it must be (2, 1, 5)",
         call(weights={"mem_v": torch.zeros(2, 3, 5).double()}),
-        ValueError,
-        r"weights\['mem_v'\] has shape \(2, 3, 5\); it must be \(2, 1, 5\)",
     ),
-    "a weight's dtype": (
-        call(weights={"gates.bias": torch.zeros(12)}),
-        TypeError,
-        r"weights\['gates\.bias'\] has dtype torch\.float32 and x torch\.float64",
-    ),
-    "a weight's device": (
+    (
+        "weights['gates.bias'] is on meta and x on cpu",
         call(weights={"gates.bias": torch.zeros(12, dtype=torch.float64, device="meta")}),
-        ValueError,
-        r"weights\['gates\.bias'\] is on meta and x on cpu",
     ),
-    "weights that are no mapping": (
-        lambda: native_sparse_attention(tokens(1, 3), [], **SIZES, compress_map="mean"),
-        TypeError,
-        r"weights must be a mapping from name to tensor, not list",
+    (
+        "block_indices has shape (2, 4, 8, 1); it must be (2, 2, 8, n)",
+        call(block_indices=blocks(2, 4, 8, 1)),
     ),
-    "tokens that are numbers": (
-        call(x=torch.zeros(2, 8, 10, dtype=torch.int64)),
-        TypeError,
-        r"x has dtype torch\.int64; it must be a floating point type",
+    (
+        "block_indices is on meta and x on cpu",
+        call(block_indices=blocks(2, 2, 8, 1, device="meta")),
     ),
-    "heads of the choice": (
-        call(block_indices=torch.zeros(2, 4, 8, 1, dtype=torch.int64)),
-        ValueError,
-        r"block_indices has shape \(2, 4, 8, 1\); it must be \(2, 2, 8, n\)",
+    (
+        "semantics.duplicates='multiset' is not what nsa_fast computes",
+        call(semantics=replace(PAPER, duplicates="multiset"), block_indices=blocks(2, 2, 8, 1)),
     ),
-    "a choice on another device": (
-        call(block_indices=torch.zeros(2, 2, 8, 1, dtype=torch.int64, device="meta")),
-        ValueError,
-        r"block_indices is on meta and x on cpu",
-    ),
-    "blocks handed in that would count twice": (
-        call(
-            semantics=replace(PAPER, duplicates="multiset"),
-            block_indices=torch.zeros(2, 2, 8, 1, dtype=torch.int64),
-        ),
-        ValueError,
-        r"semantics\.duplicates='multiset' is not what nsa_fast computes",
-    ),
-    "rows that might be empty": (
+    (
+        "semantics.empty_row.compress='uniform' would show: some rows see no key. It runs where "
+        "none is empty. Try num_mem_kv=1.",
         lambda: module(semantics=replace(LUCIDRAINS, kv_per_branch=True), num_mem_kv=0),
-        ValueError,
-        r"semantics\.empty_row\.compress='uniform' would show.* Try num_mem_kv=1\.",
     ),
-    "rows without a block": (
+    (
+        "semantics.empty_row.fine='nan' would show: some rows see no key. It runs where none is "
+        "empty. Try num_selected_blocks=1.",
         lambda: module(semantics=FLA, num_selected_blocks=0),
-        ValueError,
-        r"semantics\.empty_row\.fine='nan' would show.* Try num_selected_blocks=1\.",
     ),
-    "rows without a block, and no remedy": (
+    (
+        "semantics.empty_row.fine='nan' is not what nsa_fast computes",
         lambda: module(semantics=replace(FLA, score_floor=1e-10)),
-        ValueError,
-        r"semantics\.empty_row\.fine='nan' is not what nsa_fast computes",
     ),
-    "offsets that are no integers": (
-        packed(0, dtype=torch.complex128),
-        TypeError,
-        r"cu_seqlens has dtype torch\.complex128; it must hold integers",
-    ),
-    "an unknown map": (
+    (
+        "compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
         call(compress_map="max"),
-        ValueError,
-        r"compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
     ),
-    "groups": (
+    (
+        "q_heads=5 must be a multiple of kv_heads=2: query head h reads kv head h // G. Try 4 or 6",
         call(q_heads=5),
-        ValueError,
-        r"q_heads=5 must be a multiple of kv_heads=2: .* Try 4 or 6",
     ),
-    "pairs to rotate": (
+    (
+        "head_dim=5 must be even: semantics.rotary='all' turns pairs of channels. Try 4 or 6",
         lambda: module(replace(PAPER, rotary="all"), head_dim=5),
-        ValueError,
-        r"head_dim=5 must be even: semantics\.rotary='all' .* Try 4 or 6",
     ),
-    "strides of a module": (
-        lambda: module(selection_block_size=5),
-        ValueError,
-        r"selection_block_size=5 must be a multiple of .*Try 4 or 6",
-    ),
-    "strides of a module's windows": (
-        lambda: module(compress_block_size=5),
-        ValueError,
-        r"compress_block_size=5 must be a multiple of .*Try 4 or 6",
-    ),
-    "positions": (
-        lambda: module(compress_positions=1),
-        TypeError,
-        r"compress_positions=1 must be True or False",
-    ),
-    "gradients of compiled kernels on a CPU": (
+    ("selection_block_size=5 must be a multiple of", lambda: module(selection_block_size=5)),
+    ("compress_block_size=5 must be a multiple of", lambda: module(compress_block_size=5)),
+    (
+        "backend='compiled' gives no gradients on a CPU",
         lambda: module(backend="compiled")(torch.zeros(1, 4, MODEL_DIM)),
-        ValueError,
-        r"backend='compiled' gives no gradients on a CPU",
     ),
-}
+]
+TYPE_ERRORS: list[tuple[str, Callable[[], object]]] = [
+    ("cu_seqlens has dtype torch.float32", packed()),
+    (
+        "cu_seqlens has dtype torch.complex128; it must hold integers",
+        packed(0, dtype=torch.complex128),
+    ),
+    (
+        "weights['gates.bias'] has dtype torch.float32 and x torch.float64",
+        call(weights={"gates.bias": torch.zeros(12)}),
+    ),
+    (
+        "weights must be a mapping from name to tensor, not list",
+        lambda: native_sparse_attention(tokens(1, 3), [], **SIZES, compress_map="mean"),
+    ),
+    (
+        "x has dtype torch.int64; it must be a floating point type",
+        call(x=torch.zeros(2, 8, 10, dtype=torch.int64)),
+    ),
+    ("compress_positions=1 must be True or False", lambda: module(compress_positions=1)),
+]
 
 
-@pytest.mark.parametrize("what", ERRORS)
-def test_what_does_not_run_says_what_does(what: str) -> None:
-    function, error, message = ERRORS[what]
-    with pytest.raises(error, match=message):
-        function()
+@pytest.mark.parametrize(("message", "wrong"), VALUE_ERRORS)
+def test_a_value_that_does_not_run_is_named(message: str, wrong: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        wrong()
+
+
+@pytest.mark.parametrize(("message", "wrong"), TYPE_ERRORS)
+def test_a_kind_that_does_not_run_is_named(message: str, wrong: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        wrong()
 
 
 def test_a_model_around_the_layer_can_be_compiled() -> None:
