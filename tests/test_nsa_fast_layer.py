@@ -139,10 +139,11 @@ class Layer:
         """
         weights = {name: weight.detach().numpy() for name, weight in self.weights.items()}
         given = x.detach().numpy(), weights
-        how: dict[str, Any] = {"sizes": self.case.layer_sizes, "semantics": self.case.semantics}
-        chosen = layer_block_indices(*given, **how) if blocks is None else blocks.numpy()
-        right = oracle(*given, **how, block_indices=chosen)
-        bound = layer_bounds(*given, chosen, numerics="fp64", **how).out
+        chosen = (
+            layer_block_indices(*given, **self.case.geometry) if blocks is None else blocks.numpy()
+        )
+        right = oracle(*given, **self.case.geometry, block_indices=chosen)
+        bound = layer_bounds(*given, chosen, numerics="fp64", **self.case.geometry).out
         for name, rows in found.items():
             array, first = rows.detach().numpy(), x.shape[1] - rows.shape[1]
             assert array.dtype == np.float64, name

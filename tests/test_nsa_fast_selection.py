@@ -140,10 +140,9 @@ def selections(semantics: Semantics) -> Iterator[Case]:
 def assert_the_oracles(case: Case, *, factor: int = 1) -> None:
     """The choice is the oracle's, block by block, with q multiplied by the factor."""
     q, k_cmp, _, mem_k, _ = case.compressed()
-    expected = nsa_ref.selection.select(
-        factor * q, k_cmp, mem_k, kv_len=case.kv_len, sizes=case, semantics=case.semantics
-    )
-    found = NsaFastEager().run("select", case, factor * q, k_cmp, mem_k)
+    given = factor * q, k_cmp, mem_k
+    expected = nsa_ref.selection.select(*given, kv_len=case.kv_len, **case.geometry)
+    found = NsaFastEager().run("select", case, *given)
     np.testing.assert_array_equal(found, expected)
 
 
