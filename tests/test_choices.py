@@ -14,18 +14,9 @@ from hypothesis import strategies as st
 
 from nsa_ref import FLA, LUCIDRAINS, PAPER, Scored, Semantics, Sizes
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, VALID, undecided_rows, valid_selection
+from tables import scored_row
 
 FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
-
-
-def blocks_of_one_row(scores: list[float], candidates: Any, forced: Any) -> Scored:
-    """`candidates` and `forced` are lists of blocks."""
-    everything = range(len(scores))
-    return Scored(
-        np.array(scores)[None, None, None],
-        candidates=np.isin(everything, candidates)[None],
-        forced=np.isin(everything, forced)[None],
-    )
 
 
 def judge(
@@ -39,9 +30,7 @@ def judge(
     semantics: Semantics = PAPER,
 ) -> tuple[str, str | None, str]:
     """(verdict, clause, sentence) of valid_selection for one row."""
-    if candidates is None:
-        candidates = range(len(scores))
-    blocks = blocks_of_one_row(scores, candidates, forced)
+    blocks = scored_row(scores, candidates, forced)
     verdict, reasons = valid_selection(
         np.array(named, dtype=np.int64)[None, None, None],
         blocks,
@@ -210,7 +199,7 @@ def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, seman
             assert verdict == expected, f"{taken}: {sentence}"
             possible += verdict != INVALID
     undecided = undecided_rows(
-        blocks_of_one_row(scores, candidates, forced),
+        scored_row(scores, candidates, forced),
         np.broadcast_to(bounds, (1, 1, 1, len(scores))),
         sizes=Sizes(num_selected_blocks=n),
         semantics=semantics,
@@ -220,12 +209,12 @@ def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, seman
 
 # --- bounds ---------------------------------------------------------------------------------------
 
-TWO = Scored(np.zeros((1, 1, 1, 2)), np.ones((1, 2), bool), np.zeros((1, 2), bool))
+TWO = scored_row([0.0, 0.0])
 FIRST = np.zeros((1, 1, 1, 1), int)
 
 
 def test_a_bound_that_is_not_known_is_as_large_as_any():
-    apart = TWO._replace(scores=np.array([[[[0.0, 1.0]]]]))
+    apart = scored_row([0.0, 1.0])
     for unknown in (math.inf, math.nan):
         bounds = np.array([[[[0.0, unknown]]]])
         assert valid_selection(FIRST, apart, bounds, sizes=Sizes()).verdict.item() == AMBIGUOUS
@@ -233,7 +222,7 @@ def test_a_bound_that_is_not_known_is_as_large_as_any():
 
 
 def test_blocks_that_are_no_candidates_need_no_bound():
-    alone = TWO._replace(candidates=np.array([[True, False]]))
+    alone = scored_row([0.0, 0.0], candidates=[0])
     assert valid_selection(FIRST, alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).verdict == VALID
     assert not undecided_rows(alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).any()
 

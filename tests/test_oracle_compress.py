@@ -23,20 +23,11 @@ from nsa_ref import (
     pool_weight_shapes,
 )
 from nsa_ref.sizes import COMPRESS_MAPS
+from tables import strides
 
 STEP = 1e-30  # of the complex step
 END = Semantics(compress_alignment="end")
 ALIGNMENTS = st.sampled_from([PAPER, END])
-
-
-def strides(length: int, d: int, **others: object) -> Sizes:
-    """Compressed blocks of `length` tokens, one every d; l' is a stride, for it must be some."""
-    return Sizes(
-        compress_block_size=length,
-        compress_block_sliding_stride=d,
-        selection_block_size=d,
-        **others,
-    )
 
 
 class Pooling(NamedTuple):

@@ -20,6 +20,7 @@ from nsa_ref import (
     fine_mask,
     sliding_mask,
 )
+from tables import rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
@@ -27,23 +28,8 @@ PAIRS = Sizes(selection_block_size=2)  # of tokens
 LENGTHS = st.integers(0, 12)
 
 
-def rows(mask: np.ndarray) -> list[str]:
-    """A mask as one string of digits for each row, so that a table reads like the mask."""
-    return ["".join(str(multiplicity) for multiplicity in row) for row in mask]
-
-
 def window(w: int) -> Sizes:
     return Sizes(sliding_window_size=w)
-
-
-def strides(length: int, d: int, memory: int = 0) -> Sizes:
-    """Compressed blocks of `length` tokens, one every d; l' is a stride, for it must be some."""
-    return Sizes(
-        compress_block_size=length,
-        compress_block_sliding_stride=d,
-        selection_block_size=d,
-        num_mem_kv=memory,
-    )
 
 
 def blocks(*per_row: list[int]) -> np.ndarray:

@@ -25,7 +25,6 @@ from nsa_ref import (
     LUCIDRAINS_FLEX,
     PAPER,
     PRESETS,
-    Scored,
     Semantics,
     Sizes,
     compress_probabilities,
@@ -40,15 +39,12 @@ from nsa_ref import (
     top_blocks,
 )
 from nsa_ref.testing.choices import VALID, valid_selection
+from tables import rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
 FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
 PAIRS = Sizes(selection_block_size=2)  # of tokens
-
-
-def rows(mask: np.ndarray) -> list[str]:
-    return ["".join(str(int(bit)) for bit in row) for row in mask]
 
 
 class Selecting(NamedTuple):
@@ -234,9 +230,8 @@ def test_i2_windows_that_end_at_their_stride_count_the_strides_they_share():
 
 def test_i2_equal_sizes_make_the_importance_the_probability_itself():
     """l = d = l': eq. 9 is the identity, as the paper says above it."""
-    threes = Sizes(compress_block_size=3, compress_block_sliding_stride=3, selection_block_size=3)
     for semantics in (PAPER, END):
-        np.testing.assert_array_equal(shared_strides(9, threes, semantics), np.eye(3))
+        np.testing.assert_array_equal(shared_strides(9, strides(3, 3), semantics), np.eye(3))
 
 
 def test_i2_a_score_is_the_overlap_weighted_sum_of_probabilities():
@@ -363,15 +358,10 @@ def test_i1_fifty_digits_agree_on_a_tiny_row():
 # --- top-n ----------------------------------------------------------------------------------------
 
 
-def top(scores: list[float], n: int, *, candidates=None, forced=(), semantics=PAPER) -> list[int]:
-    """top_blocks for one row; `candidates` and `forced` are lists of blocks."""
-    everything = range(len(scores))
-    blocks = Scored(
-        np.array(scores)[None, None, None],
-        candidates=np.isin(everything, everything if candidates is None else candidates)[None],
-        forced=np.isin(everything, forced)[None],
-    )
-    return top_blocks(blocks, Sizes(num_selected_blocks=n), semantics)[0, 0, 0].tolist()
+def top(scores: list[float], n: int, *, semantics: Semantics = PAPER, **blocks: Any) -> list[int]:
+    """top_blocks for one row."""
+    found = top_blocks(scored_row(scores, **blocks), Sizes(num_selected_blocks=n), semantics)
+    return found[0, 0, 0].tolist()
 
 
 def test_i4_the_n_highest_scores_are_taken_best_first():
@@ -507,27 +497,15 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
-HOW = {
-    "kv_len": 6,
-    "sizes": Sizes(
-        q_heads=2,
-        head_dim=2,
-        compress_block_size=2,
-        compress_block_sliding_stride=2,
-        selection_block_size=2,
-    ),
-}
-ROW = Scored(np.zeros((1, 1, 1, 2)), np.ones((1, 2), bool), np.zeros((1, 2), bool))
+HOW = {"kv_len": 6, "sizes": strides(2, 2, q_heads=2, head_dim=2)}
+ROW = scored_row([0.0, 0.0])
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (
-            lambda: shared_strides(
-                6, Sizes(compress_block_size=3, compress_block_sliding_stride=2,
-                         selection_block_size=2),
-            ),
+            lambda: shared_strides(6, strides(3, 2)),
             ValueError,
             r"compress_block_size=3 must be a positive multiple of "
             r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",

@@ -337,7 +337,7 @@ def test_switches_of_lucidrains_show_in_fine_rows_without_a_block_alone(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
+class UpstreamSizes:
     """One of upstream's layers, and an input for it, by the names here."""
 
     seq_len: int
@@ -357,7 +357,7 @@ class Sizes:
     share_selection: bool = True
 
 
-def random_sizes(seed: int, *, causal: bool) -> Sizes:
+def random_sizes(seed: int, *, causal: bool) -> UpstreamSizes:
     """Any sizes that upstream takes: l >= d, d divides l', w >= 1, head_dim even and above 2.
 
     Non-causal ones have a block to choose for every row, and a window that divides the length:
@@ -375,7 +375,7 @@ def random_sizes(seed: int, *, causal: bool) -> Sizes:
         if causal
         else window * draw(-(-2 * block // window), 24 // window + 1)
     )
-    return Sizes(
+    return UpstreamSizes(
         seq_len=seq_len,
         batch=draw(1, 2),
         model_dim=draw(1, 20),
@@ -395,7 +395,7 @@ def random_sizes(seed: int, *, causal: bool) -> Sizes:
 
 
 def upstream_layer(
-    sizes: Sizes, seed: int, dtype: torch.dtype = torch.float64
+    sizes: UpstreamSizes, seed: int, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.nn.Module, Tensor]:
     """Upstream's module, every parameter random, and an input.
 
@@ -628,7 +628,7 @@ def gradient(leaf: Tensor) -> Tensor:
 def test_the_configurations_reach_the_corners() -> None:
     drawn = [random_sizes(seed, causal=causal) for seed, causal in CONFIGURATIONS]
     assert len(drawn) >= 50
-    corners: dict[str, Callable[[Sizes], bool]] = {
+    corners: dict[str, Callable[[UpstreamSizes], bool]] = {
         "shorter than a block": lambda s: s.seq_len < s.selection_block_size,
         "shorter than a stride": lambda s: s.seq_len < s.compress_block_sliding_stride,
         "a partial last block": lambda s: s.seq_len % s.selection_block_size > 0,
@@ -649,7 +649,7 @@ def test_the_configurations_reach_the_corners() -> None:
 @needs_upstream
 def test_equal_scores_are_resolved_in_a_valid_way() -> None:
     """I5: all compressed keys are one key; upstream does not take the lower indices."""
-    sizes = Sizes(seq_len=24, num_selected_blocks=2)
+    sizes = UpstreamSizes(seq_len=24, num_selected_blocks=2)
     module, x = upstream_layer(sizes, 0)
     with torch.no_grad():
         module.k_compress[3].weight.zero_()
@@ -690,7 +690,7 @@ def test_upstream_through_the_masks_here_is_lucidrains_flex(seed: int) -> None:
 BRANCH = {"compress": 0, "fine": 1, "sliding": 2}
 
 
-def only_branch(sizes: Sizes, branch: str) -> tuple[torch.nn.Module, Tensor]:
+def only_branch(sizes: UpstreamSizes, branch: str) -> tuple[torch.nn.Module, Tensor]:
     """A layer whose other two gates are exactly 0, and this one exactly 1."""
     module, x = upstream_layer(sizes, 0)
     gates = module.to_strategy_combine[0]
@@ -724,7 +724,9 @@ def own_blocks(seq_len: int, block_size: int) -> Tensor:
 @pytest.mark.usefixtures("untraced")
 def test_a_short_last_window_reads_padding_where_not_causal() -> None:
     """W2: one token and w = 2; a zero key takes part, as if the next token were zero."""
-    module, x = only_branch(Sizes(seq_len=1, sliding_window_size=2, causal=False), "sliding")
+    module, x = only_branch(
+        UpstreamSizes(seq_len=1, sliding_window_size=2, causal=False), "sliding"
+    )
     assert not agree(module(x), own_layer(module, x)[0])
     assert agree(module(x), own_layer(module, with_zero_tokens(x, 1))[0][:, :1])
     mask = create_sliding_mask(1, 2, causal=False)
@@ -734,7 +736,7 @@ def test_a_short_last_window_reads_padding_where_not_causal() -> None:
 @needs_upstream
 def test_without_a_block_to_choose_the_own_one_is_read_where_not_causal() -> None:
     """F4, I4: two tokens, l' = 1 and n = 0."""
-    module, x = only_branch(Sizes(seq_len=2, num_selected_blocks=0, causal=False), "fine")
+    module, x = only_branch(UpstreamSizes(seq_len=2, num_selected_blocks=0, causal=False), "fine")
     assert agree(module(x), own_layer(module, x, block_indices=own_blocks(2, 1))[0])
     assert not own_layer(module, x)[0].any()
 
@@ -742,7 +744,7 @@ def test_without_a_block_to_choose_the_own_one_is_read_where_not_causal() -> Non
 @needs_upstream
 def test_without_a_block_to_choose_padding_is_read_where_not_causal() -> None:
     """F2: one token and l' = 2; the block's other key is a zero."""
-    module, x = only_branch(Sizes(seq_len=1, selection_block_size=2, causal=False), "fine")
+    module, x = only_branch(UpstreamSizes(seq_len=1, selection_block_size=2, causal=False), "fine")
     assert not agree(module(x), own_layer(module, x, block_indices=own_blocks(1, 2))[0])
     longer = own_layer(module, with_zero_tokens(x, 1), block_indices=own_blocks(2, 2))[0]
     assert agree(module(x), longer[:, :1])
@@ -751,7 +753,7 @@ def test_without_a_block_to_choose_padding_is_read_where_not_causal() -> None:
 @needs_upstream
 def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal() -> None:
     """A2: three tokens, l' = 2, d = 1; block 0 has no candidate, and the mean is of its tokens."""
-    module, x = only_branch(Sizes(seq_len=3, selection_block_size=2, causal=False), "fine")
+    module, x = only_branch(UpstreamSizes(seq_len=3, selection_block_size=2, causal=False), "fine")
     weights = upstream_weights(module.state_dict())
     v = x @ weights["to_v.weight"].T
     gathered, all_columns = (
@@ -768,7 +770,7 @@ def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal() -> No
 @needs_upstream
 def test_an_empty_row_is_lucidrains_where_all_tokens_were_gathered_and_not_causal() -> None:
     """A2: two tokens, l' = 2, d = 1; LUCIDRAINS says uniform, and zero is what runs."""
-    module, x = only_branch(Sizes(seq_len=2, selection_block_size=2, causal=False), "fine")
+    module, x = only_branch(UpstreamSizes(seq_len=2, selection_block_size=2, causal=False), "fine")
     theirs, weights = module(x), upstream_weights(module.state_dict())
     uniform = (x @ weights["to_v.weight"].T).mean(dim=1, keepdim=True).expand(-1, 2, -1)
     assert agree(theirs, uniform @ weights["to_out.weight"].T)
@@ -781,7 +783,7 @@ def test_an_empty_row_is_lucidrains_where_all_tokens_were_gathered_and_not_causa
 @pytest.mark.usefixtures("untraced")
 def test_a_mask_shows_the_excluded_own_block_where_not_causal() -> None:
     """I3, LUCIDRAINS_FLEX: two tokens, l' = 2, d = 1; the top-k fills its slot all the same."""
-    module, x = only_branch(Sizes(seq_len=2, selection_block_size=2, causal=False), "fine")
+    module, x = only_branch(UpstreamSizes(seq_len=2, selection_block_size=2, causal=False), "fine")
     mask = create_fine_mask(2, 2, causal=False)
     found = module(x, fine_selection_flex_mask=mask)
     forced = own_layer(module, x, flex=True, block_indices=own_blocks(2, 2))[0]
@@ -832,7 +834,7 @@ def test_its_cache_gives_the_parallel_rows_once_a_block_is_compressed(seed: int)
 def test_its_cache_forgets_memory_while_there_is_no_compressed_block() -> None:
     """C3, G3: the second of two tokens, d = 2; the compress branch is 0 and should be memory."""
     module, x = only_branch(
-        Sizes(seq_len=2, compress_block_size=2, compress_block_sliding_stride=2,
+        UpstreamSizes(seq_len=2, compress_block_size=2, compress_block_sliding_stride=2,
               selection_block_size=2),
         "compress",
     )  # fmt: skip
@@ -847,7 +849,7 @@ def test_its_cache_forgets_memory_while_there_is_no_compressed_block() -> None:
 @needs_upstream
 def test_its_cache_cannot_choose_for_each_head() -> None:
     """I3, G3: the second of two tokens, two heads of one kv head that choose for themselves."""
-    module, x = upstream_layer(Sizes(seq_len=2, q_heads=2, share_selection=False), 0)
+    module, x = upstream_layer(UpstreamSizes(seq_len=2, q_heads=2, share_selection=False), 0)
     with pytest.raises(RuntimeError, match="Size does not match"):
         decoded(module, x, 1)
 
@@ -856,7 +858,7 @@ def test_its_cache_cannot_choose_for_each_head() -> None:
 @pytest.mark.parametrize(("dtype", "position"), [("bfloat16", 256), ("float16", 2048)])
 def test_its_rotation_repeats_positions_in_half_precision(dtype: str, position: int) -> None:
     """G2: positions are rounded to the dtype of q, so two tokens turn alike."""
-    module, _ = upstream_layer(Sizes(seq_len=1), 0)
+    module, _ = upstream_layer(UpstreamSizes(seq_len=1), 0)
     q = torch.ones((1, 1, position + 2, 4), dtype=getattr(torch, dtype))
     rotated = module.rotary_emb.rotate_queries_or_keys(q)[0, 0]
     assert torch.equal(rotated[position], rotated[position + 1])
@@ -866,7 +868,7 @@ def test_its_rotation_repeats_positions_in_half_precision(dtype: str, position: 
 @needs_upstream
 def test_its_norm_divides_by_another_epsilon_in_float64() -> None:
     """The layer's is 2^-23 in every dtype; upstream's is that of the dtype, 2^-52."""
-    module, x = upstream_layer(Sizes(seq_len=1, norm=True), 0)
+    module, x = upstream_layer(UpstreamSizes(seq_len=1, norm=True), 0)
     x *= 2.0**-12
     assert agree(module(x).detach(), own_layer(module, x)[0].detach())
     module.norm.eps = None
@@ -877,13 +879,13 @@ def test_its_norm_divides_by_another_epsilon_in_float64() -> None:
 @pytest.mark.parametrize(
     ("sizes", "error"),
     [
-        (Sizes(seq_len=1, head_dim=2), ZeroDivisionError),
-        (Sizes(seq_len=1, sliding_window_size=0), ZeroDivisionError),
-        (Sizes(seq_len=0), Exception),
+        (UpstreamSizes(seq_len=1, head_dim=2), ZeroDivisionError),
+        (UpstreamSizes(seq_len=1, sliding_window_size=0), ZeroDivisionError),
+        (UpstreamSizes(seq_len=0), Exception),
     ],
     ids=["head_dim 2", "w = 0 (W3)", "no token"],
 )
-def test_sizes_that_it_does_not_take(sizes: Sizes, error: type[Exception]) -> None:
+def test_sizes_that_it_does_not_take(sizes: UpstreamSizes, error: type[Exception]) -> None:
     with pytest.raises(error):
         module, x = upstream_layer(sizes, 0)
         module(x)
