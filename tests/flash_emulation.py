@@ -14,7 +14,7 @@ from numpy.random import Generator, Philox
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.mutants.kernel import LN_2, EagerKernel, Kernel
+from nsa_ref.testing.mutants.kernel import LN_2, Kernel
 from nsa_ref.testing.mutants.rounding import Way
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -185,6 +185,7 @@ def draw_way(rng: Generator, row: str) -> Way:
         d_lse_joins=str(rng.choice(["delta", "dp"])),
         scale_before=bool(rng.random() < 0.3),
         reciprocal=bool(rng.random() < 0.5),
+        fused=not NUMERICS[row].rounds_every_operation,
     )
 
 
@@ -195,9 +196,8 @@ class Scaled(Case):
     scale: float = 1.0
 
 
-def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] | None = None) -> Tensors:
+def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] = Kernel) -> Tensors:
     """What a kernel of the row makes of the input: the right one, if no other is given."""
-    kernel = kernel or (EagerKernel if NUMERICS[row].rounds_every_operation else Kernel)
     case = Scaled(
         dtype=NUMERICS[row].dtype,
         q_heads=x.q.shape[1],

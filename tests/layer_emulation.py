@@ -26,8 +26,10 @@ def draw_way(rng: Generator, row: str) -> LayerWay:
     fused_projections, wide, turn_once, reverse, scale_first = rng.random(5) < 0.5
     always = row in ("tf32", "bf16", "bf16-head", "fp16")
     fused = always or (row in ("fp32", "fp64") and rng.random() < 0.4)
-    attention = flash_emulation.draw_way(rng, row) if fused else Way(scale_first=scale_first)
-    return LayerWay(attention, not fused, fused_projections, wide, turn_once, reverse)
+    attention = (
+        flash_emulation.draw_way(rng, row) if fused else Way(fused=False, scale_first=scale_first)
+    )
+    return LayerWay(attention, fused_projections, wide, turn_once, reverse)
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def selection_inputs(case: LayerCase, row: str, way: LayerWay) -> tuple[Array, A
     computes, inputs = LayerInSteps(way, row), _as_stored(case, row)
     tensors = {name: computes.tensor(inputs.case, w) for name, w in inputs.weights.items()}
     read = computes.read(inputs.case, tensors, computes.tensor(inputs.case, inputs.x))
-    q, k = (_wide(computes.array(y["compress"])) for y in (read.q, read.k))
-    return q, k[:, :, case.sizes.num_mem_kv :]
+    q, k_cmp = (_wide(computes.array(y["compress"])) for y in (read.q, read.k))
+    return q, k_cmp
 
 
 class _Inputs(NamedTuple):

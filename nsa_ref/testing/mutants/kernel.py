@@ -1,8 +1,8 @@
 """Attention a second time, as kernels compute it: right as it stands, every step a method.
 
-`Kernel` is a fused kernel: key blocks with an online softmax, P recomputed from lse. `EagerKernel`
-is what a framework does without fusion. Mutants change one step; the bounds are tried on both, in
-every row of numerics and every `Way`.
+Fused, that is key blocks with an online softmax, and P recomputed from lse. Without fusion, as a
+framework computes it, every operation is stored. Mutants change one step; the bounds are tried on
+it in every row of numerics and every `Way`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.mutants.dense import DenseMasks
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
 
 LOG2_E = 1.4426950408889634
@@ -45,9 +46,7 @@ class Forward(NamedTuple):
     empty: np.ndarray
 
 
-class Kernel(RoundedImplementation):
-    """A fused kernel."""
-
+class Kernel(DenseMasks, RoundedImplementation):
     name = "kernel"
     semantics: tuple[Semantics, ...] = (
         PAPER,
@@ -75,8 +74,13 @@ class Kernel(RoundedImplementation):
 
     def scores(self, case: Case, r: Rounding, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         """Logits, in base 2 if log2 e is folded into the scale."""
+        scale = r.wide(self.scale(case))
+        if not self.way.fused and self.way.scale_first:
+            return r.store(r.dot(r.store(q * scale), k))
+        if not self.way.fused:
+            return r.store(scale * r.store(r.dot(q, k)))
         folded = self.log2_e if self.way.exponential == "exp2" else 1.0
-        return r.dot(q, k) * (r.wide(self.scale(case)) * r.wide(folded))
+        return r.dot(q, k) * (scale * r.wide(folded))
 
     def masked(self, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return np.where(mask > 0, scores, -np.inf)
@@ -117,7 +121,8 @@ class Kernel(RoundedImplementation):
     def delta(
         self, r: Rounding, d_out: np.ndarray, out: np.ndarray, p: np.ndarray, dp: np.ndarray
     ) -> np.ndarray:
-        return r.total(d_out * out if self.way.delta_from == "out" else p * dp)[..., None]
+        from_out = self.way.fused and self.way.delta_from == "out"
+        return r.total(d_out * out if from_out else p * dp)[..., None]
 
     def through_lse(self, d_lse: np.ndarray) -> np.ndarray:
         return d_lse
@@ -146,49 +151,60 @@ class Kernel(RoundedImplementation):
         return Inputs(self.read(mask), q, k[:, of_keys], v[:, of_values])
 
     def forward(self, case: Case, r: Rounding, x: Inputs) -> Forward:
+        return (self._fused if self.way.fused else self._unfused)(case, r, x)
+
+    def _fused(self, case: Case, r: Rounding, x: Inputs) -> Forward:
         """Block by block, with what there is so far rescaled when the peak rises."""
         rows, columns = x.mask.shape[:3], x.mask.shape[3]
         block = self.way.block or max(1, columns)
         peak, total = np.full((*rows, 1), -np.inf, r.wide), np.zeros((*rows, 1), r.wide)
         sums = np.zeros((*rows, x.v.shape[3]), r.wide)
         for start in range(0, columns, block):
-            mask, k, v = x.mask[..., start:][..., :block], x.k[:, :, start:], x.v[:, :, start:]
-            scores = self.scores(case, r, x.q, k[:, :, :block])
-            masked = self.masked(scores, mask)
+            j = slice(start, start + block)
+            scores = self.scores(case, r, x.q, x.k[:, :, j])
+            masked = self.masked(scores, x.mask[..., j])
             before, peak = peak, self.peak(peak, scores, masked)
             base = np.where(np.isfinite(peak), peak, 0)
-            weights = np.maximum(mask, masked > -np.inf) * self.power(masked - base)
+            weights = np.maximum(x.mask[..., j], masked > -np.inf) * self.power(masked - base)
             alpha = self.rescaling(before, base)
             # the total adds P before it is rounded: lse would lose 16 bits otherwise
             total = total * alpha + r.total(weights)[..., None]
             stored = self.stored_weights(r, weights)
-            sums = sums * alpha + self.over_values(r, stored, v[:, :, :block])
+            sums = sums * alpha + self.over_values(r, stored, x.v[:, :, j])
         empty = total == 0
         safe = np.where(empty, r.wide(1), total)
-        out = sums * (r.wide(1) / safe) if self.way.reciprocal else sums / safe
+        out = r.store(sums * (r.wide(1) / safe) if self.way.reciprocal else sums / safe)
         base = np.where(np.isfinite(peak), peak, 0)
         if self.way.exponential == "exp2":
             base = base + np.log2(safe)
-            return Forward(r.store(out), base * r.wide(LN_2), base, empty)
+            return Forward(out, base * r.wide(LN_2), base, empty)
         base = base + np.log(safe)
-        return Forward(r.store(out), base, base, empty)
+        return Forward(out, base, base, empty)
+
+    def _unfused(self, case: Case, r: Rounding, x: Inputs) -> Forward:
+        """Softmax works in registers; what it returns is stored."""
+        masked = self.masked(self.scores(case, r, x.q, x.k), x.mask)
+        peak = masked.max(-1, keepdims=True, initial=-np.inf)
+        peak = np.where(np.isfinite(peak), peak, 0)
+        weights = x.mask * np.exp(masked - peak)
+        total = r.total(weights)[..., None]
+        empty = total == 0
+        safe = np.where(empty, r.wide(1), total)
+        p = r.store(weights / safe)
+        return Forward(r.store(self.over_values(r, p, x.v)), peak + np.log(safe), p, empty)
 
     def probabilities(self, case: Case, r: Rounding, x: Inputs, found: Forward) -> np.ndarray:
-        """P for the backward pass, from the logits again."""
+        """P for the backward pass: from the logits again, or what the forward pass stored."""
+        if not self.way.fused:
+            return found.base
         masked = self.masked(self.scores(case, r, x.q, x.k), x.mask)
         times = np.maximum(x.mask, masked > -np.inf)
         return np.where(times > 0, times * self.power(masked - found.base), 0)
 
-    def d_scores(
-        self,
-        r: Rounding,
-        p: np.ndarray,
-        dp: np.ndarray,
-        delta: np.ndarray,
-        d_lse: np.ndarray,
-        scale: Any,
-    ) -> tuple[np.ndarray, Any]:
+    def d_scores(self, r: Rounding, scale: Any, p: Any, dp: Any, delta: Any, d_lse: Any) -> Any:
         """dS as it is stored, and what its products are still to be multiplied with."""
+        if not self.way.fused:
+            return r.store(scale * r.store(p * (dp - delta + d_lse))), r.wide(1)
         if self.way.d_lse_joins == "delta":
             ds = p * (dp - r.store(delta - d_lse))
         else:
@@ -211,27 +227,19 @@ class Kernel(RoundedImplementation):
 
     @np.errstate(all="ignore")
     def attend_vjp(
-        self,
-        case: Case,
-        branch: str,
-        mask: np.ndarray,
-        q: Any,
-        k: Any,
-        v: Any,
-        d_out: Any,
-        d_lse: Any,
+        self, case: Case, branch: str, mask: np.ndarray, *tensors: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         r = self.rounding(case)
+        q, k, v, d_out, d_lse = (tensor.astype(r.wide) for tensor in tensors)
         x = self._inputs(case, r, mask, q, k, v)
         found = self.forward(case, r, x)
         r = self.rounding(case, backward=True)
         x = x._replace(mask=self.backward_mask(x.mask))
-        d_out, d_lse = d_out.astype(r.wide), d_lse.astype(r.wide)[..., None]
         p = self.probabilities(case, r, x, found)
-        dp = r.dot(d_out, x.v)
-        delta, d_lse = self.delta(r, d_out, found.out, p, dp), self.through_lse(d_lse)
-        scale = r.wide(self.scale(case))
-        ds, scale = self.d_scores(r, p, dp, delta, d_lse, scale)
+        dp = r.dot(d_out, x.v) if self.way.fused else r.store(r.dot(d_out, x.v))
+        delta = self.delta(r, d_out, found.out, p, dp)
+        d_lse, scale = self.through_lse(d_lse)[..., None], r.wide(self.scale(case))
+        ds, scale = self.d_scores(r, scale, p, dp, delta, d_lse)
         dq = self.scaled_dq(scale, self.over_keys(r, ds, x.k))
         dk = scale * self._over_rows(case, r, self.for_keys(case, ds), x.q)
         if self.empty_row(case, branch) == "uniform":
@@ -261,45 +269,3 @@ class Kernel(RoundedImplementation):
         for head in range(1, case.group_size):
             total = r.store(total + of_group[:, :, head])
         return total
-
-
-class EagerKernel(Kernel):
-    """Without fusion: every operation is stored, softmax works in float32 inside."""
-
-    name = "eager kernel"
-
-    def scores(self, case: Case, r: Rounding, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        scale = r.wide(self.scale(case))
-        if self.way.scale_first:
-            return r.store(r.dot(r.store(q * scale), k))
-        return r.store(scale * r.store(r.dot(q, k)))
-
-    def forward(self, case: Case, r: Rounding, x: Inputs) -> Forward:
-        masked = self.masked(self.scores(case, r, x.q, x.k), x.mask)
-        peak = masked.max(-1, keepdims=True, initial=-np.inf)
-        peak = np.where(np.isfinite(peak), peak, 0)
-        weights = x.mask * np.exp(masked - peak)
-        total = r.total(weights)[..., None]
-        empty = total == 0
-        safe = np.where(empty, r.wide(1), total)
-        p = r.store(weights / safe)
-        return Forward(r.store(self.over_values(r, p, x.v)), peak + np.log(safe), p, empty)
-
-    def probabilities(self, case: Case, r: Rounding, x: Inputs, found: Forward) -> np.ndarray:
-        return found.base
-
-    def delta(
-        self, r: Rounding, d_out: np.ndarray, out: np.ndarray, p: np.ndarray, dp: np.ndarray
-    ) -> np.ndarray:
-        return r.total(p * r.store(dp))[..., None]
-
-    def d_scores(
-        self,
-        r: Rounding,
-        p: np.ndarray,
-        dp: np.ndarray,
-        delta: np.ndarray,
-        d_lse: np.ndarray,
-        scale: Any,
-    ) -> tuple[np.ndarray, Any]:
-        return r.store(scale * r.store(p * (r.store(dp) - delta + d_lse))), r.wide(1)

@@ -1,28 +1,29 @@
 """The layer a second time, step by step: right as it stands, and able to round as real ones do.
 
-Attention, compression maps and the choice of blocks are parts, which are implementations by
-themselves; projections, norm, rotation and gates are torch's, and so are all gradients. It decodes
-by running the tokens so far and keeping the last row.
+Attention, compression maps and the choice of blocks are parts: implementations by themselves, which
+are called through the plug. Projections, norm, rotation and gates are torch's, with its gradients.
+Decoding runs the tokens so far and keeps the last row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nsa_ref.attention import Attention
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import BRANCHES, LUCIDRAINS_FLEX, PAPER
-from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.implementation import TorchImplementation
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation, TorchImplementation
 from nsa_ref.testing.mutants.compression import CompressionMap
-from nsa_ref.testing.mutants.kernel import EagerKernel, Kernel
-from nsa_ref.testing.mutants.rounding import Rounding, Way
-from nsa_ref.testing.mutants.selection import DenseMasks, Selector
+from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding, Way
+from nsa_ref.testing.mutants.selection import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,6 @@ class LayerWay:
     """The decisions on which right layers differ.
 
     attention : of attention, compression maps and choice
-    eager : attention without fusion
     fused_projections : all projections of h as one matrix product
     wide : RMSNorm, rotary and combine in float32, each stored once
     turn_once : what several branches read is rotated once, not for each branch
@@ -41,7 +41,6 @@ class LayerWay:
     """
 
     attention: Way = Way()
-    eager: bool = False
     fused_projections: bool = False
     wide: bool = False
     turn_once: bool = False
@@ -49,18 +48,20 @@ class LayerWay:
 
 
 class Read(NamedTuple):
-    """What the branches attend with, one entry each; memory stands before the compressed blocks.
+    """What the branches attend with, one entry each; compress has the blocks without the memory.
 
+    memory : of keys and values
     gates : (3, batch, q_heads, tokens)
     """
 
     q: dict[str, Tensor]
     k: dict[str, Tensor]
     v: dict[str, Tensor]
+    memory: tuple[Tensor, Tensor]
     gates: Tensor
 
 
-class LayerInSteps(DenseMasks, TorchImplementation):
+class LayerInSteps(TorchImplementation):
     """The row of numerics follows from the case's dtype, or is `row`."""
 
     name = "layer in steps"
@@ -73,9 +74,9 @@ class LayerInSteps(DenseMasks, TorchImplementation):
         dataclasses.replace(PAPER, causal=False),
     )
     numerics: Mapping[str, str] = {"float64": "fp64", "float32": "fp32"}
-    kernel = Kernel()
-    maps = CompressionMap()
-    selector = Selector()
+    kernel: RoundedImplementation = Kernel()
+    maps: RoundedImplementation = CompressionMap()
+    selector: RoundedImplementation = Selector()
     norm_eps = 2.0**-23
 
     def __init__(self, way: LayerWay | None = None, row: str = "") -> None:
@@ -83,8 +84,7 @@ class LayerInSteps(DenseMasks, TorchImplementation):
         self.way = way or LayerWay()
         if row:
             self.numerics = {NUMERICS[row].dtype: row}
-            kernel = EagerKernel if self.way.eager else Kernel
-            self.kernel = kernel(self.way.attention, row)
+            self.kernel = type(self.kernel)(self.way.attention, row)
             self.maps = type(self.maps)(self.way.attention, row)
 
     # steps
@@ -105,12 +105,13 @@ class LayerInSteps(DenseMasks, TorchImplementation):
     def linear(self, case: Case, x: Tensor, weight: Tensor) -> Tensor:
         r = Rounding(self.numerics[case.dtype])
         if r.tf32:
+            of_x, of_weight = self.array((x, weight))
 
-            def backward(x: Any, weight: Any, d_out: Any) -> tuple[np.ndarray, ...]:
-                rows = (y.reshape(-1, y.shape[-1]).T for y in (d_out, x))
-                return r.dot(d_out, weight.T), r.dot(*rows)
+            def backward(d_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                columns = (y.reshape(-1, y.shape[-1]).T for y in (d_out, of_x))
+                return r.dot(d_out, of_weight.T), r.dot(*columns)
 
-            return self._through(case, r.dot, backward, x, weight)
+            return self._bridge(case, (x, weight), lambda: r.dot(of_x, of_weight), backward)
         return x.flip(-1) @ weight.flip(-1).mT if self.way.reverse else x @ weight.mT
 
     def projections(self, case: Case, weights: Any, h: Tensor) -> dict[str, Tensor]:
@@ -145,17 +146,8 @@ class LayerInSteps(DenseMasks, TorchImplementation):
 
     def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
         prefix = f"compress_{kind}."
-        w = {n.removeprefix(prefix): x for n, x in weights.items() if n.startswith(prefix)}
-
-        def forward(x: Any, *of_map: Any) -> np.ndarray:
-            return self.maps.pool(case, x, dict(zip(w, of_map)))
-
-        def backward(x: Any, *of_map: Any) -> tuple[np.ndarray, ...]:
-            *values, d_out = of_map
-            dx, dweights = self.maps.pool_vjp(case, x, dict(zip(w, values)), d_out)
-            return dx, *(dweights[name] for name in w)
-
-        return self._through(case, forward, backward, tokens, *w.values())
+        of_map = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        return self.part(case, self.maps, "pool", tokens, of_map)
 
     def squashed(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
@@ -164,19 +156,9 @@ class LayerInSteps(DenseMasks, TorchImplementation):
         logits = (projected + weights["gates.bias"]).unflatten(-1, (3, case.q_heads))
         return self.squashed(logits.permute(2, 0, 3, 1))
 
-    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
-        return self.selector.select(case, *map(self.array, (q, k_cmp, mem_k)))
-
-    def attended(self, case: Case, branch: str, read: Read, mask: np.ndarray) -> Tensor:
-        def forward(q: Any, k: Any, v: Any) -> np.ndarray:
-            return self.kernel.attend(case, branch, mask, q, k, v).out
-
-        def backward(q: Any, k: Any, v: Any, d_out: Any) -> tuple[np.ndarray, ...]:
-            d_lse = np.zeros(q.shape[:3])
-            return self.kernel.attend_vjp(case, branch, mask, q, k, v, d_out, d_lse)
-
-        inputs = read.q[branch], read.k[branch], read.v[branch]
-        return self._through(case, forward, backward, *inputs)
+    def chosen(self, case: Case, read: Read) -> np.ndarray:
+        tensors = read.q["compress"], read.k["compress"], read.memory[0]
+        return self.selector.run("select", case, *self.array(tensors))
 
     def after_selection(self, case: Case, out: Tensor, read: Read) -> Tensor:
         return out
@@ -191,29 +173,41 @@ class LayerInSteps(DenseMasks, TorchImplementation):
 
     # the whole
 
-    def _through(
+    def _bridge(
         self,
         case: Case,
-        forward: Callable[..., np.ndarray],
-        backward: Callable[..., tuple[np.ndarray, ...]],
-        *tensors: Tensor,
+        leaves: Sequence[Tensor],
+        forward: Callable[[], np.ndarray],
+        backward: Callable[[np.ndarray], Sequence[np.ndarray]],
     ) -> Tensor:
-        """What NumPy computes, as a tensor; backward gets the inputs and the gradient of it."""
+        """What NumPy computes of the leaves, as a tensor; the first of them have a gradient."""
         import torch
-
-        arrays, dtype = [self.array(tensor) for tensor in tensors], DTYPES[case.dtype]
 
         class Bridge(torch.autograd.Function):
             @staticmethod
-            def forward(_: Any, *tensors: Tensor) -> Tensor:
-                return self.tensor(case, forward(*arrays).astype(dtype))
+            def forward(*_: Any) -> Tensor:
+                return self.tensor(case, forward())
 
             @staticmethod
-            def backward(_: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-                found = backward(*arrays, self.array(d_out))
-                return tuple(self.tensor(case, gradient.astype(dtype)) for gradient in found)
+            def backward(_: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+                found = [self.tensor(case, gradient) for gradient in backward(self.array(d_out))]
+                return (*found, *[None] * (len(leaves) - len(found)))
 
-        return Bridge.apply(*tensors)
+        return Bridge.apply(*leaves)
+
+    def part(self, case: Case, part: Implementation, method: str, *inputs: Any) -> Tensor:
+        """What a part makes of tensors, or dicts of them."""
+        arrays = self.array(inputs)
+
+        def forward() -> np.ndarray:
+            found = part.run(method, case, *arrays)
+            return found.out if isinstance(found, Attention) else found
+
+        def backward(d_out: np.ndarray) -> list[np.ndarray]:
+            d_lse = () if method == "pool" else (np.zeros(d_out.shape[:3]),)
+            return _leaves(part.run_vjp(method, case, *arrays, d_out, *d_lse))
+
+        return self._bridge(case, _leaves(inputs), forward, backward)
 
     def read(self, case: Case, weights: Any, x: Tensor) -> Read:
         """Everything up to attention."""
@@ -239,15 +233,13 @@ class LayerInSteps(DenseMasks, TorchImplementation):
         if self.turns(case, "compress") and case.semantics.rotary != "before_pooling":
             k_cmp = self.turned(k_cmp, self.places(case, k_cmp.shape[2]))
         v_cmp = self.pooled(case, weights, "v", of("v", "compress", False))
-        k, v = (
-            {"compress": torch.cat([self.memory(weights, kind, len(x)), blocks], dim=2)}
-            for kind, blocks in (("k", k_cmp), ("v", v_cmp))
-        )
+        k, v = {"compress": k_cmp}, {"compress": v_cmp}
         for branch in ("fine", "sliding"):
             k[branch] = of("k", branch, self.turns(case, branch))
             v[branch] = of("v", branch, False)
         q = {branch: of("q", branch, self.turns(case, branch)) for branch in BRANCHES}
-        return Read(q, k, v, self.gates(case, weights, projected["gates.weight"]))
+        memory = self.memory(weights, "k", len(x)), self.memory(weights, "v", len(x))
+        return Read(q, k, v, memory, self.gates(case, weights, projected["gates.weight"]))
 
     def run_tokens(
         self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
@@ -258,16 +250,12 @@ class LayerInSteps(DenseMasks, TorchImplementation):
             case, batch=batch, q_len=tokens, kv_len=tokens, layout="contiguous"
         )
         read = self.read(case, weights, x)
-        blocks, memory = given, case.num_mem_kv
-        if blocks is None:
-            k = read.k["compress"]
-            blocks = self.chosen(case, read.q["compress"], k[:, :, memory:], k[:, :, :memory])
-        masks = {
-            "compress": self.compress_mask(case),
-            "fine": self.fine_mask(case, blocks),
-            "sliding": self.sliding_mask(case),
-        }
-        outs = [self.attended(case, branch, read, masks[branch]) for branch in BRANCHES]
+        blocks = self.chosen(case, read) if given is None else given
+        more = {"compress": read.memory, "fine": (blocks,), "sliding": ()}
+        outs = []
+        for branch in BRANCHES:
+            inputs = read.q[branch], read.k[branch], read.v[branch], *more[branch]
+            outs.append(self.part(case, self.kernel, branch, *inputs))
         if given is None:
             outs[1] = self.after_selection(case, outs[1], read)
         out = self.combined(read.gates, outs).transpose(1, 2).flatten(2)
@@ -279,8 +267,9 @@ class LayerInSteps(DenseMasks, TorchImplementation):
         """The newest row."""
         return self.run_tokens(case, weights, x)[:, -1:]
 
-    def offsets(self, case: Case, cu_seqlens: Tensor) -> list[int]:
-        return cu_seqlens.tolist()
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        """One of several that are packed."""
+        return self.run_tokens(case, weights, x[None, start:stop])[0]
 
     # the plug
 
@@ -304,8 +293,15 @@ class LayerInSteps(DenseMasks, TorchImplementation):
     def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         import torch
 
-        offsets = itertools.pairwise(self.offsets(case, cu_seqlens))
-        return torch.cat([self.run_tokens(case, weights, x[None, a:b])[0] for a, b in offsets])
+        bounds = itertools.pairwise(cu_seqlens.tolist())
+        return torch.cat([self.sequence(case, weights, x, *one) for one in bounds])
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The tensors or arrays in tuples and dicts, in order."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [x for item in value for x in _leaves(item)] if isinstance(value, tuple) else [value]
 
 
 def rotated(x: Tensor, positions: Tensor, dtype: Any) -> Tensor:

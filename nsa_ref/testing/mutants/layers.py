@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
+from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps, Read
-from nsa_ref.testing.mutants.masks import switched
+from nsa_ref.testing.mutants.masks import NoCausalCut, switched
 from nsa_ref.testing.mutants.rounding import Rounding
 from nsa_ref.testing.mutants.selection import ForcedUpTo128, MemoryOutsideSoftmax, Selector
 from nsa_ref.testing.mutants.zoo import mutant
@@ -150,33 +150,41 @@ class PoolsKeysAsTheyAre(LayerInSteps):
 # --- masks and choice -----------------------------------------------------------------------------
 
 
-@mutant("W1", "w keys, seen through the layer alone")
-class WindowOneOffInTheLayer(LayerInSteps):
+class _ShortWindow(Kernel):
     def sliding_mask(self, case: Case) -> np.ndarray:
         return super().sliding_mask(switched(case, window_closed=False))
 
 
-@mutant("C2", "a compressed block is seen from its last token but one on")
-class BlocksSeenTooEarly(LayerInSteps):
+class _EarlyBlocks(Kernel):
     def last_tokens(self, case: Case) -> np.ndarray:
         return super().last_tokens(case) - 1
 
 
+class _NoCut(Kernel):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        return NoCausalCut().fine_mask(case, block_indices)
+
+
+@mutant("W1", "w keys, seen through the layer alone")
+class WindowOneOffInTheLayer(LayerInSteps):
+    kernel = _ShortWindow()
+
+
+@mutant("C2", "a compressed block is seen from its last token but one on")
+class BlocksSeenTooEarly(LayerInSteps):
+    kernel = _EarlyBlocks()
+
+
 @mutant("F1", "the own block is read to its end, past the query")
 class FineWithoutCut(LayerInSteps):
-    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        mask = super().fine_mask(case, block_indices)
-        own = np.arange(case.kv_len) // case.selection_block_size
-        reads_itself = mask.diagonal(axis1=2, axis2=3)[..., None]
-        return np.maximum(mask, reads_itself * (own[:, None] == own))
+    kernel = _NoCut()
 
 
 @mutant("G1", "one forced local block too few")
 class LocalOneFewer(LayerInSteps):
-    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
+    def chosen(self, case: Case, read: Read) -> np.ndarray:
         fewer = max(0, case.num_local_blocks - 1)
-        case = dataclasses.replace(case, num_local_blocks=fewer)
-        return super().chosen(case, q, k_cmp, mem_k)
+        return super().chosen(dataclasses.replace(case, num_local_blocks=fewer), read)
 
 
 @mutant("G1", "the choice of blocks knows no memory")
@@ -191,16 +199,16 @@ class LayerForcedUpTo128(LayerInSteps):
 
 @mutant("G1", "every batch entry reads the blocks that the first one chose")
 class ChoiceOfTheFirst(LayerInSteps):
-    def chosen(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> np.ndarray:
-        chosen = super().chosen(case, q, k_cmp, mem_k)
+    def chosen(self, case: Case, read: Read) -> np.ndarray:
+        chosen = super().chosen(case, read)
         return np.broadcast_to(chosen[:1], chosen.shape)
 
 
 @mutant("A4", "a straight-through term: no change in the output, a gradient in the logits")
 class GradientThroughTheChoice(LayerInSteps):
     def after_selection(self, case: Case, out: Tensor, read: Read) -> Tensor:
-        k_cmp = read.k["compress"][:, :, case.num_mem_kv :]
-        logits = read.q["compress"] @ k_cmp.repeat_interleave(case.group_size, dim=1).mT
+        k_cmp = read.k["compress"].repeat_interleave(case.group_size, dim=1)
+        logits = read.q["compress"] @ k_cmp.mT
         usable = logits.sum(-1, keepdim=True)
         return out * (1 + usable - usable.detach())
 
@@ -215,7 +223,7 @@ class GradientThroughTheChoice(LayerInSteps):
 )
 class MemoryForgottenAtDecode(LayerInSteps):
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
-        if not len(self.last_tokens(dataclasses.replace(case, kv_len=x.shape[1]))):
+        if not dataclasses.replace(case, kv_len=x.shape[1]).num_compress_blocks:
             weights = {**weights, **{n: weights[n][:, :0] for n in ("mem_k", "mem_v")}}
             case = dataclasses.replace(case, num_mem_kv=0)
         return super().decoded(case, weights, x)
@@ -276,61 +284,43 @@ class ImportanceNotNormalisedAtDecode(LayerInSteps):
 
 @mutant("G4", "compressed windows and blocks count from the first token of the batch")
 class PackedWindows(LayerInSteps):
-    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        import torch
-
-        parts = []
-        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
-            ahead = x.new_zeros(start % case.selection_block_size, x.shape[1])
-            padded = torch.cat([ahead, x[start:stop]])
-            parts.append(self.run_tokens(case, weights, padded[None])[0, len(ahead) :])
-        return torch.cat(parts)
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        ahead = start % case.selection_block_size
+        padded = x.new_zeros(ahead + stop - start, x.shape[1])
+        padded[ahead:] = x[start:stop]
+        return super().sequence(case, weights, padded, 0, len(padded))[ahead:]
 
 
 @mutant("G4", "every sequence begins with the last token of the one before")
 class SequencesLeak(LayerInSteps):
-    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        import torch
-
-        parts = []
-        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
-            before = min(1, start)
-            rows = self.run_tokens(case, weights, x[None, start - before : stop])[0]
-            parts.append(rows[before:])
-        return torch.cat(parts)
-
-
-@mutant(
-    "G4",
-    "sequences begin at whole selection blocks: right while every length is a multiple",
-    seen_in="public kernels",
-)
-class OffsetsInBlocks(LayerInSteps):
-    def offsets(self, case: Case, cu_seqlens: Tensor) -> list[int]:
-        size = case.selection_block_size
-        offsets = super().offsets(case, cu_seqlens)
-        return [0, *(offset // size * size for offset in offsets[1:-1]), offsets[-1]]
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        before = max(0, start - 1)
+        return super().sequence(case, weights, x, before, stop)[start - before :]
 
 
 @mutant("G4", "memory has the gradient of the first sequence alone")
 class MemoryGradientOfOneSequence(LayerInSteps):
-    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        import torch
-
-        parts = []
-        for start, stop in itertools.pairwise(self.offsets(case, cu_seqlens)):
-            parts.append(self.run_tokens(case, weights, x[None, start:stop])[0])
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        if start:
             weights = {n: w.detach() if n.startswith("mem_") else w for n, w in weights.items()}
-        return torch.cat(parts)
+        return super().sequence(case, weights, x, start, stop)
+
+
+@mutant("G4", "sequences begin at whole selection blocks", seen_in="public kernels")
+class OffsetsInBlocks(LayerInSteps):
+    """Right while every length is a multiple of one."""
+
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        rounded = cu_seqlens // case.selection_block_size * case.selection_block_size
+        rounded[-1] = cu_seqlens[-1]
+        return super().varlen(case, weights, x, rounded)
 
 
 @mutant("G4", "dx of a sequence's first token goes to the last token of the one before")
 class GradientsLeak(LayerInSteps):
     def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        import torch
-
-        before = x.roll(1, 0)
-        first = torch.isin(torch.arange(len(x)), cu_seqlens[1:])[:, None]
         # the value is x, whatever stands before it
-        moved = torch.where(first, x.detach() + (before - before.detach()), x)
+        moved, first = x.clone(), cu_seqlens[1:-1].unique()
+        first = first[(first > 0) & (first < len(x))]
+        moved[first] = x[first].detach() + (x[first - 1] - x[first - 1].detach())
         return super().varlen(case, weights, moved, cu_seqlens)

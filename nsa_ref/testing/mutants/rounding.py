@@ -26,6 +26,7 @@ class Way:
     d_lse_joins : "delta" or "dp"
     scale_before : dS is scaled before it is rounded, instead of the product after
     reciprocal : multiply by 1 / total instead of dividing
+    fused : else every operation is stored, and P is kept for the backward pass
     scale_first : without fusion, q is scaled before it meets k
     """
 
@@ -37,6 +38,7 @@ class Way:
     d_lse_joins: str = "delta"
     scale_before: bool = False
     reciprocal: bool = False
+    fused: bool = True
     scale_first: bool = False
 
 
