@@ -16,9 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import flash_emulation as emulation
+from attention_inputs import (
+    KINDS,
+    ROWS,
+    Generator,
+    Inputs,
+    Tensors,
+    computed,
+    draw_inputs,
+    draw_way,
+    exact_attention,
+    generator,
+    rounded,
+)
 from budgets import Array, Budgets, budget_used
-from flash_emulation import KINDS, ROWS, Inputs, Tensors, computed, draw_way, generator
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.mutants import arithmetic as zoo
@@ -33,13 +44,11 @@ SEQUENTIAL = Way(block=16, order="sequential", backward_order="sequential")
 Share = dict[tuple[str, str], float]
 
 
-def drawn(
-    kind: str, row: str, rng: emulation.Generator, *sizes: int, mask: Array | None = None
-) -> Inputs:
+def drawn(kind: str, row: str, rng: Generator, *sizes: int, mask: Array | None = None) -> Inputs:
     """Inputs of kv_heads, G, q_len, columns, head_dim, value_dim; every key visible by default."""
     if mask is None:
         mask = np.ones((1, sizes[0] * sizes[1], *sizes[2:4]), np.int64)
-    return emulation.inputs(kind, row, rng, sizes=sizes, mask=mask)
+    return draw_inputs(kind, row, rng, sizes=sizes, mask=mask)
 
 
 def bounds(x: Inputs, row: str, form: str = "deterministic", **errors: Array) -> Tensors:
@@ -61,7 +70,7 @@ def slope_used(name: str, got: Array, right: Array, noise: Array, shared: Array)
 
 def judged(kind: str, row: str, x: Inputs, *kernels: Tensors) -> list[Share]:
     """By form (or "slope") and tensor the largest share that each kernel uses: none is above 1."""
-    right, generic = emulation.exact_attention(x), kind in GENERIC_KINDS
+    right, generic = exact_attention(x), kind in GENERIC_KINDS
     with np.errstate(over="raise", divide="raise", invalid="raise"):
         limits = {form: bounds(x, row, form) for form in (FORMS if generic else FORMS[:1])}
     verdicts = []
@@ -83,7 +92,7 @@ def test_right_kernels_stay_within_their_bounds(row: str) -> None:
         # a statistical exceedance counts if 3 fresh draws do not clear it
         for redraw in range(4):
             rng = generator(ROWS.index(row), KINDS.index(kind), seed, redraw)
-            x, way = emulation.inputs(kind, row, rng), draw_way(rng, row)
+            x, way = draw_inputs(kind, row, rng), draw_way(rng, row)
             (used,) = judged(kind, row, x, computed(x, row, way))
             for cell, share in used.items():
                 largest.setdefault(cell, []).append(share)
@@ -113,7 +122,7 @@ def test_worst_cases_of_one_or_two_keys_stay_within_their_bounds(row: str) -> No
         kind = str(rng.choice(["integers", "one_hot_v", "equal", "randn", "heavy", "tiny"]))
         x = drawn(kind, row, rng, 1, group, 1, columns, head_dim, value_dim)
         way = draw_way(rng, row)
-        tensors = computed(x, row, way), emulation.exact_attention(x), bounds(x, row)
+        tensors = computed(x, row, way), exact_attention(x), bounds(x, row)
         for name, *each in zip(NAMES, *tensors):
             budgets.add(name, *each, where=f"{row}, {kind}, seed {seed}, {way}")
     budgets.print(f"right kernels of one or two keys, {row}")
@@ -147,10 +156,8 @@ def test_any_structure_is_within_the_deterministic_bound(
     """Shapes down to no query, no key; the pattern of empty rows and unseen keys is exact."""
     kv_heads, group, q_len, columns = sizes
     rng = generator(12, seed)
-    x = emulation.inputs(
-        kind, row, rng, sizes=(kv_heads, group, q_len, columns, head_dim, value_dim)
-    )
-    got, right = computed(x, row, draw_way(rng, row)), emulation.exact_attention(x)
+    x = draw_inputs(kind, row, rng, sizes=(kv_heads, group, q_len, columns, head_dim, value_dim))
+    got, right = computed(x, row, draw_way(rng, row)), exact_attention(x)
     limits = bounds(x, row)
     for name, *each in zip(NAMES, got, right, limits):
         assert budget_used(*each) <= 1, name
@@ -213,7 +220,7 @@ def test_bounds_are_finite_and_silent_on_extreme_logits() -> None:
             continue  # q itself would overflow
         x = drawn("randn", row, rng, 1, 2, 6, 12, 4, 3)
         for size in (1e4, 1e8):
-            y = x._replace(q=emulation.rounded(x.q * size, row))
+            y = x._replace(q=rounded(x.q * size, row))
             for form in FORMS:
                 with np.errstate(over="raise", divide="raise", invalid="raise"):
                     result = bounds(y, row, form)
@@ -299,14 +306,14 @@ def test_a_stored_delta_takes_d_lse_with_it() -> None:
     d_lse = rng.uniform(1.0, 1.02, (1, 1, rows)).astype(np.float32).astype(np.float64)
     x = Inputs(
         q=np.zeros((1, 1, rows, 1)),
-        k=emulation.rounded(np.array([[[[1.37]]]]), "fp16"),
-        v=emulation.rounded(np.array([[[[0.7]]]]), "fp16"),
+        k=rounded(np.array([[[[1.37]]]]), "fp16"),
+        v=rounded(np.array([[[[0.7]]]]), "fp16"),
         mask=np.ones((1, 1, rows, 1), np.int64),
-        d_out=emulation.rounded(rng.uniform(0.01, 0.02, (1, 1, rows, 1)), "fp16"),
+        d_out=rounded(rng.uniform(0.01, 0.02, (1, 1, rows, 1)), "fp16"),
         d_lse=d_lse,
         scale=1.0,
     )
-    got, right = computed(x, "fp16", SEQUENTIAL), emulation.exact_attention(x)
+    got, right = computed(x, "fp16", SEQUENTIAL), exact_attention(x)
     error, bound = np.abs(got.dq - right.dq), bounds(x, "fp16").dq
     assert (error <= bound).all()
     of_d_lse = NUMERICS["fp16"].u_delta * np.abs(d_lse)[..., None] * np.abs(x.k)
@@ -318,7 +325,7 @@ def test_the_slope_knows_what_rows_share() -> None:
     rng, worst = generator(26), 0.0
     for _ in range(10):
         x = drawn("randn", "tf32", rng, 1, 4, 400, 1, 2, 1)
-        got, right = computed(x, "tf32", SEQUENTIAL).out, emulation.exact_attention(x).out
+        got, right = computed(x, "tf32", SEQUENTIAL).out, exact_attention(x).out
         noise, shared = (bounds(x, "tf32", form).out for form in ("statistical", "shared"))
         assert slope_used("out", got, right, noise, shared) <= 1
         worst = max(worst, slope_used("out", got, right, noise, 0.0 * noise))
@@ -377,17 +384,17 @@ def test_bounds_hold_for_inputs_that_are_off(row: str) -> None:
             group, columns, head_dim, value_dim = (int(n) for n in rng.integers(1, 3, 4))
             x = drawn(kind, row, rng, 1, group, 1, columns, head_dim, value_dim)
         else:
-            x = emulation.inputs(kind, row, rng)
+            x = draw_inputs(kind, row, rng)
         x, size = x._replace(d_lse=None), 2.0 ** -float(rng.integers(1, 20))
         kept = {name: size * (rng.random() < 0.7) for name in INPUTS}
         moved = {}
         for name in INPUTS:
             exact = getattr(x, name)
             signs = rng.choice([-1.0, 1.0, 0.5], exact.shape)
-            moved[name] = emulation.rounded(exact + kept[name] * np.abs(exact) * signs, row)
+            moved[name] = rounded(exact + kept[name] * np.abs(exact) * signs, row)
         y, way = x._replace(**moved), draw_way(rng, row)
         limits = bounds(x, row, **errors_of(x, y))
-        for name, *each in zip(NAMES, computed(y, row, way), emulation.exact_attention(x), limits):
+        for name, *each in zip(NAMES, computed(y, row, way), exact_attention(x), limits):
             budgets.add(name, *each, where=f"{kind}, seed {seed}, {way}")
     budgets.print(f"kernels of inputs that are off, {row}")
 
@@ -400,7 +407,7 @@ def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str, fl
     if flat:  # q moves dk without the logits' help; dO moves dS of a key without v through D
         x = x._replace(k=1e-3 * x.k, v=x.v * (np.arange(8) > 0)[:, None])
     y = x._replace(**{which: getattr(x, which) + 1e-3 * np.abs(getattr(x, which))})
-    moved, right = emulation.exact_attention(y), emulation.exact_attention(x)
+    moved, right = exact_attention(y), exact_attention(x)
     without, limits = bounds(x, "fp64"), bounds(x, "fp64", **errors_of(x, y))
     assert all(budget_used(*each) <= 1 for each in zip(moved, right, limits))
     over = [name for name, *each in zip(NAMES, moved, right, without) if budget_used(*each) > 1]
@@ -422,7 +429,7 @@ def test_an_input_that_may_be_anything_leaves_no_bound() -> None:
 
 def test_errors_next_to_nothing_change_nothing_but_the_second_order() -> None:
     """And errors of 0 change nothing."""
-    x = emulation.inputs("randn", "bf16", generator(50))
+    x = draw_inputs("randn", "bf16", generator(50))
     nothing, little = (
         bounds(x, "bf16", **{f"{name}_error": size * np.abs(getattr(x, name)) for name in INPUTS})
         for size in (0.0, 2.0**-60)

@@ -13,11 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-import flash_emulation
-import layer_emulation as emulation
+from attention_inputs import ROWS, Array, generator, rounded
 from budgets import budget_used
-from flash_emulation import Array, generator
-from layer_emulation import LayerCase, Results
+from layer_inputs import (
+    LayerCase,
+    Results,
+    as_selected,
+    draw_case,
+    draw_way,
+    reference,
+    run_layer,
+    with_semantics,
+)
 from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.layer import branch_masks, layer, layer_vjp, layer_weight_shapes, selection_inputs
 from nsa_ref.layer_bounds import (
@@ -33,9 +40,8 @@ from nsa_ref.selection import importance
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, PRESETS, ROTARY, PerBranch
 from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.mutants import layers
-from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
+from nsa_ref.testing.mutants.layer import LayerInSteps
 
-ROWS = flash_emulation.ROWS
 CASES = 10  # per row, two of each preset; half of them as small as can be
 TINY = {
     "seq_len": 3,
@@ -78,11 +84,11 @@ def test_right_layers_stay_within_their_bounds(row: str) -> None:
     for seed in range(CASES):
         rng = generator(40, ROWS.index(row), seed)
         preset = list(PRESETS)[seed % len(PRESETS)]
-        semantics = emulation.with_semantics(PRESETS[preset], rng)
+        semantics = with_semantics(PRESETS[preset], rng)
         sizes: dict[str, Any] = dict(TINY) if seed % 2 else {}
-        case = emulation.draw_case(rng, row, semantics, **sizes)
-        way = emulation.draw_way(rng, row)
-        got, right = emulation.layer(case, row, way), emulation.reference(case)
+        case = draw_case(rng, row, semantics, **sizes)
+        way = draw_way(rng, row)
+        got, right = run_layer(case, row, way), reference(case)
         for name, used in judged(case, got, right, bounds_of(case, row)).items():
             assert used <= 1, f"{row}, {preset}, seed {seed}, {way}: {name} uses {used}"
             kind = name if name in ("out", "dx") else "weights"
@@ -103,11 +109,11 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
             kv_per_branch=seed % 4 < 2,
             causal=seed != 1,
         )
-        case = emulation.draw_case(
+        case = draw_case(
             rng, row, semantics, seq_len=9 + seed, head_dim=4, compress_map=compress_map
         )
-        way = emulation.draw_way(rng, row)
-        got, right = emulation.layer(case, row, way), emulation.reference(case)
+        way = draw_way(rng, row)
+        got, right = run_layer(case, row, way), reference(case)
         for name, used in judged(case, got, right, bounds_of(case, row)).items():
             assert used <= 1, f"{row}, {compress_map}, {way}: {name} uses {used}"
             largest[name] = max(used, largest.get(name, 0.0))
@@ -120,7 +126,7 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
 def test_the_layer_that_is_bounded_is_the_definition(rotary: str, compress_map: str) -> None:
     """G1, G2, C4: the analysis in float64 has the oracle's values, within its own errors."""
     semantics = dataclasses.replace(LUCIDRAINS, rotary=rotary)
-    case = emulation.draw_case(
+    case = draw_case(
         generator(55), "fp64", semantics, seq_len=12, head_dim=4, compress_map=compress_map
     )
     how: dict[str, Any] = {"sizes": case.sizes, "semantics": semantics}
@@ -143,12 +149,12 @@ def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
         rng = generator(41, seed)
         rotary = "all" if seed < 2 else "before_pooling"
         semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary=rotary)
-        case = emulation.draw_case(rng, row, semantics, seq_len=12)
+        case = draw_case(rng, row, semantics, seq_len=12)
         memory = case.weights["mem_k"]
         memory = np.broadcast_to(memory, (case.x.shape[0], *memory.shape))
         scores = [
             importance(
-                *emulation.selection_inputs(case, each, LayerWay()),
+                *as_selected(case, each),
                 memory,
                 kv_len=12,
                 sizes=case.sizes,
@@ -192,7 +198,7 @@ def test_every_wrong_layer_exceeds_a_bound_in_float32_by_far(wrong: type[LayerIn
         semantics = LUCIDRAINS if seed else LUCIDRAINS_FLEX
         if wrong is layers.PoolsKeysAsTheyAre:
             semantics = dataclasses.replace(semantics, rotary="before_pooling")
-        case = emulation.draw_case(
+        case = draw_case(
             rng,
             "fp32",
             semantics,
@@ -207,14 +213,16 @@ def test_every_wrong_layer_exceeds_a_bound_in_float32_by_far(wrong: type[LayerIn
             compress_block_size=4,
             compress_block_sliding_stride=2,
             selection_block_size=4,
+            # an MLP of small weights may pass next to nothing on
+            compress_map="linear" if seed else "mean",
             compress_positions=True,
             num_selected_blocks=2,
             sliding_window_size=4,
         )
-        way, bounds = emulation.draw_way(rng, "fp32"), bounds_of(case, "fp32")
-        right = emulation.reference(case)
+        way, bounds = draw_way(rng, "fp32"), bounds_of(case, "fp32")
+        right = reference(case)
         used, far = (
-            judged(case, emulation.layer(case, "fp32", way, kind), right, bounds)
+            judged(case, run_layer(case, "fp32", way, kind), right, bounds)
             for kind in (LayerInSteps, wrong)
         )
         assert max(used.values()) <= 1, f"without the mistake: {used}"
@@ -222,7 +230,7 @@ def test_every_wrong_layer_exceeds_a_bound_in_float32_by_far(wrong: type[LayerIn
 
 
 def test_finer_arithmetic_has_smaller_bounds() -> None:
-    case = emulation.draw_case(generator(43), "bf16", LUCIDRAINS, seq_len=12)
+    case = draw_case(generator(43), "bf16", LUCIDRAINS, seq_len=12)
     tensors = []
     for row in ("fp64", "fp32", "bf16", "bf16-head", "bf16-eager"):
         found = bounds_of(case, row)
@@ -235,7 +243,7 @@ def test_finer_arithmetic_has_smaller_bounds() -> None:
 def test_only_what_reads_a_row_of_nan_is_unbounded() -> None:
     """A2: with `empty_row="nan"` a row that selects nothing is NaN in the fine branch."""
     semantics = dataclasses.replace(PAPER, empty_row=PerBranch("zero", "nan", "zero"))
-    case = emulation.draw_case(generator(44), "fp32", semantics, seq_len=8, num_selected_blocks=1)
+    case = draw_case(generator(44), "fp32", semantics, seq_len=8, num_selected_blocks=1)
     case.block_indices[...] = 0
     case.block_indices[0, :, 5] = -1
     bounds = bounds_of(case, "fp32")
@@ -250,7 +258,7 @@ def test_only_what_reads_a_row_of_nan_is_unbounded() -> None:
 
 def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
     """float16 ends at 65504: x^2 of one token may overflow in its norm."""
-    case = emulation.draw_case(generator(45), "fp16", LUCIDRAINS_FLEX, seq_len=6)
+    case = draw_case(generator(45), "fp16", LUCIDRAINS_FLEX, seq_len=6)
     loud = case.x.copy()
     loud[0, -1] = 300.0
     louder = dataclasses.replace(case, x=loud)
@@ -263,14 +271,14 @@ def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
 
 def test_scores_are_none_where_the_sizes_have_none() -> None:
     """I2 counts whole strides: l = 3 and d = 2 have no scores by overlap."""
-    case = emulation.draw_case(
+    case = draw_case(
         generator(46), "fp32", PAPER, compress_block_size=3, compress_block_sliding_stride=2
     )
     assert bounds_of(case, "fp32").scores is None
 
 
 def test_without_d_out_there_are_no_gradients() -> None:
-    case = emulation.draw_case(generator(47), "fp32", PAPER)
+    case = draw_case(generator(47), "fp32", PAPER)
     how: dict[str, Any] = {"sizes": case.sizes, "semantics": PAPER, "numerics": "fp32"}
     found = layer_bounds(case.x, case.weights, case.block_indices, **how)
     assert found.dx is None and found.dweights is None
@@ -296,23 +304,23 @@ def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> 
     """One sum over the terms of all sequences, where they are of one length; or one by one."""
     largest, rng = 0.0, generator(57, ROWS.index(row))
     for seed in range(4):
-        semantics = emulation.with_semantics(PAPER if seed % 2 else LUCIDRAINS_FLEX, rng)
-        case = emulation.draw_case(rng, row, semantics, seq_len=8, batch=3, num_mem_kv=1)
+        semantics = with_semantics(PAPER if seed % 2 else LUCIDRAINS_FLEX, rng)
+        case = draw_case(rng, row, semantics, seq_len=8, batch=3, num_mem_kv=1)
         together = seed < 2
         lengths = [8, 8, 8] if together else rng.permutation([8, int(rng.integers(1, 8)), 1])
         alone = [part(case, i, int(length)) for i, length in enumerate(lengths)]
-        right = [emulation.reference(each).dweights for each in alone]
+        right = [reference(each).dweights for each in alone]
         each_bound = [bounds_of(each, row).dweights for each in alone]
         bounds = packed_weight_bounds(
             lengths, right, each_bound, sizes=case.sizes, semantics=semantics, numerics=row
         )
-        way = emulation.draw_way(rng, row)
+        way = draw_way(rng, row)
         if together:
-            got = emulation.layer(case, row, way).dweights
+            got = run_layer(case, row, way).dweights
         else:
             got = {name: np.zeros_like(weight) for name, weight in case.weights.items()}
-            for gradients in (emulation.layer(each, row, way).dweights for each in alone):
-                got = {n: flash_emulation.rounded(got[n] + gradients[n], row) for n in got}
+            for gradients in (run_layer(each, row, way).dweights for each in alone):
+                got = {n: rounded(got[n] + gradients[n], row) for n in got}
         for name, bound in bounds.items():
             used = budget_used(got[name], np.sum([each[name] for each in right], axis=0), bound)
             assert used <= 1, f"{row}, seed {seed}, {lengths}, {way}: {name} uses {used}"
@@ -321,7 +329,7 @@ def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> 
 
 
 #: A layer, for the names and shapes of its weights.
-FLAT = emulation.draw_case(generator(58), "fp32", PAPER, num_mem_kv=1)
+FLAT = draw_case(generator(58), "fp32", PAPER, num_mem_kv=1)
 FLAT_SHAPES = layer_weight_shapes(FLAT.sizes, PAPER)
 
 
@@ -334,7 +342,7 @@ def of_bias(gradient: Array, bound: Array) -> tuple[dict[str, Array], dict[str, 
 def test_gradients_that_are_added_up_in_a_coarse_dtype_are_rounded_every_time() -> None:
     """Four gradients without an error, added in bfloat16 in any order."""
     rng, shape = generator(59), (64 * FLAT_SHAPES["gates.bias"][0],)
-    each = flash_emulation.rounded(rng.standard_normal((4, *shape)), "bf16")
+    each = rounded(rng.standard_normal((4, *shape)), "bf16")
     wide = dataclasses.replace(FLAT.sizes, q_heads=64 * FLAT.sizes.q_heads)
     given, exact = zip(*(of_bias(gradient, 0.0 * gradient) for gradient in each))
     how: dict[str, Any] = {"sizes": wide, "semantics": PAPER, "numerics": "bf16"}
@@ -343,7 +351,7 @@ def test_gradients_that_are_added_up_in_a_coarse_dtype_are_rounded_every_time() 
     for order in itertools.permutations(range(4)):
         total = each[order[0]]
         for i in order[1:]:
-            total = flash_emulation.rounded(total + each[i], "bf16")
+            total = rounded(total + each[i], "bf16")
         largest = max(largest, budget_used(total, each.sum(axis=0), bound))
     assert 1 / 4 < largest <= 1
 
@@ -428,7 +436,7 @@ def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
 
 def test_bad_arguments_are_named() -> None:
     """As by `layer_vjp`, and what bounds take besides."""
-    case = emulation.draw_case(generator(52), "fp32", LUCIDRAINS)
+    case = draw_case(generator(52), "fp32", LUCIDRAINS)
     given = {"x": case.x, "weights": case.weights, "block_indices": case.block_indices}
     how: dict[str, Any] = given | {"sizes": case.sizes, "semantics": LUCIDRAINS, "numerics": "fp32"}
 

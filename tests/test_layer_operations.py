@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import flash_emulation
-from flash_emulation import Array, Generator, generator
+import attention_inputs
+from attention_inputs import Array, Generator, generator
 from nsa_ref import rounded
 from nsa_ref.map_bounds import rounded_pool
 from nsa_ref.numerics import NUMERICS, Numerics
@@ -42,11 +42,11 @@ class Drawn:
         self, *shape: int, spread: float = 1.0, exact: bool = False
     ) -> tuple[Tensor, Rounded]:
         """A tensor that requires a gradient, and what it was meant to be."""
-        value = flash_emulation.rounded(self.rng.standard_normal(shape) * spread, self.row)
+        value = attention_inputs.rounded(self.rng.standard_normal(shape) * spread, self.row)
         moved = value
         if self.size and not exact:
             off = self.size * self.rng.choice([-1.0, 0.3, 1.0], shape)
-            moved = flash_emulation.rounded(value * (1.0 + off), self.row)
+            moved = attention_inputs.rounded(value * (1.0 + off), self.row)
         layer = Rounded(value, np.abs(moved - value))
         return torch.tensor(moved, dtype=self.dtype, requires_grad=True), layer
 
@@ -83,7 +83,7 @@ def projected(d: Drawn) -> Case:
     (bias, b) = d.normal(2, exact=True)
     common = d.size * d.rng.choice([-1.0, 1.0], (MANY, 1))
     signs = d.rng.choice([-1.0, 1.0], h.value.shape)
-    moved = flash_emulation.rounded((h.value + signs * h.error) * (1.0 + common), d.row)
+    moved = attention_inputs.rounded((h.value + signs * h.error) * (1.0 + common), d.row)
     rest = Rounded(h.value, np.abs(moved / (1.0 + common) - h.value) * (1 + 2.0**-50))
     exact = h.value.astype(wide) @ w.value.T.astype(wide) + b.value
     bound = rounded.affine(rest, w.value, b.value, d.numerics, np.abs(common))

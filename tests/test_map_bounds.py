@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attention_inputs import ORDERS, ROWS, Generator, generator, rounded
 from budgets import Array, Budgets, budget_used
-from flash_emulation import ORDERS, ROWS, Generator, generator, rounded
 from nsa_ref.compress import pool_weight_shapes
 from nsa_ref.map_bounds import pool_bounds, rounded_pool
 from nsa_ref.numerics import NUMERICS

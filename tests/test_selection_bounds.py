@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attention_inputs import ORDERS, ROWS, Generator, generator, rounded
 from budgets import Array, Budgets, budget_used
-from flash_emulation import ORDERS, ROWS, Generator, generator, rounded
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import Semantics

@@ -66,7 +66,7 @@ def rounded(x: Array, row: str) -> Array:
     return np.asarray(x).astype(DTYPES[NUMERICS[row].dtype]).astype(np.float64)
 
 
-def inputs(
+def draw_inputs(
     kind: str,
     row: str,
     rng: Generator,
