@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -270,60 +271,56 @@ def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
 
 X = np.ones((1, 2, 4, 3))
 LINEAR = {"weight": np.ones((3, 6)), "bias": np.ones(3)}
-TWO_HEADS = strides(2, 2, q_heads=2, kv_heads=2, compress_map="linear")
-
-
-def pooled(x=X, weights=LINEAR, **changes):
-    return pool(x, weights, dataclasses.replace(TWO_HEADS, **changes))
+GOOD = {"x": X, "weights": LINEAR, "sizes": strides(2, 2, q_heads=2, kv_heads=2)}
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("message", "compress_map", "change"),
     [
-        (lambda: num_compress_blocks(-1, Sizes()), ValueError, r"kv_len=-1 must be at least 0"),
-        (lambda: num_compress_blocks(1, None), TypeError, r"sizes=None must be a nsa_ref.Sizes"),
+        ("x has shape (2, 4, 3); it must be (batch, 2, kv_len, dim)", "linear", {"x": X[0]}),
+        ("weights['weight'] has shape (3, 6); it must be (2, 3, 6)", "linear_per_head", {}),
         (
-            lambda: num_compress_blocks(1, Sizes(), "end"),
-            TypeError,
-            r"semantics='end' must be a Semantics",
-        ),
-        (lambda: pool_weight_shapes(Sizes(), 0), ValueError, r"dim=0 must be at least 1"),
-        (lambda: pool(X, LINEAR, {}), TypeError, r"sizes=\{\} must be a nsa_ref.Sizes"),
-        (
-            lambda: pooled(x=X[0]),
-            ValueError,
-            r"x has shape \(2, 4, 3\); it must be \(batch, 2, kv_len, dim\)",
+            "weights lacks ['bias'] and has the unknown names []; it must have ['bias', 'weight']",
+            "linear",
+            {"weights": {"weight": LINEAR["weight"]}},
         ),
         (
-            lambda: pooled(weights={"weight": LINEAR["weight"]}),
-            ValueError,
-            r"weights lacks \['bias'\] and has the unknown names \[\]; it must have "
-            r"\['bias', 'weight'\]",
+            "weights lacks [] and has the unknown names ['positions']",
+            "linear",
+            {"weights": LINEAR | {"positions": np.ones((2, 2, 3))}},
         ),
         (
-            lambda: pooled(weights={**LINEAR, "bias": np.ones(4)}),
-            ValueError,
-            r"weights\['bias'\] has shape \(4,\); it must be \(3\)",
-        ),
-        (
-            lambda: pooled(
-                weights={**LINEAR, "positions": np.ones((1, 2, 3))}, compress_positions=True
-            ),
-            ValueError,
-            r"weights\['positions'\] has shape \(1, 2, 3\); it must be \(2, 2, 3\)",
-        ),
-        (
-            lambda: pooled(compress_map="linear_per_head"),
-            ValueError,
-            r"weights\['weight'\] has shape \(3, 6\); it must be \(2, 3, 6\)",
-        ),
-        (
-            lambda: pool_vjp(X, LINEAR, np.ones((1, 2, 3, 3)), TWO_HEADS),
-            ValueError,
-            r"d_out has shape \(1, 2, 3, 3\); it must be \(1, 2, 2, 3\)",
+            "weights['bias'] has shape (4,); it must be (3)",
+            "linear",
+            {"weights": LINEAR | {"bias": np.ones(4)}},
         ),
     ],
 )
-def test_compression_refuses_what_does_not_fit_and_says_what_would(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+def test_a_map_refuses_what_does_not_fit_and_says_what_would(message, compress_map, change):
+    sizes = dataclasses.replace(GOOD["sizes"], compress_map=compress_map)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pool(**(GOOD | {"sizes": sizes} | change))
+
+
+def test_a_gradient_that_does_not_fit_is_refused():
+    sizes = dataclasses.replace(GOOD["sizes"], compress_map="linear")
+    with pytest.raises(
+        ValueError, match=r"d_out has shape \(1, 2, 3, 3\); it must be \(1, 2, 2, 3"
+    ):
+        pool_vjp(X, LINEAR, np.ones((1, 2, 3, 3)), sizes)
+
+
+def test_compression_refuses_lengths_sizes_and_semantics_that_are_none():
+    with pytest.raises(ValueError, match="kv_len=-1 must be at least 0"):
+        num_compress_blocks(-1, Sizes())
+    with pytest.raises(ValueError, match="dim=0 must be at least 1"):
+        pool_weight_shapes(Sizes(), 0)
+    with pytest.raises(TypeError, match="semantics='end' must be a Semantics"):
+        num_compress_blocks(1, Sizes(), "end")
+    for call in (
+        lambda: num_compress_blocks(1, None),
+        lambda: pool_weight_shapes(None, 1),
+        lambda: pool(X, LINEAR, None),
+    ):
+        with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.Sizes, .* not NoneType"):
+            call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import mpmath
@@ -497,66 +498,52 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
-HOW = {"kv_len": 6, "sizes": strides(2, 2, q_heads=2, head_dim=2)}
-ROW = scored_row([0.0, 0.0])
+GOOD = {"q": Q, "k_cmp": K, "mem_k": NONE, "kv_len": 6}
+SIZES = strides(2, 2, q_heads=2, head_dim=2)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("message", "change"),
     [
-        (
-            lambda: shared_strides(6, strides(3, 2)),
-            ValueError,
-            r"compress_block_size=3 must be a positive multiple of "
-            r"compress_block_sliding_stride=2: eq. 9 counts .* Try 2 or 4",
-        ),
-        (
-            lambda: importance(Q[:, :1], K, NONE, **HOW),
-            ValueError,
-            r"q has shape \(1, 1, 3, 2\); it must be \(batch, 2, q_len, 2\)",
-        ),
-        (
-            lambda: importance(Q, K[:, :, :2], NONE, **HOW),
-            ValueError,
-            r"k_cmp has shape \(1, 1, 2, 2\); it must be \(1, 1, 3, 2\)",
-        ),
-        (
-            lambda: importance(Q, K, NONE[..., :1], **HOW),
-            ValueError,
-            r"mem_k has shape \(1, 1, 0, 1\); it must be \(1, 1, 0, 2\)",
-        ),
-        (
-            lambda: importance(Q, K, NONE, **HOW, semantics=None),
-            TypeError,
-            r"semantics=None must be a Semantics",
-        ),
-        (
-            lambda: selection_candidates(2, 2, None),
-            TypeError,
-            r"sizes=None must be a nsa_ref.Sizes",
-        ),
-        (
-            lambda: forced_blocks(-1, 2, Sizes()),
-            ValueError,
-            r"q_len=-1 must be at least 0",
-        ),
-        (
-            lambda: top_blocks(ROW._replace(scores=np.full((1, 1, 1, 2), math.nan)), Sizes()),
-            ValueError,
-            r"scores holds NaN at a candidate",
-        ),
-        (
-            lambda: top_blocks(ROW._replace(forced=np.zeros((2, 2), bool)), Sizes()),
-            ValueError,
-            r"forced has shape \(2, 2\); it must be \(1, 2\)",
-        ),
-        (
-            lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), Sizes()),
-            TypeError,
-            r"candidates has dtype float64; it must be bool",
-        ),
+        ("q has shape (1, 1, 3, 2); it must be (batch, 2, q_len, 2)", {"q": Q[:, :1]}),
+        ("k_cmp has shape (1, 1, 2, 2); it must be (1, 1, 3, 2)", {"k_cmp": K[:, :, :2]}),
+        ("mem_k has shape (1, 1, 0, 1); it must be (1, 1, 0, 2)", {"mem_k": NONE[..., :1]}),
+        ("kv_len=-1 must be at least 0", {"kv_len": -1}),
     ],
-)  # fmt: skip
-def test_selection_refuses_what_does_not_fit_and_says_what_would(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+)
+def test_importance_refuses_arrays_that_are_not_of_the_sizes(message, change):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        importance(**(GOOD | change), sizes=SIZES)
+
+
+def test_i2_eq_9_wants_windows_of_whole_strides():
+    rule = "compress_block_size=3 must be a positive multiple of compress_block_sliding_stride=2"
+    with pytest.raises(ValueError, match=f"{rule}: eq. 9 counts .* Try 2 or 4"):
+        shared_strides(6, strides(3, 2))
+
+
+def test_selection_refuses_lengths_sizes_and_semantics_that_are_none():
+    with pytest.raises(ValueError, match="q_len=-1 must be at least 0"):
+        forced_blocks(-1, 2, Sizes())
+    with pytest.raises(TypeError, match="semantics=None must be a Semantics"):
+        importance(**GOOD, sizes=SIZES, semantics=None)
+    for call in (
+        lambda: importance(**GOOD, sizes=None),
+        lambda: selection_candidates(2, 2, None),
+        lambda: top_blocks(scored_row([0.0]), None),
+    ):
+        with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.Sizes"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "scores holds NaN at a candidate", {"scores": np.full((1, 1, 1, 2), np.nan)}),
+        (ValueError, "forced has shape (2, 2); it must be (1, 2)", {"forced": np.eye(2) > 0}),
+        (TypeError, "candidates has dtype float64; it must be", {"candidates": np.ones((1, 2))}),
+    ],
+)
+def test_top_n_refuses_what_does_not_fit_and_says_what_would(error, message, change):
+    with pytest.raises(error, match=re.escape(message)):
+        top_blocks(scored_row([0.0, 0.0])._replace(**change), Sizes())
