@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import nsa_ref
+
+ROOT = Path(nsa_ref.__file__).parents[1]
 
 
 def page(name: str) -> str:
