@@ -198,11 +198,9 @@ def groups(
         d_lse = np.zeros(q.value.shape[:3])
     for b, g in np.ndindex(batch, kv_heads):
         heads = slice(g * size, (g + 1) * size)
-        of_q, of_k, of_v = (
-            Rounded(x.value[b, at], x.error[b, at]) for x, at in ((q, heads), (k, g), (v, g))
-        )
-        of_d_out = None if d_out is None else Rounded(d_out.value[b, heads], d_out.error[b, heads])
-        yield b, g, heads, Group(of_q, of_k, of_v, of_d_out, mask[b, heads], d_lse[b, heads], scale)
+        of_d_out = None if d_out is None else d_out.at(b, heads)
+        inputs = q.at(b, heads), k.at(b, g), v.at(b, g), of_d_out
+        yield b, g, heads, Group(*inputs, mask[b, heads], d_lse[b, heads], scale)
 
 
 class Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ from nsa_ref.rounded import (
     Rounded,
     affine,
     exact,
-    joined,
     matmul,
     plus,
     stored,
@@ -80,9 +79,8 @@ def pool_bounds(
     out = of_kernel.out.error + of_oracle.out.error
     if of_kernel.dx is None or of_oracle.dx is None:
         return PoolBounds(out, None, None)
-    dx = unless_overflow(of_kernel.dx, rows[0]).error + unless_overflow(of_oracle.dx, rows[1]).error
     dweights = {key: of_kernel.dweights[key].error + of_oracle.dweights[key].error for key in w}
-    return PoolBounds(out, dx, dweights)
+    return PoolBounds(out, of_kernel.dx.error + of_oracle.dx.error, dweights)
 
 
 class RoundedPool(NamedTuple):
@@ -111,13 +109,7 @@ def rounded_pool(
     blocks = len(starts)
     tokens = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)  # < 0 is padding
     inside = (tokens >= 0)[:, :, None]
-
-    def windows_of(part: Array) -> Array:
-        if not blocks:
-            return np.zeros((batch, kv_heads, 0, length, dim))
-        return np.where(inside, part[:, :, np.maximum(tokens, 0)], 0.0)
-
-    y = x.map(windows_of)
+    y = x.map(lambda part: np.where(inside, part[:, :, np.maximum(tokens, 0)], 0.0))
     if "positions" in w:
         y = plus(y, w["positions"][None, :, None], row.u_accumulate, row)
     flat = y.map(lambda part: part.reshape(batch, kv_heads, blocks, length * dim))
@@ -125,9 +117,12 @@ def rounded_pool(
 
     def through(d: Rounded, of: Rounded, ending: str = "") -> Rounded:
         """The gradient of `of` from that of its affine map; those of the map's are noted."""
-        dweights["weight" + ending] = weight_gradient(d, of, row)
-        dweights["bias" + ending] = summed(d, (0, 1, 2), row)
-        return matmul(d, exact(w["weight" + ending]), row)
+        weight = w["weight" + ending]
+        per_head = weight.ndim == 3
+        of_weight = weight_gradient_by_entry if per_head else weight_gradient
+        dweights["weight" + ending] = of_weight(d, of, row)
+        dweights["bias" + ending] = summed(d, (0, 2) if per_head else (0, 1, 2), row)
+        return matmul(d, exact(weight), row)
 
     if compress_map == "mean":
         of_sum = summed(y, (3,), row)
@@ -137,20 +132,10 @@ def rounded_pool(
             share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
             error = share.error + 2.0 * row.u_elementwise * share.size
             dflat = stored(Rounded(share.value, error), row)
-    elif compress_map == "linear":
+    elif compress_map != "mlp":
         out = affine(flat, w["weight"], w["bias"], row)
         if g is not None:
             dflat = through(g, flat)
-    elif compress_map == "linear_per_head":
-        heads = _by_head(flat)
-        maps = zip(heads, w["weight"], w["bias"])
-        out = joined([affine(head, weight, bias, row) for head, weight, bias in maps], _all_heads)
-        if g is not None:
-            gs = _by_head(g)
-            each = [weight_gradient_by_entry(d, head, row) for d, head in zip(gs, heads)]
-            dweights = {"weight": joined(each, np.stack), "bias": summed(g, (0, 2), row)}
-            back = [matmul(d, exact(weight), row) for d, weight in zip(gs, w["weight"])]
-            dflat = joined(back, _all_heads)
     else:
         before = affine(flat, w["weight_in"], w["bias_in"], row)
         # |relu(a) - relu(b)| <= |a - b|
@@ -170,25 +155,17 @@ def rounded_pool(
         dweights["positions"] = summed(dy, (0, 2), row)
 
     dx, error, size = (np.zeros_like(x.value) for _ in range(3))
-    windows = np.zeros(kv_len)
+    windows = np.zeros((kv_len, 1))
     for block, token in np.argwhere(tokens >= 0):
-        j = tokens[block, token]
-        dx[:, :, j] += dy.value[:, :, block, token]
-        error[:, :, j] += dy.error[:, :, block, token]
-        size[:, :, j] += np.abs(dy.value[:, :, block, token])
+        j, (value, off) = tokens[block, token], dy.at(..., block, token, slice(None))
+        dx[:, :, j] += value
+        error[:, :, j] += off
+        size[:, :, j] += np.abs(value)
         windows[j] += 1
     # a token is read by several windows, and the sum over them may run in the stored dtype:
     # one rounding per addition
-    u_sum = np.expm1(windows * math.log1p(row.u_store + row.u_accumulate))[None, None, :, None]
-    error = error + u_sum * (size + error) + (windows * row.eta)[None, None, :, None]
-    error = np.where(windows[None, None, :, None] > 0, error, 0.0)
-    return RoundedPool(out, Rounded(dx, error), {key: dweights[key] for key in w})
-
-
-def _by_head(x: Rounded) -> list[Rounded]:
-    return [Rounded(x.value[:, h], x.error[:, h]) for h in range(x.value.shape[1])]
-
-
-def _all_heads(parts: Sequence[Array]) -> Array:
-    """The inverse of `_by_head`."""
-    return np.stack(parts, axis=1)
+    u_sum = np.expm1(windows * math.log1p(row.u_store + row.u_accumulate))
+    error = error + u_sum * (size + error) + windows * row.eta
+    error = np.where(windows > 0, error, 0.0)
+    dweights = {name: dweights[name] for name in w}
+    return RoundedPool(out, unless_overflow(Rounded(dx, error), row), dweights)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,10 @@ class Rounded(NamedTuple):
     def size(self) -> Array:
         """The largest magnitude of such a number."""
         return np.abs(self.value) + self.error
+
+    def at(self, *index: Any) -> Rounded:
+        """The same part of both."""
+        return Rounded(self.value[index], self.error[index])
 
     def map(self, change: Callable[[Array], Array]) -> Rounded:
         """The same reshaping, transposition or choice of both."""
@@ -176,15 +180,16 @@ def affine(
 ) -> Rounded:
     """x W^T + b, of exact W and b; the product may be stored before b is added.
 
+    weight, bias : (out, in) and (out,), or of every head, (heads, out, in) and (heads, out)
     common : a relative error that whole rows of x have beside e. It is one factor of a row, and
         one of the same row of x W^T: it does not add up over |x| |W|
 
     Source: NUMERICS 2, "Compression maps" and "The layer"
     """
-    product = matmul(x, exact(weight.T), row)
+    product = matmul(x, exact(np.swapaxes(weight, -1, -2)), row)
     if common is not None:
         product = Rounded(product.value, product.error + common * product.size)
-    return product if bias is None else plus(product, bias, row.u_accumulate, row)
+    return product if bias is None else plus(product, bias[..., None, :], row.u_accumulate, row)
 
 
 def weight_gradient(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
@@ -196,12 +201,12 @@ def weight_gradient(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
 def weight_gradient_by_entry(g: Rounded, x: Rounded, row: Numerics) -> Rounded:
     """`weight_gradient` where each batch entry's part may be stored before the sum.
 
-    g : (batch, rows, out)      x : (batch, rows, in)      returns : (out, in)
+    g : (batch, heads, rows, out)      x : (batch, heads, rows, in)      returns : (heads, out, in)
 
     Source: NUMERICS 2, "Compression maps"
     """
-    batch, n = g.value.shape[:2]
-    parts = matmul(g.map(lambda part: np.swapaxes(part, 1, 2)), x, row, terms=batch * n)
+    batch, _, n, _ = g.value.shape
+    parts = matmul(g.map(lambda part: np.swapaxes(part, 2, 3)), x, row, terms=batch * n)
     return stored(parts.map(lambda part: part.sum(axis=0)), row)
 
 
