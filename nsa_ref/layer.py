@@ -279,6 +279,21 @@ def branch_masks(
     }
 
 
+def _of_all_rows(
+    x: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    sizes: Sizes,
+    semantics: Semantics,
+    block_indices: np.ndarray | None = None,
+) -> tuple[_Tokens, _Branches]:
+    """What every token is projected to, and what the branches make of all tokens at once."""
+    tokens = _tokens(x, weights, sizes, semantics)
+    k_cmp = _pooled(_turned_tokens(tokens.k["compress"], semantics), weights, "k", sizes, semantics)
+    v_cmp = _pooled(tokens.v["compress"], weights, "v", sizes, semantics)
+    branches = _branches(tokens.q, tokens, k_cmp, v_cmp, weights, sizes, semantics, block_indices)
+    return tokens, branches
+
+
 def _attended(branches: _Branches, semantics: Semantics) -> dict[str, Attention]:
     return {
         branch: attend(
@@ -353,8 +368,7 @@ def layer(
     G1, G2; arXiv 2502.11089, eq. 5
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens = _tokens(x, weights, sizes, semantics)
-    branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
+    tokens, branches = _of_all_rows(x, weights, sizes, semantics, block_indices)
     attended = _attended(branches, semantics)
     return _combined(_gates(tokens.h, weights, sizes.q_heads), attended, weights)
 
@@ -377,8 +391,8 @@ def layer_block_indices(
     I1 to I6
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens = _tokens(x, weights, sizes, semantics)
-    return _of_all_rows(tokens, weights, sizes, semantics, None).block_indices
+    _, branches = _of_all_rows(x, weights, sizes, semantics)
+    return branches.block_indices
 
 
 def selection_inputs(
@@ -404,22 +418,9 @@ def selection_inputs(
     I1, G2
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens = _tokens(x, weights, sizes, semantics)
-    branches = _of_all_rows(tokens, weights, sizes, semantics, None)
+    _, branches = _of_all_rows(x, weights, sizes, semantics)
     mem_k, k_cmp = np.split(branches.k["compress"], [sizes.num_mem_kv], axis=2)
     return branches.q["compress"], k_cmp, mem_k
-
-
-def _of_all_rows(
-    tokens: _Tokens,
-    weights: Mapping[str, np.ndarray],
-    sizes: Sizes,
-    semantics: Semantics,
-    block_indices: np.ndarray | None,
-) -> _Branches:
-    k_cmp = _pooled(_turned_tokens(tokens.k["compress"], semantics), weights, "k", sizes, semantics)
-    v_cmp = _pooled(tokens.v["compress"], weights, "v", sizes, semantics)
-    return _branches(tokens.q, tokens, k_cmp, v_cmp, weights, sizes, semantics, block_indices)
 
 
 def layer_vjp(
@@ -457,8 +458,7 @@ def layer_vjp(
     G1, A3, A4, C4; derived by hand from `layer`
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens = _tokens(x, weights, sizes, semantics)
-    branches = _of_all_rows(tokens, weights, sizes, semantics, block_indices)
+    tokens, branches = _of_all_rows(x, weights, sizes, semantics, block_indices)
     attended = _attended(branches, semantics)
     gates = _gates(tokens.h, weights, sizes.q_heads)
     d_out = as_float64("d_out", d_out)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nsa_ref.attention import attend
 from nsa_ref.semantics import PRESETS, ROTARY, PerBranch, Semantics
+from nsa_ref.sizes import Sizes
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
 from nsa_ref.testing.strategies import ABOUT, cases
@@ -90,6 +91,11 @@ def test_only_what_differs_is_printed() -> None:
     assert describe(changed) == "replace(LUCIDRAINS, causal=False)"
 
 
+def test_the_sizes_of_a_case_are_plain_sizes() -> None:
+    case = Case(q_heads=4, sliding_window_size=2, kv_len=9, seed=3)
+    assert case.layer_sizes == Sizes(q_heads=4, sliding_window_size=2)
+
+
 def test_missing_fields_keep_their_defaults_and_unknown_ones_are_named() -> None:
     """A case saved before a field existed still loads."""
     assert Case.from_json({"q_len": 3}) == Case(q_len=3)
@@ -129,7 +135,11 @@ def test_missing_fields_keep_their_defaults_and_unknown_ones_are_named() -> None
         ({"layout": "flat"}, ValueError, "layout='flat' must be one of 'contiguous', "),
         ({"compress_map": "max"}, ValueError, "compress_map='max' must be one of 'mean', "),
         ({"compress_positions": 1}, TypeError, "compress_positions=1 must be True or False"),
-        ({"semantics": "PAPER"}, TypeError, "semantics='PAPER' must be a nsa_ref.Semantics."),
+        (
+            {"semantics": "PAPER"},
+            TypeError,
+            "semantics='PAPER' must be a Semantics, such as nsa_ref.PAPER",
+        ),
     ],
 )
 def test_errors_name_field_value_and_remedy(

@@ -19,7 +19,7 @@ import numpy as np
 from nsa_ref.checks import check_at_least, check_one_of
 from nsa_ref.compress import num_compress_blocks, pool_weight_shapes
 from nsa_ref.layer import layer_weight_shapes, layer_width
-from nsa_ref.semantics import PAPER, PRESETS, Semantics
+from nsa_ref.semantics import PAPER, PRESETS, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
 
 DTYPES: dict[str, np.dtype] = {
@@ -79,8 +79,7 @@ class Case(Sizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.semantics, Semantics):
-            raise TypeError(f"semantics={self.semantics!r} must be a nsa_ref.Semantics.")
+        check_semantics(self.semantics)
         check_one_of("dtype", self.dtype, DTYPES)
         for name in ("batch", "q_len", "kv_len", "seed"):
             check_at_least(name, getattr(self, name), 0)
