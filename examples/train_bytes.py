@@ -54,10 +54,10 @@ from nsa_ref import (
 )
 from nsa_ref.layer import selection_inputs
 from nsa_ref.layer_bounds import layer_bounds
-from nsa_ref.testing.branches import Broken
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.loading import versions
+from nsa_ref.testing.verdicts import Broken
 
 #: Rotary, input norm and output projection inside of the layer, one k and v for all branches.
 SEMANTICS = LUCIDRAINS_FLEX
@@ -305,7 +305,7 @@ def train(name: str, attention: Any, setup: Setup) -> dict[str, Any]:
             except Broken as broken:
                 raise SystemExit(
                     f"step {step}: the attention of block {block} is not the definition's: "
-                    f"{broken.text}"
+                    f"{text(broken)}"
                 ) from None
             checks.append({"step": step, **verdict})
             print(

@@ -16,24 +16,7 @@ from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered
-
-
-class Broken(AssertionError):
-    """A clause does not hold. `text` is what to print below the clause and the case."""
-
-    def __init__(self, clause: str, text: str, *, worst: dict[str, Any] | None = None) -> None:
-        super().__init__(text)
-        self.clause = clause
-        self.text = text
-        self.worst = worst or {}
-
-
-class Raised(Exception):
-    """The implementation under test raised; the judge's own mistakes are never this."""
-
-
-class Inconclusive(Exception):
-    """The check had no power on this case; counted and shown, never a pass."""
+from nsa_ref.testing.verdicts import Inconclusive, Raised
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,34 +8,39 @@ which counts only if fresh seeds show it again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nsa_ref.bounds import slope_test
-from nsa_ref.testing.branches import Broken
+from nsa_ref.testing.verdicts import Broken, Convention, WrongElement, WrongFactor
 
 
 @dataclass(frozen=True)
 class Comparison:
     """budget : of the deterministic bound, or of the smaller one where both apply
-    suspicion : what only the statistical form says against it, "" if nothing
+    suspicion : what only the statistical form says against it
     powerless : the bound admits everything that this tensor could sensibly hold
     """
 
     budget: float
-    suspicion: str
+    suspicion: WrongElement | WrongFactor | None
     powerless: bool
 
 
 def compare(
     clause: str,
-    name: str,
+    tensor: str,
     actual: np.ndarray,
     expected: np.ndarray,
     deterministic: np.ndarray,
     statistical: np.ndarray | None = None,
     shared: np.ndarray | None = None,
+    *,
+    part: str = "",
+    source: str = "the definition",
+    rows: Sequence[int] | None = None,
 ) -> Comparison:
     """Compare float64 arrays of one shape; non-finite expected values must be met exactly.
 
@@ -43,23 +48,37 @@ def compare(
 
     statistical, shared : bounds of those forms, or None on structured data, where roundings are
         not independent
+    tensor, part, source : as in `WrongElement`
+    rows : where the rows (axis 2) stand in the whole tensor, if these are some of them
 
     Raises
     ------
     Broken : with `clause`, the worst element, its value, bound and budget used
     """
     if expected.size == 0:
-        return Comparison(0.0, "", False)
+        return Comparison(0.0, None, False)
+
+    def wrong_element(
+        index: tuple[int, ...], form: str, bound: float = 0.0, used: float = np.inf
+    ) -> WrongElement:
+        place = index if rows is None else (*index[:2], rows[index[2]], *index[3:])
+        return WrongElement(
+            tensor=tensor,
+            part=part,
+            index=place,
+            actual=float(actual[index]),
+            expected=float(expected[index]),
+            bound=float(bound),
+            budget_used=float(used),
+            form=form,
+            source=source,
+        )
+
     same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
     must_match = ~np.isfinite(expected)
     wrong = must_match & ~same
     if wrong.any():
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise Broken(
-            clause,
-            f"{name}{list(index)} is {actual[index]:.9g} and must be exactly {expected[index]:.9g}",
-            worst=_worst(name, index, actual[index], expected[index], 0.0, np.inf),
-        )
+        raise Broken(clause, wrong_element(first_at(wrong), "exact"))
 
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.where(same, 0.0, np.abs(actual - expected))
@@ -70,65 +89,73 @@ def compare(
 
         hard = used(deterministic)
     hard = np.where(must_match, 0.0, hard)
-    index = tuple(int(i) for i in np.unravel_index(np.argmax(hard), hard.shape))
+    index = _largest(hard)
     if hard[index] > 1:
-        raise Broken(
-            clause,
-            element(name, index, actual[index], expected[index], deterministic[index], hard[index]),
-            worst=_worst(
-                name, index, actual[index], expected[index], deterministic[index], hard[index]
-            ),
-        )
+        broken = wrong_element(index, "deterministic", deterministic[index], hard[index])
+        raise Broken(clause, broken)
 
-    budget, suspicion = float(hard[index]), ""
+    budget = float(hard[index])
+    suspicion: WrongElement | WrongFactor | None = None
     free = ~must_match
     spread = float(np.abs(expected[free]).max(initial=0.0))
     powerless = bool(free.any() and spread > 0 and not (deterministic[free] < spread).any())
     if statistical is not None and shared is not None:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             soft = np.where(must_match, 0.0, used(np.minimum(deterministic, statistical)))
-        index = tuple(int(i) for i in np.unravel_index(np.argmax(soft), soft.shape))
+        index = _largest(soft)
         budget = float(soft[index])
         if budget > 1:
-            suspicion = (
-                element(name, index, actual[index], expected[index], statistical[index], budget)
-                + " of the statistical bound"
-            )
+            suspicion = wrong_element(index, "statistical", statistical[index], budget)
         else:
             tensors = (actual, expected, statistical, shared)
-            actual, expected, *limits = (np.where(must_match, 0.0, x) for x in tensors)
-            slope, limit = slope_test(actual - expected, expected, *limits)
+            have, want, *limits = (np.where(must_match, 0.0, x) for x in tensors)
+            slope, limit = slope_test(have - want, want, *limits)
             if slope > limit:
-                suspicion = (
-                    f"{name} is off by a factor of about {1 + slope:.6g} throughout: slope "
-                    f"{slope:.3g}, limit {limit:.3g}"
-                )
+                suspicion = WrongFactor(tensor=tensor, slope=float(slope), limit=float(limit))
     return Comparison(budget, suspicion, powerless)
 
 
-def element(
-    name: str, index: tuple[int, ...], actual: float, expected: float, bound: float, used: float
-) -> str:
-    """One line about the worst element."""
-    return (
-        f"{name}{list(index)} is {actual:.9g}, the definition says {expected:.9g}: off by "
-        f"{abs(actual - expected):.3g}, bound {bound:.3g}, {used:.3g} times the budget"
-    )
+def first_at(wrong: np.ndarray) -> tuple[int, ...]:
+    """The index of the first True."""
+    return tuple(int(i) for i in np.argwhere(wrong)[0])
 
 
-def _worst(
-    name: str, index: tuple[int, ...], actual: float, expected: float, bound: float, used: float
-) -> dict[str, object]:
-    """The same as data; non-finite numbers as strings, so that it is JSON."""
+def _largest(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(np.argmax(array), array.shape))
 
-    def number(value: float) -> float | str:
-        return float(value) if np.isfinite(value) else str(value)
 
-    return {
-        "tensor": name,
-        "index": list(index),
-        "actual": number(actual),
-        "expected": number(expected),
-        "bound": number(bound),
-        "budget_used": number(used),
-    }
+def check_exact(
+    clause: str,
+    tensor: str,
+    actual: np.ndarray,
+    expected: np.ndarray | float,
+    where: np.ndarray | bool = True,
+    *,
+    why: str,
+    convention: Convention | None = None,
+) -> None:
+    """Compare elements that nothing may change, not even rounding; NaN is equal to NaN.
+
+    Shapes
+    ------
+    expected, where : broadcast to the shape of `actual`
+
+    Raises
+    ------
+    Broken : with `clause`, the first element that differs, and why it must not
+    """
+    expected = np.broadcast_to(expected, actual.shape)
+    wrong = where & (actual != expected) & ~(np.isnan(actual) & np.isnan(expected))
+    if wrong.any():
+        at = first_at(wrong)
+        raise Broken(
+            clause,
+            WrongElement(
+                tensor=tensor,
+                index=at,
+                actual=float(actual[at]),
+                expected=float(expected[at]),
+                why=why,
+            ),
+            convention=convention,
+        )

@@ -1,11 +1,13 @@
-"""Findings: a broken case as data, kept in a file, read again for its replay."""
+"""Findings: a broken case as data, kept in a file, read again for its replay, folded by cause."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from nsa_ref.testing.case import Case, load_case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Property
+from nsa_ref.testing.verdicts import Broken
+from nsa_ref.testing.wording import text
 
-#: A finding as it is kept: what `described` gives, what is broken, and where it is kept.
+#: `described`, `broken_data` and what `save_finding` adds: JSON values.
 Finding = dict[str, Any]
 
 
@@ -42,10 +46,15 @@ def _spec(implementation: Implementation) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def broken_data(broken: Broken) -> Finding:
+    """What is broken: its fields, and the text that is made of them."""
+    # an exception's message may hold what no terminal can print
+    words = text(broken).encode(errors="replace").decode()
+    return broken.to_json() | {"text": words}
+
+
 def save_finding(finding: Finding, folder: Path) -> Finding:
     """Write a finding into the folder; adds `file` and `replay`."""
-    # an exception's message may hold what no terminal can print
-    finding["text"] = finding["text"].encode(errors="replace").decode()
     # a crash while a broken case is made smaller is a finding of its own
     ended = [finding["ended"]] if "ended" in finding else []
     name = "-".join((finding["clause"], finding["property"], finding["implementation"], *ended))
@@ -60,14 +69,25 @@ def save_finding(finding: Finding, folder: Path) -> Finding:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON in one step: a process that dies meanwhile leaves no half of a file."""
-    text = json.dumps(data, indent=1) + "\n"
+    written = json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
     half = path.with_suffix(".half")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another worker removed the empty folder
-            half.write_text(text)
+            half.write_text(written)
             half.replace(path)
             return
+
+
+def finite(value: Any) -> Any:
+    """The same data with numbers that JSON has no word for, NaN and infinity, as texts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def read_finding(path: Path) -> tuple[Case, Finding]:
@@ -77,14 +97,23 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
     ------
     OSError, ValueError, TypeError, KeyError : the file holds no case
     """
-    text = path.read_text()
-    data = json.loads(text)
+    words = path.read_text()
+    data = json.loads(words)
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
     for name in ("spec", "property", "implementation", "device"):
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"{name}={data[name]!r} must be a text")
-    return load_case(text), data
+    return load_case(words), data
+
+
+def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings that are likely to have one cause, together: alike in all but place and numbers."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        key = tuple(finding[name] for name in ("implementation", "clause", "kind", "tensor"))
+        groups.setdefault(key, []).append(finding)
+    return list(groups.values())
 
 
 def remove_if_empty(*folders: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import traceback
 from pathlib import Path
 
-from nsa_ref.testing.branches import BRANCHES, Broken, Inconclusive, Raised
+from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import (
     Implementation,
@@ -20,6 +20,7 @@ from nsa_ref.testing.loading import one_line
 from nsa_ref.testing.properties import masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
+from nsa_ref.testing.verdicts import Broken, Failure, Inconclusive, Raised
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
 
@@ -44,15 +45,22 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     except (Broken, NotOffered, Inconclusive, WrongDeclaration):
         raise
     except Raised as error:
-        where = "" if error.__cause__ is None else _where(error.__cause__)
-        raise Broken(prop.clause, f"the implementation failed: {error}{where}") from error
+        cause = error.__cause__
+        failure = Failure(
+            kind="result" if cause is None else "exception",
+            tensor=prop.method,
+            what=str(error),
+            where=() if cause is None else _where(cause),
+        )
+        raise Broken(prop.clause, failure) from error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not ignores_ctrl_c():
             raise  # the user's
         if isinstance(error, Exception) and not _oracle_can(prop, case):
             raise
-        text = f"the implementation failed: {one_line(error)}{_where(error)}"
-        raise Broken(prop.clause, text) from error
+        what, where = one_line(error), _where(error)
+        failure = Failure(kind="exception", tensor=prop.method, what=what, where=where)
+        raise Broken(prop.clause, failure) from error
 
 
 def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -63,8 +71,9 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
         if outcome.suspicion:
             again = [prop.run(implementation, fresh) for fresh in fresh_seeds(case, 3)]
             if all(fresh.suspicion for fresh in again):
-                raise Broken(prop.clause, f"{outcome.suspicion} (and with 3 fresh seeds)")
-            outcome = dataclasses.replace(outcome, budget=None, suspicion="")
+                note = "With 3 fresh seeds it is the same."
+                raise Broken(prop.clause, outcome.suspicion, notes=(note,))
+            outcome = dataclasses.replace(outcome, budget=None, suspicion=None)
         return outcome
     except Broken as broken:
         values = broken.clause in ("A1", "A2", "A3", "A5")
@@ -98,9 +107,9 @@ def ignores_ctrl_c() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def _where(error: BaseException) -> str:
-    """The line of the adapter that raised, and the innermost one, below the message."""
+def _where(error: BaseException) -> tuple[str, ...]:
+    """The line of the adapter that raised, and the innermost one."""
     here = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
-    lines = [f"\n  at {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
-    return "".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+    lines = [f"{f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
+    return tuple(dict.fromkeys([*lines[:1], *lines[-1:]]))

@@ -18,11 +18,18 @@ from typing import NoReturn, TextIO
 
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.findings import Finding, described, remove_if_empty, save_finding, write_json
+from nsa_ref.testing.findings import (
+    Finding,
+    broken_data,
+    described,
+    remove_if_empty,
+    save_finding,
+    write_json,
+)
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.verdicts import Record
+from nsa_ref.testing.verdicts import Broken, Failure, Record
 
 #: A case with tensors of more than 2^31 elements may take so many times as long as another one;
 #: most of that time is the judge's.
@@ -127,30 +134,34 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
     path.unlink()
     if "ended" not in finding:
         last_words = trace.read_text(errors="replace") if trace.exists() else ""
-        if last_words.startswith("Timeout"):
+        hangs = last_words.startswith("Timeout")
+        if hangs:
             seconds = timeout_of(prop, finding["device"], finding["timeout"])
-            finding["ended"], text = "hang", f"it hangs: no answer after {seconds:g} s"
+            what = f"it hangs: no answer after {seconds:g} s"
         else:
-            finding["ended"], text = "crash", "it ended its process (a crash, an abort or an exit)"
+            what = "it ended its process (a crash, an abort or an exit)"
             if last_words.startswith("Fatal Python error"):
-                text += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
-        finding["text"] = f"the implementation failed: {text}{_frames(last_words)}"
-    finding["worst"] = {}
+                what += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
+        finding["ended"] = "hang" if hangs else "crash"
+        failure = Failure(
+            kind=finding["ended"], tensor=prop.method, what=what, where=_frames(last_words)
+        )
+        finding |= broken_data(Broken(prop.clause, failure))
     record.implementation, record.device = finding["implementation"], finding["device"]
     record.cases = 1
     record.finding = save_finding(finding, findings)
     return record
 
 
-def _frames(last_words: str) -> str:
+def _frames(last_words: str) -> tuple[str, ...]:
     """The innermost lines of the thread that ran the case, up to the judge's own."""
     here = str(Path(__file__).parent)
     for thread in last_words.split("\n\n"):
         frames = [line for line in thread.splitlines() if line.startswith("  File")]
         ours = [i for i, line in enumerate(frames) if here in line]
         if ours:
-            return "".join(f"\n  at{f.removeprefix('  File')}" for f in frames[: ours[0]][:4])
-    return ""
+            return tuple(frame.removeprefix("  File ") for frame in frames[: ours[0]][:4])
+    return ()
 
 
 def remove_folder_of_run(findings: Path, run: str) -> None:

@@ -1,6 +1,8 @@
-"""Masks as text: expected and actual side by side."""
+"""Masks as text: expected and actual side by side, or one alone."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,28 +14,48 @@ ROWS, COLUMNS = 24, 35
 ROWS_ALONE, COLUMNS_ALONE = 48, 72
 
 
-def side_by_side(expected: np.ndarray, actual: np.ndarray) -> str:
-    """Two (rows, columns) masks of multiplicities: `#` both, `+` extra, `-` missing, digits.
+@dataclass(frozen=True)
+class Excerpt:
+    """Rows of two masks, from row `top` and column `left` on, one character a cell.
 
-    A cell that both see, but not equally often, shows how often it was seen ("*" beyond 9, "?"
-    where that could not be read).
+    `#` both, `+` extra, `-` missing, digits: a cell that both see, but not equally often, shows how
+    often it was seen ("*" beyond 9, "?" where that could not be read).
     """
+
+    top: int
+    left: int
+    expected: tuple[str, ...]
+    actual: tuple[str, ...]
+
+
+def excerpt(expected: np.ndarray, actual: np.ndarray) -> Excerpt:
+    """What a picture shows of two (rows, columns) masks of multiplicities."""
     wrong = np.argwhere(expected != actual)
     row, column = wrong[0] if len(wrong) else (0, 0)
     top = int(max(0, min(row - ROWS // 2, expected.shape[0] - ROWS)))
     left = int(max(0, min(column - COLUMNS // 2, expected.shape[1] - COLUMNS)))
     view = (slice(top, top + ROWS), slice(left, left + COLUMNS))
-    expected, actual = expected[view], actual[view]
-    width = max(expected.shape[1], len("expected"))
+    pairs = list(zip(expected[view], actual[view]))
+    return Excerpt(
+        top,
+        left,
+        tuple("".join(map(_expected, want)) for want, _ in pairs),
+        tuple("".join(map(_actual, want, have)) for want, have in pairs),
+    )
+
+
+def side_by_side(masks: Excerpt) -> str:
+    """Expected and actual mask beside each other."""
+    width = len(masks.expected[0])
+    last_row, last_column = masks.top + len(masks.expected) - 1, masks.left + width - 1
+    width = max(width, len("expected"))
     lines = [
-        f"rows {top}..{top + expected.shape[0] - 1}, columns {left}.."
-        f"{left + expected.shape[1] - 1}   (# both, + extra, - missing, 2 seen twice)",
+        f"rows {masks.top}..{last_row}, columns {masks.left}..{last_column}"
+        "   (# both, + extra, - missing, 2 seen twice)",
         f"{'':5}{'expected':<{width}}   actual",
     ]
-    for t in range(expected.shape[0]):
-        want = "".join(_expected(cell) for cell in expected[t])
-        have = "".join(_actual(w, h) for w, h in zip(expected[t], actual[t]))
-        lines.append(f"{top + t:4} {want:<{width}}   {have}")
+    for t, (want, have) in enumerate(zip(masks.expected, masks.actual), masks.top):
+        lines.append(f"{t:4} {want:<{width}}   {have}")
     return "\n".join(lines)
 
 
@@ -48,7 +70,7 @@ def one_mask(mask: np.ndarray) -> str:
     if top or left:
         lines.append(f"only rows {top}..{rows - 1}, columns {left}..{columns - 1}:")
     for t in range(top, rows):
-        lines.append(f"{t:{width}} {''.join(_expected(cell) for cell in mask[t, left:])}")
+        lines.append(f"{t:{width}} {''.join(map(_expected, mask[t, left:]))}")
     return "\n".join(lines)
 
 

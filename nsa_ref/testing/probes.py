@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.testing.branches import Branch, Inputs, Raised
+from nsa_ref.testing.branches import Branch, Inputs
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.verdicts import Raised
 
 
 def chunks(length: int, width: int) -> Iterator[slice]:
@@ -189,6 +190,10 @@ def backward_patterns(
         Pattern("dq", seen_dq, visible, decided),
         Pattern("dk", seen_dk, visible, decided & probed),
     ]
+
+
+#: How readings of a BlockMask's block lists are called; its predicate is "mask_mod".
+LISTS = ("kv lists", "q lists")
 
 
 def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
+from nsa_ref.testing.findings import finite, grouped
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.wording import message, reasons
 
 SCHEMA = "nsa-ref-report-1"
+
+#: What the report of `--json` has of a finding.
+REPORTED = ("clause", "case", "kind", "fault", "worst", "convention", "notes", "replay", "text")
 
 COLOURS = {
     "pass": "green",
@@ -158,22 +161,13 @@ def to_json(
         "seconds": round(seconds, 1),
         "complete": complete,
         "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
-        "findings": [
-            {
-                "clause": f["clause"],
-                "case": f["case"],
-                "worst": f["worst"],
-                "replay": f["replay"],
-                "text": f["text"],
-            }
-            for f in findings
-        ],
+        "findings": [{name: f[name] for name in REPORTED} for f in findings],
         "unmet_edges": unmet_edges(records),
         "compiled": {name: dict(counts) for name, counts in compiled(records).items()},
         "warmed": {name: dict(counts) for name, counts in compiled(warmed).items()},
     }
-    finite: dict[str, Any] = _finite(report)
-    return finite
+    as_json: dict[str, Any] = finite(report)
+    return as_json
 
 
 def compiled(records: Collection[dict[str, Any]]) -> dict[str, Counter[str]]:
@@ -189,17 +183,6 @@ def graphs(counts: Mapping[str, int]) -> str:
     """Counts of `devices.compile_counts`, or of a port's own, in words."""
     listed = ", ".join(f"{kind}: {number}" for kind, number in counts.items() if number)
     return listed or "nothing was compiled"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
 
 
 def show(
@@ -241,10 +224,10 @@ def show(
         lines += ["edges not reached: " + ", ".join(missing)] if missing else []
     for line in lines:
         console.print(Text(line), soft_wrap=True)
-    alike = _alike(findings)
-    for number, (first, *others) in enumerate(alike, 1):
+    groups = grouped(findings)
+    for number, (first, *others) in enumerate(groups, 1):
         console.print()
-        console.rule(Text(f"finding {number} of {len(alike)}"), style="red")
+        console.rule(Text(f"finding {number} of {len(groups)}"), style="red")
         console.print(Text(message(first)), soft_wrap=True)
         for other in others:
             console.print(
@@ -281,13 +264,3 @@ def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
             why = "; ".join([*clause.unfinished, *clause.inconclusive])
             lines.append(f"{clause.id} inconclusive: {why}")
     return lines
-
-
-def _alike(findings: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Findings that say the same but for the numbers in it, together."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for finding in findings:
-        first_line = finding["text"].partition("\n")[0]
-        key = (finding["implementation"], finding["clause"], re.sub(r"[-+.\d]+", "#", first_line))
-        groups.setdefault(key, []).append(finding)
-    return list(groups.values())

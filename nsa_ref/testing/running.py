@@ -14,10 +14,9 @@ import hypothesis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_ref.testing.branches import Broken, Inconclusive
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.findings import Finding, described, save_finding
+from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
@@ -25,7 +24,7 @@ from nsa_ref.testing.lattice import case_edges
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
-from nsa_ref.testing.verdicts import Record
+from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Record
 
 #: Seconds for making a broken case smaller; where a case takes seconds, it stays larger.
 SHRINKING_TIME = 60.0
@@ -65,10 +64,6 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         withdraw(options)
     trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return trials.record
-
-
-class NotTried(Exception):
-    """The property is not asked here: the port may have what it is about."""
 
 
 class _Trials:
@@ -148,8 +143,7 @@ class _Trials:
         _drop_tensors(broken)
         if fault:
             self.shrink_until = -math.inf  # nothing runs here any more, smaller or not
-            text = f"{broken.text}\nThe device does not answer any more in this process: {fault}"
-            broken = Broken(broken.clause, text)
+            broken = broken.noted(f"The device does not answer any more in this process: {fault}")
             if worker_id() is not None:
                 end_worker(self._finding(case, broken), self.options)
             _lost_devices[self.implementation.device] = fault
@@ -162,13 +156,12 @@ class _Trials:
     def keep_flaky(self) -> None:
         """The smallest broken case did not break again: say so in its finding."""
         case, broken = list(self.broken.items())[-1]
-        text = f"{broken.text}\nNot every time: the same case also passed."
-        flaky = Broken(broken.clause, text, worst=broken.worst)
+        flaky = broken.noted("Not every time: the same case also passed.")
         self.record.finding = save_finding(self._finding(case, flaky), self.options.findings)
 
     def _finding(self, case: Case, broken: Broken) -> Finding:
         data = described(self.prop, self.implementation, self.options, case)
-        return data | {"clause": broken.clause, "text": broken.text, "worst": broken.worst}
+        return data | broken_data(broken)
 
 
 def _drop_tensors(error: BaseException) -> None:

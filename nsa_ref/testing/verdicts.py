@@ -1,10 +1,233 @@
-"""What became of a property, as data."""
+"""What a property says of an implementation, as data: a fault, or why there is no answer.
+
+`wording` makes sentences of it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from nsa_ref.testing.pictures import Excerpt
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongElement:
+    """An element of a tensor is outside of its bound.
+
+    tensor : what the implementation returned, e.g. "sliding out" or "dto_q.weight"
+    part : what that is a part or a variant of, or nothing
+    index : where in the tensor
+    form : of the bound: "exact" (only the expected value is right), "deterministic", "statistical"
+    budget_used : |actual - expected| / bound
+    source : what says which value is right
+    why : why it is that value, where a reader cannot know
+    """
+
+    kind: ClassVar[str] = "wrong element"
+    tensor: str
+    part: str = ""
+    index: tuple[int, ...]
+    actual: float
+    expected: float
+    bound: float = 0.0
+    budget_used: float = math.inf
+    form: str = "exact"
+    source: str = "the definition"
+    why: str = ""
+
+    def worst(self) -> dict[str, Any]:
+        """What the report calls the worst element."""
+        names = ("tensor", "index", "actual", "expected", "bound", "budget_used")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongFactor:
+    """All of a tensor is too large, or too small, by the same factor 1 + slope."""
+
+    kind: ClassVar[str] = "wrong factor"
+    tensor: str
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongMask:
+    """A row of a mask sees other columns than it should, or sees them another number of times.
+
+    tensor : whose mask, e.g. "sliding mask"
+    reading : how it was read
+    columns : how many there are
+    expected, actual : how often the column is seen; -1 if the row reads beyond all columns
+    block : the compressed block that the column is
+    masks : of this batch entry and query head
+    """
+
+    kind: ClassVar[str] = "wrong mask"
+    tensor: str
+    reading: str
+    batch: int
+    query_head: int
+    row: int
+    position: int
+    column: int
+    expected: int
+    actual: int
+    columns: int
+    block: int | None = None
+    masks: Excerpt
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongPattern:
+    """A gradient depends on a pair of a row and a column that it must not, or does not as it must.
+
+    tensor : the gradient, e.g. "sliding dv"
+    reading : how it was read
+    reads : whether it depends on the pair
+    forward_is_right : the forward was asked about the same case
+    """
+
+    kind: ClassVar[str] = "wrong pattern"
+    tensor: str
+    reading: str
+    batch: int
+    query_head: int
+    row: int
+    position: int
+    column: int
+    reads: bool
+    forward_is_right: bool = False
+    masks: Excerpt | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongReader:
+    """A query head, or a compressed block, reads what it must not, or does not read what it must.
+
+    reader, read : what they are, each with its number
+    reads : whether it does
+    """
+
+    kind: ClassVar[str] = "wrong reader"
+    tensor: str
+    reader: tuple[str, int]
+    read: tuple[str, int]
+    reads: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongChoice:
+    """A row chose blocks that are no valid top-n.
+
+    head : kv head, or query head where each chooses
+    rule, reason : what was broken (see `choices`)
+    scores : (block, score) of the candidates around the cutoff, the best one first
+    """
+
+    kind: ClassVar[str] = "wrong choice"
+    tensor: str = "select"
+    batch: int
+    head: int
+    row: int
+    position: int
+    chosen: tuple[int, ...]
+    rule: str
+    reason: str
+    scores: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """There is no result to judge.
+
+    kind : "exception"; "result" if what came back has another form than the plug says; "crash"
+        or "hang" if the process had to end
+    tensor : the method that was called
+    what : the exception, or what is wrong with the result
+    where : lines of the implementation, the outermost one first
+    """
+
+    kind: str
+    tensor: str
+    what: str
+    where: tuple[str, ...] = ()
+
+
+Fault: TypeAlias = (
+    WrongElement | WrongFactor | WrongMask | WrongPattern | WrongReader | WrongChoice | Failure
+)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A switch of `Semantics` and the value that would explain a fault; None if any other may.
+
+    Its name is "preset" where only all switches of a preset would, whose name is the value.
+    """
+
+    name: str
+    value: Any = None
+
+
+class Broken(AssertionError):
+    """A clause does not hold.
+
+    clause, fault : which, and what is wrong
+    convention : what would explain it, if the implementation declared it
+    notes : sentences about what else was tried
+    """
+
+    def __init__(
+        self,
+        clause: str,
+        fault: Fault,
+        *,
+        convention: Convention | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(f"{clause}: {fault}")
+        self.clause = clause
+        self.fault = fault
+        self.convention = convention
+        self.notes = notes
+
+    def noted(self, *notes: str, clause: str = "", convention: Convention | None = None) -> Broken:
+        """The same fault with more notes, and another clause or convention if one is given."""
+        return Broken(
+            clause or self.clause,
+            self.fault,
+            convention=convention or self.convention,
+            notes=(*self.notes, *notes),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As data: `kind` and `tensor` say which faults are alike, `fault` has all fields."""
+        return {
+            "clause": self.clause,
+            "kind": self.fault.kind,
+            "tensor": self.fault.tensor,
+            "fault": asdict(self.fault),
+            "worst": self.fault.worst() if isinstance(self.fault, WrongElement) else {},
+            "convention": None if self.convention is None else asdict(self.convention),
+            "notes": list(self.notes),
+        }
+
+
+class Raised(Exception):
+    """The implementation under test raised; the judge's own mistakes are never this."""
+
+
+class Inconclusive(Exception):
+    """The check had no power on this case; counted and shown, never a pass."""
+
+
+class NotTried(Exception):
+    """The property is not asked here: the port may have what it is about."""
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from nsa_ref.attention import Attention
 from nsa_ref.bounds import AttentionBounds, attention_bounds
 from nsa_ref.semantics import Semantics
-from nsa_ref.testing.branches import FINE, Branch, Inconclusive, Inputs
+from nsa_ref.testing.branches import FINE, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison, compare
-from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
+from nsa_ref.testing.verdicts import Inconclusive, WrongElement, WrongFactor
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Outcome:
     ambiguous: int = 0
     decided: bool = True
     powerless: int = 0
-    suspicion: str = ""
+    suspicion: WrongElement | WrongFactor | None = None
 
 
 GRADIENTS = ("dq", "dk", "dv")
@@ -176,15 +177,10 @@ def set_up(prop: Property, case: Case) -> tuple[Branch, Inputs, np.ndarray]:
     return branch, inputs, branch.mask(case, inputs.block_indices)
 
 
-def first_at(wrong: np.ndarray) -> tuple[int, ...]:
-    """Where the first element is that is wrong."""
-    return tuple(int(i) for i in np.argwhere(wrong)[0])
-
-
 def is_declared(implementation: Implementation, case: Case) -> bool:
     """Whether a case that was derived from another one lies within what is declared as well."""
     within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
-    return within and implementation.supports(case) is None
+    return within and refusal(implementation, case) is None
 
 
 def bounds_of(
@@ -233,21 +229,25 @@ def compare_all(
     found: Attention | tuple[np.ndarray, ...],
     expected: Attention | tuple[np.ndarray, ...],
     bounds: Sequence[AttentionBounds],
-    of: str = "",
+    *,
+    part: str = "",
+    rows: Sequence[int] | None = None,
 ) -> Outcome:
     """Out and lse, or dq, dk and dv, against their bounds; lse may be None.
 
-    of : what to say behind a tensor's name
+    part, rows : as in `compare`; dk and dv have no such rows
     """
     names = GRADIENTS if prop.backward else ("out", "lse")
     return settle(
         [
             compare(
                 prop.clause,
-                f"{prop.the_branch.name} {name}{of}",
+                f"{prop.the_branch.name} {name}",
                 have,
                 want,
                 *(getattr(bound, name) for bound in bounds),
+                part=part,
+                rows=None if name in ("dk", "dv") else rows,
             )
             for name, have, want in zip(names, found, expected)
             if have is not None
@@ -262,5 +262,5 @@ def settle(comparisons: Sequence[Comparison]) -> Outcome:
     return Outcome(
         budget=max((c.budget for c in comparisons if not c.powerless), default=None),
         powerless=sum(c.powerless for c in comparisons),
-        suspicion=next((c.suspicion for c in comparisons if c.suspicion), ""),
+        suspicion=next((c.suspicion for c in comparisons if c.suspicion), None),
     )

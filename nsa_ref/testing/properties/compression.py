@@ -7,11 +7,12 @@ import numpy as np
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import Broken, Raised, as_float64, call
+from nsa_ref.testing.branches import as_float64, call
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import compare, first_at
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Outcome, Property, first_at, settle
+from nsa_ref.testing.properties.common import Outcome, Property, settle
+from nsa_ref.testing.verdicts import Broken, Raised, WrongReader
 
 
 def windows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -26,10 +27,17 @@ def windows(prop: Property, implementation: Implementation, case: Case) -> Outco
         wrong = (actual != 0) != (expected != 0)
         if wrong.any():
             _, _, i, c = first_at(wrong)
-            deed = "holds" if actual[wrong][0] != 0 else "misses"
-            raise Broken("C1", f"compressed block {i} {deed} token {chunk.start + c}")
-        name = f"pool of one-hot tokens {chunk.start}.."
-        comparisons.append(compare("C1", name, actual, expected, bound))
+            raise Broken(
+                "C1",
+                WrongReader(
+                    tensor="pool",
+                    reader=("compressed block", i),
+                    read=("token", chunk.start + c),
+                    reads=bool(actual[wrong][0] != 0),
+                ),
+            )
+        part = f"of one-hot tokens from {chunk.start} on"
+        comparisons.append(compare("C1", "pool", actual, expected, bound, part=part))
     return settle(comparisons)
 
 

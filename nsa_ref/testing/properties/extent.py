@@ -13,8 +13,9 @@ import numpy as np
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, Branch, Broken, Inconclusive, Inputs, Raised, call
+from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.compare import check_exact, first_at
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
@@ -23,9 +24,9 @@ from nsa_ref.testing.properties.common import (
     Property,
     bounds_of,
     compare_all,
-    first_at,
 )
 from nsa_ref.testing.strategies import far_lengths, large_sizes
+from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongPattern
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
@@ -70,12 +71,6 @@ def _row(branch: Branch, case: Case, block_indices: np.ndarray | None, t: int) -
     return row
 
 
-def _where(branch: Branch, case: Case, batch: int, head: int, t: int) -> str:
-    p = t + case.kv_len - case.q_len
-    columns = branch.columns(case)
-    return f"batch {batch}, query head {head}, row t={t} (p={p}), {columns} columns"
-
-
 def long_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """With q = k = 0 and v of random signs, out is S / n: S the sum of n signs that a row sees.
 
@@ -104,13 +99,17 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
             told += int(((n > 0) & (slack < 0.25)).sum())
             if wrong.any():
                 h, c = first_at(wrong)
-                head = g * case.group_size + h
+                head = heads.start + h
                 raise Broken(
                     prop.clause,
-                    f"{branch.name}, a long sequence read out by the sum of random signs: "
-                    f"{_where(branch, case, b, head, t)}: the {n[h, 0]:g} keys that the row "
-                    f"sees have the sum {total[h, c]:g}, and not "
-                    f"{out[b, head, t, c] * n[h, 0]:.6g}",
+                    _wrong_sum(
+                        f"{branch.name} out times the number of visible keys",
+                        (b, head, t, c),
+                        out[b, head, t, c] * n[h, 0],
+                        total[h, c],
+                        slack[h, c] + 0.25,
+                        "q = k = 0, and the values of the keys that the row sees add up to that",
+                    ),
                 )
             if lse is None:
                 continue
@@ -118,19 +117,38 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
                 count = np.exp(lse[b, heads, t])[:, None]
             wrong = (n > 0) & ~(np.abs(count - n) <= 0.25 + 2.0**-17 * n)
             if wrong.any():
-                head = g * case.group_size + int(np.argwhere(wrong)[0][0])
+                h, _ = first_at(wrong)
                 raise Broken(
                     prop.clause,
-                    f"{branch.name}, a long sequence of equal scores: "
-                    f"{_where(branch, case, b, head, t)}: exp(lse) must be the number of keys "
-                    f"that the row sees, {n[head - heads.start, 0]:g}, and is "
-                    f"{count[head - heads.start, 0]:.7g}",
+                    _wrong_sum(
+                        f"exp({branch.name} lse)",
+                        (b, heads.start + h, t),
+                        count[h, 0],
+                        n[h, 0],
+                        0.25 + 2.0**-17 * n[h, 0],
+                        "q = k = 0, and the row sees so many keys",
+                    ),
                 )
     if not seen:
         raise Inconclusive("none of the drawn rows sees a key")
     if not told:
         raise Inconclusive("every sum is too large for the rounding of this dtype")
     return Outcome()
+
+
+def _wrong_sum(
+    tensor: str, index: tuple[int, ...], actual: float, expected: float, bound: float, why: str
+) -> WrongElement:
+    return WrongElement(
+        tensor=tensor,
+        index=index,
+        actual=float(actual),
+        expected=float(expected),
+        bound=float(bound),
+        budget_used=float(abs(actual - expected) / bound),
+        form="deterministic",
+        why=why,
+    )
 
 
 def long_backward_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -157,11 +175,18 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
             visible = np.where(visible.any(-1, keepdims=True), visible, seen)
         if (visible != seen).any():
             b, g, j = first_at(visible != seen)
-            deed = "misses" if visible[b, g, j] else "reads"
             raise Broken(
                 "A3",
-                f"{branch.name}, backward of a long sequence, read out by one-hot rows: dv "
-                f"{deed} column {j} in {_where(branch, case, b, int(heads[g]), t)}",
+                WrongPattern(
+                    tensor=f"{branch.name} dv",
+                    reading=f"{branch.name}, backward of a long sequence, read out by one-hot rows",
+                    batch=b,
+                    query_head=int(heads[g]),
+                    row=t,
+                    position=t + case.kv_len - case.q_len,
+                    column=j,
+                    reads=not visible[b, g, j],
+                ),
             )
     if not told:
         raise Inconclusive("none of the drawn rows sees a key")
@@ -186,30 +211,26 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
     few = dataclasses.replace(case, q_len=len(rows))
     asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
-    of = f" of rows t={rows} in {case.q_len}"
+    part = f"of a sequence of {case.q_len} queries"
     if not prop.backward:
         out, lse = branch.forward(implementation, case, inputs)
         found = (out[:, :, rows], None if lse is None else lse[:, :, rows])
         bounds = bounds_of(branch, implementation, few, asked, mask)
-        return compare_all(prop, found, branch.attend(few, mask, asked), [bounds], of)
+        return compare_all(
+            prop, found, branch.attend(few, mask, asked), [bounds], part=part, rows=rows
+        )
     d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
     d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
     d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
     dq, dk, dv = branch.backward(implementation, case, inputs, d_out, d_lse)
-    others = np.ones(case.q_len, bool)
+    others = np.ones((case.q_len, 1), bool)
     others[rows] = False
-    if (dq[:, :, others] != 0).any():
-        b, h, i, c = first_at(dq[:, :, others] != 0)
-        t = int(np.flatnonzero(others)[i])
-        raise Broken(
-            "A3",
-            f"{branch.name} dq[{b}, {h}, {t}, {c}] is not 0, though d_out is 0 in that row "
-            f"(kv_len {case.kv_len})",
-        )
+    check_exact("A3", f"{branch.name} dq", dq, 0.0, others, why="d_out is 0 in that row")
     there = (d_out[:, :, rows], d_lse[:, :, rows])
-    expected = branch.attend_vjp(few, mask, asked, *there)
+    wanted = branch.attend_vjp(few, mask, asked, *there)
     bounds = bounds_of(branch, implementation, few, asked, mask, *there)
-    return compare_all(prop, (dq[:, :, rows], dk, dv), expected, [bounds], of)
+    gradients = (dq[:, :, rows], dk, dv)
+    return compare_all(prop, gradients, wanted, [bounds], part=part, rows=rows)
 
 
 def large(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -278,10 +299,21 @@ def _check_entries(
         alike = np.where(finite, near, (other == once) | (np.isnan(other) & np.isnan(once)))
         if not alike.all():
             at = first_at(~alike)
+            expected = factor * float(once[at])
+            bound = factor * size / 8 if finite[at] else 0.0
             raise Broken(
                 prop.clause,
-                f"{prop.the_branch.name} {name} of {tensor.size} elements: batch entry {b} must be "
-                f"{factor:g} times entry 0, and is not at {at}: {other[at]:g} against {once[at]:g}",
+                WrongElement(
+                    tensor=f"{prop.the_branch.name} {name}",
+                    index=(b, *at),
+                    actual=float(other[at]),
+                    expected=expected,
+                    bound=float(bound),
+                    budget_used=abs(float(other[at]) - expected) / bound if bound else np.inf,
+                    form="deterministic",
+                    why=f"batch entry {b} must be {factor:g} times entry 0, of {tensor.size} "
+                    "elements",
+                ),
             )
 
 

@@ -9,19 +9,19 @@ import numpy as np
 
 from nsa_ref.bounds import AttentionBounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import Branch, Broken, Inconclusive, Inputs
+from nsa_ref.testing.branches import Branch, Inputs
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import check_exact, compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import (
     GRADIENTS,
     Outcome,
     Property,
     bounds_of,
-    first_at,
     set_up,
 )
 from nsa_ref.testing.properties.values import upstream
+from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongReader
 
 
 def _plant_canary(
@@ -106,16 +106,19 @@ def _check_unchanged(
     repeatable = _repeatable(again)
     for name, x in base.items():
         if repeatable and wrong[name].any():
-            at = first_at(wrong[name])
-            raise Broken(
-                "A5",
-                f"{branch.name} {name}{list(at)} changes from {x[at]:.9g} to "
-                f"{planted[name][at]:.9g} when a key that is invisible there gets {what}",
-            )
+            why = f"so it was before an invisible key got {what}"
+            tensor = f"{branch.name} {name}"
+            check_exact("A5", tensor, planted[name], x, compared[name], why=why)
         # two right results are at most two bounds apart
-        there = np.where(compared[name], planted[name], x)
-        bound = 2 * getattr(bounds(), name)
-        compare("A5", f"{branch.name} {name} with an invisible canary", there, x, bound)
+        compare(
+            "A5",
+            f"{branch.name} {name}",
+            np.where(compared[name], planted[name], x),
+            x,
+            2 * getattr(bounds(), name),
+            part="with an invisible canary",
+            source="the run without it",
+        )
 
 
 def _sees(branch: Branch, case: Case, mask: np.ndarray, where: tuple[int, int, int]) -> np.ndarray:
@@ -183,12 +186,10 @@ def canary_backward(prop: Property, implementation: Implementation, case: Case) 
             lambda: bounds_of(branch, implementation, case, inputs, mask, d_out, d_lse),
         )
         for name in ("dk", "dv"):
-            if (gradients[name][where] != 0).any():
-                raise Broken(
-                    "A5",
-                    f"{branch.name} {name}{list(where)} is {gradients[name][where].tolist()}: "
-                    "nothing comes back to rows that see this key, so it must be exactly 0",
-                )
+            here = np.zeros(gradients[name].shape, bool)
+            here[where] = True
+            why = "nothing comes back to rows that see this key"
+            check_exact("A5", f"{branch.name} {name}", gradients[name], 0.0, here, why=why)
     return Outcome()
 
 
@@ -211,17 +212,17 @@ def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome
         for what, seen, needs in (("keys", by_k, 2), ("values", by_v, 1)):
             for head in range(case.q_heads):
                 owner = owners[head]
-                if seen[head] and owner != kv_head:
-                    raise Broken(
-                        "A1",
-                        f"{branch.name}: query head {head} reads the {what} of kv head "
-                        f"{kv_head}; h // G with G={case.group_size} is {owner}",
-                    )
                 enough = repeatable and rows[head] >= needs
-                if not seen[head] and owner == kv_head and enough:
-                    raise Broken(
-                        "A1",
-                        f"{branch.name}: query head {head} does not read the {what} of kv "
-                        f"head {kv_head}, which is its own (h // G with G={case.group_size})",
-                    )
+                if bool(seen[head]) == (owner == kv_head) or not (seen[head] or enough):
+                    continue
+                raise Broken(
+                    "A1",
+                    WrongReader(
+                        tensor=branch.name,
+                        reader=("query head", head),
+                        read=(f"the {what} of kv head", kv_head),
+                        reads=bool(seen[head]),
+                        why=f"h // G with G={case.group_size} is {owner}",
+                    ),
+                )
     return Outcome()

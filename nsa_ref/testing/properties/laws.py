@@ -6,21 +6,21 @@ import dataclasses
 
 import numpy as np
 
-from nsa_ref.testing.branches import FINE, Branch, Broken, Inconclusive, Inputs
+from nsa_ref.testing.branches import FINE, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import compare, first_at
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
     GRADIENTS,
     Outcome,
     Property,
     bounds_of,
-    first_at,
     is_declared,
     set_up,
     settle,
 )
 from nsa_ref.testing.properties.values import upstream
+from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongElement
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -58,23 +58,24 @@ def full_causal(prop: Property, implementation: Implementation, case: Case) -> O
         raise Inconclusive("rows before the first key follow empty_row")
     actual = branch.forward(implementation, case, inputs).out
     hard = bounds_of(branch, implementation, case, inputs, mask)
-    name = f"{branch.name} out against full causal attention"
-    return settle([compare(prop.clause, name, actual, expected, hard.out)])
+    source = "full causal attention"
+    name = f"{branch.name} out"
+    return settle([compare(prop.clause, name, actual, expected, hard.out, source=source)])
 
 
 def linear_in_v(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A1: out(v1) + out(v2) = out(v1 + v2); small integers, so that the sum of values is exact."""
-    branch, first, mask = set_up(prop, case)
+    branch, inputs, mask = set_up(prop, case)
     rng = case.generator("second values")
-    values = rng.integers(-8, 9, (2, *first.v.shape)).astype(DTYPES[case.dtype])
+    values = rng.integers(-8, 9, (2, *inputs.v.shape)).astype(DTYPES[case.dtype])
     one, two, both = (
-        dataclasses.replace(first, v=v.astype(DTYPES[case.dtype]))
+        dataclasses.replace(inputs, v=v.astype(DTYPES[case.dtype]))
         for v in (values[0], values[1], values[0] + values[1])
     )
     outs = [branch.forward(implementation, case, x).out for x in (one, two, both)]
     bound = sum(bounds_of(branch, implementation, case, x, mask).out for x in (one, two, both))
-    name = f"{branch.name} out(v1) + out(v2) against out(v1 + v2)"
-    return settle([compare("A1", name, outs[0] + outs[1], outs[2], np.asarray(bound))])
+    name, total = f"{branch.name} out(v1) + out(v2)", outs[0] + outs[1]
+    return settle([compare("A1", name, total, outs[2], np.asarray(bound), source="out(v1 + v2)")])
 
 
 def permutation(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -96,8 +97,10 @@ def permutation(prop: Property, implementation: Implementation, case: Case) -> O
     out = branch.forward(implementation, case, inputs).out
     other = branch.forward(implementation, case, shuffled).out
     bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
-    name = f"{branch.name} out of permuted batch {batch.tolist()}, kv heads {heads.tolist()}"
-    return settle([compare("A1", name, other, moved(out), moved(bound))])
+    name, part = f"{branch.name} out", "of permuted batch entries and kv heads"
+    source = "out before they were permuted"
+    compared = compare("A1", name, other, moved(out), moved(bound), part=part, source=source)
+    return settle([compared])
 
 
 def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -123,12 +126,13 @@ def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcom
     out = branch.forward(implementation, case, inputs).out[:, :, :rows]
     other = branch.forward(implementation, short, less).out
     bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
-    name = f"{branch.name} out without the last {cut} tokens"
+    name, part = f"{branch.name} out", f"without the last {cut} tokens"
     clause = branch.mask_clause(case)
     # an empty row may be the mean of all columns, whose number has changed
     sees = (mask != 0).any(-1)[:, :, :rows, None]
     other = np.where(sees, other, out)
-    return settle([compare(clause, name, other, out, bound[:, :, :rows])])
+    bound = bound[:, :, :rows]
+    return settle([compare(clause, name, other, out, bound, part=part, source="out with them")])
 
 
 def same_bits(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -144,9 +148,9 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
         )
         return dict(zip(GRADIENTS, gradients))
 
-    first, second = once(), once()
-    for name, one in first.items():
-        other = second[name]
+    before, after = once(), once()
+    for name, one in before.items():
+        other = after[name]
         if one is None or other is None:
             continue
         differs = one.view(np.int64) != other.view(np.int64)
@@ -154,9 +158,15 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
             at = first_at(differs)
             raise Broken(
                 prop.clause,
-                f"{branch.name} {name} differs when the same call is made twice, though "
-                f"`deterministic` is stated: {differs.sum()} of {differs.size} elements, first "
-                f"at {at}: {float(one[at])!r}, then {float(other[at])!r}",
+                WrongElement(
+                    tensor=f"{branch.name} {name}",
+                    part="of the same call again",
+                    index=at,
+                    actual=float(other[at]),
+                    expected=float(one[at]),
+                    why=f"`deterministic` is stated, and {differs.sum()} of {differs.size} "
+                    "elements differ",
+                ),
             )
     return Outcome()
 

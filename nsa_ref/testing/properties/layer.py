@@ -20,13 +20,14 @@ from nsa_ref.layer_bounds import LayerBounds, layer_bounds, packed_weight_bounds
 from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, Broken, Inconclusive, Raised, as_float64, call
+from nsa_ref.testing.branches import COMPRESS, as_float64, call
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask, settle
-from nsa_ref.testing.properties.masks import CONVENTION, REMEDY, mask_broken
+from nsa_ref.testing.properties.masks import wrong_mask
+from nsa_ref.testing.verdicts import Broken, Convention, Failure, Inconclusive, Raised
 
 #: A gate's bias at which its sigmoid is 1 or 0, in every dtype.
 SHUT = 1e4
@@ -142,7 +143,7 @@ def _hinted(broken: Broken, method: str, *, backward: bool = False) -> Broken:
     """The finding, and that it may lie in what `method` has in common with `layer`."""
     what = "gradients of layer are" if backward else "layer is"
     hint = f"{what} not offered: a mistake of {method} cannot be told from one of the layer itself"
-    return Broken(broken.clause, f"{broken.text}\n{hint}", worst=broken.worst)
+    return broken.noted(hint)
 
 
 def _blame_the_rotation(
@@ -174,8 +175,7 @@ def _blame_the_rotation(
         if value == case.semantics.rotary or case.head_dim % 2:
             continue
         if wrong(dataclasses.replace(case, semantics=other), weights, "G2") is None:
-            hint = f"{CONVENTION}: rotary={value!r} would explain it. {REMEDY}"
-            raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+            raise found.noted(convention=Convention("rotary", value))
     if case.semantics.rotary == "none":
         return
     forced = method == "layer" and implementation.offers("layer_with_blocks")
@@ -196,7 +196,7 @@ def _blame_the_rotation(
             "with to_q = 0, which neither rotation nor scale changes, the same rows are right: "
             "rotation, or else the scale or the heads of q and k"
         )
-        raise Broken("G2", f"{found.text}\n{hint}", worst=found.worst)
+        raise found.noted(hint)
 
 
 def _located(
@@ -227,7 +227,7 @@ def _located(
             handed = _is_right(implementation, "layer_with_blocks", case, x, alone("fine"))
             hint += "; with the choice of blocks handed in, "
             hint += "all are right: it chooses others" if handed else "it is wrong as well"
-    return Broken(broken.clause, f"{broken.text}\n{hint}", worst=broken.worst)
+    return broken.noted(hint)
 
 
 def _is_right(
@@ -297,7 +297,7 @@ def _gradients_compared(
         _compared(implementation, "layer", case, x, weights, "G1")
         if not implementation.offers_vjp("layer_with_blocks"):
             hint = "layer_with_blocks is not offered: this may be A4, a gradient of the choice"
-            raise Broken("G1", f"{broken.text}\n{hint}", worst=broken.worst) from None
+            raise broken.noted(hint, clause="G1") from None
         # wrong with the choice handed in, too: nothing to do with the choice
         _gradients_compared(implementation, "layer_with_blocks", case, x, weights, "G1")
         raise
@@ -318,11 +318,13 @@ def _run_vjp(
     """dx and dweights, float64, if they have the form that the plug says."""
     found = call(implementation.run_vjp, method, case, weights, x, *more)
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
-        raise Broken(clause, f"{method}_vjp must return (dx, dweights), a tuple with a dict")
+        what = f"{method}_vjp must return (dx, dweights), a tuple with a dict"
+        raise Broken(clause, Failure(kind="result", tensor=method, what=what))
     if set(found[1]) != set(weights):
         missing = sorted(set(weights) - set(found[1]))
         unknown = sorted(set(found[1]) - set(weights))
-        raise Broken(clause, f"{method}_vjp lacks gradients of {missing}, has {unknown}")
+        what = f"{method}_vjp lacks gradients of {missing}, has {unknown}"
+        raise Broken(clause, Failure(kind="result", tensor=method, what=what))
     dweights = {n: as_float64(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
     return as_float64("dx", found[0], x.shape), dweights
 
@@ -342,10 +344,10 @@ def _true_gradients(
 
 
 def _weights_compared(
-    clause: str, found: Weights, expected: Weights, bounds: Weights, of: str = ""
+    clause: str, found: Weights, expected: Weights, bounds: Weights, part: str = ""
 ) -> list[Comparison]:
     return [
-        compare(clause, f"d{name}{of}", found[name], want, bounds[name])
+        compare(clause, f"d{name}", found[name], want, bounds[name], part=part)
         for name, want in expected.items()
     ]
 
@@ -427,10 +429,11 @@ def packed(prop: Property, implementation: Implementation, case: Case) -> Outcom
     compared = []
     try:
         for i, (rows, truth) in enumerate(zip(given.rows, given.truths)):
-            name = f"varlen, sequence {i} of lengths {given.lengths}"
+            part = f"of sequence {i}"
             expected, out = _expected(given.alone[i], truth), truth.undecided
             have = actual[None, rows]
-            compared.append(_rows_compared("G4", name, have, expected, truth.bounds.out, out))
+            bound = np.where(out[..., None], np.inf, truth.bounds.out)
+            compared.append(compare("G4", "varlen", have, expected, bound, part=part))
     except Broken as broken:
         raise given.blame(implementation, broken, backward=False) from None
     return given.settled(compared)
@@ -459,8 +462,8 @@ def packed_gradients(prop: Property, implementation: Implementation, case: Case)
             alone = given.alone[i]
             dx, dweights, bounds = _true_gradients(implementation, alone, truth, d_out[None, rows])
             assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
-            name = f"dx, sequence {i} of lengths {given.lengths}"
-            compared.append(compare("G4", name, found[0][None, rows], dx, bounds.dx))
+            part = f"of sequence {i}"
+            compared.append(compare("G4", "dx", found[0][None, rows], dx, bounds.dx, part=part))
             of_each.append(dweights)
             bounds_of_each.append(bounds.dweights)
         summed = {n: np.sum([each[n] for each in of_each], axis=0) for n in given.weights}
@@ -468,8 +471,8 @@ def packed_gradients(prop: Property, implementation: Implementation, case: Case)
         bounds_of_sum = packed_weight_bounds(
             given.lengths, of_each, bounds_of_each, numerics=numerics, **sizes
         )
-        of = f", summed over sequences of lengths {given.lengths}"
-        compared += _weights_compared("G4", found[1], summed, bounds_of_sum, of)
+        part = f"summed over {len(given.lengths)} sequences"
+        compared += _weights_compared("G4", found[1], summed, bounds_of_sum, part)
     except Broken as broken:
         raise given.blame(implementation, broken, backward=True) from None
     return given.settled(compared)
@@ -566,6 +569,6 @@ def mask_through_the_layer(prop: Property, implementation: Implementation, case:
             if is_declared(implementation, alone):
                 own = alone.tokens(), alone.layer_weights()
                 _compared(implementation, "layer", alone, *own, "G1")
-        how = f"{branch.name} mask read through the layer"
-        raise mask_broken(branch, prop.clause, case, expected, actual, how)
+        reading = f"{branch.name} mask read through the layer"
+        raise wrong_mask(branch, prop.clause, case, expected, actual, reading)
     return Outcome()

@@ -9,44 +9,53 @@ import numpy as np
 
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, FINE, Branch, Broken, Raised, call
+from nsa_ref.testing.branches import COMPRESS, FINE, Branch, call
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.compare import first_at
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.pictures import side_by_side
-from nsa_ref.testing.properties.common import Outcome, Property, first_at, oracle_mask
-
-#: How a remark begins that the definition and the port may differ on purpose.
-CONVENTION = "This may be a difference of convention"
-REMEDY = "If it is meant, declare it in `semantics`."
+from nsa_ref.testing.pictures import excerpt
+from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
+from nsa_ref.testing.verdicts import Broken, Convention, Raised, WrongMask, WrongPattern
 
 
-def mask_broken(
-    branch: Branch, clause: str, case: Case, expected: np.ndarray, actual: np.ndarray, how: str
+def wrong_mask(
+    branch: Branch,
+    clause: str,
+    case: Case,
+    expected: np.ndarray,
+    actual: np.ndarray,
+    reading: str,
+    *,
+    is_list: bool = False,
 ) -> Broken:
-    """The first wrong cell in the clause's terms, the masks side by side, the likely switch."""
+    """The first wrong cell, the masks around it, the switch that would explain it.
+
+    is_list : a list beside a predicate that was found right, which follows no convention
+    """
     b, h, t, j = first_at(expected != actual)
-    want, have = int(expected[b, h, t, j]), int(actual[b, h, t, j])
-    p = t + case.kv_len - case.q_len
-    if have < 0:
-        deed = f"reads more than the {branch.columns(case)} columns that there are"
-    elif want and have:
-        deed = f"counts column {j} {have} times, the definition {want} times"
-    else:
-        deed = f"{'misses' if want else 'reads'} column {j}"
     memory = case.num_mem_kv if branch is COMPRESS else 0
-    if branch is COMPRESS and j >= memory and want != have:
-        deed += f" (block {j - memory})"
-    text = (
-        f"{how}: batch {b}, query head {h}, row t={t} (p={p}) {deed}\n"
-        f"{side_by_side(expected[b, h], actual[b, h])}"
+    return Broken(
+        clause,
+        WrongMask(
+            tensor=f"{branch.name} mask",
+            reading=reading,
+            batch=b,
+            query_head=h,
+            row=t,
+            position=t + case.kv_len - case.q_len,
+            column=j,
+            expected=int(expected[b, h, t, j]),
+            actual=int(actual[b, h, t, j]),
+            columns=branch.columns(case),
+            block=j - memory if branch is COMPRESS and j >= memory else None,
+            masks=excerpt(expected[b, h], actual[b, h]),
+        ),
+        convention=None if is_list else _convention(branch, case, actual),
     )
-    # lists beside a predicate that was found right follow no convention
-    hint = "" if how.endswith(" lists") else _convention(branch, case, actual)
-    return Broken(clause, f"{text}\n{hint}" if hint else text)
 
 
-def _convention(branch: Branch, case: Case, actual: np.ndarray) -> str:
-    """Which single switch, or which preset, would explain what was seen, in words, or nothing."""
+def _convention(branch: Branch, case: Case, actual: np.ndarray) -> Convention | None:
+    """The single switch, or the preset, that would explain what was seen."""
 
     def explains(semantics: Semantics) -> bool:
         mask = branch.mask(case, indices, semantics)
@@ -71,12 +80,12 @@ def _convention(branch: Branch, case: Case, actual: np.ndarray) -> str:
             if value != getattr(case.semantics, switch) and explains(
                 dataclasses.replace(case.semantics, **{switch: value})
             ):
-                return f"{CONVENTION}: {switch}={value!r} would explain it. {REMEDY}"
+                return Convention(switch, value)
     for name, preset in PRESETS.items():
         # a preset's own duplicates, alignment and strictness, all at once
         if preset.causal == case.semantics.causal and explains(preset):
-            return f"{CONVENTION}: this is what the preset {name} does. {REMEDY}"
-    return ""
+            return Convention("preset", name)
+    return None
 
 
 def exposed(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -94,8 +103,9 @@ def exposed(prop: Property, implementation: Implementation, case: Case) -> Outco
                 f"{expected.shape}"
             ) from None
         if (actual != expected).any():
-            how = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
-            raise mask_broken(branch, prop.clause, case, expected, actual, how)
+            reading = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
+            is_list = name.endswith(probes.LISTS)
+            raise wrong_mask(branch, prop.clause, case, expected, actual, reading, is_list=is_list)
     return Outcome()
 
 
@@ -105,8 +115,8 @@ def read_forward(prop: Property, implementation: Implementation, case: Case) -> 
     expected = oracle_mask(branch, case)
     actual = probes.forward_mask(implementation, branch, case, expected)
     if (actual != expected).any():
-        how = f"{branch.name}, forward read out by one-hot values"
-        raise mask_broken(branch, prop.clause, case, expected, actual, how)
+        reading = f"{branch.name}, forward read out by one-hot values"
+        raise wrong_mask(branch, prop.clause, case, expected, actual, reading)
     return Outcome()
 
 
@@ -120,13 +130,21 @@ def read_backward(prop: Property, implementation: Implementation, case: Case) ->
         if not wrong.any():
             continue
         b, h, t, j = first_at(wrong)
-        deed = "misses" if pattern.visible[b, h, t, j] else "reads"
         expected = pattern.visible[b, h].astype(int)
         seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)
         raise Broken(
             "A3",
-            f"{branch.name}, backward read out: {pattern.gradient} {deed} the pair of row "
-            f"t={t} and column {j} (batch {b}, query head {h}), though the forward is right\n"
-            f"{side_by_side(expected, seen)}",
+            WrongPattern(
+                tensor=f"{branch.name} {pattern.gradient}",
+                reading=f"{branch.name}, backward read out",
+                batch=b,
+                query_head=h,
+                row=t,
+                position=t + case.kv_len - case.q_len,
+                column=j,
+                reads=not pattern.visible[b, h, t, j],
+                forward_is_right=True,
+                masks=excerpt(expected, seen),
+            ),
         )
     return Outcome()

@@ -10,11 +10,15 @@ import numpy as np
 
 from nsa_ref.selection import scored
 from nsa_ref.selection_bounds import score_bounds
-from nsa_ref.testing.branches import Broken, Raised, call
+from nsa_ref.testing.branches import call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
+from nsa_ref.testing.verdicts import Broken, Raised, WrongChoice
+
+#: A finding has the scores of at most so many blocks.
+SCORES = 12
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,14 @@ class _Row:
     scores: np.ndarray
     candidate: np.ndarray
     n: int
+
+    def around_the_cutoff(self) -> tuple[tuple[int, float], ...]:
+        """(block, score) of the candidates next to the n-th best, the best one first."""
+        candidates = np.flatnonzero(self.candidate)
+        ranked = candidates[np.argsort(-self.scores[candidates], kind="stable")]
+        start = max(0, min(self.n - SCORES // 2, len(ranked) - SCORES))
+        near = ranked[start : start + SCORES]
+        return tuple((int(block), float(self.scores[block])) for block in near)
 
     def at_fault(self, reason: Reason) -> str:
         """The clause to blame, more closely than top-n as such (I4); "order" if scores are."""
@@ -66,7 +78,7 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
     return "I3" if case.semantics.importance == "logit_mean" else "I2"
 
 
-def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, str]]:
+def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
     """How many rows are ambiguous, and by clause (or "order") the first row that is wrong."""
     q, k_cmp, _, mem_k, _ = case.compressed()
     semantics = case.semantics
@@ -83,15 +95,22 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
     numerics = implementation.numerics[case.dtype]
     bounds = score_bounds(q, k_cmp, mem_k, **how, numerics=numerics)
     verdict = valid_selection(indices, of_blocks, bounds, sizes=case, semantics=semantics)
-    found: dict[str, str] = {}
+    found: dict[str, WrongChoice] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
         reason = verdict.reasons[b, g, t]
         scores, candidate = of_blocks.scores[b, g, t], of_blocks.candidates[t]
         chosen = _Row(indices[b, g, t], scores, candidate, case.num_selected_blocks)
         found.setdefault(
             chosen.at_fault(reason),
-            f"select at batch {b}, head {g}, row t={t} (p={t + case.kv_len - case.q_len}) "
-            f"chose {chosen.named.tolist()}: {reason.sentence}\n"
-            f"scores {np.array2string(chosen.scores, precision=4)}",
+            WrongChoice(
+                batch=b,
+                head=g,
+                row=t,
+                position=t + case.kv_len - case.q_len,
+                chosen=tuple(chosen.named.tolist()),
+                rule=reason.rule,
+                reason=reason.sentence,
+                scores=chosen.around_the_cutoff(),
+            ),
         )
     return int((verdict.verdict == AMBIGUOUS).sum()), found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.testing.branches import Branch, Broken, Inconclusive, Inputs
+from nsa_ref.testing.branches import Branch, Inputs
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import check_exact, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
     GRADIENTS,
@@ -15,10 +15,10 @@ from nsa_ref.testing.properties.common import (
     Property,
     all_bounds,
     compare_all,
-    first_at,
     set_up,
     settle,
 )
+from nsa_ref.testing.verdicts import Convention, Inconclusive
 
 
 def _check_empty_rows(
@@ -35,16 +35,15 @@ def _check_empty_rows(
         if name == "out" and getattr(case.semantics.empty_row, branch.name) == "uniform":
             continue
         where = empty[..., None] if name == "out" else empty
-        same = (have == want) | (np.isnan(have) & np.isnan(want))
-        wrong = np.broadcast_to(where, have.shape) & ~same
-        if wrong.any():
-            index = first_at(wrong)
-            raise Broken(
-                "A2",
-                f"{branch.name} {name}{list(index)} is {have[index]:.9g} in a row that sees no "
-                f"key, and must be {want[index]:.9g}\n"
-                f"This may be a difference of convention: see empty_row and empty_lse.",
-            )
+        check_exact(
+            "A2",
+            f"{branch.name} {name}",
+            have,
+            want,
+            where,
+            why="the row sees no key",
+            convention=Convention("empty_row" if name == "out" else "empty_lse"),
+        )
 
 
 def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -104,13 +103,8 @@ def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Ou
     d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
     gradients = branch.backward(implementation, case, inputs, d_out, d_lse)
     for name, gradient in zip(GRADIENTS, gradients):
-        if (gradient != 0).any():
-            index = first_at(gradient != 0)
-            raise Broken(
-                "A2",
-                f"{branch.name} {name}{list(index)} is {gradient[index]:.9g}, though d_out is "
-                "0 in every row that sees a key: it must be exactly 0",
-            )
+        why = "d_out is 0 in every row that sees a key"
+        check_exact("A2", f"{branch.name} {name}", gradient, 0.0, why=why)
     return Outcome()
 
 
