@@ -58,6 +58,7 @@ from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.loading import versions
 from nsa_ref.testing.verdicts import Broken
+from nsa_ref.testing.wording import describe
 
 #: Rotary, input norm and output projection inside of the layer, one k and v for all branches.
 SEMANTICS = LUCIDRAINS_FLEX
@@ -305,7 +306,7 @@ def train(name: str, attention: Any, setup: Setup) -> dict[str, Any]:
             except Broken as broken:
                 raise SystemExit(
                     f"step {step}: the attention of block {block} is not the definition's: "
-                    f"{text(broken)}"
+                    f"{describe(broken)}"
                 ) from None
             checks.append({"step": step, **verdict})
             print(

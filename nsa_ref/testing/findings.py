@@ -16,7 +16,7 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Property
 from nsa_ref.testing.verdicts import Broken
-from nsa_ref.testing.wording import text
+from nsa_ref.testing.wording import describe
 
 #: `described`, `broken_data` and what `save_finding` adds: JSON values.
 Finding = dict[str, Any]
@@ -49,8 +49,9 @@ def _spec(implementation: Implementation) -> str:
 def broken_data(broken: Broken) -> Finding:
     """What is broken: its fields, and the text that is made of them."""
     # an exception's message may hold what no terminal can print
-    words = text(broken).encode(errors="replace").decode()
-    return broken.to_json() | {"text": words}
+    text = describe(broken).encode(errors="replace").decode()
+    data: Finding = finite(broken.to_json() | {"text": text})
+    return data
 
 
 def save_finding(finding: Finding, folder: Path) -> Finding:
@@ -69,18 +70,18 @@ def save_finding(finding: Finding, folder: Path) -> Finding:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON in one step: a process that dies meanwhile leaves no half of a file."""
-    written = json.dumps(finite(data), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     half = path.with_suffix(".half")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another worker removed the empty folder
-            half.write_text(written)
+            half.write_text(text)
             half.replace(path)
             return
 
 
 def finite(value: Any) -> Any:
-    """The same data with numbers that JSON has no word for, NaN and infinity, as texts."""
+    """The same data as JSON has it: tuples are lists, NaN and infinity are texts."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -97,14 +98,14 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
     ------
     OSError, ValueError, TypeError, KeyError : the file holds no case
     """
-    words = path.read_text()
-    data = json.loads(words)
+    text = path.read_text()
+    data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
     for name in ("spec", "property", "implementation", "device"):
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"{name}={data[name]!r} must be a text")
-    return load_case(words), data
+    return load_case(text), data
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:

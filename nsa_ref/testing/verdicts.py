@@ -141,12 +141,16 @@ class WrongChoice:
     scores: tuple[tuple[int, float], ...]
 
 
+#: The kinds of `Failure`.
+FAILURES = ("exception", "result", "crash", "hang")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """There is no result to judge.
 
     kind : "exception"; "result" if what came back has another form than the plug says; "crash"
-        or "hang" if the process had to end
+        or "hang" if it took its process down
     tensor : the method that was called
     what : the exception, or what is wrong with the result
     where : lines of the implementation, the outermost one first

@@ -62,7 +62,7 @@ def convention(explains: Convention) -> str:
     return f"This may be a difference of convention: {how}"
 
 
-def text(broken: Broken) -> str:
+def describe(broken: Broken) -> str:
     """What was seen: the fault and the notes."""
     return "\n".join([sentence(broken.fault), *broken.notes])
 
