@@ -199,8 +199,8 @@ def pooled_once_turned(d: Drawn) -> Case:
 
 def head_weight_gradient(d: Drawn) -> Case:
     """The weight of one head, each of three batch entries by itself; one row in each."""
-    (g, x), (h, y) = d.normal(3, 1, MANY), d.normal(3, 1, 2)
-    exact = (x.value.swapaxes(1, 2).astype(wide) @ y.value.astype(wide)).sum(axis=0)
+    (g, x), (h, y) = d.normal(3, 1, 1, MANY), d.normal(3, 1, 1, 2)
+    exact = (x.value.swapaxes(2, 3).astype(wide) @ y.value.astype(wide)).sum(axis=0)
     return (g.mT @ h).sum(dim=0), exact, rounded.weight_gradient_by_entry(x, y, d.numerics)
 
 
