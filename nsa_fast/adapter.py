@@ -1,8 +1,7 @@
 """The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
 
-Eager and compiled FlexAttention are different code, so they are two implementations; the whole
-layer, which follows more conventions than its branches, is a third, and the Triton kernels in
-Triton's interpreter are a fourth.
+There are four implementations. Eager and compiled FlexAttention are different code; the whole layer
+follows more conventions than its branches; and the Triton kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ TRITON_LIMITS: Mapping[str, Collection[Any]] = {
 }
 
 
-#: Plain torch and the same masks: on a CPU judged beside the eager branches already.
+#: What is the same code for both kinds: on a CPU the eager one is asked about it.
 ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
 
 
@@ -141,44 +140,26 @@ class NsaFast(TorchImplementation):
     # branches
 
     def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
-        found = nsa_fast.sliding_attention(
-            q,
-            k,
-            v,
-            sliding_window_size=case.sliding_window_size,
-            semantics=case.semantics,
-            backend=self.backend,
-        )
-        return _judged(found)
+        size = {"sliding_window_size": case.sliding_window_size}
+        return self._attend(nsa_fast.sliding_attention, case, q, k, v, **size)
 
     def compress(
         self, case: Case, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, mem_k: Tensor, mem_v: Tensor
     ) -> Attention:
-        found = nsa_fast.compress_attention(
-            q,
-            k_cmp,
-            v_cmp,
-            mem_k,
-            mem_v,
-            kv_len=case.kv_len,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
-            semantics=case.semantics,
-            backend=self.backend,
+        tensors, sizes = (q, k_cmp, v_cmp, mem_k, mem_v), compress_sizes(case)
+        return self._attend(
+            nsa_fast.compress_attention, case, *tensors, kv_len=case.kv_len, **sizes
         )
-        return _judged(found)
 
     def fine(self, case: Case, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Attention:
-        found = nsa_fast.fine_attention(
-            q,
-            k,
-            v,
-            block_indices,
-            selection_block_size=case.selection_block_size,
-            semantics=case.semantics,
-            backend=self.backend,
-        )
-        return _judged(found)
+        size = {"selection_block_size": case.selection_block_size}
+        return self._attend(nsa_fast.fine_attention, case, q, k, v, block_indices, **size)
+
+    def _attend(
+        self, attention: Callable[..., Any], case: Case, *tensors: Tensor, **sizes: int
+    ) -> Attention:
+        how: dict[str, Any] = {"semantics": case.semantics, "backend": self.backend}
+        return Attention(*attention(*tensors, **sizes, **how))
 
     # compression and selection
 
@@ -186,8 +167,7 @@ class NsaFast(TorchImplementation):
         return nsa_fast.compress_pool(
             x,
             weights,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            **compress_sizes(case),
             compress_map=case.compress_map,
             semantics=case.semantics,
         )
@@ -198,8 +178,7 @@ class NsaFast(TorchImplementation):
             k_cmp,
             mem_k,
             kv_len=case.kv_len,
-            compress_block_size=case.compress_block_size,
-            compress_block_sliding_stride=case.compress_block_sliding_stride,
+            **compress_sizes(case),
             selection_block_size=case.selection_block_size,
             num_selected_blocks=case.num_selected_blocks,
             num_initial_blocks=case.num_initial_blocks,
@@ -208,11 +187,11 @@ class NsaFast(TorchImplementation):
         )
 
 
-def _judged(found: nsa_fast.Attention) -> Attention:
-    """The judge's own pair; tensors in it become arrays later."""
-    out: Any = found.out
-    lse: Any = found.lse
-    return Attention(out, lse)
+def compress_sizes(case: Case) -> dict[str, int]:
+    return {
+        "compress_block_size": case.compress_block_size,
+        "compress_block_sliding_stride": case.compress_block_sliding_stride,
+    }
 
 
 class NsaFastEager(NsaFast):
@@ -270,8 +249,8 @@ class NsaFastCompiled(NsaFast):
 class NsaFastLayer(TorchImplementation):
     """The whole layer, through the kernels that it takes by itself.
 
-    It follows every preset: a layer's own choice names no block twice, and none of the rows that
-    see nothing in some presets occur in it.
+    It follows every preset, its branches do not: a layer's own choice names no block twice, and
+    rows that see nothing, where presets differ, do not occur in it.
     """
 
     name = "nsa_fast layer"
@@ -306,7 +285,7 @@ class NsaFastLayer(TorchImplementation):
             case = dataclasses.replace(
                 case, semantics=dataclasses.replace(semantics, duplicates="set")
             )
-        # the function below the module, to which no blocks can be handed
+        # by the function: a module takes no blocks
         return nsa_fast.native_sparse_attention(
             x, weights, **layer_arguments(case), block_indices=block_indices
         )

@@ -1,13 +1,13 @@
 """Which blocks a kernel walks: FlexAttention's block lists, straight from arithmetic.
 
-A row of the lists belongs to one block of query rows and names blocks of key columns: those that
-the kernel must mask cell by cell (partial) and those that it may read whole (full). A block is full
-only if every row and column in it that exists is visible; the kernels cut what lies past the end.
-Nothing here is ever as large as rows x columns.
+A block of query rows has two lists of blocks of key columns: partial ones, which the kernel masks
+cell by cell, and full ones, which it reads whole. A block is full if all of its rows and columns
+that exist are visible; the kernels cut what lies past the end. Nothing here is ever as large as
+rows x columns.
 
 All lists are int32, ascending, free of duplicates, and filled up with 0: a number in range, because
-the Triton kernels load the first entry of an empty list too. Those that are stored once for all
-rows (`shared`) name every block, and a row walks the beginning of them.
+the Triton kernels load the first entry of an empty list too. A list that is stored once for all
+rows (`shared`) names every block, and each row walks the beginning of it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.attention.flex_attention import BlockMask
 #: A predicate: (batch, head, row, column), tensors that broadcast -> whether the cell is visible.
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-#: The attention functions lengthen anything shorter to this, because the compiler makes a graph of
-#: its own for a length of 1, and FlexAttention refuses 0.
+#: The attention functions lengthen anything shorter to this: the compiler makes a graph of its own
+#: for a length of 1, and FlexAttention refuses 0.
 LEAST_LENGTH = 2
 
 #: Blocks to a word of the membership table.
@@ -37,8 +37,9 @@ LEAST_TABLE = 2**16
 #: to the longest, so that the transposes take at most this many times the room of the lists.
 CROWDED = 4
 
-#: Whether the kernels find the full lists by strides of their own; PyTorch 2.11 takes those of the
-#: partial ones, without a word. Read in the sources of 2.11 and 2.13; 2.12 counts as 2.11.
+#: Whether full lists may be narrower or wider than partial ones. PyTorch 2.11 reads both with the
+#: strides of the partial ones, without a word. So say the sources of 2.11 and 2.13; 2.12 counts as
+#: 2.11.
 OWN_STRIDES = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 
 
@@ -57,11 +58,11 @@ class BlockLists(NamedTuple):
 
 
 class Crowded(NamedTuple):
-    """Column blocks that too many row blocks name, and the row blocks that do.
+    """Column blocks that too many row blocks name, and which row blocks do.
 
     left_out : bool (batch, columns), the column blocks that the transposed lists leave out
-    places : (batch, head, column block) for every head that names one of them
-    rows : for every place, int64 (row blocks,)
+    places : (batch, head, column block), once for every head that names such a block
+    rows : for every place the row blocks that name it, int64 (row blocks,)
     """
 
     left_out: Tensor
@@ -89,7 +90,7 @@ def to_block_mask(
     FlexAttention's own transposition raises IndexError on lists narrower than the number of blocks.
 
     q_lists : False leaves the transpose out (None): only a backward walks it
-    crowded : column blocks whose dk and dv are computed elsewhere: nobody names them
+    crowded : column blocks that the transpose leaves out: their dk and dv are computed elsewhere
     """
     columns = count_blocks(kv_len, block_size[1])
     by_column = None
@@ -153,9 +154,9 @@ def _transposed(
 
 
 def shared(indices: Tensor, rows: int) -> Tensor:
-    """One list (slots,) as that of `rows` rows, each of which walks its beginning: stored once.
+    """One list (slots,) for all `rows` rows, stored once; each row walks the beginning of it.
 
-    Not expanded, which would make it a view: graphs are guarded on what a view is of.
+    It is not expanded: that would make it a view, and graphs are guarded on what a view is of.
     """
     slots = len(indices)
     stored = torch.empty_strided(
@@ -166,9 +167,11 @@ def shared(indices: Tensor, rows: int) -> Tensor:
 
 
 def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Of 0, 1, 2, ... for all rows: column c is named by the rows that walk more than c.
+    """The transpose of lists that all are 0, 1, 2, ...: rows walk beginnings of different length.
 
-    These come first in the order of descending numbers, whatever c: again one list for all.
+    Column c is named by the rows that walk more than c blocks. Sort the rows by how many they walk,
+    most first: then these stand at the front, for every c. So the transpose is one list for all
+    columns, too.
     """
     numbers, order = num_blocks.flatten().sort(descending=True, stable=True)
     longer = torch.bincount(numbers, minlength=columns + 1).flip(0).cumsum(0).flip(0)
@@ -176,7 +179,7 @@ def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor
 
 
 def _used(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Which slots are used, and the column block in each, those of all heads in one count."""
+    """Which slots are used, and the column block in each, counted on from head to head."""
     batch, heads, _, slots = indices.shape
     used = torch.arange(slots, device=indices.device) < num_blocks[..., None]
     head = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1, 1)
@@ -198,11 +201,11 @@ def _by_head(left_out: Tensor, heads: int) -> Tensor:
 def crowded_columns(lists: BlockLists, columns: int) -> Crowded | None:
     """The column blocks that are better left out of the transposed lists, if there are any.
 
-    Those lists are a rectangle as wide as the longest, and one program walks each. A block that
-    every later token sees (PAPER's initial one) would make them as wide as there are tokens. A
-    column block is crowded if more row blocks name it than CROWDED times the mean, so that what is
-    left takes at most CROWDED times the room of the lists themselves. If it is for one head, it is
-    for all: their gradients are one sum where they share keys.
+    The transposed lists are as wide as the longest of them, and one program walks each. A block
+    that every later token sees (PAPER's initial one) would make them as wide as there are tokens.
+    So a column block is crowded if more row blocks name it than CROWDED times the mean. A block
+    that is crowded for one head is left out for all: where heads share keys, their gradients are
+    one sum.
     """
     batch, heads, rows, slots = lists.indices.shape
     size = batch * heads * columns
@@ -248,9 +251,10 @@ def interval_lists(
 
     some : [start, stop) of the columns that at least one row of the block sees, int64 (row blocks,)
     every : [start, stop) of those that all rows of the block see
-    slots, partial_slots : the most blocks that `some` can touch, and that are not whole
-    from_first : every interval begins at column 0, so that full blocks are the beginning of a list
-        of all, which need be stored once
+    slots : the most blocks that `some` can touch
+    partial_slots : the most of them that can be partial
+    from_first : every interval begins at column 0: full blocks are the first ones for all rows, and
+        their list is stored once
     returns : lists of shape (1, 1, row blocks[, slots])
     """
     size, blocks = kv_block_size, count_blocks(kv_len, kv_block_size)

@@ -14,17 +14,18 @@ from nsa_fast.checks import check_size
 class Cache:
     """Keys and values of the tokens so far, for `native_sparse_attention(..., cache=...)`.
 
-    Kept of every token: k and v of every branch, rotated where the branch, or the pooling before
-    it, reads them so, and what branches have in common only once. Kept of every complete window:
-    its compressed k and v. Tokens that the sliding branch will not read again, or that are pooled
-    already, are kept too: without them `truncate` could only go back as far as they reach.
+    Of every token it keeps k and v of every branch, rotated if the branch, or the pooling before
+    it, reads them rotated; what branches share is kept once. Of every complete window it keeps
+    compressed k and v. Tokens that the sliding branch will not read again, or that are pooled
+    already, are kept as well: `truncate` may go back to them.
 
     A call with a cache records no gradients, neither to the weights nor through what is cached.
-    Memory grows by doubling and is taken when the first tokens come, with their dtype and device.
+    Memory is taken when the first tokens come, with their dtype and device, and grows by doubling.
 
-    Every layer of a model needs one of its own. That of a `NativeSparseAttention` belongs to the
-    module that made it or used it first, and so do its copies; the functional form has only sizes
-    and switches to go by. What is pickled or deep-copied belongs to the next module that uses it.
+    Every layer of a model needs a cache of its own. A module (`NativeSparseAttention`) owns the
+    cache that it made or used first, and the copies of it; the functional form can compare sizes
+    and switches only. A cache that was pickled or deep-copied belongs to the module that uses it
+    next.
 
     Shapes
     ------
@@ -65,7 +66,7 @@ class Cache:
         self._length = length
 
     def copy(self) -> Cache:
-        """A cache of its own with the same tokens: what happens to one is not seen by the other."""
+        """Another cache with the same tokens: neither sees what happens to the other."""
         other = Cache(self.batch)
         other._length = self._length
         other._layer = dict(self._layer)
@@ -95,7 +96,7 @@ class Cache:
             )
 
     def bind(self, module: object) -> None:
-        """To the module that alone may use it from now on."""
+        """From now on, this module alone may use the cache."""
         self._owner = weakref.ref(module)
 
     def check(self, layer: dict[str, object], dtype: torch.dtype, device: torch.device) -> None:
@@ -118,9 +119,9 @@ class Cache:
                 )
 
     def write(self, name: str, start: int, rows: Tensor) -> Tensor:
-        """Put rows (batch, kv_heads, rows, dim) at `start`; everything up to their end.
+        """Put rows (batch, kv_heads, rows, dim) at `start`, and return all rows up to their end.
 
-        Nothing is lost and the length stays: until `commit`, the cache is what it was.
+        The length stays: until `commit`, the cache is what it was.
         """
         stop = start + rows.shape[2]
         buffer = self._buffers.get(name)
@@ -136,5 +137,5 @@ class Cache:
         return buffer[:, :, :stop]
 
     def commit(self, length: int, layer: dict[str, object]) -> None:
-        """What was written up to `length` tokens is valid from now on."""
+        """What was written for `length` tokens is valid from now on."""
         self._length, self._layer = length, layer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_ref.semantics import Semantics
 
-#: p and j are compared as int32 inside the kernels, and p may stand one length past the end.
+#: The kernels compare p and j as int32, and p may stand one length past the end.
 MAX_LENGTH = 2**30
 
 

@@ -1,9 +1,9 @@
 """dk and dv of the column blocks that the transposed lists leave out (`block_lists.Crowded`).
 
-FlexAttention's backward walks the rest. A column block is wholly there or wholly here, so nothing
-is added up in the dtype of the inputs that would not be without this, and out, lse and dq are
-untouched. What many rows have to say to few columns is a product of matrices, over all rows at
-once; FlexAttention has one program walk them one by one.
+FlexAttention's backward computes the rest, and dq. The gradient of a column block comes from one of
+the two alone, so that nothing more is rounded to the dtype of the inputs. Here all rows that name a
+block are taken at once, as a product of matrices; FlexAttention has one program walk them one by
+one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def with_crowded_columns(
 ) -> tuple[Tensor, Tensor]:
     """out and lse as they are; their gradients reach the crowded columns of k and v as well.
 
-    q, k, v : what FlexAttention was given
-    block_mask : the mask that it was given, with transposed lists that leave the columns out
+    q, k, v, block_mask : what FlexAttention was given to compute them
     """
     result: tuple[Tensor, Tensor] = _Crowded.apply(crowded, block_mask, scale, q, k, v, out, lse)
     return result
@@ -56,10 +55,8 @@ class _Crowded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
         with torch.no_grad():
-            q, k, v, out, lse = ctx.saved_tensors
-            dk, dv = _gradients(
-                ctx.crowded, ctx.block_mask, ctx.scale, q, k, v, out, lse, d_out, d_lse
-            )
+            tensors = *ctx.saved_tensors, d_out, d_lse
+            dk, dv = _gradients(ctx.crowded, ctx.block_mask, ctx.scale, *tensors)
         return None, None, None, None, dk, dv, d_out, d_lse
 
 

@@ -1,4 +1,4 @@
-"""One call of FlexAttention, eager or compiled, with what each of them cannot do made an error.
+"""One call of FlexAttention, eager or compiled. What one of them cannot do is an error.
 
 ::
 
@@ -318,9 +318,10 @@ def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, and a view of nothing: graphs are guarded on strides, and on those of a base.
+    """Contiguous, and no view of another tensor.
 
-    Every layout of the caller's would be a graph of its own; a copy costs less than that.
+    Graphs are guarded on strides, and a view's on those of its base: every layout of the caller's
+    would be a graph of its own. A copy costs less than that.
     """
     return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
 

@@ -13,10 +13,10 @@ from torch._inductor.virtualized import V
 
 
 class _Tiles(InductorChoices):
-    """Inductor's choices, but that the tile of a backward is the one of the kernel's options.
+    """Inductor's choices, but a backward's tile is that of the kernel's options.
 
-    Inductor drops every tile of its own that does not divide the blocks of the mask before it looks
-    at the options of a backward: blocks of 16 rows in bfloat16 ended in NoValidChoicesError on
+    Inductor first drops every tile of its own that does not divide the blocks of the mask, and then
+    looks at a backward's options: blocks of 16 rows in bfloat16 ended in NoValidChoicesError on
     sm_90 (pytorch #176025).
     """
 
@@ -39,8 +39,8 @@ class _Tiles(InductorChoices):
 def offered(options: dict[str, Any]) -> Iterator[None]:
     """Compile with the tiles that the options of a kernel name.
 
-    Inductor looks for a handler of choices in the thread that compiles. A backward may be compiled
-    as late as in autograd's own thread, so it is compiled at once.
+    Inductor looks for a handler of choices in the thread that compiles. A backward is compiled at
+    once, because otherwise autograd's own thread would compile it.
     """
     with (
         V.set_choices_handler(_Tiles(options)),

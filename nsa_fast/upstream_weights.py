@@ -152,23 +152,30 @@ def upstream_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "compress_mem_kv has them."
         )
     kv_rows = kv_heads * head_dim
-    check_tensor("to_qkv.weight", given["to_qkv.weight"], (q_rows + 2 * kv_rows, model_dim))
-    check_tensor(
-        "to_strategy_combine.0.weight",
-        given["to_strategy_combine.0.weight"],
-        (3 * q_heads, model_dim),
-    )
-    check_tensor("to_strategy_combine.0.bias", given["to_strategy_combine.0.bias"], (3 * q_heads,))
-    if "norm.weight" in given:
-        check_tensor("norm.weight", given["norm.weight"], (model_dim,))
-    _check_rotary(given["rotary_emb.freqs"], head_dim)
     positions = check_tensor(
         "k_intrablock_positions",
         given["k_intrablock_positions"],
         (kv_heads, "compress_block_size", head_dim),
     )
+    shapes: dict[str, tuple[int, ...]] = {
+        "to_qkv.weight": (q_rows + 2 * kv_rows, model_dim),
+        "to_strategy_combine.0.weight": (3 * q_heads, model_dim),
+        "to_strategy_combine.0.bias": (3 * q_heads,),
+        "rotary_emb.freqs": (head_dim // 2,),
+    }
+    if "norm.weight" in given:
+        shapes["norm.weight"] = (model_dim,)
+    flat = positions.shape[1] * head_dim
     for side in "kv":
-        _check_compress_network(given, side, positions.shape)
+        _check_expansion(side, given[f"{side}_compress.1.weight"], flat)
+        shapes[f"{side}_intrablock_positions"] = positions.shape
+        shapes[f"{side}_compress.1.weight"] = (flat, flat)
+        shapes[f"{side}_compress.1.bias"] = (flat,)
+        shapes[f"{side}_compress.3.weight"] = (head_dim, flat)
+        shapes[f"{side}_compress.3.bias"] = (head_dim,)
+    for name, shape in shapes.items():
+        check_tensor(name, given[name], shape)
+    _check_rotary(given["rotary_emb.freqs"], head_dim)
 
     weights = {}
     if "norm.weight" in given:
@@ -217,32 +224,17 @@ def _check_names(given: Mapping[str, Tensor]) -> None:
     )
 
 
-def _check_compress_network(given: Mapping[str, Tensor], side: str, shape: tuple[int, ...]) -> None:
-    """One network and its positions, `shape` being (kv_heads, l, head_dim)."""
-    check_tensor(f"{side}_intrablock_positions", given[f"{side}_intrablock_positions"], shape)
-    _, size, head_dim = shape
-    flat = size * head_dim
-    shapes = {
-        "1.weight": (flat, flat),
-        "1.bias": (flat,),
-        "3.weight": (head_dim, flat),
-        "3.bias": (head_dim,),
-    }
-    first = check_tensor(
-        f"{side}_compress.1.weight", given[f"{side}_compress.1.weight"], ("hidden", "l * head_dim")
-    )
-    if first.shape[1] == flat and first.shape[0] != flat:
+def _check_expansion(side: str, weight: Tensor, flat: int) -> None:
+    check_tensor(f"{side}_compress.1.weight", weight, ("hidden", flat))
+    if weight.shape[0] != flat:
         raise ValueError(
-            f"{side}_compress.1.weight has {first.shape[0]} rows; there must be l * head_dim="
+            f"{side}_compress.1.weight has {weight.shape[0]} rows; there must be l * head_dim="
             f"{flat}: a compress_mlp_expand_factor other than 1 is not supported."
         )
-    for name, wanted in shapes.items():
-        check_tensor(f"{side}_compress.{name}", given[f"{side}_compress.{name}"], wanted)
 
 
 def _check_rotary(freqs: Tensor, head_dim: int) -> None:
     """ValueError unless freqs is 10000^(-2i / head_dim), to the accuracy of its dtype."""
-    check_tensor("rotary_emb.freqs", freqs, (head_dim // 2,))
     exponent = torch.arange(0, head_dim - 1, 2, dtype=torch.float64) / head_dim
     expected = 10000.0**-exponent
     # Upstream computes 1 / 10000 ** x in float32 and may round the result: half a spacing of x,
