@@ -24,7 +24,7 @@ from nsa_ref.layer import layer, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import scored, select, selection_probability, top_blocks
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch, Semantics
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch
 from nsa_ref.testing.choices import valid_selection
 from nsa_ref.testing.compare import compare
 
@@ -40,8 +40,6 @@ from nsa_fast import (  # noqa: E402
     native_sparse_attention,
 )
 from nsa_fast.upstream_weights import from_upstream, upstream_weights  # noqa: E402
-
-COMPRESS_SIZES = ("compress_block_size", "compress_block_sliding_stride")
 
 NUMERICS_OF = {torch.float64: "fp64", torch.float32: "fp32"}
 
@@ -122,29 +120,6 @@ def test_every_number_of_a_state_dict_arrives_once(q_heads: int, kv_heads: int, 
     assert again.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(again[name], tensor), name
-
-
-def test_the_weights_have_the_names_and_shapes_of_the_layer() -> None:
-    found = {name: tuple(w.shape) for name, w in upstream_weights(upstream_state_dict()).items()}
-    network = {
-        "positions": (2, 3, 6),
-        "weight_in": (18, 18),
-        "bias_in": (18,),
-        "weight_out": (6, 18),
-        "bias_out": (6,),
-    }
-    assert found == {
-        "norm.weight": (5,),
-        "to_q.weight": (24, 5),
-        "to_k.weight": (12, 5),
-        "to_v.weight": (12, 5),
-        "gates.weight": (12, 5),
-        "gates.bias": (12,),
-        "mem_k": (2, 2, 6),
-        "mem_v": (2, 2, 6),
-        **{f"compress_{side}.{name}": shape for side in "kv" for name, shape in network.items()},
-        "to_out.weight": (5, 24),
-    }
 
 
 def test_gates_are_reordered_from_head_and_branch_to_branch_and_head() -> None:
@@ -337,24 +312,31 @@ def test_switches_of_lucidrains_show_in_fine_rows_without_a_block_alone(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpstreamSizes:
+class UpstreamSizes(nsa_ref.Sizes):
     """One of upstream's layers, and an input for it, by the names here."""
 
     seq_len: int
     batch: int = 1
     model_dim: int = 3
-    q_heads: int = 1
-    kv_heads: int = 1
     head_dim: int = 4
-    compress_block_size: int = 1
-    compress_block_sliding_stride: int = 1
-    selection_block_size: int = 1
-    num_selected_blocks: int = 1
     sliding_window_size: int = 1
     num_mem_kv: int = 1
     causal: bool = True
     norm: bool = False
     share_selection: bool = True
+
+
+#: These have the same names in upstream's layer.
+SAME_NAMES = (
+    "kv_heads",
+    "sliding_window_size",
+    "compress_block_size",
+    "compress_block_sliding_stride",
+    "selection_block_size",
+    "num_selected_blocks",
+    "causal",
+    "norm",
+)
 
 
 def random_sizes(seed: int, *, causal: bool) -> UpstreamSizes:
@@ -409,16 +391,9 @@ def upstream_layer(
             dim=sizes.model_dim,
             dim_head=sizes.head_dim,
             heads=sizes.q_heads,
-            kv_heads=sizes.kv_heads,
-            sliding_window_size=sizes.sliding_window_size,
-            compress_block_size=sizes.compress_block_size,
-            compress_block_sliding_stride=sizes.compress_block_sliding_stride,
-            selection_block_size=sizes.selection_block_size,
-            num_selected_blocks=sizes.num_selected_blocks,
             num_compressed_mem_kv=sizes.num_mem_kv,
-            causal=sizes.causal,
-            norm=sizes.norm,
             query_heads_share_selected_kv=sizes.share_selection,
+            **{name: getattr(sizes, name) for name in SAME_NAMES},
         )
     module = module.to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -468,8 +443,7 @@ class Definition(NamedTuple):
     another : rows in which that choice is valid and not the definition's own
     """
 
-    sizes: nsa_ref.Sizes
-    semantics: Semantics
+    geometry: dict[str, Any]
     numerics: str
     weights: dict[str, np.ndarray]
     x: np.ndarray
@@ -477,35 +451,17 @@ class Definition(NamedTuple):
     another: int = 0
 
     def __call__(self) -> np.ndarray:
-        return layer(
-            self.x,
-            self.weights,
-            sizes=self.sizes,
-            semantics=self.semantics,
-            block_indices=self.block_indices,
-        )
+        blocks = {"block_indices": self.block_indices}
+        return layer(self.x, self.weights, **self.geometry, **blocks)
 
     def gradients(self, d_out: np.ndarray) -> dict[str, np.ndarray]:
-        dx, dweights = layer_vjp(
-            self.x,
-            self.weights,
-            d_out,
-            sizes=self.sizes,
-            semantics=self.semantics,
-            block_indices=self.block_indices,
-        )
+        blocks = {"block_indices": self.block_indices}
+        dx, dweights = layer_vjp(self.x, self.weights, d_out, **self.geometry, **blocks)
         return {"x": dx, **dweights}
 
     def bounds(self, d_out: np.ndarray | None = None) -> LayerBounds:
-        return layer_bounds(
-            self.x,
-            self.weights,
-            self.block_indices,
-            d_out,
-            sizes=self.sizes,
-            semantics=self.semantics,
-            numerics=self.numerics,
-        )
+        given = self.x, self.weights, self.block_indices, d_out
+        return layer_bounds(*given, **self.geometry, numerics=self.numerics)
 
 
 def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> Definition:
@@ -534,7 +490,7 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
         probability = np.take_along_axis(selection_probability(blocks.scores), taken, axis=-1)
         shown &= probability > semantics.score_floor
     taken = np.where(shown, taken, -1)
-    found = Definition(sizes, semantics, NUMERICS_OF[x.dtype], weights, tokens, taken)
+    found = Definition(how, NUMERICS_OF[x.dtype], weights, tokens, taken)
     of_scores = found.bounds().scores
     assert of_scores is not None
     verdict = valid_selection(taken, blocks, of_scores, **how)
@@ -560,20 +516,16 @@ def choice_of(definition: Definition) -> Iterator[None]:
 
 def own_layer(
     module: torch.nn.Module, x: Tensor, *, flex: bool = False, **arguments: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The functional form with the converted weights, for blocks of choice; and these weights."""
+) -> Tensor:
+    """The functional form with the converted weights, for blocks of choice."""
     sizes, semantics, weights = from_upstream(module)
     # blocks that are handed in might be named twice (F3)
     semantics = dataclasses.replace(semantics, duplicates="set")
-    sizes = {
-        name: size
-        for name, size in sizes.items()
-        if name not in ("model_dim", "compress_positions", "num_mem_kv")
-    }
     if flex:
         semantics = dataclasses.replace(semantics, score_floor=None)
-    weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    return native_sparse_attention(x, weights, **sizes, semantics=semantics, **arguments), weights
+    for name in ("model_dim", "compress_positions", "num_mem_kv"):  # these are read off the weights
+        del sizes[name]
+    return native_sparse_attention(x, weights, **sizes, semantics=semantics, **arguments)
 
 
 def assert_within(found: Tensor, expected: np.ndarray, bound: np.ndarray, what: str) -> None:
@@ -727,26 +679,26 @@ def test_a_short_last_window_reads_padding_where_not_causal() -> None:
     module, x = only_branch(
         UpstreamSizes(seq_len=1, sliding_window_size=2, causal=False), "sliding"
     )
-    assert not agree(module(x), own_layer(module, x)[0])
-    assert agree(module(x), own_layer(module, with_zero_tokens(x, 1))[0][:, :1])
+    assert not agree(module(x), own_layer(module, x))
+    assert agree(module(x), own_layer(module, with_zero_tokens(x, 1))[:, :1])
     mask = create_sliding_mask(1, 2, causal=False)
-    assert agree(module(x, sliding_window_flex_mask=mask), own_layer(module, x)[0])
+    assert agree(module(x, sliding_window_flex_mask=mask), own_layer(module, x))
 
 
 @needs_upstream
 def test_without_a_block_to_choose_the_own_one_is_read_where_not_causal() -> None:
     """F4, I4: two tokens, l' = 1 and n = 0."""
     module, x = only_branch(UpstreamSizes(seq_len=2, num_selected_blocks=0, causal=False), "fine")
-    assert agree(module(x), own_layer(module, x, block_indices=own_blocks(2, 1))[0])
-    assert not own_layer(module, x)[0].any()
+    assert agree(module(x), own_layer(module, x, block_indices=own_blocks(2, 1)))
+    assert not own_layer(module, x).any()
 
 
 @needs_upstream
 def test_without_a_block_to_choose_padding_is_read_where_not_causal() -> None:
     """F2: one token and l' = 2; the block's other key is a zero."""
     module, x = only_branch(UpstreamSizes(seq_len=1, selection_block_size=2, causal=False), "fine")
-    assert not agree(module(x), own_layer(module, x, block_indices=own_blocks(1, 2))[0])
-    longer = own_layer(module, with_zero_tokens(x, 1), block_indices=own_blocks(2, 2))[0]
+    assert not agree(module(x), own_layer(module, x, block_indices=own_blocks(1, 2)))
+    longer = own_layer(module, with_zero_tokens(x, 1), block_indices=own_blocks(2, 2))
     assert agree(module(x), longer[:, :1])
 
 
@@ -786,9 +738,9 @@ def test_a_mask_shows_the_excluded_own_block_where_not_causal() -> None:
     module, x = only_branch(UpstreamSizes(seq_len=2, selection_block_size=2, causal=False), "fine")
     mask = create_fine_mask(2, 2, causal=False)
     found = module(x, fine_selection_flex_mask=mask)
-    forced = own_layer(module, x, flex=True, block_indices=own_blocks(2, 2))[0]
+    forced = own_layer(module, x, flex=True, block_indices=own_blocks(2, 2))
     assert agree(found, forced)
-    assert not own_layer(module, x, flex=True)[0].any()
+    assert not own_layer(module, x, flex=True).any()
 
 
 @needs_upstream
@@ -870,9 +822,9 @@ def test_its_norm_divides_by_another_epsilon_in_float64() -> None:
     """The layer's is 2^-23 in every dtype; upstream's is that of the dtype, 2^-52."""
     module, x = upstream_layer(UpstreamSizes(seq_len=1, norm=True), 0)
     x *= 2.0**-12
-    assert agree(module(x).detach(), own_layer(module, x)[0].detach())
+    assert agree(module(x).detach(), own_layer(module, x).detach())
     module.norm.eps = None
-    assert not agree(module(x).detach(), own_layer(module, x)[0].detach())
+    assert not agree(module(x).detach(), own_layer(module, x).detach())
 
 
 @needs_upstream
