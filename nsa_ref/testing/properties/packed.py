@@ -1,0 +1,151 @@
+"""Packed sequences (G4): sequences of different lengths in one batch are what each is by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from nsa_ref.layer_bounds import packed_weight_bounds
+from nsa_ref.testing.branches import as_float64, call
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.compare import compare
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties.common import Outcome, Property, is_declared
+from nsa_ref.testing.properties.layer import (
+    Asked,
+    Truth,
+    check_gradients,
+    check_output,
+    check_pairs,
+    check_scores_decide,
+    compare_weights,
+    hinted,
+    run_vjp,
+    settle_rows,
+)
+from nsa_ref.testing.verdicts import Broken
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences one behind the other, and what each is by itself.
+
+    asked : `varlen`, with the tokens of all sequences
+    batch : a batch that is declared, should 1 not be
+    rows : where each sequence stands among the tokens
+    truths : what the definition says to each, as a batch of 1
+    """
+
+    asked: Asked
+    batch: int
+    cu_seqlens: np.ndarray
+    rows: list[slice]
+    truths: list[Truth]
+
+    @classmethod
+    def of(cls, implementation: Implementation, case: Case) -> Packed:
+        """The sequences of a case, of the lengths that are declared."""
+        check_pairs(case)
+        # packed tokens have no batch, so that limits of it do not matter
+        every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in case.sequence_lengths()]
+        every = [each for each in every if is_declared(implementation, each)]
+        alone = [dataclasses.replace(each, batch=1) for each in every]
+        cu_seqlens = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
+        rows = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
+        x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
+        one = dataclasses.replace(case, batch=1)
+        asked = Asked(implementation, "varlen", one, x, one.layer_weights())
+        truths = [
+            Truth.of(implementation, each, x[None, r], asked.weights)
+            for each, r in zip(alone, rows)
+        ]
+        return cls(asked, case.batch, cu_seqlens, rows, truths)
+
+    @property
+    def undecided(self) -> np.ndarray:
+        """Rows for which another choice of blocks may be right: (tokens,)."""
+        none = np.zeros(0, dtype=bool)
+        return np.concatenate([none, *(truth.undecided[0] for truth in self.truths)])
+
+    def blame(self, broken: Broken, *, backward: bool) -> Broken:
+        """The finding, with a hint if nobody can tell whether the layer itself is right.
+
+        Raises
+        ------
+        Broken : if it is not, for what is wrong with it
+        """
+        implementation = self.asked.implementation
+        offered = implementation.offers_vjp if backward else implementation.offers
+        if not offered("layer"):
+            return hinted(broken, "varlen", backward=backward)
+        for truth, rows in zip(self.truths, self.rows):
+            batch = 1 if is_declared(implementation, truth.case) else self.batch
+            alone = dataclasses.replace(truth.case, batch=batch)
+            x = np.repeat(self.asked.x[None, rows], batch, axis=0)
+            asked = Asked(implementation, "layer", alone, x, self.asked.weights)
+            if backward:
+                check_gradients(asked, "A4")
+            else:
+                check_output(asked, "G1")
+        return broken
+
+
+def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G4: sequences one behind the other are what each is by itself."""
+    packed = Packed.of(implementation, case)
+    asked = packed.asked
+    found = call(
+        implementation.run, "varlen", asked.case, asked.weights, asked.x, packed.cu_seqlens
+    )
+    actual = as_float64("varlen", found, (len(asked.x), case.layer_width))
+    compared = []
+    try:
+        for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
+            bound = np.where(truth.undecided[..., None], np.inf, truth.bounds.out)
+            tensors = actual[None, rows], truth.output(), bound
+            compared.append(compare("G4", "varlen", *tensors, part=f"of sequence {i}"))
+    except Broken as broken:
+        raise packed.blame(broken, backward=False) from None
+    return settle_rows(compared, packed.undecided)
+
+
+def output_where_scores_decide(
+    prop: Property, implementation: Implementation, case: Case
+) -> Outcome:
+    """The same, of sequences in which a choice shows."""
+    check_scores_decide(case)
+    return output(prop, implementation, case)
+
+
+def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G4: so are their gradients; those of the weights, which they share, add up."""
+    packed = Packed.of(implementation, case)
+    asked = packed.asked
+    d_out = case.array("d_out", len(asked.x), case.layer_width)
+    d_out = np.where(packed.undecided[:, None], 0, d_out).astype(d_out.dtype)
+    dx, dweights = run_vjp(asked, "G4", packed.cu_seqlens, d_out)
+    of_each, bounds_of_each, compared = [], [], []
+    try:
+        for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
+            want_dx, want_dweights, bounds = truth.gradients(d_out[None, rows])
+            assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
+            tensors = dx[None, rows], want_dx, bounds.dx
+            compared.append(compare("G4", "dx", *tensors, part=f"of sequence {i}"))
+            of_each.append(want_dweights)
+            bounds_of_each.append(bounds.dweights)
+        summed = {n: np.sum([each[n] for each in of_each], axis=0) for n in asked.weights}
+        bounds_of_sum = packed_weight_bounds(
+            [truth.case.kv_len for truth in packed.truths],
+            of_each,
+            bounds_of_each,
+            numerics=implementation.numerics[case.dtype],
+            **asked.case.geometry,
+        )
+        part = f"summed over {len(packed.rows)} sequences"
+        compared += compare_weights("G4", dweights, summed, bounds_of_sum, part)
+    except Broken as broken:
+        raise packed.blame(broken, backward=True) from None
+    return settle_rows(compared, packed.undecided)
