@@ -23,6 +23,7 @@ from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
+from nsa_ref.testing.verdicts import Record
 from port_zoo import SlidingMask
 
 HERE = Path(__file__).parent
@@ -320,28 +321,15 @@ def test_a_case_of_ones_own_is_tried_on_the_properties_that_are_about_such_cases
 # --- the report -----------------------------------------------------------------------------------
 
 
-def record(**changes: Any) -> dict[str, Any]:
-    """What a worker says about a property on which all is well."""
-    return {
-        "name": "W1_sliding_mask_as_read",
-        "clause": "W1",
-        "branch": "sliding",
-        "implementation": "port [0, 0]",
-        "device": "cpu",
-        "cases": 3,
-        "inconclusive": {},
-        "ambiguous": 0,
-        "undecided": 0,
-        "not_offered": {},
-        "not_tried": {},
-        "budget_used": None,
-        "edges": {},
-        "refused_edges": {},
-        "finding": None,
-    } | changes
+def record(**changes: Any) -> Record:
+    """What a worker says about a property, by default that all is well."""
+    name = "W1_sliding_mask_as_read"
+    return Record.from_json(
+        {"name": name, "clause": "W1", "implementation": "port [0, 0]", "cases": 3} | changes
+    )
 
 
-def shown(records: list[dict[str, Any]], **more: Any) -> str:
+def shown(records: list[Record], **more: Any) -> str:
     """What the terminal shows, 80 columns wide."""
     console = Console(width=80, record=True, file=io.StringIO())
     report.show(console, records, [], title="port [0, 0] on cpu", seconds=1.0, **more)
@@ -406,7 +394,7 @@ def test_nothing_but_ambiguous_rows_is_no_pass(tmp_path: Path) -> None:
     prop = dataclasses.replace(PROPERTIES["I5_selection"], check=lambda *_: undecided)
     result = run_property(prop, OracleImplementation(), Options(findings=tmp_path))
     assert (result.cases, not result.edges) == (0, True)
-    (clause,) = report.clauses([result.to_json()], [])
+    (clause,) = report.clauses([result], [])
     assert clause.verdict == "ambiguous"
 
 

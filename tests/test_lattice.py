@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
+from nsa_ref.testing.verdicts import Record
 from port_zoo import Refuses
 
 NEVER_OF_LAYERS = {edge.name for edge in EDGES.values() if "layer" not in edge.about}
 
 
-def record(name: str = "W1_sliding_mask_as_read", **edges: dict[str, int]) -> dict[str, Any]:
+def record(name: str = "W1_sliding_mask_as_read", **edges: Counter[str]) -> Record:
     """What of a property's record says on which edges its cases stood."""
-    return {"name": name, "cases": 3, "edges": {}, "refused_edges": {}} | edges
+    return Record(name=name, clause="", cases=3, **edges)
 
 
 def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
-    met = {edge: 1 for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")}
-    records = [record(edges=met, refused_edges={"decode": 4})]
+    met = Counter(
+        edge for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")
+    )
+    records = [record(edges=met, refused_edges=Counter({"decode": 4}))]
     assert set(unmet_edges(records)) == {"G = 16", "decode", "batch 3", "memory 16"}
     # a window has no memory, and what was refused cannot be met
     always = {"decode", "memory 16"}
@@ -40,7 +44,7 @@ def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
 def test_edges_that_a_branch_never_has_are_excused() -> None:
     """Eq. 9 needs d to divide l, so that only compress and pool draw l and d apart."""
     apart = {"l no multiple of d", "l < d"}
-    met = {edge: 1 for edge in EDGES if edge not in apart}
+    met = Counter(edge for edge in EDGES if edge not in apart)
     for name, excused in (
         ("F1_fine_mask_as_exposed", apart),
         ("I2_selection", apart),
@@ -72,7 +76,7 @@ def test_a_field_that_is_not_varied_keeps_its_default(name: str, tmp_path: Path)
 
 def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
     """Its queries are its keys, and its sizes small: --branch layer can be thorough."""
-    met = {edge: 1 for edge in EDGES if edge not in NEVER_OF_LAYERS}
+    met = Counter(edge for edge in EDGES if edge not in NEVER_OF_LAYERS)
     layer, fine = (
         excused_edges([record(name=name, edges=met)], [[]])
         for name in ("G1_layer_output", "F1_fine_mask_as_exposed")
@@ -88,7 +92,7 @@ def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path
             dataclasses.replace(prop, check=lambda *_: Outcome()),
             OracleImplementation(),
             Options(findings=tmp_path),
-        ).to_json()
+        )
         for prop in PROPERTIES.values()
         if prop.about == "layer"
     ]

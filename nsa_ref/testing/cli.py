@@ -35,6 +35,7 @@ from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import compiled, graphs, show, to_json
+from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import reasons
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
@@ -51,9 +52,9 @@ class Collector:
     """Runs beside pytest: gathers the records of all workers and shows the progress."""
 
     def __init__(self, console: Console, total: int | None) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.warmed: list[dict[str, Any]] = []
-        self.findings: list[dict[str, Any]] = []
+        self.records: list[Record] = []
+        self.warmed: list[Record] = []
+        self.findings: list[Finding] = []
         self.errors: list[str] = []
         self.interrupted = False
         self._idle_deaths = 0
@@ -79,13 +80,12 @@ class Collector:
         properties: Any = dict(report.user_properties)
         if "nsa_ref_warm" in properties and report.when == "call":
             self._idle_deaths = 0
-            self.warmed.append(properties["nsa_ref_warm"])
+            self.warmed.append(Record.from_json(properties["nsa_ref_warm"]))
             self._progress.update(self._task, advance=1, description="compiling what will be run")
             return
-        record = properties.get("nsa_ref")
-        if record is not None and report.when in ("call", "???"):
-            if report.when == "???" and record["finding"] is None:
-                record["lost"] = True
+        if "nsa_ref" in properties and report.when in ("call", "???"):
+            record = Record.from_json(properties["nsa_ref"])
+            if record.lost:
                 self.errors.append(report.longreprtext)
             self._add(record)
         elif report.failed:
@@ -118,13 +118,13 @@ class Collector:
             # workers in the middle of a case do not hear that the session is over
             NodeManager.EXIT_TIMEOUT = 1
 
-    def _add(self, record: dict[str, Any]) -> None:
+    def _add(self, record: Record) -> None:
         self._idle_deaths = 0
         self.records.append(record)
-        if record["finding"] is not None:
-            self.findings.append(record["finding"])
+        if record.finding is not None:
+            self.findings.append(record.finding)
         broken = f", {len(self.findings)} broken" if self.findings else ""
-        self._progress.update(self._task, advance=1, description=f"{record['name']}{broken}")
+        self._progress.update(self._task, advance=1, description=f"{record.name}{broken}")
 
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -172,7 +172,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         workers=arguments.n,
         findings=Path(arguments.findings),
     )
-    warmed: list[dict[str, Any]] = []
+    warmed: list[Record] = []
     if arguments.warm:
         warming = run(total=None, options=[*options, "--nsa-warm"])
         if warming.interrupted:
@@ -240,7 +240,7 @@ def _show(console: Console, collector: Collector, names: str, **more: Any) -> in
     if collector.errors:
         others = len(collector.errors) - 1
         raise CannotRun(collector.errors[0] + (f" (and {others} more like it)" if others else ""))
-    if not any(record["cases"] for record in collector.records):
+    if not any(record.cases for record in collector.records):
         why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
     return HOLDS

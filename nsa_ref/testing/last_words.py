@@ -115,20 +115,19 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
     """What became of a property whose worker died.
 
     test : the name of its test function
-    returns : None if the test is no property's; a record without a finding if the worker died
-        outside of any case, which is nobody's fault that could be proved
+    returns : None if the test is no property's; a record that is `lost` if the worker died outside
+        of any case, which is nobody's fault that could be proved
     """
     name = test.removeprefix("test_")
     known = [p for p in PROPERTIES if name == p or name.startswith(f"{p}_")]
     if not known:
         return None
     prop = PROPERTIES[max(known, key=len)]
-    record = Record(
-        name=prop.name, clause=prop.clause, branch=prop.part, implementation="", device=""
-    )
+    record = Record(name=prop.name, clause=prop.clause)
     folder = folder_of_run(findings, run)
     path, trace = folder / f"{worker}.json", folder / f"{worker}.trace"
     if not path.exists():
+        record.lost = True
         return record
     finding = json.loads(path.read_text())
     path.unlink()
@@ -147,8 +146,7 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
             kind=finding["ended"], tensor=prop.method, what=what, where=_frames(last_words)
         )
         finding |= broken_data(Broken(prop.clause, failure))
-    record.implementation, record.device = finding["implementation"], finding["device"]
-    record.cases = 1
+    record.implementation, record.cases = finding["implementation"], 1
     record.finding = save_finding(finding, findings)
     return record
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import lt, ne
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
+from nsa_ref.testing.verdicts import Record
 
 #: What `Edge.reads` calls the number of visible keys of each row, which follows from the mask.
 VISIBLE = "visible"
@@ -129,23 +129,21 @@ def case_edges(prop: Property, case: Case) -> list[str]:
     return edges(case, oracle_mask(branch, case))
 
 
-def unmet_edges(records: list[dict[str, Any]]) -> list[str]:
+def unmet_edges(records: Sequence[Record]) -> list[str]:
     """Edges on which no decided case stood."""
-    met = {edge for record in records for edge in record["edges"]}
+    met = {edge for record in records for edge in record.edges}
     return [edge for edge in EDGES if edge not in met]
 
 
-def excused_edges(
-    records: list[dict[str, Any]], limits: Collection[Collection[str]]
-) -> dict[str, str]:
+def excused_edges(records: Sequence[Record], limits: Collection[Collection[str]]) -> dict[str, str]:
     """Edges that need not be met, each with the reason.
 
     limits : the fields that each implementation limits. An edge that reads a limited field may
         lie outside of the limits, which is the implementation's declaration and not a gap.
     """
     excused = {}
-    refused = {edge for record in records for edge in record.get("refused_edges", ())}
-    asked = {PROPERTIES[record["name"]].about for record in records if record["cases"]}
+    refused = {edge for record in records for edge in record.refused_edges}
+    asked = {PROPERTIES[record.name].about for record in records if record.cases}
     for name in unmet_edges(records):
         edge = EDGES[name]
         if limits and all(_widened(fields) & set(edge.reads) for fields in limits):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from nsa_ref.testing.findings import finite, grouped
+from nsa_ref.testing.findings import Finding, finite, grouped
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
+from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, reasons
 
 SCHEMA = "nsa-ref-report-1"
@@ -32,57 +33,42 @@ COLOURS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Clause:
     """A clause's verdict.
 
-    cases, budget_used, inconclusive, ambiguous, undecided, not_offered, not_tried : as in a
-        `Record`, over all properties
-    missing : properties that were asked for and came to no end, of `asked_for`
+    total : the records of its properties in one
+    findings : cases that broke it, by whichever property
+    asked_for, missing : how many properties were asked for, and how many of them came to no end
     """
 
     id: str
-    cases: int = 0
-    budget_used: float | None = None
-    inconclusive: Counter[str] = field(default_factory=Counter)
-    ambiguous: int = 0
-    undecided: int = 0
-    not_offered: Counter[str] = field(default_factory=Counter)
-    not_tried: Counter[str] = field(default_factory=Counter)
-    missing: int = 0
-    asked_for: int = 0
-    broken: bool = False
+    total: Record
+    findings: list[Finding]
+    asked_for: int
+    missing: int
 
     @property
     def verdict(self) -> str:
         """pass | fail | inconclusive | ambiguous | not_offered; only the first is a pass."""
-        if self.broken:
+        if self.findings:
             return "fail"
         if self.missing:
             return "inconclusive"
-        if self.cases:
+        if self.total.cases:
             return "pass"
-        if self.inconclusive:
+        if self.total.inconclusive:
             return "inconclusive"
-        return "ambiguous" if self.ambiguous else "not_offered"
-
-    def to_json(self) -> dict[str, Any]:
-        """One row of `clauses` in the report."""
-        return {
-            "id": self.id,
-            "verdict": self.verdict,
-            "cases": self.cases,
-            "budget_used": self.budget_used,
-            "inconclusive": self.inconclusive.total(),
-            "ambiguous": self.ambiguous,
-            "not_offered": self.refused,
-            "reason": "; ".join([*self.unfinished, *reasons(vars(self))]),
-        }
+        return "ambiguous" if self.total.ambiguous else "not_offered"
 
     @property
-    def refused(self) -> int:
-        """Cases, or whole properties, that were not offered or not tried."""
-        return self.not_offered.total() + self.not_tried.total()
+    def budget_used(self) -> float | None:
+        """What broke the clause used more than all that did not; no number if it has no bound."""
+        used = [float(finding["worst"].get("budget_used", math.inf)) for finding in self.findings]
+        if self.total.budget_used is not None:
+            used.append(self.total.budget_used)
+        most = max(used, default=math.inf)
+        return most if math.isfinite(most) else None
 
     @property
     def unfinished(self) -> list[str]:
@@ -91,10 +77,23 @@ class Clause:
             return []
         return [f"{self.missing} of {self.asked_for} properties came to no end"]
 
+    def to_json(self) -> dict[str, Any]:
+        """One row of `clauses` in the report."""
+        return {
+            "id": self.id,
+            "verdict": self.verdict,
+            "cases": self.total.cases,
+            "budget_used": self.budget_used,
+            "inconclusive": self.total.inconclusive.total(),
+            "ambiguous": self.total.ambiguous,
+            "not_offered": self.total.not_offered.total() + self.total.not_tried.total(),
+            "reason": "; ".join([*self.unfinished, *reasons(self.total)]),
+        }
+
 
 def clauses(
-    records: list[dict[str, Any]],
-    findings: list[dict[str, Any]],
+    records: Sequence[Record],
+    findings: Sequence[Finding],
     asked_for: Mapping[str, int] | None = None,
 ) -> list[Clause]:
     """Verdicts in the order of the specification, of the clauses that were asked about.
@@ -102,45 +101,46 @@ def clauses(
     asked_for : clause -> number of records that a complete run has; fewer are no pass
     """
     asked_for = asked_for or {}
-    names = {record["clause"] for record in records} | set(asked_for)
-    asked = {name: Clause(name) for name in CLAUSES if name in names}
-    for finding in findings:
-        asked.setdefault(finding["clause"], Clause(finding["clause"])).broken = True
-    for name, count in asked_for.items():
-        ended = [r for r in records if r["clause"] == name and not r.get("lost")]
-        asked[name].asked_for, asked[name].missing = count, count - len(ended)
+    names = {r.clause for r in records} | {f["clause"] for f in findings} | set(asked_for)
+    verdicts = []
+    for name in CLAUSES:
+        if name not in names:
+            continue
+        own = [record for record in records if record.clause == name]
+        ended = sum(not record.lost for record in own)
+        asked = asked_for.get(name, ended)
+        broken = [finding for finding in findings if finding["clause"] == name]
+        verdicts.append(Clause(name, _total(name, own), broken, asked, asked - ended))
+    return verdicts
+
+
+def _total(clause: str, records: Sequence[Record]) -> Record:
+    """The records of a clause in one."""
+    total = Record(name="", clause=clause)
     for record in records:
-        clause = asked[record["clause"]]
-        found = record["finding"]
-        # what another clause is to blame for says nothing about this one
-        elsewhere = found is not None and found["clause"] != clause.id
-        clause.cases += 0 if elsewhere else record["cases"]
-        clause.ambiguous += record["ambiguous"]
-        clause.undecided += record["undecided"]
-        clause.inconclusive.update(record["inconclusive"])
-        clause.not_offered.update(record["not_offered"])
-        clause.not_tried.update(record["not_tried"])
-        if elsewhere:
-            clause.inconclusive[f"{record['name']}: see {found['clause']}"] += 1
-        if record["budget_used"] is not None and not elsewhere:
-            clause.budget_used = max(clause.budget_used or 0.0, record["budget_used"])
-    for finding in findings:
-        # what broke the clause used more than all that did not; no number if it has no bound
-        worst = float(finding["worst"].get("budget_used", math.inf))
-        clause = asked[finding["clause"]]
-        most = max(clause.budget_used or 0.0, worst)
-        clause.budget_used = most if math.isfinite(most) else None
-    return [asked[name] for name in CLAUSES if name in asked]
+        total.ambiguous += record.ambiguous
+        total.undecided += record.undecided
+        total.inconclusive += record.inconclusive
+        total.not_offered += record.not_offered
+        total.not_tried += record.not_tried
+        if record.finding is not None and record.finding["clause"] != clause:
+            # what another clause is to blame for says nothing about this one
+            total.inconclusive[f"{record.name}: see {record.finding['clause']}"] += 1
+            continue
+        total.cases += record.cases
+        if record.budget_used is not None:
+            total.budget_used = max(total.budget_used or 0.0, record.budget_used)
+    return total
 
 
 def to_json(
-    records: list[dict[str, Any]],
-    findings: list[dict[str, Any]],
+    records: Sequence[Record],
+    findings: Sequence[Finding],
     *,
     implementation: str,
     device: str,
     device_name: str = "",
-    warmed: Collection[dict[str, Any]] = (),
+    warmed: Sequence[Record] = (),
     versions: dict[str, str],
     seed: int,
     level: str,
@@ -163,19 +163,19 @@ def to_json(
         "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
         "findings": [{name: f[name] for name in REPORTED} for f in findings],
         "unmet_edges": unmet_edges(records),
-        "compiled": {name: dict(counts) for name, counts in compiled(records).items()},
-        "warmed": {name: dict(counts) for name, counts in compiled(warmed).items()},
+        "compiled": compiled(records),
+        "warmed": compiled(warmed),
     }
     as_json: dict[str, Any] = finite(report)
     return as_json
 
 
-def compiled(records: Collection[dict[str, Any]]) -> dict[str, Counter[str]]:
+def compiled(records: Sequence[Record]) -> dict[str, Counter[str]]:
     """What each implementation compiled, over all processes that ran it and came to an end."""
     found: dict[str, Counter[str]] = {}
     for record in records:
-        if counts := record.get("compiled"):
-            found.setdefault(record["implementation"], Counter()).update(counts)
+        if record.compiled:
+            found.setdefault(record.implementation, Counter()).update(record.compiled)
     return found
 
 
@@ -187,8 +187,8 @@ def graphs(counts: Mapping[str, int]) -> str:
 
 def show(
     console: Console,
-    records: list[dict[str, Any]],
-    findings: list[dict[str, Any]],
+    records: Sequence[Record],
+    findings: Sequence[Finding],
     *,
     title: str,
     seconds: float,
@@ -206,15 +206,11 @@ def show(
         table.add_column(heading, justify="right")
     rows = clauses(records, findings, asked_for)
     for clause in rows:
-        table.add_row(
-            clause.id,
-            Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict]),
-            str(clause.cases),
-            "" if clause.budget_used is None else f"{clause.budget_used:.3f}",
-            str(clause.inconclusive.total() or ""),
-            str(clause.ambiguous or ""),
-            str(clause.refused or ""),
-        )
+        row = clause.to_json()
+        budget = "" if row["budget_used"] is None else f"{row['budget_used']:.3f}"
+        verdict = Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict])
+        counts = (str(row[name] or "") for name in ("inconclusive", "ambiguous", "not_offered"))
+        table.add_row(clause.id, verdict, str(row["cases"]), budget, *counts)
     console.print()
     console.print(table)
     lines = _remarks(records, rows)
@@ -233,34 +229,33 @@ def show(
             console.print(
                 Text(f"the same by {other['property']}: {other['replay']}"), soft_wrap=True
             )
-    counts = Counter(clause.verdict for clause in rows)
-    cases = sum(clause.cases for clause in rows)
-    summary = ", ".join(f"{n} {verdict.replace('_', ' ')}" for verdict, n in counts.items())
+    verdicts = Counter(clause.verdict.replace("_", " ") for clause in rows)
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+    cases = sum(clause.total.cases for clause in rows)
+    last = f"{len(rows)} clauses: {summary}; {cases} cases in {seconds:.0f} s"
     console.print()
-    console.print(
-        Text(f"{len(rows)} clauses: {summary}; {cases} cases in {seconds:.0f} s"), soft_wrap=True
-    )
+    console.print(Text(last), soft_wrap=True)
 
 
-def _remarks(records: list[dict[str, Any]], rows: list[Clause]) -> list[str]:
+def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
     """Who does not offer what, and why a clause could not be decided."""
     lines = []
-    for name in dict.fromkeys(record["implementation"] for record in records):
-        own = [record for record in records if record["implementation"] == name]
-        absent = sum((Counter(record["not_offered"]) for record in own), Counter[str]())
-        whole = {what for record in own if not record["cases"] for what in record["not_offered"]}
+    for name in dict.fromkeys(record.implementation for record in records):
+        own = [record for record in records if record.implementation == name]
+        absent = sum((record.not_offered for record in own), Counter[str]())
+        whole = {what for record in own if not record.cases for what in record.not_offered}
         if absent:
             counted = (
                 what if what in whole else f"{what} ({count} cases)"
                 for what, count in sorted(absent.items())
             )
             lines.append(f"not offered by {name}: {'; '.join(counted)}")
-        if untried := dict.fromkeys(why for record in own for why in record["not_tried"]):
+        if untried := dict.fromkeys(why for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
         if clause.verdict == "inconclusive":
-            why = "; ".join([*clause.unfinished, *clause.inconclusive])
+            why = "; ".join([*clause.unfinished, *clause.total.inconclusive])
             lines.append(f"{clause.id} inconclusive: {why}")
     return lines

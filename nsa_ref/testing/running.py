@@ -71,13 +71,7 @@ class _Trials:
 
     def __init__(self, prop: Property, implementation: Implementation, options: Options) -> None:
         self.prop, self.implementation, self.options = prop, implementation, options
-        self.record = Record(
-            name=prop.name,
-            clause=prop.clause,
-            branch=prop.part,
-            implementation=implementation.name,
-            device=implementation.device,
-        )
+        self.record = Record(name=prop.name, clause=prop.clause, implementation=implementation.name)
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
 

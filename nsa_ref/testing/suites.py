@@ -18,6 +18,7 @@ from nsa_ref.testing.loading import check_declarations
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import generate, is_asked, run_property
+from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, reasons
 
 
@@ -68,7 +69,7 @@ def _judging_test(
             pytest.fail(message(record.finding), pytrace=False)
         if not record.cases:
             # neither a pass nor a failure, and pytest has one word for that
-            why = ", ".join(reasons(record.to_json())) or "no case was decided"
+            why = ", ".join(reasons(record)) or "no case was decided"
             pytest.skip(f"{prop.clause}: {why}")
 
     test.__name__ = test.__qualname__ = name
@@ -128,8 +129,8 @@ def _warming_test(
         counts = Counter(implementation.compile_counts()) - before
         if failed:
             counts["cases that failed"] = failed
-        data = {"implementation": implementation.name, "compiled": dict(counts)}
-        request.node.user_properties.append(("nsa_ref_warm", data))
+        record = Record(name=name, clause="", implementation=implementation.name, compiled=counts)
+        request.node.user_properties.append(("nsa_ref_warm", record.to_json()))
 
     test.__name__ = test.__qualname__ = name
     test.nsa_ref_branch = branch.name  # type: ignore[attr-defined]

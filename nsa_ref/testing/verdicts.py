@@ -236,7 +236,7 @@ class NotTried(Exception):
 
 @dataclass(kw_only=True)
 class Record:
-    """What became of one property: plain data, so that it can cross processes.
+    """What became of one property on one implementation.
 
     cases : how many were decided
     inconclusive : why a case could not tell -> how many cases
@@ -246,13 +246,12 @@ class Record:
     not_tried : why the property was not tried on it -> how often
     edges, refused_edges : edges of the lattice -> how many decided, or refused, cases stood there
     finding : see `findings`
+    lost : its worker died outside of any case
     """
 
     name: str
     clause: str
-    branch: str
-    implementation: str
-    device: str
+    implementation: str = ""
     cases: int = 0
     inconclusive: Counter[str] = field(default_factory=Counter)
     ambiguous: int = 0
@@ -264,10 +263,20 @@ class Record:
     refused_edges: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
+    lost: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a dict of JSON values."""
+        """Plain data, which can cross processes."""
         return {
             name: dict(value) if isinstance(value, Counter) else value
             for name, value in vars(self).items()
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        """The inverse of `to_json`."""
+        record = cls(**data)
+        for name, value in data.items():
+            if isinstance(value, dict) and name != "finding":
+                setattr(record, name, Counter(value))
+        return record

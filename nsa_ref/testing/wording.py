@@ -13,6 +13,7 @@ from nsa_ref.testing.verdicts import (
     Convention,
     Failure,
     Fault,
+    Record,
     WrongChoice,
     WrongElement,
     WrongFactor,
@@ -145,11 +146,11 @@ def numbers(listed: Sequence[int]) -> str:
     return f"[{shown}, and {more} more]" if more > 0 else f"[{shown}]"
 
 
-def reasons(counted: Mapping[str, Any]) -> list[str]:
-    """Why cases were not decided, of a record or of all records of a clause."""
+def reasons(record: Record) -> list[str]:
+    """Why cases were not decided."""
     return [
-        *(f"not offered: {what}" for what in counted["not_offered"]),
-        *(f"not tried: {why}" for why in counted["not_tried"]),
-        *(f"inconclusive: {why}" for why in counted["inconclusive"]),
-        *(["ambiguous: every row may be chosen either way"] if counted["undecided"] else []),
+        *(f"not offered: {what}" for what in record.not_offered),
+        *(f"not tried: {why}" for why in record.not_tried),
+        *(f"inconclusive: {why}" for why in record.inconclusive),
+        *(["ambiguous: every row may be chosen either way"] if record.undecided else []),
     ]
