@@ -26,7 +26,7 @@ from nsa_ref.testing.running import run_property
 from nsa_ref.testing.verdicts import Record
 from port_zoo import SlidingMask
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 NO_MODULE = "port_that_is_not_there"
 
 
@@ -34,7 +34,7 @@ NO_MODULE = "port_that_is_not_there"
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory to stand in, with the zoo on the path and no trace of this pytest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parent))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
     return tmp_path

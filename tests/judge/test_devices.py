@@ -39,14 +39,14 @@ from standin_gpu import (  # noqa: E402
     Unwritten,
 )
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory to stand in, with this folder on the path and no trace of this pytest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parent))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))
     for name in [n for n in os.environ if n.startswith("PYTEST_") or n == "MALLOC_PERTURB_"]:
         monkeypatch.delenv(name)
     return tmp_path

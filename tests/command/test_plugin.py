@@ -11,7 +11,7 @@ import pytest
 
 from nsa_ref.testing import plugin
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 ROOM = plugin.GPU_MEMORY_PER_WORKER
 
 FIVE_LINES = """\
@@ -28,7 +28,7 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parent))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -83,9 +83,10 @@ def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
             assert (path.parent / target).exists(), target
         for place in re.findall(r"`([\w/]+/[\w/.]*)`", text):
             assert (ROOT / place).exists(), place
-        for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
-            found = [source.read_text() for source in SOURCES if source.name == file]
-            assert found and (not test or f"def {test}(" in found[0]), f"{file}::{test}"
+        for file, test in re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text):
+            found = [source.read_text() for source in SOURCES if source.match(file)]
+            assert len(found) == 1, f"{file} is no file, or there are several"
+            assert not test or f"def {test}(" in found[0], f"{file}::{test}"
 
 
 def test_the_map_of_the_house_has_every_room() -> None:

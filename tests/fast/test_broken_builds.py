@@ -41,6 +41,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 import nsa_fast.adapter  # noqa: E402
 from broken_nsa_fast import BROKEN_CACHES, BUILDS, in_place, layer_with  # noqa: E402
+from fast_caches import RUN, Decoding  # noqa: E402
 from nsa_fast import block_lists, block_masks  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
@@ -49,7 +50,6 @@ from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
 from nsa_ref.testing.running import run_property  # noqa: E402
 from nsa_ref.testing.verdicts import FAILURES  # noqa: E402
 from nsa_ref.testing.wording import message  # noqa: E402
-from test_nsa_fast_cache import RUN, Decoding  # noqa: E402
 
 #: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU
 READINGS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
@@ -179,7 +179,7 @@ def forward(device):
 
 def test_the_command_finds_and_replays(tmp_path: Path) -> None:
     """`nsa-ref verify` of a broken build, then `nsa-ref replay`: exit code 1 twice."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "helpers"
     (tmp_path / "one_build.py").write_text(FORWARD_OF_A_BUILD)
 
     def nsa_ref(*arguments: str) -> str:
@@ -191,7 +191,7 @@ def test_the_command_finds_and_replays(tmp_path: Path) -> None:
             | {
                 "OMP_NUM_THREADS": "1",
                 "COLUMNS": "200",
-                "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
+                "PYTHONPATH": os.pathsep.join((str(here), str(here.parents[1]))),
             },
             capture_output=True,
             text=True,
