@@ -1,9 +1,10 @@
-"""nsa-ref: verify an implementation, replay a finding, show a case's masks.
+"""nsa-ref: verify an implementation, replay a finding, show a case's masks, judge the mutants.
 
-A thin front over pytest: `verify` and `replay` run the conformance suite in xdist workers, so that
+A thin front over pytest: `verify`, `replay` and `mutants` run a suite in xdist workers, so that
 an implementation that crashes, aborts or hangs takes a worker down and never the run.
 
-Exit codes: 0 all offered clauses hold, 1 a clause is broken, 2 it could not run.
+Exit codes: 0 all offered clauses hold (every mutant dies of its clause), 1 a clause is broken (or a
+mutant does not), 2 it could not run.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import Finding, read_finding
+from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
-from nsa_ref.testing.loading import DEVICES, SHORT_NAMES, CannotRun, own_version, try_loading
+from nsa_ref.testing.loading import (
+    DEVICES,
+    SHORT_NAMES,
+    CannotRun,
+    own_version,
+    try_loading,
+    versions,
+)
+from nsa_ref.testing.mutants import ZOO
+from nsa_ref.testing.mutants.trials import Trial, show_trials
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
@@ -295,6 +307,47 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
     return _show(console, collector, names, title=title, seconds=seconds, edges=False)
 
 
+def mutants(arguments: argparse.Namespace, console: Console) -> int:
+    """Judge the zoo: every mutant must die of its clause."""
+    started, names = time.monotonic(), list(dict.fromkeys(arguments.mutant)) or list(ZOO)
+    for name in names:
+        if name not in ZOO:
+            raise CannotRun(f"{name!r} is no mutant; there are {', '.join(ZOO)}")
+    layers = [name for name in names if isinstance(ZOO[name].implementation, TorchImplementation)]
+    if layers and importlib.util.find_spec("torch") is None:
+        raise CannotRun(f"{layers[0]} needs torch, which is not installed here")
+    if arguments.json:
+        _check_writable(Path(arguments.json))
+    suite = Path(__file__).parent / "mutants" / "suite.py"
+    tests = [f"{suite}::test_mutant_is_killed_by_its_clause[{name}]" for name in names]
+    with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
+        collector = _run(
+            console,
+            "",
+            "cpu",
+            tests=tests,
+            total=len(names),
+            workers=arguments.n,
+            findings=Path(folder),
+            options=[f"--basetemp={folder}/pytest"],
+        )
+    if collector.interrupted:
+        raise KeyboardInterrupt
+    if collector.errors and not collector.records:
+        raise CannotRun(collector.errors[0])
+    ended = {record.pop("name"): record for record in collector.records}
+    trials = []
+    for name in names:
+        record = ended.get(name, {"raised": True, "found": "its worker process died"})
+        about = {"name": name, "clause": ZOO[name].clause} | record
+        trials.append(Trial(**{key: about[key] for key in about if key != "finding"}))
+    show_trials(console, trials, time.monotonic() - started)
+    if arguments.json:
+        report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    return HOLDS if all(trial.right for trial in trials) else BROKEN
+
+
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the definition's masks of a case, in the terminal or into a PNG."""
     path = Path(arguments.case)
@@ -356,13 +409,14 @@ def _run(
     workers: str,
     findings: Path,
     options: list[str],
+    tests: Sequence[str] = (),
 ) -> Collector:
-    """pytest over the suite, in worker processes, saying nothing itself."""
+    """pytest over these tests, or the conformance suite, in workers; it says nothing itself."""
     suite = Path(__file__).parent / "suite.py"
     with Collector(console, total) as collector, _own_pytest():
         code = pytest.main(
             [
-                str(suite),
+                *(tests or [str(suite)]),
                 *(f"-p{name}" for name in ("xdist", "nsa_ref.testing.plugin")),
                 *(f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler")),
                 f"-c{os.devnull}",
@@ -480,6 +534,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("implementation", nargs="?", help="default: the one it was found in")
     command.add_argument("--device", choices=DEVICES, help="default: the one it was found on")
     command.set_defaults(run=replay)
+
+    command = commands.add_parser("mutants", help="judge the judge: every mutant must be found")
+    command.add_argument("mutant", nargs="*", help="default: all")
+    command.add_argument("--json", metavar="FILE", help="write the table as data")
+    command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
+    command.set_defaults(run=mutants)
 
     command = commands.add_parser("show", help="draw a case's masks")
     command.add_argument("case", metavar="CASE.json")

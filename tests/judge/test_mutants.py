@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from nsa_ref.testing import Implementation
+from nsa_ref.testing import Implementation, cli
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.arithmetic import AnotherOrder
 from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps
 from nsa_ref.testing.mutants.selection import Selector
+from nsa_ref.testing.mutants.suite import test_mutant_is_killed_by_its_clause  # noqa: F401
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import run_property
-from nsa_ref.testing.verdicts import FAILURES
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
-    """At the quick level, by a property of the clause that it breaks, and for what it does."""
-    mutant = ZOO[name]
-    options = Options(findings=tmp_path, shrink=False)
-    found = []
-    for prop in PROPERTIES.values():
-        if prop.clause != mutant.clause:
-            continue
-        record = run_property(prop, mutant.implementation, options)
-        if record.finding is not None:
-            found.append(record.finding)
-            if record.finding["clause"] == mutant.clause:
-                break
-    blamed = [finding["clause"] for finding in found]
-    assert mutant.clause in blamed, f"{name} ({mutant.mistake}) survives; others blamed: {blamed}"
-    assert found[-1]["kind"] not in FAILURES, found[-1]["text"]
 
 
 class Unsteady(AnotherOrder):
@@ -75,3 +61,69 @@ def test_the_zoo_is_large_and_covers_the_clauses() -> None:
     """At least 20, and a mutant for every clause that a property decides."""
     assert len(ZOO) >= 20
     assert {mutant.clause for mutant in ZOO.values()} == {p.clause for p in PROPERTIES.values()}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+#: Read by every Python that starts with this folder on its path: the command and its workers.
+PLANTED = """
+from nsa_ref.testing import OracleImplementation
+from nsa_ref.testing.mutants import layers, mutant
+
+
+@mutant("F2", "none")
+class Survivor(OracleImplementation):
+    pass
+
+
+@mutant("A4", "gradients are wrong, and so is the output")
+class OfAnotherClause(layers.GatesPermuted):
+    pass
+
+
+@mutant("C4", "it raises")
+class Raises(OracleImplementation):
+    def pool(self, case, x, weights):
+        raise ZeroDivisionError
+"""
+
+
+def nsa_ref_mutants(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "sitecustomize.py").write_text(PLANTED)
+    checkout = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", "nsa_ref.testing.cli", "mutants", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(checkout)))},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_what_every_mutant_died_of(tmp_path: Path) -> None:
+    """Exit code 0; the same as data."""
+    names = ("WindowPlusOne", "SequencesLeak")
+    done = nsa_ref_mutants(tmp_path, *names, "-n", "1", "--json", "mutants.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^WindowPlusOne  W1  W1  \d+  [\d.]+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^SequencesLeak  G4  G4  \d+  [\d.]+$", done.stdout, re.MULTILINE)
+    assert "2 of 2 mutants die of their clause" in done.stdout
+    written = json.loads((tmp_path / "mutants.json").read_text())["mutants"]
+    assert [one["name"] for one in written] == list(names)
+    assert all(one["right"] and one["cases"] and ZOO[one["name"]] for one in written)
+
+
+def test_a_survivor_and_what_dies_of_something_else_are_shown(tmp_path: Path) -> None:
+    """Exit code 1."""
+    names = ("Survivor", "OfAnotherClause", "Raises", "WindowPlusOne")
+    done = nsa_ref_mutants(tmp_path, *names, "-n", "1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for line in (r"Survivor  F2  survives", r"OfAnotherClause  A4  G1", r"Raises  C4  C4 \(by an"):
+        assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
+    assert "1 of 4 mutants die of their clause" in done.stdout
+
+
+def test_what_cannot_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2."""
+    assert cli.main(["mutants", "WindowPlusTwo"]) == 2
+    assert capsys.readouterr().err.startswith("nsa-ref: 'WindowPlusTwo' is no mutant; there are")
