@@ -42,7 +42,7 @@ from nsa_ref.testing.loading import (
     versions,
 )
 from nsa_ref.testing.mutants import ZOO
-from nsa_ref.testing.mutants.trials import Trial, show_trials
+from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
@@ -66,6 +66,7 @@ class Collector:
     def __init__(self, console: Console, total: int | None) -> None:
         self.records: list[Record] = []
         self.warmed: list[Record] = []
+        self.trials: list[Trial] = []
         self.findings: list[Finding] = []
         self.errors: list[str] = []
         self.interrupted = False
@@ -94,6 +95,12 @@ class Collector:
             self._idle_deaths = 0
             self.warmed.append(Record.from_json(properties["nsa_ref_warm"]))
             self._progress.update(self._task, advance=1, description="compiling what will be run")
+            return
+        if "nsa_ref_mutant" in properties and report.when == "call":
+            self._idle_deaths = 0
+            trial = Trial(**properties["nsa_ref_mutant"])
+            self.trials.append(trial)
+            self._progress.update(self._task, advance=1, description=trial.name)
             return
         if "nsa_ref" in properties and report.when in ("call", "???"):
             record = Record.from_json(properties["nsa_ref"])
@@ -333,14 +340,10 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
         )
     if collector.interrupted:
         raise KeyboardInterrupt
-    if collector.errors and not collector.records:
+    if collector.errors and not collector.trials:
         raise CannotRun(collector.errors[0])
-    ended = {record.pop("name"): record for record in collector.records}
-    trials = []
-    for name in names:
-        record = ended.get(name, {"raised": True, "found": "its worker process died"})
-        about = {"name": name, "clause": ZOO[name].clause} | record
-        trials.append(Trial(**{key: about[key] for key in about if key != "finding"}))
+    ended = {trial.name: trial for trial in collector.trials}
+    trials = [ended.get(name) or worker_died(name) for name in names]
     show_trials(console, trials, time.monotonic() - started)
     if arguments.json:
         report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}

@@ -19,7 +19,6 @@ def test_mutant_is_killed_by_its_clause(
     """By a property of the clause that it breaks, and for what it does."""
     options = getattr(request.config, "nsa_ref_options", None) or Options()
     trial = try_mutant(name, dataclasses.replace(options, findings=tmp_path))
-    record = dataclasses.asdict(trial) | {"finding": None}
-    request.node.user_properties.append(("nsa_ref", record))
+    request.node.user_properties.append(("nsa_ref_mutant", dataclasses.asdict(trial)))
     mistake = ZOO[name].mistake
     assert trial.right, f"{name} ({mistake}): {trial.died_of}, not {trial.clause}\n{trial.found}"

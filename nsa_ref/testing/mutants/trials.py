@@ -49,7 +49,7 @@ class Trial:
     def died_of(self) -> str:
         """In a word or two."""
         if self.raised:
-            return f"{self.found_by} (by an exception)".strip()
+            return f"{self.found_by} (by an exception)" if self.found_by else "no end"
         return self.found_by or "survives"
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +81,13 @@ def try_mutant(name: str, options: Options) -> Trial:
                 by_property=prop.name,
             )
     return dataclasses.replace(trial, cases=cases, seconds=round(time.monotonic() - started, 2))
+
+
+def worker_died(name: str) -> Trial:
+    """A mutant that ended its worker process, or was ended for taking too long."""
+    return Trial(
+        name=name, clause=ZOO[name].clause, raised=True, found="its worker process came to an end"
+    )
 
 
 def show_trials(console: Console, trials: Collection[Trial], seconds: float) -> None:
