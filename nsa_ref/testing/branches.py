@@ -81,6 +81,11 @@ class Branch:
 
     # the definition
 
+    def empty_row(self, case: Case) -> str:
+        """What a row that sees no key is declared to give: zero, nan or uniform (A2)."""
+        rule: str = getattr(case.semantics.empty_row, self.name)
+        return rule
+
     def attend(self, case: Case, mask: np.ndarray, inputs: Inputs) -> Attention:
         """The oracle's out and lse, float64."""
         return attend(
@@ -89,7 +94,7 @@ class Branch:
             inputs.v,
             mask,
             scale=case.scale,
-            empty_row=getattr(case.semantics.empty_row, self.name),
+            empty_row=self.empty_row(case),
             empty_lse=getattr(case.semantics.empty_lse, self.name),
         )
 
@@ -97,9 +102,8 @@ class Branch:
         self, case: Case, mask: np.ndarray, inputs: Inputs, d_out: np.ndarray, d_lse: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The oracle's dq, dk, dv, float64."""
-        empty_row = getattr(case.semantics.empty_row, self.name)
         arrays = inputs.q, inputs.k, inputs.v, mask, d_out, d_lse
-        return attend_vjp(*arrays, scale=case.scale, empty_row=empty_row)
+        return attend_vjp(*arrays, scale=case.scale, empty_row=self.empty_row(case))
 
     # the implementation under test
 

@@ -195,22 +195,13 @@ def bounds_of(
     form: str = "deterministic",
 ) -> AttentionBounds:
     """Bounds of a branch's out and lse; of its gradients as well, if d_out and d_lse are given."""
-    q, k, v = (x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v))
-    if getattr(case.semantics.empty_row, branch.name) == "uniform":
+    q = inputs.q.astype(np.float64)
+    if branch.empty_row(case) == "uniform":
         # such a row is attention with equal logits over all columns
         empty = mask.sum(-1, keepdims=True) == 0
         mask, q = np.where(empty, 1, mask), np.where(empty, 0.0, q)
-    return attention_bounds(
-        q,
-        k,
-        v,
-        mask,
-        None if d_out is None else d_out.astype(np.float64),
-        None if d_lse is None else d_lse.astype(np.float64),
-        numerics=implementation.numerics[case.dtype],
-        form=form,
-        scale=case.scale,
-    )
+    arrays, numerics = (q, inputs.k, inputs.v, mask), implementation.numerics[case.dtype]
+    return attention_bounds(*arrays, d_out, d_lse, numerics=numerics, form=form, scale=case.scale)
 
 
 def all_bounds(

@@ -18,13 +18,7 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_exact, first_at
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import (
-    GRADIENTS,
-    Outcome,
-    Property,
-    bounds_of,
-    compare_all,
-)
+from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, compare_all
 from nsa_ref.testing.strategies import far_lengths, large_sizes
 from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongPattern
 
@@ -170,7 +164,7 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
         visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
         told |= bool(visible.any())
         seen = dv[..., c] != 0
-        if getattr(case.semantics.empty_row, branch.name) != "zero":
+        if branch.empty_row(case) != "zero":
             # such a row reads all columns, or none
             visible = np.where(visible.any(-1, keepdims=True), visible, seen)
         if (visible != seen).any():
@@ -331,8 +325,8 @@ def _first_entry(
     if prop.backward and branch is COMPRESS:
         dq, dk, dv, dmem_k, dmem_v = first
         first = (dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2))
-    nan = getattr(alone.semantics.empty_row, branch.name) == "nan" and not mask.any(-1).all()
-    if prop.backward and nan:
+    empty = not mask.any(-1).all()
+    if prop.backward and empty and branch.empty_row(alone) == "nan":
         raise Inconclusive("the gradient of a NaN row is nobody's business")
     definition = branch.attend_vjp if prop.backward else branch.attend
     expected = definition(alone, mask, once, *gradients)

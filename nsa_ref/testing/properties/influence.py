@@ -13,13 +13,7 @@ from nsa_ref.testing.branches import Branch, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import check_exact, compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import (
-    GRADIENTS,
-    Outcome,
-    Property,
-    bounds_of,
-    set_up,
-)
+from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, set_up
 from nsa_ref.testing.properties.values import upstream
 from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongReader
 
@@ -127,7 +121,7 @@ def _sees(branch: Branch, case: Case, mask: np.ndarray, where: tuple[int, int, i
     rows = np.zeros(mask.shape[:3], bool)
     heads = slice(kv_head * case.group_size, (kv_head + 1) * case.group_size)
     rows[b, heads] = mask[b, heads, :, j] != 0
-    if getattr(case.semantics.empty_row, branch.name) == "uniform":
+    if branch.empty_row(case) == "uniform":
         # the mean of all columns sees them all
         rows[b, heads] |= ~(mask[b, heads] != 0).any(-1)
     return rows

@@ -54,7 +54,7 @@ def full_causal(prop: Property, implementation: Implementation, case: Case) -> O
         raise Inconclusive("the declared limits leave no case in which everything is visible")
     inputs = branch.inputs(case)
     expected, mask = _full_causal_attention(case, inputs)
-    if getattr(case.semantics.empty_row, branch.name) != "zero" and (mask.sum(-1) == 0).any():
+    if branch.empty_row(case) != "zero" and (mask.sum(-1) == 0).any():
         raise Inconclusive("rows before the first key follow empty_row")
     actual = branch.forward(implementation, case, inputs).out
     hard = bounds_of(branch, implementation, case, inputs, mask)

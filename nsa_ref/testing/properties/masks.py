@@ -123,9 +123,8 @@ def read_forward(prop: Property, implementation: Implementation, case: Case) -> 
 def read_backward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """The mask that gradients show: which pairs of rows and columns hear of each other."""
     branch = prop.the_branch
-    for pattern in probes.backward_patterns(
-        implementation, branch, case, oracle_mask(branch, case)
-    ):
+    mask = oracle_mask(branch, case)
+    for pattern in probes.backward_patterns(implementation, branch, case, mask):
         wrong = pattern.wrong()
         if not wrong.any():
             continue

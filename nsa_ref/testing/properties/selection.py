@@ -81,7 +81,6 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
 def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
     """How many rows are ambiguous, and by clause (or "order") the first row that is wrong."""
     q, k_cmp, _, mem_k, _ = case.compressed()
-    semantics = case.semantics
     indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
     rows = (case.batch, case.selection_heads, case.q_len)
     if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
@@ -89,12 +88,10 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
             f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
             f"shape {(*rows, case.num_selected_blocks)}"
         )
-    q, k_cmp, mem_k = (x.astype(np.float64) for x in (q, k_cmp, mem_k))
-    how: dict[str, Any] = {"kv_len": case.kv_len, "sizes": case, "semantics": semantics}
-    of_blocks = scored(q, k_cmp, mem_k, **how)
     numerics = implementation.numerics[case.dtype]
-    bounds = score_bounds(q, k_cmp, mem_k, **how, numerics=numerics)
-    verdict = valid_selection(indices, of_blocks, bounds, sizes=case, semantics=semantics)
+    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
+    bounds = score_bounds(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry, numerics=numerics)
+    verdict = valid_selection(indices, of_blocks, bounds, **case.geometry)
     found: dict[str, WrongChoice] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
         reason = verdict.reasons[b, g, t]

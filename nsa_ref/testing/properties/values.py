@@ -32,7 +32,7 @@ def _check_empty_rows(
     ):
         if have is None:
             continue
-        if name == "out" and getattr(case.semantics.empty_row, branch.name) == "uniform":
+        if name == "out" and branch.empty_row(case) == "uniform":
             continue
         where = empty[..., None] if name == "out" else empty
         check_exact(
@@ -76,7 +76,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     d_out, d_lse = case.upstream_gradients()
     if case.seed % 2 == 0 or not implementation.lse_gradient:
         d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
-    if getattr(case.semantics.empty_row, branch.name) == "nan":
+    if branch.empty_row(case) == "nan":
         # the gradient of a NaN row is nobody's business
         empty = mask.sum(-1) == 0
         d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
@@ -96,7 +96,7 @@ def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Ou
         actual = branch.forward(implementation, case, inputs)
         _check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
         return Outcome()
-    if getattr(case.semantics.empty_row, branch.name) != "zero":
+    if branch.empty_row(case) != "zero":
         raise Inconclusive("gradients through such a row are 0 only for empty_row='zero'")
     d_out, d_lse = upstream(branch, implementation, case, inputs)
     d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
