@@ -37,6 +37,7 @@ from nsa_ref.layer import layer_width
 from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
+from nsa_ref.rounded import Rounded
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.sizes import COMPRESS_MAPS
 
@@ -58,14 +59,13 @@ def attention(number: int, rng: np.random.Generator) -> Bounds:
     mask = rng.choice([0, 1, 2], (batch, heads, q_len, columns), p=[0.5, 0.4, 0.1])
     d_out = rng.standard_normal((batch, heads, q_len, value_dim))
     d_lse = rng.standard_normal((batch, heads, q_len)) * (number % 3 > 0)
-    arrays = {"q": q, "k": k, "v": v, "d_out": d_out}
-    errors = {f"{name}_error": 1e-3 * np.abs(x) * rng.random(x.shape) for name, x in arrays.items()}
+    off = [Rounded(x, 1e-3 * np.abs(x) * rng.random(x.shape)) for x in (q, k, v, d_out)]
     for row in NUMERICS:
         given = q, k, v, mask, d_out, d_lse
         for form in FORMS:
             found = attention_bounds(*given, numerics=row, form=form)
             yield from ((f"{row} {form} {n}", x) for n, x in found._asdict().items())
-        found = attention_bounds(*given, numerics=row, form=FORMS[0], **errors)
+        found = attention_bounds(*off[:3], mask, off[3], d_lse, numerics=row, form=FORMS[0])
         yield from ((f"{row} with errors {n}", x) for n, x in found._asdict().items())
         soft, shared = (
             attention_bounds(*given[:4], numerics=row, form=f).out
@@ -127,24 +127,22 @@ def scores(number: int, rng: np.random.Generator) -> Bounds:
     q = rng.standard_normal((batch, kv_heads * group, 9, head_dim))
     k_cmp = rng.standard_normal((batch, kv_heads, blocks, head_dim))
     mem_k = rng.standard_normal((batch, kv_heads, memory, head_dim))
-    errors = {"q_error": 1e-3 * np.abs(q), "k_cmp_error": 1e-3 * np.abs(k_cmp)}
+    off = Rounded(q, 1e-3 * np.abs(q)), Rounded(k_cmp, 1e-3 * np.abs(k_cmp))
     for row in NUMERICS:
-        for off in ({}, errors):
+        for given, ending in (((q, k_cmp), ""), (off, " with errors")):
             for how in ("overlap", "logit_mean"):
                 switches = {"importance": how, "share_selection": number % 3 > 0}
                 found = score_bounds(
-                    q,
-                    k_cmp,
+                    *given,
                     mem_k,
                     kv_len=kv_len,
                     sizes=sizes,
                     semantics=dataclasses.replace(semantics, **switches),
                     numerics=row,
-                    **off,
                 )
                 if how == "logit_mean":  # without the incomplete block behind them
                     found = found[..., : blocks // 4]
-                yield f"{row} {how}{' with errors' * bool(off)}", found
+                yield f"{row} {how}{ending}", found
 
 
 def layers(number: int, rng: np.random.Generator) -> Bounds:

@@ -6,8 +6,8 @@ kernel's own arithmetic, and that is bounded here term by term, from the float64
 (probabilities, logits, outputs, gradients) of the same inputs.
 
 The unit roundoffs ``u`` and absolute errors ``eta`` are those of `nsa_ref.numerics`. Inputs are
-exact, unless their errors are given (the layer gives them). Comments on a line name the error it
-stands for; the whole formulas are in NUMERICS 2.
+exact, unless they are given with their errors (the layer does). Comments on a line name the error
+it stands for; the whole formulas are in NUMERICS 2.
 
 Two forms of bound. **Deterministic**: every rounding at its worst at once; never excused.
 **Statistical**: independent roundings add in quadrature, at LAMBDA = 6 standard bounds, which by
@@ -39,7 +39,7 @@ from numpy.typing import ArrayLike
 from nsa_ref.attention import attention_arguments
 from nsa_ref.checks import as_float64, check_one_of, check_shape
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
-from nsa_ref.rounded import Rounded, exact, unless_overflow
+from nsa_ref.rounded import Rounded, as_rounded, exact, unless_overflow
 
 LAMBDA = 6.0  # standard bounds in the statistical form
 KEYS_PER_BLOCK = 16  # the smallest key block of a flash kernel: one rescaling per block
@@ -58,20 +58,16 @@ class AttentionBounds(NamedTuple):
 
 
 def attention_bounds(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
+    q: ArrayLike | Rounded,
+    k: ArrayLike | Rounded,
+    v: ArrayLike | Rounded,
     mask: ArrayLike,
-    d_out: ArrayLike | None = None,
+    d_out: ArrayLike | Rounded | None = None,
     d_lse: ArrayLike | None = None,
     *,
     numerics: str,
     form: str,
     scale: float | None = None,
-    q_error: ArrayLike | None = None,
-    k_error: ArrayLike | None = None,
-    v_error: ArrayLike | None = None,
-    d_out_error: ArrayLike | None = None,
 ) -> AttentionBounds:
     """Bounds on the error of attention through a mask, forward and (with d_out) backward.
 
@@ -87,14 +83,15 @@ def attention_bounds(
     d_out : like out, (batch, q_heads, q_len, value_dim); d_lse : like lse, default 0
     numerics : a key of NUMERICS
     form : "deterministic", "statistical" (for generic data only) or "shared" (for `slope_test`)
-    q_error, k_error, v_error, d_out_error : like q, k, v, d_out; how far the kernel's own inputs
-        may be from them, default 0. With form "deterministic" only
     returns : AttentionBounds; dq, dk, dv are None without d_out
+
+    q, k, v and d_out are exact, or each a `Rounded`: how far the kernel's own may be from it. With
+    form "deterministic" only.
 
     Raises
     ------
-    ValueError : an unknown row or form, shapes that do not fit, d_lse or d_out_error without
-        d_out, errors of inputs with another form than "deterministic"
+    ValueError : an unknown row or form, shapes that do not fit, d_lse without d_out, inputs that
+        are off with another form than "deterministic"
     TypeError : as `attend`
 
     Source
@@ -103,33 +100,27 @@ def attention_bounds(
     """
     check_one_of("numerics", numerics, NUMERICS)
     check_one_of("form", form, FORMS)
-    q, k, v, mask, scale = attention_arguments(q, k, v, mask, scale)
-    given: dict[str, Array] = {"q": q, "k": k, "v": v}
+    given = {"q": q, "k": k, "v": v} | ({} if d_out is None else {"d_out": d_out})
+    inputs: dict[str, Any] = {name: as_rounded(name, x) for name, x in given.items()}
+    of_q, of_k, of_v = (inputs[name].value for name in ("q", "k", "v"))
+    _, _, _, mask, scale = attention_arguments(of_q, of_k, of_v, mask, scale)
+    rows = of_q.shape[:3]
+    if d_out is None and d_lse is not None:
+        raise ValueError("d_lse was given without d_out: pass zeros for d_out.")
     if d_out is not None:
-        given["d_out"] = as_float64("d_out", d_out)
-        check_shape("d_out", given["d_out"].shape, (*q.shape[:3], v.shape[3]))
-    elif d_lse is not None or d_out_error is not None:
-        name = "d_lse" if d_lse is not None else "d_out_error"
-        raise ValueError(f"{name} was given without d_out: pass zeros for d_out.")
-    d_lse = np.zeros(q.shape[:3]) if d_lse is None else as_float64("d_lse", d_lse)
-    check_shape("d_lse", d_lse.shape, q.shape[:3])
-    inputs: dict[str, Any] = {name: exact(of) for name, of in given.items()}
-    errors: dict[str, Any] = {}
-    for name, error in zip(("q", "k", "v", "d_out"), (q_error, k_error, v_error, d_out_error)):
-        if error is None:
-            continue
-        if form != "deterministic":
-            raise ValueError(
-                f"{name}_error was given with form={form!r}; it takes 'deterministic'."
-            )
-        errors[name] = Rounded(given[name], as_float64(f"{name}_error", error))
-        check_shape(f"{name}_error", errors[name].error.shape, given[name].shape)
+        check_shape("d_out", inputs["d_out"].value.shape, (*rows, of_v.shape[3]))
+    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse)
+    check_shape("d_lse", d_lse.shape, rows)
+    off = [name for name, x in inputs.items() if x.error.any()]
+    if off and form != "deterministic":
+        raise ValueError(f"{off[0]} is off, and form={form!r} takes exact inputs.")
 
-    how: dict[str, Any] = {"mask": mask, "d_lse": d_lse, "scale": float(scale), "form": form}
-    of_kernel = rounded_attention(**(inputs | errors), **how, row=NUMERICS[numerics])
+    how: dict[str, Any] = {"mask": mask, "d_lse": d_lse, "scale": scale, "form": form}
+    of_kernel = rounded_attention(**inputs, **how, row=NUMERICS[numerics])
     # the reference is float64 arithmetic too, and may err by its own bound
     of_oracle = of_kernel
-    if numerics != "fp64" or errors:
+    if numerics != "fp64" or off:
+        inputs = {name: exact(x.value) for name, x in inputs.items()}
         of_oracle = rounded_attention(**inputs, **how, row=NUMERICS["fp64"])
     both = [x.error + y.error for x, y in zip(of_kernel, of_oracle)]
     return AttentionBounds(*both[:2], *(both[2:] if d_out is not None else (None, None, None)))

@@ -212,23 +212,22 @@ def _scores(of_kernel: RoundedLayer, of_oracle: RoundedLayer, numerics: str) -> 
     in_strides = sizes.compress_block_size % sizes.compress_block_sliding_stride == 0
     if semantics.importance == "overlap" and not in_strides:
         return None
-    q, k_cmp, mem_k = of_kernel.q, of_kernel.k_cmp, of_kernel.weights["mem_k"]
+
+    def off(of_kernel: Rounded, of_oracle: Rounded) -> Rounded:
+        error = of_kernel.error + of_oracle.error
+        # 0 * inf is as unknown as inf
+        return Rounded(of_kernel.value, np.where(np.isnan(error), np.inf, error))
+
+    mem_k = of_kernel.weights["mem_k"]
     return score_bounds(
-        q.value,
-        k_cmp.value,
-        np.broadcast_to(mem_k, (len(q.value), *mem_k.shape)),
-        kv_len=q.value.shape[2],
+        off(of_kernel.q, of_oracle.q),
+        off(of_kernel.k_cmp, of_oracle.k_cmp),
+        np.broadcast_to(mem_k, (len(of_kernel.x), *mem_k.shape)),
+        kv_len=of_kernel.x.shape[1],
         sizes=sizes,
         semantics=semantics,
         numerics=numerics,
-        q_error=_known(q.error + of_oracle.q.error),
-        k_cmp_error=_known(k_cmp.error + of_oracle.k_cmp.error),
     )
-
-
-def _known(error: Array) -> Array:
-    """An error without NaN: 0 * inf is as unknown as inf."""
-    return np.where(np.isnan(error), np.inf, error)
 
 
 # --- in one row of numerics -----------------------------------------------------------------------

@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from nsa_ref.checks import as_float64, check_shape
 from nsa_ref.layer import NORM_EPS, ROTARY_BASE
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, C_TRIG, Array, Numerics
 
@@ -47,6 +49,21 @@ class Rounded(NamedTuple):
 def exact(value: Array) -> Rounded:
     """A number that every right implementation has. Source: NUMERICS 2."""
     return Rounded(value, np.zeros_like(value))
+
+
+def as_rounded(name: str, x: ArrayLike | Rounded) -> Rounded:
+    """A pair as it is, an array as an exact value; float64. Source: NUMERICS 2.
+
+    Raises
+    ------
+    ValueError : an error of another shape than the value
+    TypeError : arrays that hold no numbers
+    """
+    if not isinstance(x, Rounded):
+        return exact(as_float64(name, x))
+    pair = Rounded(as_float64(name, x.value), as_float64(f"the error of {name}", x.error))
+    check_shape(f"the error of {name}", pair.error.shape, pair.value.shape)
+    return pair
 
 
 def joined(parts: Sequence[Rounded], join: Callable[[Sequence[Array]], Array]) -> Rounded:

@@ -9,26 +9,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref.bounds import Group, groups, recomputed_p_error
-from nsa_ref.checks import as_float64, check_one_of, check_shape
+from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
-from nsa_ref.rounded import Rounded, exact, joined
+from nsa_ref.rounded import Rounded, as_rounded, exact, joined
 from nsa_ref.selection import selection_arguments, shared_strides
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
 
 
 def score_bounds(
-    q: ArrayLike,
-    k_cmp: ArrayLike,
+    q: ArrayLike | Rounded,
+    k_cmp: ArrayLike | Rounded,
     mem_k: ArrayLike,
     *,
     kv_len: int,
     sizes: Sizes,
     semantics: Semantics = PAPER,
     numerics: str,
-    q_error: ArrayLike | None = None,
-    k_cmp_error: ArrayLike | None = None,
 ) -> Array:
     """Deterministic bounds of the scores of `importance`: by overlap, or means of logits.
 
@@ -45,8 +43,8 @@ def score_bounds(
 
     Shapes
     ------
-    q, k_cmp, mem_k, kv_len : as in `importance`
-    q_error, k_cmp_error : like q and k_cmp, how far the kernel's own may be from them, default 0
+    q, k_cmp, mem_k, kv_len : as in `importance`. q and k_cmp are exact, or each a `Rounded`: how
+        far the kernel's own may be from it
     numerics : a key of NUMERICS
     returns : as `importance`; 0 for an incomplete last block of "logit_mean", which has no score
 
@@ -59,17 +57,13 @@ def score_bounds(
     I1, I2, I3, eq. 9 and 10; NUMERICS 2, "Selection"
     """
     check_one_of("numerics", numerics, NUMERICS)
-    q, k_cmp, mem_k = selection_arguments(q, k_cmp, mem_k, kv_len, sizes, semantics)
-    off = {"q": exact(q), "k_cmp": exact(k_cmp)}
-    for name, error in (("q", q_error), ("k_cmp", k_cmp_error)):
-        if error is not None:
-            off[name] = Rounded(off[name].value, as_float64(f"{name}_error", error))
-            check_shape(f"{name}_error", off[name].error.shape, off[name].value.shape)
-    how = kv_len, sizes, semantics, NUMERICS[numerics]
-    if semantics.importance == "overlap":
-        k = joined([exact(mem_k), off["k_cmp"]], lambda parts: np.concatenate(parts, axis=2))
-        return _overlap_bounds(off["q"], k, *how)
-    return _logit_mean_bounds(off["q"], off["k_cmp"], *how)
+    q, k_cmp = as_rounded("q", q), as_rounded("k_cmp", k_cmp)
+    of_choice = kv_len, sizes, semantics
+    _, _, mem_k = selection_arguments(q.value, k_cmp.value, mem_k, *of_choice)
+    if semantics.importance == "logit_mean":
+        return _logit_mean_bounds(q, k_cmp, *of_choice, NUMERICS[numerics])
+    k = joined([exact(mem_k), k_cmp], lambda parts: np.concatenate(parts, axis=2))
+    return _overlap_bounds(q, k, *of_choice, NUMERICS[numerics])
 
 
 def _overlap_bounds(

@@ -32,6 +32,7 @@ from attention_inputs import (
 from budgets import Array, Budgets, budget_used
 from nsa_ref.bounds import FORMS, attention_bounds, slope_test
 from nsa_ref.numerics import NUMERICS
+from nsa_ref.rounded import Rounded
 from nsa_ref.testing.mutants import arithmetic as zoo
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.rounding import Way
@@ -51,10 +52,9 @@ def drawn(kind: str, row: str, rng: Generator, *sizes: int, mask: Array | None =
     return draw_inputs(kind, row, rng, sizes=sizes, mask=mask)
 
 
-def bounds(x: Inputs, row: str, form: str = "deterministic", **errors: Array) -> Tensors:
+def bounds(x: Inputs, row: str, form: str = "deterministic") -> Tensors:
     given = x.q, x.k, x.v, x.mask, x.d_out, x.d_lse
-    found = attention_bounds(*given, numerics=row, form=form, scale=x.scale, **errors)
-    return Tensors(*found)
+    return Tensors(*attention_bounds(*given, numerics=row, form=form, scale=x.scale))
 
 
 def slope_used(name: str, got: Array, right: Array, noise: Array, shared: Array) -> float:
@@ -368,9 +368,10 @@ def test_what_a_dtype_cannot_hold_has_no_bound(large: str) -> None:
 INPUTS = ("q", "k", "v", "d_out")
 
 
-def errors_of(x: Inputs, y: Inputs) -> dict[str, Array]:
-    """How far each input of y is from that of x, as `attention_bounds` takes it."""
-    return {f"{name}_error": np.abs(getattr(y, name) - getattr(x, name)) for name in INPUTS}
+def between(x: Inputs, y: Inputs) -> Inputs:
+    """x, and how far each input of y is from it."""
+    off = {n: np.abs(getattr(y, n) - getattr(x, n)) for n in INPUTS}
+    return x._replace(**{n: Rounded(getattr(x, n), error) for n, error in off.items()})
 
 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16", "bf16-eager"])
@@ -393,7 +394,7 @@ def test_bounds_hold_for_inputs_that_are_off(row: str) -> None:
             signs = rng.choice([-1.0, 1.0, 0.5], exact.shape)
             moved[name] = rounded(exact + kept[name] * np.abs(exact) * signs, row)
         y, way = x._replace(**moved), draw_way(rng, row)
-        limits = bounds(x, row, **errors_of(x, y))
+        limits = bounds(between(x, y), row)
         for name, *each in zip(NAMES, computed(y, row, way), exact_attention(x), limits):
             budgets.add(name, *each, where=f"{kind}, seed {seed}, {way}")
     budgets.print(f"kernels of inputs that are off, {row}")
@@ -408,7 +409,7 @@ def test_an_error_of_an_input_may_move_every_result_that_reads_it(which: str, fl
         x = x._replace(k=1e-3 * x.k, v=x.v * (np.arange(8) > 0)[:, None])
     y = x._replace(**{which: getattr(x, which) + 1e-3 * np.abs(getattr(x, which))})
     moved, right = exact_attention(y), exact_attention(x)
-    without, limits = bounds(x, "fp64"), bounds(x, "fp64", **errors_of(x, y))
+    without, limits = bounds(x, "fp64"), bounds(between(x, y), "fp64")
     assert all(budget_used(*each) <= 1 for each in zip(moved, right, limits))
     over = [name for name, *each in zip(NAMES, moved, right, without) if budget_used(*each) > 1]
     reads = {"v": ["out", "dq", "dk"], "d_out": ["dq", "dk", "dv"]}
@@ -421,7 +422,7 @@ def test_an_input_that_may_be_anything_leaves_no_bound() -> None:
     error = np.zeros_like(x.q)
     error[0, 0, 0, 1] = np.inf
     with np.errstate(invalid="ignore"):
-        found = bounds(x, "fp32", q_error=error)
+        found = bounds(x._replace(q=Rounded(x.q, error)), "fp32")
     for bound in (found.out, found.lse, found.dq):
         assert np.isinf(bound[0, 0, 0]).all() and np.isfinite(bound[0, 0, 1]).all()
     assert np.isinf(found.dk).all() and np.isinf(found.dv).all()
@@ -431,7 +432,12 @@ def test_errors_next_to_nothing_change_nothing_but_the_second_order() -> None:
     """And errors of 0 change nothing."""
     x = draw_inputs("randn", "bf16", generator(50))
     nothing, little = (
-        bounds(x, "bf16", **{f"{name}_error": size * np.abs(getattr(x, name)) for name in INPUTS})
+        bounds(
+            x._replace(
+                **{n: Rounded(y, size * np.abs(y)) for n, y in x._asdict().items() if n in INPUTS}
+            ),
+            "bf16",
+        )
         for size in (0.0, 2.0**-60)
     )
     for exact, same, other in zip(bounds(x, "bf16"), nothing, little):
@@ -451,6 +457,5 @@ def test_bad_arguments_are_named() -> None:
     named("form='worst' must be one of 'deterministic'", form="worst")
     named(r"k has shape \(1, 1, 5, 3\); it must be", k=k[..., :3])
     named("d_lse was given without d_out", d_lse=np.zeros((1, 2, 3)))
-    named("d_out_error was given without d_out", d_out_error=q)
-    named("q_error was given with form='statistical'", form="statistical", q_error=q)
-    named("q_error has shape", q_error=q[..., :0])
+    named("q is off, and form='shared' takes exact inputs", form="shared", q=Rounded(q, q + 1.0))
+    named("the error of q has shape", q=Rounded(q, q[..., :0]))

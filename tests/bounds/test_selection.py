@@ -11,6 +11,7 @@ import pytest
 from attention_inputs import ORDERS, ROWS, Generator, generator, rounded
 from budgets import Array, Budgets, budget_used
 from nsa_ref.numerics import NUMERICS
+from nsa_ref.rounded import Rounded
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import Case
@@ -19,9 +20,9 @@ from nsa_ref.testing.mutants.rounding import Way, add_up
 from nsa_ref.testing.mutants.selection import Selector
 
 
-def bound(case: Case, q: Array, k_cmp: Array, mem_k: Array, row: str, **errors: Array) -> Array:
+def bound(case: Case, q: Any, k_cmp: Any, mem_k: Array, row: str) -> Array:
     how: dict[str, Any] = {"kv_len": case.kv_len, "sizes": case, "semantics": case.semantics}
-    return score_bounds(q, k_cmp, mem_k, **how, numerics=row, **errors)
+    return score_bounds(q, k_cmp, mem_k, **how, numerics=row)
 
 
 def scored(
@@ -81,7 +82,7 @@ def test_scores_bound_each_head_apart_and_take_errors_of_the_keys() -> None:
     for name in ("k_cmp", "q"):
         wrong = np.full(given[name].shape, 1e-3)
         signs = np.where(rng.random(wrong.shape) < 0.5, -1.0, 1.0)
-        limit = bound(case, **given, row="fp32", **{f"{name}_error": wrong})
+        limit = bound(case, **(given | {name: Rounded(given[name], wrong)}), row="fp32")
         moved = Selector().scores(case, **given | {name: given[name] + signs * wrong})
         assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
 
@@ -138,8 +139,8 @@ def test_means_of_logits_stay_within_their_bounds_and_wrong_ones_do_not(
         got = logit_means(case, q32, k32, order, invisible=far)
         assert budget_used(got.astype("f8"), right, limit) <= 1
         moved = logit_means(case, 1.01 * q, 0.99 * k, "sequential", invisible=far)
-        errors = {"q_error": 0.01 * np.abs(q), "k_cmp_error": 0.01 * np.abs(k)}
-        wider = bound(case, q, k, none, row, **errors)[..., :whole]
+        around = (Rounded(y, 0.01 * np.abs(y)) for y in (q, k))
+        wider = bound(case, *around, none, row)[..., :whole]
         assert budget_used(moved, right, wider) <= 1 and (wider >= limit).all()
         off = logit_means(case, q32, k32, order, invisible=far, factor=1.01)
         assert budget_used(off.astype("f8"), right, limit) > 1
