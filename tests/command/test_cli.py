@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from commands import HELPERS, nsa_ref
 from nsa_ref.testing import Case, OracleImplementation, cli, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
@@ -26,29 +27,7 @@ from nsa_ref.testing.running import run_property
 from nsa_ref.testing.verdicts import Record
 from port_zoo import SlidingMask
 
-HERE = Path(__file__).parents[1] / "helpers"
 NO_MODULE = "port_that_is_not_there"
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory to stand in, with the zoo on the path and no trace of this pytest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        monkeypatch.delenv(name)
-    return tmp_path
-
-
-def nsa_ref(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"COLUMNS": str(columns)},
-    )
 
 
 def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -178,7 +157,7 @@ def test_crashes_hangs_and_exits_are_findings_and_everything_else_is_still_judge
     assert done.returncode == BROKEN, done
     assert done.stderr == ""
     for words in (
-        "ValueError: no\nbrackets [0, 0]\n  at " + str(HERE / "port_zoo.py"),
+        "ValueError: no\nbrackets [0, 0]\n  at " + str(HELPERS / "port_zoo.py"),
         "Segmentation fault\n  at ",
         "it ended its process",
         "it hangs: no answer after 2 s\n  at ",

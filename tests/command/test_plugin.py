@@ -11,7 +11,6 @@ import pytest
 
 from nsa_ref.testing import plugin
 
-HERE = Path(__file__).parents[1] / "helpers"
 ROOM = plugin.GPU_MEMORY_PER_WORKER
 
 FIVE_LINES = """\
@@ -23,14 +22,10 @@ globals().update(conformance_suite({port}()))
 
 
 @pytest.fixture
-def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory with no conftest above it, and no trace of this pytest."""
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        monkeypatch.delenv(name)
+def stranger(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory with no conftest above it."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return place
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:

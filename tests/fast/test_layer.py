@@ -327,15 +327,14 @@ TYPE_ERRORS: list[tuple[str, Callable[[], object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("message", "wrong"), VALUE_ERRORS)
-def test_a_value_that_does_not_run_is_named(message: str, wrong: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        wrong()
-
-
-@pytest.mark.parametrize(("message", "wrong"), TYPE_ERRORS)
-def test_a_kind_that_does_not_run_is_named(message: str, wrong: Callable[[], object]) -> None:
-    with pytest.raises(TypeError, match=re.escape(message)):
+@pytest.mark.parametrize(
+    ("error", "message", "wrong"),
+    [(ValueError, *said) for said in VALUE_ERRORS] + [(TypeError, *said) for said in TYPE_ERRORS],
+)
+def test_what_does_not_run_is_named(
+    error: type[Exception], message: str, wrong: Callable[[], object]
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
         wrong()
 
 

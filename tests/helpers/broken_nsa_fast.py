@@ -345,51 +345,47 @@ def _positions_begin_again(right: Callable[..., Any]) -> Callable[..., Any]:
     return project
 
 
-WindowPlusOne = _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more))
-
-PredicateWrong = _build(
-    "mask_mod wrong",
-    (block_masks, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
-    (block_masks, "compress_mask_mod", _adding(first_seen=-1)),  # a token too early
-    (block_masks, "fine_mask_mod", _adding(ahead=1)),  # the key after p
-    (block_masks, "named_mask_mod", _adding(ahead=1)),
-)
-
-ListsTooShort = _build("lists one short", (block_lists, "to_block_mask", _with_lists(_one_short)))
-
-PartialTakenForFull = _build(
-    "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
-)
-
-QueryBlockLost = _build("query block lost", (block_lists, "transposed", _transposes(_one_short)))
-
-QueryBlockNamedTwice = _build(
-    "query block named twice", (block_lists, "transposed", _transposes(_last_one_twice))
-)
-
-QueryPartialTakenForFull = _build(
-    "partial taken for full by dk and dv",
-    (block_lists, "transposed", _transposes(_taken_for_each_other)),
-)
-
-QueryStridesConfused = _build(
-    "strides confused by dk and dv",
-    (block_lists, "transposed", _transposes(_strides_of_the_partial)),
-)
-
-CrowdedRowLost = _build(
-    "row of a crowded column lost", (block_lists, "crowded_columns", _last_row_lost)
-)
-
-KvBlockLost = _build("kv block lost", (block_lists, "to_block_mask", _kv_lists(_one_short)))
-
-BlockNamedTwice = _build(
-    "block named twice", (block_lists, "to_block_mask", _kv_lists(_last_one_twice))
-)
-
-StridesConfused = _build(
-    "strides confused", (block_lists, "to_block_mask", _with_lists(_strides_of_the_partial))
-)
+BUILDS = {
+    "WindowPlusOne": _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more)),
+    "PredicateWrong": _build(
+        "mask_mod wrong",
+        (block_masks, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
+        (block_masks, "compress_mask_mod", _adding(first_seen=-1)),  # a token too early
+        (block_masks, "fine_mask_mod", _adding(ahead=1)),  # the key after p
+        (block_masks, "named_mask_mod", _adding(ahead=1)),
+    ),
+    "ListsTooShort": _build(
+        "lists one short", (block_lists, "to_block_mask", _with_lists(_one_short))
+    ),
+    "PartialTakenForFull": _build(
+        "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
+    ),
+    "QueryBlockLost": _build(
+        "query block lost", (block_lists, "transposed", _transposes(_one_short))
+    ),
+    "QueryBlockNamedTwice": _build(
+        "query block named twice", (block_lists, "transposed", _transposes(_last_one_twice))
+    ),
+    "QueryPartialTakenForFull": _build(
+        "partial taken for full by dk and dv",
+        (block_lists, "transposed", _transposes(_taken_for_each_other)),
+    ),
+    "QueryStridesConfused": _build(
+        "strides confused by dk and dv",
+        (block_lists, "transposed", _transposes(_strides_of_the_partial)),
+    ),
+    "CrowdedRowLost": _build(
+        "row of a crowded column lost", (block_lists, "crowded_columns", _last_row_lost)
+    ),
+    "KvBlockLost": _build("kv block lost", (block_lists, "to_block_mask", _kv_lists(_one_short))),
+    "BlockNamedTwice": _build(
+        "block named twice", (block_lists, "to_block_mask", _kv_lists(_last_one_twice))
+    ),
+    "StridesConfused": _build(
+        "strides confused", (block_lists, "to_block_mask", _with_lists(_strides_of_the_partial))
+    ),
+}
+globals().update(BUILDS)  # `broken_nsa_fast:NAME`
 
 #: what is broken in the cache -> the mistakes
 BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
@@ -417,19 +413,3 @@ def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
     """`nsa_fast layer`, which decodes with that cache."""
     MISTAKES[broken_cache] = BROKEN_CACHES[broken_cache]
     return broken(broken_cache, adapter.NsaFastLayer, device)
-
-
-BUILDS = {
-    "WindowPlusOne": WindowPlusOne,
-    "PredicateWrong": PredicateWrong,
-    "ListsTooShort": ListsTooShort,
-    "PartialTakenForFull": PartialTakenForFull,
-    "QueryBlockLost": QueryBlockLost,
-    "QueryBlockNamedTwice": QueryBlockNamedTwice,
-    "QueryPartialTakenForFull": QueryPartialTakenForFull,
-    "QueryStridesConfused": QueryStridesConfused,
-    "CrowdedRowLost": CrowdedRowLost,
-    "KvBlockLost": KvBlockLost,
-    "BlockNamedTwice": BlockNamedTwice,
-    "StridesConfused": StridesConfused,
-}
