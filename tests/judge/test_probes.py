@@ -419,12 +419,16 @@ def setting(index: tuple[int, ...], value: int) -> Callable[[Any], Any]:
     return change
 
 
+def assert_read(found: dict[str, np.ndarray], **expected: np.ndarray) -> None:
+    """These parts, by their first words, show this; all others the mask."""
+    assert list(found) == ["mask_mod", "kv lists", "q lists"]
+    for part, cells in found.items():
+        np.testing.assert_array_equal(cells, expected.get(part.split()[0], a_mask()), part)
+
+
 def test_a_right_block_mask_reads_the_same_in_all_its_parts() -> None:
     """Ragged ends included: what lies past them is no cell."""
-    found = readings()
-    assert list(found) == ["mask_mod", "kv lists", "q lists"]
-    for cells in found.values():
-        np.testing.assert_array_equal(cells, a_mask())
+    assert_read(readings())
 
 
 def test_a_block_mask_without_full_blocks_or_transposes() -> None:
@@ -449,15 +453,11 @@ def test_a_block_mask_without_full_blocks_or_transposes() -> None:
 
 def test_a_full_block_that_is_not_full_shows() -> None:
     """The right mask_mod is not asked inside a full block: the kernel reads all of it."""
-    mask, changed = a_mask(), a_mask()
-    changed[1, 0, 4, 0] = False  # the lists stay as they are for `mask`
+    changed = a_mask()
+    changed[1, 0, 4, 0] = False  # the lists stay as they are for the mask
     torch = pytest.importorskip("torch", reason="a BlockMask is torch's")
     bits = torch.tensor(changed)
-    found = readings(mask_mod=lambda _: lambda b, h, t, j: bits[b, h, t, j])
-    np.testing.assert_array_equal(found["mask_mod"], changed)
-    for part in ("kv lists", "q lists"):
-        assert np.argwhere(found[part] != changed).tolist() == [[1, 0, 4, 0]]
-        np.testing.assert_array_equal(found[part], mask)
+    assert_read(readings(mask_mod=lambda _: lambda b, h, t, j: bits[b, h, t, j]), mask_mod=changed)
 
 
 def test_partial_and_full_taken_for_each_other_show() -> None:
@@ -470,10 +470,10 @@ def test_partial_and_full_taken_for_each_other_show() -> None:
         full_kv_num_blocks=lambda _: right.kv_num_blocks,
         full_kv_indices=lambda _: right.kv_indices,
     )
-    np.testing.assert_array_equal(found["mask_mod"], mask)
-    np.testing.assert_array_equal(found["q lists"], mask)
-    assert (found["kv lists"] >= mask).all()
-    assert (found["kv lists"] > mask).any((2, 3)).all()
+    cells = found["kv lists"]
+    assert_read(found, kv=cells)
+    assert (cells >= mask).all()
+    assert (cells > mask).any((2, 3)).all()
 
 
 def test_a_block_named_twice_counts_twice() -> None:
@@ -482,12 +482,12 @@ def test_a_block_named_twice_counts_twice() -> None:
     block = int(indices[0, 1, 2, 0])
     indices[0, 1, 2, int(numbers[0, 1, 2])] = block
     numbers[0, 1, 2] += 1
-    found = readings(kv_num_blocks=lambda _: numbers, kv_indices=lambda _: indices)
     expected = a_mask().astype(int)
     expected[0, 1, 4:, 3 * block : 3 * block + 3] *= 2
     assert expected.max() == 2
-    np.testing.assert_array_equal(found["kv lists"], expected)
-    np.testing.assert_array_equal(found["q lists"], a_mask())
+    assert_read(
+        readings(kv_num_blocks=lambda _: numbers, kv_indices=lambda _: indices), kv=expected
+    )
 
 
 @pytest.mark.parametrize("kind", ["q", "full_q"])
@@ -496,13 +496,10 @@ def test_a_transposed_block_that_is_missing_shows_in_the_q_lists_alone(kind: str
     numbers, indices = getattr(right, f"{kind}_num_blocks"), getattr(right, f"{kind}_indices")
     last = int(numbers[1, 0, 0]) - 1
     row_block = int(indices[1, 0, 0, last])
-    found = readings(**{f"{kind}_num_blocks": setting((1, 0, 0), last)})
     expected = a_mask()
     expected[1, 0, 2 * row_block : 2 * row_block + 2, :3] = False
     assert (expected != a_mask()).any()
-    np.testing.assert_array_equal(found["q lists"], expected)
-    np.testing.assert_array_equal(found["mask_mod"], a_mask())
-    np.testing.assert_array_equal(found["kv lists"], a_mask())
+    assert_read(readings(**{f"{kind}_num_blocks": setting((1, 0, 0), last)}), q=expected)
 
 
 @pytest.mark.parametrize("kind", ["kv", "full_kv", "q", "full_q"])
@@ -515,9 +512,7 @@ def test_a_block_that_does_not_exist_is_an_error(kind: str, block: int) -> None:
         readings(**{f"{kind}_indices": setting((*where, 0), block)})
     # in a slot that is not used it is nothing
     free = tuple(int(i) for i in np.argwhere(numbers.numpy() < 3)[0])
-    found = readings(**{f"{kind}_indices": setting((*free, 2), block)})
-    for cells in found.values():
-        np.testing.assert_array_equal(cells, a_mask())
+    assert_read(readings(**{f"{kind}_indices": setting((*free, 2), block)}))
 
 
 def test_more_blocks_than_slots_is_an_error() -> None:
@@ -538,15 +533,11 @@ def test_lists_of_one_batch_and_head_are_read_once() -> None:
 
 def test_row_blocks_that_the_lists_do_not_have_are_not_read() -> None:
     """A BlockMask that is too short for its rows leaves the last ones without keys."""
-    found = readings(
-        kv_num_blocks=lambda t: t[:, :, :2],
-        kv_indices=lambda t: t[:, :, :2],
-        full_kv_num_blocks=lambda t: t[:, :, :2],
-        full_kv_indices=lambda t: t[:, :, :2],
-    )
-    np.testing.assert_array_equal(found["kv lists"][:, :, :4], a_mask()[:, :, :4])
-    assert not found["kv lists"][:, :, 4].any()
-    np.testing.assert_array_equal(found["mask_mod"], a_mask())
+    lists = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    found = readings(**dict.fromkeys(lists, lambda t: t[:, :, :2]))
+    expected = a_mask()
+    expected[:, :, 4] = False
+    assert_read(found, kv=expected)
 
 
 def test_what_a_mask_method_may_return() -> None:
