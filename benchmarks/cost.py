@@ -129,17 +129,8 @@ def dense(tokens: int, heads: int) -> Run:
         ahead=0,
         own_block=False,
     )
-    table, shape = block_lists.word_table(chosen)
     mask_mod = block_masks.fine_mask_mod(
-        "fine",
-        table=table,
-        shape=shape,
-        offset=0,
-        ahead=0,
-        block_size=SIZES["selection_block_size"],
-        rows_per_token=1,
-        heads_per_choice=heads,
-        kv_len=tokens,
+        chosen, offset=0, ahead=0, rows_per_token=1, heads_per_choice=heads
     )
     return lambda: create_block_mask(mask_mod, 1, heads, tokens, tokens, device="cpu")
 

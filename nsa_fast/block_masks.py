@@ -225,33 +225,23 @@ def compress_block_mask(
 
 
 def fine_mask_mod(
-    name: str,
-    *,
-    table: Tensor,
-    shape: tuple[int, int, int],
-    offset: int,
-    ahead: int,
-    block_size: int,
-    rows_per_token: int,
-    heads_per_choice: int,
-    kv_len: int,
+    chosen: Chosen, *, offset: int, ahead: int, rows_per_token: int, heads_per_choice: int
 ) -> MaskMod:
     """Visible iff the column's block is one of the token's and j <= p + ahead, p >= 0.
 
-    The table knows every block, so that it grows with tokens x blocks.
+    It reads the choice in a table of tokens x blocks bits: bit b of word w stands for block
+    32 w + b. The table is flat and of a size that hardly varies, because Inductor's C++ template
+    confuses the symbols of captured sizes with its own.
 
-    table : int32 (entries,), words of 32 blocks; bit b of word w stands for block 32 w + b
-    shape : (heads that choose, tokens, words), by which the table is read: one flat table of a
-        size that hardly varies, because Inductor's C++ template confuses the symbols of captured
-        sizes with its own
     rows_per_token : rows of the mask that belong to one token, one after the other
     heads_per_choice : heads of the mask that share a choice of blocks
     """
+    table, (heads, tokens, words) = block_lists.word_table(chosen)
     heads_, tokens_, words_, offset_, ahead_, block_size_ = _scalars(
-        table.device, *shape, offset, ahead, block_size
+        table.device, heads, tokens, words, offset, ahead, chosen.block_size
     )
     rows_per_token_, heads_per_choice_, kv_len_ = _scalars(
-        table.device, rows_per_token, heads_per_choice, kv_len
+        table.device, rows_per_token, heads_per_choice, chosen.kv_len
     )
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -261,17 +251,17 @@ def fine_mask_mod(
         # what table[...] becomes in the end, without the custom Function that carries gradients to
         # captured tensors and costs an eager call 5 ms
         word = torch.ops.aten.index(table, [choice * words_ + block // WORD_BITS])
-        chosen = ((word >> (block % WORD_BITS)) & 1) == 1
+        named = ((word >> (block % WORD_BITS)) & 1) == 1
         position = token + offset_
         real = (position >= 0) & (column < kv_len_)
-        return chosen & (column <= position + ahead_) & real
+        return named & (column <= position + ahead_) & real
 
-    mask_mod.__name__ = name
+    mask_mod.__name__ = f"fine_{chosen.block_size}"
     return mask_mod
 
 
 def named_mask_mod(
-    name: str, *, offset: int, ahead: int, layout: FineLayout, kv_len: int, device: torch.device
+    layout: FineLayout, *, offset: int, ahead: int, kv_len: int, device: torch.device
 ) -> MaskMod:
     """F1 inside the blocks that the lists name: visible iff j <= p + ahead, where p >= 0.
 
@@ -295,7 +285,7 @@ def named_mask_mod(
         real = (position >= 0) & (place < block_size_) & (key < kv_len_)
         return real & (key <= position + ahead_)
 
-    mask_mod.__name__ = name
+    mask_mod.__name__ = f"fine_{layout.block_size}"
     return mask_mod
 
 
@@ -333,31 +323,15 @@ def fine_block_mask(
     returns : (batch, heads, q_len * rows_per_token, columns), and the column blocks that the
         transposed lists leave out: `crowded.py` has their dk and dv
     """
-    q_len, size = block_indices.shape[2], layout.block_size
-    offset, ahead = kv_len - q_len, _ahead(semantics)
-    chosen = _chosen(kv_len, block_indices, size, semantics)
+    q_len = block_indices.shape[2]
+    chosen = _chosen(kv_len, block_indices, layout.block_size, semantics)
+    at: dict[str, int] = {"offset": kv_len - q_len, "ahead": _ahead(semantics)}
     if complete:
-        table, shape = block_lists.word_table(chosen)
         mask_mod = fine_mask_mod(
-            f"fine_{size}",
-            table=table,
-            shape=shape,
-            offset=offset,
-            ahead=ahead,
-            block_size=size,
-            rows_per_token=layout.rows_per_token,
-            heads_per_choice=1,
-            kv_len=kv_len,
+            chosen, **at, rows_per_token=layout.rows_per_token, heads_per_choice=1
         )
     else:
-        mask_mod = named_mask_mod(
-            f"fine_{size}",
-            offset=offset,
-            ahead=ahead,
-            layout=layout,
-            kv_len=kv_len,
-            device=block_indices.device,
-        )
+        mask_mod = named_mask_mod(layout, **at, kv_len=kv_len, device=block_indices.device)
     columns = kv_len if complete else layout.num_columns(kv_len)
     lists = block_lists.token_lists(chosen, layout.columns_per_block)
     crowded = None
@@ -395,17 +369,12 @@ def tiled_fine_block_mask(
         chosen, q_len=seq_len, q_block_size=block_size[0], kv_block_size=block_size[1]
     )
     lists = BlockLists(*(part.repeat_interleave(heads_per_choice, dim=1) for part in lists))
-    table, shape = block_lists.word_table(chosen)
     mask_mod = fine_mask_mod(
-        f"fine_{selection_block_size}",
-        table=table,
-        shape=shape,
+        chosen,
         offset=0,
         ahead=_ahead(semantics),
-        block_size=selection_block_size,
         rows_per_token=1,
         heads_per_choice=heads_per_choice,
-        kv_len=seq_len,
     )
     return block_lists.to_block_mask(
         lists, mask_mod, q_len=seq_len, kv_len=seq_len, block_size=block_size

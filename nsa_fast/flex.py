@@ -15,6 +15,7 @@ CPU as well, and everything below that speaks of Triton holds there.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -39,6 +40,10 @@ TRITON_DEVICES = {"cuda"}
 
 #: `tl.dot` multiplies at least 16 x 16: shorter heads get zeros behind them.
 LEAST_TRITON_DIM = 16
+
+
+#: What a BlockMask is made of, by name; some names are younger than 2.11.
+PARTS = tuple(inspect.signature(BlockMask).parameters)
 
 
 class Attention(NamedTuple):
@@ -328,20 +333,4 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _with(mask: BlockMask, **changes: Any) -> BlockMask:
     """The mask with some of its parts replaced."""
-    parts = {
-        name: getattr(mask, name)
-        for name in (
-            "seq_lengths",
-            "kv_num_blocks",
-            "kv_indices",
-            "full_kv_num_blocks",
-            "full_kv_indices",
-            "q_num_blocks",
-            "q_indices",
-            "full_q_num_blocks",
-            "full_q_indices",
-            "BLOCK_SIZE",
-            "mask_mod",
-        )
-    }
-    return BlockMask(**(parts | changes))
+    return BlockMask(**({name: getattr(mask, name) for name in PARTS} | changes))

@@ -157,55 +157,55 @@ def upstream_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given["k_intrablock_positions"],
         (kv_heads, "compress_block_size", head_dim),
     )
-    shapes: dict[str, tuple[int, ...]] = {
-        "to_qkv.weight": (q_rows + 2 * kv_rows, model_dim),
+    size = positions.shape[1]
+    for side in "kv":
+        _check_expansion(side, given[f"{side}_compress.1.weight"], size * head_dim)
+    for name, shape in _shapes(model_dim, q_heads, kv_heads, head_dim, size).items():
+        if name in given:
+            check_tensor(name, given[name], shape)
+    _check_rotary(given["rotary_emb.freqs"], head_dim)
+
+    given = {name: tensor.detach() for name, tensor in given.items()}
+    weights = {"norm.weight": given["norm.weight"]} if "norm.weight" in given else {}
+    rows = given["to_qkv.weight"].split((q_rows, kv_rows, kv_rows))
+    weights |= zip(("to_q.weight", "to_k.weight", "to_v.weight"), rows)
+    for kind in ("weight", "bias"):
+        gates = given[f"to_strategy_combine.0.{kind}"].unflatten(0, (q_heads, 3))
+        weights[f"gates.{kind}"] = gates.transpose(0, 1).flatten(0, 1)
+    weights["mem_k"], weights["mem_v"] = given["compress_mem_kv"]
+    for side in "kv":
+        weights[f"compress_{side}.positions"] = given[f"{side}_intrablock_positions"]
+        for theirs, ours in COMPRESS_NETWORK.items():
+            weights[f"compress_{side}.{ours}"] = given[f"{side}_compress.{theirs}"]
+    weights["to_out.weight"] = given["combine_heads.weight"]
+    return weights
+
+
+def _shapes(
+    model_dim: int, q_heads: int, kv_heads: int, head_dim: int, size: int
+) -> dict[str, tuple[int | str, ...]]:
+    """Upstream's names and shapes."""
+    flat = size * head_dim
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "norm.weight": (model_dim,),
+        "to_qkv.weight": ((q_heads + 2 * kv_heads) * head_dim, model_dim),
+        "compress_mem_kv": (2, kv_heads, "num_mem_kv", head_dim),
         "to_strategy_combine.0.weight": (3 * q_heads, model_dim),
         "to_strategy_combine.0.bias": (3 * q_heads,),
+        "combine_heads.weight": (model_dim, q_heads * head_dim),
         "rotary_emb.freqs": (head_dim // 2,),
     }
-    if "norm.weight" in given:
-        shapes["norm.weight"] = (model_dim,)
-    flat = positions.shape[1] * head_dim
     for side in "kv":
-        _check_expansion(side, given[f"{side}_compress.1.weight"], flat)
-        shapes[f"{side}_intrablock_positions"] = positions.shape
+        shapes[f"{side}_intrablock_positions"] = (kv_heads, size, head_dim)
         shapes[f"{side}_compress.1.weight"] = (flat, flat)
         shapes[f"{side}_compress.1.bias"] = (flat,)
         shapes[f"{side}_compress.3.weight"] = (head_dim, flat)
         shapes[f"{side}_compress.3.bias"] = (head_dim,)
-    for name, shape in shapes.items():
-        check_tensor(name, given[name], shape)
-    _check_rotary(given["rotary_emb.freqs"], head_dim)
-
-    weights = {}
-    if "norm.weight" in given:
-        weights["norm.weight"] = given["norm.weight"].detach()
-    rows = given["to_qkv.weight"].detach().split((q_rows, kv_rows, kv_rows))
-    weights |= zip(("to_q.weight", "to_k.weight", "to_v.weight"), rows)
-    for kind in ("weight", "bias"):
-        gates = given[f"to_strategy_combine.0.{kind}"].detach().unflatten(0, (q_heads, 3))
-        weights[f"gates.{kind}"] = gates.transpose(0, 1).flatten(0, 1)
-    weights["mem_k"], weights["mem_v"] = memory.detach()
-    for side in "kv":
-        weights[f"compress_{side}.positions"] = given[f"{side}_intrablock_positions"].detach()
-        for theirs, ours in COMPRESS_NETWORK.items():
-            weights[f"compress_{side}.{ours}"] = given[f"{side}_compress.{theirs}"].detach()
-    weights["to_out.weight"] = to_out.detach()
-    return weights
+    return shapes
 
 
 def _check_names(given: Mapping[str, Tensor]) -> None:
-    wanted = {
-        "to_qkv.weight",
-        "compress_mem_kv",
-        "k_intrablock_positions",
-        "v_intrablock_positions",
-        *(f"{side}_compress.{name}" for side in "kv" for name in COMPRESS_NETWORK),
-        "to_strategy_combine.0.weight",
-        "to_strategy_combine.0.bias",
-        "combine_heads.weight",
-        "rotary_emb.freqs",
-    }
+    wanted = _shapes(1, 1, 1, 1, 1).keys() - {"norm.weight"}
     missing = sorted(wanted - set(given))
     unknown = sorted(set(given) - wanted - {"norm.weight"})
     if not missing and not unknown:

@@ -58,6 +58,10 @@ def replace(**changes: Any) -> Case:
     return dataclasses.replace(CASE, **changes)
 
 
+def switched(**switches: Any) -> dict[str, Any]:
+    return {"semantics": dataclasses.replace(PAPER, **switches)}
+
+
 def assert_forward(implementation: Any, branch: str, case: Case) -> None:
     PROPERTIES[f"A1_{branch}_output"].run(implementation, case)
 
@@ -74,15 +78,10 @@ def assert_right(implementation: Any, branch: str, case: Case) -> None:
 EDGES: dict[str, dict[str, Any]] = {
     "usual": {},
     "memory, end, strict, own block": {"semantics": LUCIDRAINS_FLEX},
-    "non-causal": {"semantics": dataclasses.replace(PAPER, causal=False)},
-    "open window": {"semantics": dataclasses.replace(PAPER, window_closed=False)},
-    "open window of nothing": {
-        "semantics": dataclasses.replace(PAPER, window_closed=False),
-        "sliding_window_size": 0,
-    },
-    "a choice for each query head": {
-        "semantics": dataclasses.replace(PAPER, share_selection=False)
-    },
+    "non-causal": switched(causal=False),
+    "open window": switched(window_closed=False),
+    "open window of nothing": switched(window_closed=False) | {"sliding_window_size": 0},
+    "a choice for each query head": switched(share_selection=False),
     "decode": {"q_len": 1},
     "queries before every key": {"kv_len": 5},
     "no key": {"kv_len": 0},
@@ -151,7 +150,7 @@ def test_inputs_that_want_no_gradient_get_none() -> None:
 SIZES: list[dict[str, Any]] = [
     {},
     {"semantics": LUCIDRAINS_FLEX, "q_len": 60, "kv_len": 60},
-    {"semantics": dataclasses.replace(PAPER, causal=False), "sliding_window_size": 2},
+    switched(causal=False) | {"sliding_window_size": 2},
     {"q_len": 1, "kv_len": 50},
     {"q_len": 19, "kv_len": 7},
     {"kv_len": 0, "num_mem_kv": 0},
@@ -311,10 +310,6 @@ def call(branch: str = "sliding", **changes: Any) -> Callable[[], Any]:
         arguments |= {"kv_len": 8, "compress_block_size": 2, "compress_block_sliding_stride": 2}
     function = getattr(nsa_fast, f"{branch}_attention")
     return lambda: function(**(arguments | changes))
-
-
-def switched(**switches: Any) -> dict[str, Any]:
-    return {"semantics": dataclasses.replace(PAPER, **switches)}
 
 
 IN_2_TO_29_BLOCKS: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -62,37 +61,38 @@ def assert_reads(
     assert_lists(block_mask, expected, crowded)
 
 
+def per_block(cells: np.ndarray, block_size: tuple[int, int]) -> np.ndarray:
+    """How many cells of each block are set; there is one block at least."""
+    for axis, size in zip((-2, -1), block_size):
+        starts = np.arange(0, max(1, cells.shape[axis]), size)
+        before = np.cumsum(np.insert(cells, 0, 0, axis), axis)  # in the cells before each one
+        ends = np.minimum(starts + size, cells.shape[axis])
+        cells = before.take(ends, axis) - before.take(starts, axis)
+    return cells
+
+
 def assert_lists(
     block_mask: BlockMask, expected: np.ndarray, crowded: block_lists.Crowded | None = None
 ) -> None:
     """A block is full iff all of its real cells are visible, partial iff some are; both ascend."""
-    row_size, column_size = block_mask.BLOCK_SIZE
     rows, columns = expected.shape[-2:]
     assert block_mask.seq_lengths == (rows, columns)
-    batch, heads = block_mask.kv_num_blocks.shape[:2]
-    expected = np.broadcast_to(expected, (batch, heads, rows, columns))
-    row_blocks = max(1, math.ceil(rows / row_size))
-    column_blocks = max(1, math.ceil(columns / column_size))
-    partial: dict[tuple[int, ...], list[int]] = {}
-    full: dict[tuple[int, ...], list[int]] = {}
-    for b, h, r, c in np.ndindex(batch, heads, row_blocks, column_blocks):
-        cells = expected[
-            b, h, r * row_size : (r + 1) * row_size, c * column_size : (c + 1) * column_size
-        ]
-        # a lone column is never called full: it may get an invisible neighbour (LEAST_LENGTH)
-        if cells.size and cells.all() and columns >= block_lists.LEAST_LENGTH:
-            full.setdefault((b, h, r), []).append(c)
-        elif cells.any():
-            partial.setdefault((b, h, r), []).append(c)
-    for kind, wanted in (("", partial), ("full_", full)):
-        for side, size, other in (
-            ("kv", row_blocks, column_blocks),
-            ("q", column_blocks, row_blocks),
-        ):
+    expected = np.broadcast_to(expected, (*block_mask.kv_num_blocks.shape[:2], rows, columns))
+    visible, real = (
+        per_block(cells, block_mask.BLOCK_SIZE)
+        for cells in (expected.astype(int), np.ones(expected.shape, int))
+    )
+    # a lone column is never called full: it may get an invisible neighbour (LEAST_LENGTH)
+    full = (visible == real) & (real > 0) & (columns >= block_lists.LEAST_LENGTH)
+    for kind, named in (("", (visible > 0) & ~full), ("full_", full)):
+        by_column = named.swapaxes(2, 3)
+        if crowded is not None:
+            by_column = by_column & ~crowded.left_out.numpy()[:, None, :, None]
+        for side, wanted in (("kv", named), ("q", by_column)):
             numbers = getattr(block_mask, f"{kind}{side}_num_blocks")
             indices = getattr(block_mask, f"{kind}{side}_indices")
             assert numbers.dtype == indices.dtype == torch.int32
-            assert numbers.shape == (batch, heads, size)
+            assert numbers.shape == wanted.shape[:3]
             # one list whose beginning all walk has no order of its own, and is stored once
             shared = bool(kind) and block_lists.OWN_STRIDES and indices.stride(2) == 0
             assert numbers.is_contiguous() and (shared or indices.is_contiguous())
@@ -101,17 +101,11 @@ def assert_lists(
                 assert indices.shape == getattr(block_mask, f"{side}_indices").shape
             # the Triton kernels load the first entry even of an empty list
             assert indices.shape[3] >= 1
-            assert indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < other
-            for b, h, i in np.ndindex(batch, heads, size):
-                found = indices[b, h, i, : int(numbers[b, h, i])].tolist()
-                if shared:
-                    found.sort()
-                if side == "kv":
-                    assert found == wanted.get((b, h, i), [])
-                elif crowded is not None and crowded.left_out[b, i]:
-                    assert found == []
-                else:
-                    assert found == [r for r in range(other) if i in wanted.get((b, h, r), [])]
+            if indices.numel():
+                assert 0 <= int(indices.min()) <= int(indices.max()) < wanted.shape[3]
+            for place in np.ndindex(*wanted.shape[:3]):
+                found = indices[place][: int(numbers[place])].tolist()
+                assert (sorted(found) if shared else found) == [*np.flatnonzero(wanted[place])]
 
 
 def strange_indices(rng: np.random.Generator, shape: tuple[int, ...], blocks: int) -> np.ndarray:
