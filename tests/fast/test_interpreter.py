@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +50,7 @@ from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
 from nsa_ref.testing.properties.common import bounds_of  # noqa: E402
 from nsa_ref.testing.running import run_property  # noqa: E402
+from nsa_ref.testing.verdicts import Broken, Raised, WrongMask, WrongPattern  # noqa: E402
 
 #: Why nothing can be run here, if nothing can.
 MISSING = interpreter.missing()
@@ -90,11 +91,22 @@ CASE = Case(
 )
 #: Nine selection blocks, one chosen out of the first five: some are crowded.
 CROWDED_CASE = dataclasses.replace(CASE, kv_len=130, num_selected_blocks=1, indices="few")
-FORWARD, BACKWARD = "F1_fine_mask_as_read", "A3_fine_mask_as_read_backward"
+FORWARD = PROPERTIES["F1_fine_mask_as_read"]
 
 
 def test_what_is_asked_exists() -> None:
     assert set(ASKED) <= set(PROPERTIES)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts the kernels of a broken build into the process."""
+
+    def planted(build: str) -> None:
+        (broken,) = BUILDS[build]("interpreter")
+        monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+
+    return planted
 
 
 @runs
@@ -109,16 +121,14 @@ def test_what_is_asked_exists() -> None:
     ],
 )
 def test_wrong_kv_lists_are_read_out(
-    build: str, misread: set[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: str, misread: set[str] | None, plant: Callable[[str], None]
 ) -> None:
     """In the forward; and, asked of two of them, in what of the backward walks the same lists."""
-    (broken,) = BUILDS[build]("interpreter")
-    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
-    options = Options(case=CASE, findings=tmp_path)
-    found = run_property(PROPERTIES[FORWARD], INTERPRETED, options).finding
-    assert found is not None
-    assert found["clause"] == "F1"
-    assert "fine, forward read out by one-hot values: " in found["text"]
+    plant(build)
+    with pytest.raises(Broken) as found:
+        FORWARD.run(INTERPRETED, CASE)
+    assert found.value.clause == "F1" and isinstance(found.value.fault, WrongMask)
+    assert found.value.fault.reading == "fine, forward read out by one-hot values"
     if misread is None:
         return
     mask = FINE.mask(CASE, CASE.block_indices())
@@ -128,17 +138,13 @@ def test_wrong_kv_lists_are_read_out(
 
 @runs
 @pytest.mark.parametrize(
-    "build",
-    ["QueryBlockNamedTwice", "QueryPartialTakenForFull", "QueryStridesConfused"],
+    "build", ["QueryBlockNamedTwice", "QueryPartialTakenForFull", "QueryStridesConfused"]
 )
 def test_wrong_query_lists_are_wrong_in_dk_and_dv_alone(
-    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: str, plant: Callable[[str], None]
 ) -> None:
-    (broken,) = BUILDS[build]("interpreter")
-    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
-    record = run_property(PROPERTIES[FORWARD], INTERPRETED, Options(case=CASE, findings=tmp_path))
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
+    plant(build)
+    FORWARD.run(INTERPRETED, CASE)
     assert wrong_gradients(CASE) == {"dk", "dv"}
 
 
@@ -158,31 +164,26 @@ def wrong_gradients(case: Case) -> set[str]:
 
 @runs
 def test_crowded_columns_get_their_gradients_beside_the_kernels(
-    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[str], None],
 ) -> None:
     assert wrong_gradients(CROWDED_CASE) == set()
-    (broken,) = BUILDS["CrowdedRowLost"]("interpreter")
-    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
+    plant("CrowdedRowLost")
     assert wrong_gradients(CROWDED_CASE) == {"dk", "dv"}
 
 
 @runs
-def test_a_backward_that_lost_a_query_block_is_read_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backward_that_lost_a_query_block_is_read_out(plant: Callable[[str], None]) -> None:
     """And reported as the backward's, though the forward is right."""
-    (broken,) = BUILDS["QueryBlockLost"]("interpreter")
-    monkeypatch.setattr(INTERPRETED, "kernels", broken.kernels)
-    options = Options(case=CASE, findings=tmp_path)
-    found = run_property(PROPERTIES[BACKWARD], INTERPRETED, options).finding
-    assert found is not None
-    assert found["clause"] == "A3"
-    assert re.match(r"fine, backward read out: d[kv] misses the pair", found["text"])
+    plant("QueryBlockLost")
+    with pytest.raises(Broken) as found:
+        PROPERTIES["A3_fine_mask_as_read_backward"].run(INTERPRETED, CASE)
+    assert found.value.clause == "A3" and isinstance(found.value.fault, WrongPattern)
+    assert found.value.fault.reading == "fine, backward read out" and not found.value.fault.reads
 
 
 @runs
 @pytest.mark.parametrize("branch", [SLIDING, COMPRESS], ids=lambda b: b.name)
-def test_lists_of_several_blocks_are_walked(branch: Branch, tmp_path: Path) -> None:
+def test_lists_of_several_blocks_are_walked(branch: Branch) -> None:
     """Blocks of these branches are 128 tokens: two of rows, and two of columns."""
     case = dataclasses.replace(
         CASE,
@@ -201,10 +202,7 @@ def test_lists_of_several_blocks_are_walked(branch: Branch, tmp_path: Path) -> N
     assert mask.shape[1] > 128
     # of the window's blocks, the last rows do not need the first columns
     assert blocks == ([True, True, False, True] if branch is SLIDING else [True] * 4)
-    options = Options(case=case, findings=tmp_path)
-    record = run_property(PROPERTIES[f"A3_{branch.name}_gradients"], INTERPRETED, options)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
+    PROPERTIES[f"A3_{branch.name}_gradients"].run(INTERPRETED, case)
 
 
 class _Layer(NsaFastInterpreted):
@@ -226,12 +224,9 @@ class _Layer(NsaFastInterpreted):
             return INTERPRETED._run(*call)
 
 
-LAYER = _Layer()
-
-
 @runs
 @pytest.mark.parametrize(("name", "tokens"), [("A4_layer_gradients", 40), ("G3_decode", 10)])
-def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int, tmp_path: Path) -> None:
+def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int) -> None:
     case = dataclasses.replace(
         CASE,
         semantics=LUCIDRAINS,
@@ -243,9 +238,7 @@ def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int, tmp_path: P
         num_selected_blocks=2,
         sliding_window_size=20,
     )
-    record = run_property(PROPERTIES[name], LAYER, Options(case=case, findings=tmp_path))
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
+    PROPERTIES[name].run(_Layer(), case)
 
 
 def _inductors_own_tiles(device: str) -> NsaFast:
@@ -258,18 +251,13 @@ def _inductors_own_tiles(device: str) -> NsaFast:
 
 
 @runs
-def test_blocks_of_16_rows_need_tiles_of_our_own(tmp_path: Path) -> None:
+def test_blocks_of_16_rows_need_tiles_of_our_own() -> None:
     """In bfloat16 sm_90's tile of 64 rows does not divide them, and there is no other."""
     case = dataclasses.replace(CASE, dtype="bfloat16")
-    options = Options(case=case, findings=tmp_path)
-    found = run_property(
-        PROPERTIES["A3_fine_gradients"], NsaFastInterpreted(_inductors_own_tiles), options
-    ).finding
-    assert found is not None
-    assert "NoValidChoicesError" in found["text"]
-    record = run_property(PROPERTIES["A3_fine_gradients"], INTERPRETED, options)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
+    gradients = PROPERTIES["A3_fine_gradients"]
+    with pytest.raises(Raised, match="NoValidChoicesError"):
+        gradients.run(NsaFastInterpreted(_inductors_own_tiles), case)
+    gradients.run(INTERPRETED, case)
 
 
 def _ends_its_process(device: str) -> NsaFast:
@@ -282,13 +270,11 @@ def test_kernels_that_end_their_process_are_a_finding(tmp_path: Path) -> None:
     interpreted = NsaFastInterpreted(_ends_its_process)
     case = dataclasses.replace(CASE, q_len=2, kv_len=16)
     options = Options(case=case, findings=tmp_path)
-    found = run_property(PROPERTIES[FORWARD], interpreted, options).finding
+    found = run_property(FORWARD, interpreted, options).finding
     assert found is not None
     assert "BrokenProcessPool" in found["text"]
     interpreted.kernels = NsaFastCompiled
-    record = run_property(PROPERTIES["F1_fine_mask_as_exposed"], interpreted, options)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == 1
+    PROPERTIES["F1_fine_mask_as_exposed"].run(interpreted, case)
     # what holds in that process holds nowhere else
     assert "TRITON_INTERPRET" not in os.environ
     assert {"cuda"} == flex.TRITON_DEVICES
