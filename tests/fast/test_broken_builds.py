@@ -42,11 +42,10 @@ from commands import nsa_ref  # noqa: E402
 from fast_caches import RUN, Decoding  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
 from nsa_ref.testing.implementation import Implementation  # noqa: E402
-from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
-from nsa_ref.testing.running import run_property  # noqa: E402
 from nsa_ref.testing.verdicts import FAILURES  # noqa: E402
 from nsa_ref.testing.wording import message  # noqa: E402
+from trials import finding, passes  # noqa: E402
 
 #: build -> branches that it breaks, the part that is exposed wrong, who reads wrong on a CPU
 READINGS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
@@ -75,10 +74,9 @@ def implementation(build: str, kind: str, device: str = "cpu") -> Implementation
     return next(i for i in BUILDS[build](device) if f"nsa_fast {kind}," in i.name)
 
 
-def check_finding(
-    name: str, broken: Implementation, found: dict[str, Any], clause: str, folder: Path
-) -> None:
-    """The clause, both masks side by side, and a replay from the file that fails the same way."""
+def pictured(name: str, broken: Implementation, clause: str, folder: Path) -> dict[str, Any]:
+    """A finding: the clause, both masks side by side, and a replay that fails the same way."""
+    found = finding(name, broken, folder)
     assert found["clause"] == clause
     rows = PICTURE_ROW.findall(found["text"])
     assert any(expected != actual for expected, actual in rows), found["text"]
@@ -87,11 +85,10 @@ def check_finding(
     assert found["replay"] in said
 
     saved = Path(found["file"]).read_text()
-    options = Options(case=load_case(saved), findings=folder / "replays")
-    again = run_property(PROPERTIES[name], broken, options).finding
-    assert again is not None, "the replay passes"
+    again = finding(name, broken, folder / "replays", case=load_case(saved))
     assert again["clause"] == clause
     assert again["text"].splitlines()[0] == json.loads(saved)["text"].splitlines()[0]
+    return found
 
 
 def test_every_build_is_judged() -> None:
@@ -102,12 +99,9 @@ def test_every_build_is_judged() -> None:
 def test_exposed_mask_of_a_broken_build_is_found(build: str, branch: str, tmp_path: Path) -> None:
     """In the part that is wrong, and in no other before it."""
     clause, (_, part, _) = CLAUSES[branch], READINGS[build]
-    name = f"{clause}_{branch}_mask_as_exposed"
     broken = implementation(build, "eager")
-    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
-    assert found is not None
+    found = pictured(f"{clause}_{branch}_mask_as_exposed", broken, clause, tmp_path)
     assert f"{branch}_mask as exposed, {branch}_attention {part}: " in found["text"]
-    check_finding(name, broken, found, clause, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
@@ -123,23 +117,16 @@ def test_forward_of_a_broken_build_is_read_out(
     clause = CLAUSES[branch]
     name = f"{clause}_{branch}_mask_as_read"
     broken = implementation(build, kind)
-    record = run_property(PROPERTIES[name], broken, Options(findings=tmp_path))
     if kind not in READINGS[build][2]:
-        assert record.finding is None, record.finding["text"]
-        assert record.cases >= PROPERTIES[name].examples
+        assert passes(name, broken, tmp_path).cases >= PROPERTIES[name].examples
         return
-    assert record.finding is not None
-    assert f"{branch}, forward read out by one-hot values: " in record.finding["text"]
-    check_finding(name, broken, record.finding, clause, tmp_path)
+    found = pictured(name, broken, clause, tmp_path)
+    assert f"{branch}, forward read out by one-hot values: " in found["text"]
 
 
 def test_wrong_gradients_are_blamed_on_the_wrong_mask(tmp_path: Path) -> None:
     """Those of WindowPlusOne are far off; W1 is what it breaks, and is shown."""
-    name = "A3_sliding_gradients"
-    broken = implementation("WindowPlusOne", "eager")
-    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
-    assert found is not None
-    check_finding(name, broken, found, "W1", tmp_path)
+    pictured("A3_sliding_gradients", implementation("WindowPlusOne", "eager"), "W1", tmp_path)
 
 
 @pytest.mark.skipif(
@@ -151,13 +138,9 @@ def test_backward_that_lost_a_query_block_is_read_out(branch: str, tmp_path: Pat
     """A3: dk or dv misses a pair, though the forward is right."""
     broken = implementation("QueryBlockLost", "compiled", "cuda")
     forward = f"{CLAUSES[branch]}_{branch}_mask_as_read"
-    record = run_property(PROPERTIES[forward], broken, Options(findings=tmp_path))
-    assert record.finding is None, record.finding["text"]
-    name = f"A3_{branch}_mask_as_read_backward"
-    found = run_property(PROPERTIES[name], broken, Options(findings=tmp_path)).finding
-    assert found is not None
+    passes(forward, broken, tmp_path)
+    found = pictured(f"A3_{branch}_mask_as_read_backward", broken, "A3", tmp_path)
     assert re.match(rf"{branch}, backward read out: d[kv] misses the pair", found["text"])
-    check_finding(name, broken, found, "A3", tmp_path)
 
 
 #: One of the two, its forward alone, on short sequences: the command is what is tried here.
@@ -221,9 +204,8 @@ def test_a_module_that_ignores_a_weight_it_is_given_is_found(
 ) -> None:
     """G1: the judge hands its weights to the module itself, and to nothing that it kept."""
     monkeypatch.setattr(nsa_fast, "NativeSparseAttention", KeepsItsMemory)
-    prop, options = PROPERTIES["G1_layer_output"], Options(findings=tmp_path, shrink=False)
-    found = run_property(prop, nsa_fast.adapter.NsaFastLayer(), options).finding
-    assert found is not None and found["clause"] == "G1"
+    found = finding("G1_layer_output", nsa_fast.adapter.NsaFastLayer(), tmp_path, shrink=False)
+    assert found["clause"] == "G1"
     assert found["kind"] not in FAILURES, found["text"]
 
 
@@ -251,9 +233,7 @@ def test_broken_cache_is_found_by_the_run_that_the_right_one_passes(what: str) -
 @pytest.mark.parametrize("what", JUDGED_CACHES)
 def test_broken_cache_is_found_by_the_judge(what: str, tmp_path: Path) -> None:
     """G3, with a replay."""
-    options = Options(findings=tmp_path, shrink=False)
-    found = run_property(PROPERTIES["G3_decode"], layer_with(what), options).finding
-    assert found is not None
+    found = finding("G3_decode", layer_with(what), tmp_path, shrink=False)
     assert found["clause"] == "G3"
     assert re.match(r"decode\[\d+, \d+, \d+\] is ", found["text"])
 

@@ -25,11 +25,8 @@ from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, OracleImplementation, devices  # noqa: E402
 from nsa_ref.testing.case import DTYPES  # noqa: E402
 from nsa_ref.testing.last_words import timeout_of  # noqa: E402
-from nsa_ref.testing.options import Options  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
-from nsa_ref.testing.running import run_property  # noqa: E402
 from nsa_ref.testing.strategies import far_lengths, large_sizes  # noqa: E402
-from nsa_ref.testing.verdicts import Record  # noqa: E402
 from standin_gpu import (  # noqa: E402
     CountsCompilations,
     IllegalAccess,
@@ -39,11 +36,7 @@ from standin_gpu import (  # noqa: E402
     Standin,
     Unwritten,
 )
-
-
-def judged(name: str, implementation: Any, tmp_path: Path) -> Record:
-    return run_property(PROPERTIES[name], implementation, Options(findings=tmp_path))
-
+from trials import finding, passes, record  # noqa: E402
 
 # --- a context that is lost -----------------------------------------------------------------------
 
@@ -80,17 +73,16 @@ def test_without_a_worker_to_end_nothing_more_is_tried_on_that_device(
     monkeypatch.setattr(Standin, "lost", "")
     monkeypatch.setattr(running, "_lost_devices", {})
     port = IllegalAccess()
-    record = judged("W1_sliding_mask_as_exposed", port, tmp_path)
-    assert record.finding is not None
-    assert "does not answer any more" in record.finding["text"]
+    found = finding("W1_sliding_mask_as_exposed", port, tmp_path)
+    assert "does not answer any more" in found["text"]
     # not made smaller: nothing runs there
-    assert record.finding["case"]["kv_len"] > 8
-    after = judged("C2_compress_mask_as_exposed", port, tmp_path)
+    assert found["case"]["kv_len"] > 8
+    after = record("C2_compress_mask_as_exposed", port, tmp_path)
     assert after.finding is None
     assert after.cases == 0
     (reason,) = after.not_tried
     assert reason.startswith("standin:0 was lost to this process (CUDA error")
-    assert judged("W1_sliding_mask_as_read", OracleImplementation(), tmp_path).cases > 0
+    passes("W1_sliding_mask_as_read", OracleImplementation(), tmp_path)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -98,8 +90,7 @@ def test_without_a_worker_to_end_nothing_more_is_tried_on_that_device(
 
 def test_out_of_memory_is_a_finding_and_its_room_is_given_back(tmp_path: Path) -> None:
     Standin.done.clear()
-    found = judged("W1_sliding_mask_as_read", OutOfMemory(), tmp_path).finding
-    assert found is not None
+    found = finding("W1_sliding_mask_as_read", OutOfMemory(), tmp_path)
     assert found["case"]["kv_len"] == 9
     assert "OutOfMemoryError: CUDA out of memory" in found["text"]
     assert "free cache" in Standin.done
@@ -115,9 +106,7 @@ def test_a_failed_case_holds_no_tensors(tmp_path: Path) -> None:
             held.append(weakref.ref(tensor))
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    options = Options(findings=tmp_path, shrink=False)
-    record = run_property(PROPERTIES["W1_sliding_mask_as_read"], Hungry(), options)
-    assert record.finding is not None
+    finding("W1_sliding_mask_as_read", Hungry(), tmp_path, shrink=False)
     assert held
     assert not any(reference() is not None for reference in held)
 
@@ -242,11 +231,10 @@ def test_a_port_without_torch_is_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["A1_sliding_large_tensors", "A3_sliding_large_tensors_backward"])
 def test_an_offset_that_wraps_is_found_by_large_tensors_alone(name: str, tmp_path: Path) -> None:
     port = NarrowOffsets()
-    found = judged(name, port, tmp_path).finding
-    assert found is not None
+    found = finding(name, port, tmp_path)
     assert found["clause"] == name[:2]
     assert "must be" in found["text"] and "times entry 0" in found["text"]
-    assert judged("A3_sliding_gradients", port, tmp_path).finding is None
+    passes("A3_sliding_gradients", port, tmp_path)
 
 
 @pytest.mark.parametrize("branch", ["sliding", "compress", "fine"])
@@ -259,9 +247,9 @@ def test_the_definition_passes_large_tensors(
     port = OnStandin()
     port.semantics = (preset,)
     name = f"A3_{branch}_large_tensors_backward" if backward else f"A1_{branch}_large_tensors"
-    record = judged(name, port, tmp_path)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases + record.inconclusive.total() == 1
+    judged = record(name, port, tmp_path)
+    assert judged.finding is None, judged.finding["text"]
+    assert judged.cases + judged.inconclusive.total() == 1
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
@@ -294,9 +282,7 @@ def test_what_large_tensors_alone_show(name: str, wrong: str, tmp_path: Path) ->
     asked = "A1_sliding_large_tensors"
     if name.startswith("d"):
         asked = "A3_sliding_large_tensors_backward"
-    record = judged(asked, Wrong(), tmp_path)
-    assert record.finding is not None
-    assert f"sliding {name}" in record.finding["text"]
+    assert f"sliding {name}" in finding(asked, Wrong(), tmp_path)["text"]
 
 
 @pytest.mark.parametrize(
@@ -317,10 +303,10 @@ def test_large_tensors_keep_to_the_limits(
     port.limits = limits
     seen = []
     port.supports = lambda case: seen.append(case)  # type: ignore
-    record = judged("A1_sliding_large_tensors", port, tmp_path)
-    assert record.finding is None, record.finding["text"]
-    assert record.cases == (not said)
-    assert all(said in reason for reason in record.not_tried)
+    judged = record("A1_sliding_large_tensors", port, tmp_path)
+    assert judged.finding is None, judged.finding["text"]
+    assert judged.cases == (not said)
+    assert all(said in reason for reason in judged.not_tried)
     for case in seen:
         assert all(getattr(case, field) in allowed for field, allowed in limits.items())
 
@@ -336,18 +322,15 @@ def test_layouts_are_what_they_are_called() -> None:
 def test_large_tensors_are_tried_once_and_alone(tmp_path: Path) -> None:
     """At any level; the memory is given back before another worker comes in."""
     Standin.done.clear()
-    options = Options(findings=tmp_path, level="thorough")
-    record = run_property(PROPERTIES["A1_sliding_large_tensors"], OnStandin(), options)
-    assert record.cases == 1
+    name = "A1_sliding_large_tensors"
+    assert record(name, OnStandin(), tmp_path, level="thorough").cases == 1
     assert Standin.done == ["exclusive", "free cache", "not exclusive"]
     # other data with another seed
     seeds = set()
     port = OnStandin()
     port.supports = lambda case: seeds.add(case.seed)  # type: ignore
     for seed in range(3):
-        run_property(
-            PROPERTIES["A1_sliding_large_tensors"], port, Options(findings=tmp_path, seed=seed)
-        )
+        record(name, port, tmp_path, seed=seed)
     assert len(seeds) == 3
 
 
@@ -372,8 +355,7 @@ def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
 
 
 def test_large_tensors_wait_for_a_gpu_with_room(tmp_path: Path) -> None:
-    record = judged("A1_sliding_large_tensors", OracleImplementation(), tmp_path)
-    (reason,) = record.not_tried
+    (reason,) = record("A1_sliding_large_tensors", OracleImplementation(), tmp_path).not_tried
     assert reason == "tensors beyond 2^31 elements, which take a GPU with 64 GiB free"
     for port in (OracleImplementation(), NsaFastCompiled("cuda")):
         sizes = large_sizes(port)
@@ -393,8 +375,7 @@ def test_long_sequences_are_as_long_as_the_device_is_for(tmp_path: Path) -> None
             lengths.add((case.q_len, case.kv_len))
             return super().sliding(case, *arguments)
 
-    options = Options(findings=tmp_path, level="thorough")
-    run_property(PROPERTIES["W1_sliding_mask_of_long_sequences"], Watched(), options)
+    record("W1_sliding_mask_of_long_sequences", Watched(), tmp_path, level="thorough")
     # whole, a chunk, and decoding
     assert {q_len for q_len, _ in lengths} == {1, 33, 38, 599, 600}
     assert {kv_len for _, kv_len in lengths} == {599, 600}
@@ -422,11 +403,11 @@ def test_long_sequences_keep_to_the_limits(
     for sizes in found:
         assert sizes["q_len"] <= sizes["kv_len"]
         assert all(sizes[field] in limits.get(field, (sizes[field],)) for field in sizes)
-    record = judged("W1_sliding_mask_of_long_sequences", port, tmp_path)
-    assert record.finding is None
-    assert bool(record.cases) == bool(lengths)
+    judged = record("W1_sliding_mask_of_long_sequences", port, tmp_path)
+    assert judged.finding is None
+    assert bool(judged.cases) == bool(lengths)
     if not lengths:
-        assert record.not_tried == {"long sequences, which its limits exclude": 1}
+        assert judged.not_tried == {"long sequences, which its limits exclude": 1}
 
 
 LONG = 300
@@ -466,13 +447,12 @@ class WrongBeyond(OnStandin):
 @pytest.mark.parametrize("what", [*MISTAKES, "lse", "dq", "dk"])
 def test_mistakes_of_long_sequences_are_found(what: str, tmp_path: Path) -> None:
     """By the properties that are about these, and by no others of the branch."""
-    options = Options(findings=tmp_path, shrink=False)
     found = {
         prop.name
         for prop in PROPERTIES.values()
         if prop.extent == "far"
         and prop.part == "sliding"
-        and run_property(prop, WrongBeyond(what), options).finding is not None
+        and record(prop.name, WrongBeyond(what), tmp_path, shrink=False).finding is not None
     }
     wanted = "A3_sliding_gradients_of_long" if what in ("dq", "dk") else "of_long_sequences"
     assert any(wanted in name for name in found)
@@ -494,8 +474,8 @@ def test_whoever_stores_p_is_not_failed_for_its_underflow(dtype: str, tmp_path: 
 
 
 def test_what_is_compiled_is_counted(tmp_path: Path) -> None:
-    record = judged("W1_sliding_mask_as_read", CountsCompilations(), tmp_path)
-    assert record.compiled == {"graphs": 2}
+    counted = record("W1_sliding_mask_as_read", CountsCompilations(), tmp_path)
+    assert counted.compiled == {"graphs": 2}
 
 
 def test_counts_come_from_dynamo_and_inductor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import trials
 from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing import Case, OracleImplementation
-from nsa_ref.testing.options import Options
-from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.running import run_property
+from trials import record
 
 #: Those that set up more than they draw.
 SET_UP = (
@@ -30,9 +29,8 @@ def port(base: type = OracleImplementation, **attributes: Any) -> OracleImplemen
     return made
 
 
-def finding(name: str, implementation: OracleImplementation, folder: Path) -> dict[str, Any] | None:
-    options = Options(findings=folder, shrink=False)
-    return run_property(PROPERTIES[name], implementation, options).finding
+def finding(name: str, implementation: OracleImplementation, folder: Path) -> dict[str, Any]:
+    return trials.finding(name, implementation, folder, shrink=False)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def finding(name: str, implementation: OracleImplementation, folder: Path) -> di
 def test_limits_make_no_right_layer_wrong(attributes: dict[str, Any], tmp_path: Path) -> None:
     """What is set up for a question may not fit into the limits: then it is not asked."""
     for name in SET_UP:
-        found = finding(name, port(**attributes), tmp_path)
+        found = record(name, port(**attributes), tmp_path, shrink=False).finding
         assert found is None, found["text"]
 
 
@@ -77,7 +75,7 @@ def test_what_a_port_writes_into_its_inputs_is_its_own(
     name: str, clause: str, tmp_path: Path
 ) -> None:
     found = finding(name, port(WritesIntoItsInputs), tmp_path)
-    assert found is not None and found["clause"] == clause
+    assert found["clause"] == clause
 
 
 class GivesATuple(OracleImplementation):
@@ -114,7 +112,7 @@ class ForgetsGatesOfSequences(OracleImplementation):
 )
 def test_odd_results_are_said_in_one_line(base: type, name: str, text: str, tmp_path: Path) -> None:
     found = finding(name, port(base), tmp_path)
-    assert found is not None and text in found["text"]
+    assert text in found["text"]
 
 
 class GatesUpsideDown(OracleImplementation):
@@ -143,10 +141,10 @@ def test_without_the_layer_nobody_can_tell_whose_mistake_it_is(
     """Which is said beside the finding; with it, the layer is to blame."""
     clause = name[:2]
     alone = finding(name, port(GatesUpsideDown, offers=lambda _, what: what in offered), tmp_path)
-    assert alone is not None and alone["clause"] == clause
+    assert alone["clause"] == clause
     assert f"{hint} cannot be told from one of the layer itself" in alone["text"]
     whole = finding(name, port(GatesUpsideDown), tmp_path)
-    assert whole is not None and whole["clause"] == "G1" and hint not in whole["text"]
+    assert whole["clause"] == "G1" and hint not in whole["text"]
 
 
 class OneSequence(OracleImplementation):
@@ -187,9 +185,9 @@ def test_a_wrong_layer_hears_which_branch_is_wrong(
     branches: tuple[int, ...], text: str, tmp_path: Path
 ) -> None:
     found = finding("G1_layer_output", port(OneBranchWrong, branches=branches), tmp_path)
-    assert found is not None and text in found["text"]
+    assert text in found["text"]
 
 
 def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_path: Path) -> None:
     found = finding("G4_varlen", port(OneSequence, limits={"batch": (2,)}), tmp_path)
-    assert found is not None and found["clause"] == "G4"
+    assert found["clause"] == "G4"
