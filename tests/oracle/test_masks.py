@@ -161,39 +161,6 @@ def test_query_heads_read_the_choice_of_their_own_contiguous_group():
     assert [rows(mask[0, h])[0] for h in range(4)] == ["1100", "1100", "0011", "0011"]
 
 
-# --- the three upstream calls ---------------------------------------------------------------------
-
-
-def test_upstream_call_compress_512_128_4_16_is_512_by_144_and_strict():
-    """create_compress_mask(512, 128, 4, mem_kv_len=16): 128 compressed tokens, stride 4."""
-    column, t = np.arange(144), np.arange(512)[:, None]
-    expected = (column < 16) | (t > 4 * (column - 16) + 3)
-    for length in (4, 8, 64):  # the block length never enters the mask
-        mask = compress_mask(512, 512, strides(length, 4, 16), LUCIDRAINS_FLEX)
-        assert mask.shape == (512, 144)
-        np.testing.assert_array_equal(mask, expected)
-
-
-def test_upstream_call_fine_1024_64_shows_the_named_blocks_and_the_own_one():
-    """create_fine_mask(1024, 64)(selected): [0, 4] is blocks 0 and 4, not the range 0 to 4."""
-    selected = np.zeros((1, 1, 1024, 2), dtype=np.int64)
-    selected[..., 1] = 4
-    sizes = Sizes(q_heads=2, selection_block_size=64)
-    mask = fine_mask(1024, 1024, selected, sizes, LUCIDRAINS_FLEX)
-    assert mask.shape == (1, 2, 1024, 1024)
-    t, j = np.arange(1024)[:, None], np.arange(1024)
-    named = (j // 64 == 0) | (j // 64 == 4) | (j // 64 == t // 64)
-    np.testing.assert_array_equal(mask[0, 0], named & (j <= t))
-    np.testing.assert_array_equal(mask[0, 1], mask[0, 0])
-
-
-def test_upstream_call_sliding_1024_32_is_33_keys_per_query():
-    """create_sliding_mask(1024, 32)."""
-    mask = sliding_mask(1024, 1024, window(32), LUCIDRAINS_FLEX)
-    np.testing.assert_array_equal(mask.sum(axis=1), np.minimum(np.arange(1024) + 1, 33))
-    assert mask[500].nonzero()[0].tolist() == list(range(468, 501))
-
-
 # --- random cases ---------------------------------------------------------------------------------
 
 
