@@ -10,11 +10,12 @@ from typing import NamedTuple
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import Dense, U, dense_attention
 from nsa_ref import Sizes, attend, attend_vjp, sliding_mask
+from tables import reaches
 
 STEP = 1e-30  # of the complex step: no cancellation, so it may be as small as it likes
 
@@ -115,11 +116,7 @@ def test_a3_attend_vjp_is_the_whole_jacobian_contracted(arrays, empty_row):
     ids=["no key", "one key", "GQA", "Dk != Dv", "no columns", "equal logits", "twice", "batch 0"],
 )
 def test_attentions_reach_the_corner(corner):
-    find(
-        attentions(),
-        lambda arrays: bool(corner(arrays)),
-        settings=settings(database=None, max_examples=2000),
-    )
+    reaches(attentions(), corner)
 
 
 def test_a1_scale_defaults_to_head_dim_to_the_minus_half_and_bool_masks_count_once():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
@@ -24,7 +24,7 @@ from nsa_ref import (
     pool_weight_shapes,
 )
 from nsa_ref.sizes import COMPRESS_MAPS
-from tables import strides
+from tables import reaches, strides
 
 STEP = 1e-30  # of the complex step
 END = Semantics(compress_alignment="end")
@@ -241,11 +241,7 @@ def gap(case: Pooling) -> int:
          "maps of two heads"],
 )  # fmt: skip
 def test_poolings_reach_the_corner(corner):
-    find(
-        poolings(exact=False),
-        lambda case: bool(corner(case)),
-        settings=settings(database=None, max_examples=2000),
-    )
+    reaches(poolings(exact=False), corner)
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():

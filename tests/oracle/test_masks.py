@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import dense_compress_mask, dense_fine_mask, dense_sliding_mask
@@ -20,7 +20,7 @@ from nsa_ref import (
     fine_mask,
     sliding_mask,
 )
-from tables import rows, strides
+from tables import reaches, rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
@@ -233,11 +233,7 @@ def test_the_fine_mask_is_the_one_hot_count_of_its_second_definition(
     ids=["partial last block", "kv_len < q_len", "kv_len < l'", "n = 0", "batch = 0"],
 )
 def test_fine_cases_reach_the_corner(corner):
-    find(
-        fine_cases(),
-        lambda case: bool(corner(*case[:3], case[3].selection_block_size)),
-        settings=settings(database=None, max_examples=2000),
-    )
+    reaches(fine_cases(), lambda case: corner(*case[:3], case[3].selection_block_size))
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_definitions import (
@@ -40,7 +40,7 @@ from nsa_ref import (
     top_blocks,
 )
 from nsa_ref.testing.choices import VALID, valid_selection
-from tables import rows, scored_row, strides
+from tables import reaches, rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
@@ -469,11 +469,7 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
     ids=["tie", "partial block", "n > blocks", "forced > n", "kv_len < q_len", "memory", "floor"],
 )
 def test_selectings_reach_the_corner(corner):
-    def reached(case: Selecting) -> bool:
-        scores = case.scores()
-        return scores.size > 0 and bool(corner(case, scores))
-
-    find(selectings(), reached, settings=settings(database=None, max_examples=2000))
+    reaches(selectings(), lambda case: (at := case.scores()).size > 0 and corner(case, at))
 
 
 @given(case=selectings(), seed=st.integers(0, 2**32 - 1))
