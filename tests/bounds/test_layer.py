@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from attention_inputs import ROWS, Array, generator, rounded
-from budgets import budget_used
+from budgets import Budgets, budget_used
 from layer_inputs import (
     LayerCase,
     Results,
@@ -55,52 +55,32 @@ TINY = {
 
 
 def bounds_of(case: LayerCase, row: str) -> LayerBounds:
-    return layer_bounds(
-        case.x,
-        case.weights,
-        case.block_indices,
-        case.d_out,
-        sizes=case.sizes,
-        semantics=case.semantics,
-        numerics=row,
-    )
+    how: dict[str, Any] = {"sizes": case.sizes, "semantics": case.semantics, "numerics": row}
+    return layer_bounds(case.x, case.weights, case.block_indices, case.d_out, **how)
 
 
-def judged(case: LayerCase, got: Results, right: Results, bounds: LayerBounds) -> dict[str, float]:
-    assert bounds.dx is not None and bounds.dweights is not None
-    used = {
-        "out": budget_used(got.out, right.out, bounds.out),
-        "dx": budget_used(got.dx, right.dx, bounds.dx),
-    }
-    for name in case.weights:
-        used[name] = budget_used(got.dweights[name], right.dweights[name], bounds.dweights[name])
-    return used
+def tensors(found: Results | LayerBounds) -> dict[str, Array]:
+    assert found.dx is not None and found.dweights is not None
+    return {"out": found.out, "dx": found.dx, **found.dweights}
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_right_layers_stay_within_their_bounds(row: str) -> None:
     """out and all gradients, of every preset, causal or not, with every rotary and map."""
-    largest: dict[str, float] = {}
+    budgets = Budgets()
     for seed in range(CASES):
         rng = generator(40, ROWS.index(row), seed)
-        preset = list(PRESETS)[seed % len(PRESETS)]
-        semantics = with_semantics(PRESETS[preset], rng)
-        sizes: dict[str, Any] = dict(TINY) if seed % 2 else {}
-        case = draw_case(rng, row, semantics, **sizes)
-        way = draw_way(rng, row)
-        got, right = run_layer(case, row, way), reference(case)
-        for name, used in judged(case, got, right, bounds_of(case, row)).items():
-            assert used <= 1, f"{row}, {preset}, seed {seed}, {way}: {name} uses {used}"
-            kind = name if name in ("out", "dx") else "weights"
-            largest[kind] = max(used, largest.get(kind, 0.0))
-    cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items())
-    print(f"\nbudget used by right layers, {row}: {cells}")
+        semantics = with_semantics(list(PRESETS.values())[seed % len(PRESETS)], rng)
+        case, way = draw_case(rng, row, semantics, **(TINY if seed % 2 else {})), draw_way(rng, row)
+        each = run_layer(case, row, way), reference(case), bounds_of(case, row)
+        budgets.add_all(*map(tensors, each), where=f"{row}, seed {seed}, {way}")
+    budgets.print(f"right layers, {row}")
 
 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "tf32", "bf16", "bf16-eager", "fp16"])
 def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -> None:
     """G2: every pooled key has the rounding of its tokens' rotation, and so has its gradient."""
-    largest: dict[str, float] = {}
+    budgets = Budgets()
     for seed, compress_map in enumerate(COMPRESS_MAPS):
         rng = generator(54, ROWS.index(row), seed)
         semantics = dataclasses.replace(
@@ -109,16 +89,11 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
             kv_per_branch=seed % 4 < 2,
             causal=seed != 1,
         )
-        case = draw_case(
-            rng, row, semantics, seq_len=9 + seed, head_dim=4, compress_map=compress_map
-        )
-        way = draw_way(rng, row)
-        got, right = run_layer(case, row, way), reference(case)
-        for name, used in judged(case, got, right, bounds_of(case, row)).items():
-            assert used <= 1, f"{row}, {compress_map}, {way}: {name} uses {used}"
-            largest[name] = max(used, largest.get(name, 0.0))
-    cells = "  ".join(f"{name} {used:.3f}" for name, used in largest.items() if "_k" in name)
-    print(f"\nbudget used by right layers that pool turned keys, {row}: {cells}")
+        sizes: dict[str, Any] = {"seq_len": 9 + seed, "compress_map": compress_map}
+        case, way = draw_case(rng, row, semantics, head_dim=4, **sizes), draw_way(rng, row)
+        each = run_layer(case, row, way), reference(case), bounds_of(case, row)
+        budgets.add_all(*map(tensors, each), where=f"{row}, {compress_map}, {way}")
+    budgets.print(f"right layers that pool turned keys, {row}")
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
@@ -144,33 +119,19 @@ def test_the_layer_that_is_bounded_is_the_definition(rotary: str, compress_map: 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16-eager"])
 def test_scores_of_a_right_layer_stay_within_their_bounds(row: str) -> None:
     """I1-I3: what q and k_cmp are off by on their way through the layer."""
-    largest = 0.0
+    budgets = Budgets()
     for seed in range(4):
         rng = generator(41, seed)
         rotary = "all" if seed < 2 else "before_pooling"
         semantics = dataclasses.replace(PAPER if seed % 2 else LUCIDRAINS, rotary=rotary)
         case = draw_case(rng, row, semantics, seq_len=12)
-        memory = case.weights["mem_k"]
-        memory = np.broadcast_to(memory, (case.x.shape[0], *memory.shape))
-        scores = [
-            importance(
-                *as_selected(case, each),
-                memory,
-                kv_len=12,
-                sizes=case.sizes,
-                semantics=semantics,
-            )
-            for each in (row, "fp64")
-        ]
-        bound = bounds_of(case, row).scores
-        assert bound is not None
-        mine, other = (each[..., : bound.shape[-1]] for each in scores)
-        finite = np.isfinite(other)
-        assert (finite == np.isfinite(mine)).all()
-        used = budget_used(np.where(finite, mine, 0.0), np.where(finite, other, 0.0), bound)
-        assert used <= 1, f"seed {seed} uses {used}"
-        largest = max(used, largest)
-    print(f"\nbudget used by scores of right layers, {row}: {largest:.3f}")
+        memory = np.broadcast_to(case.weights["mem_k"], (len(case.x), *case.weights["mem_k"].shape))
+        how: dict[str, Any] = {"kv_len": 12, "sizes": case.sizes, "semantics": semantics}
+        mine, other = (importance(*as_selected(case, y), memory, **how) for y in (row, "fp64"))
+        finite, bound = np.isfinite(other), bounds_of(case, row).scores
+        assert bound is not None and (finite == np.isfinite(mine)).all()
+        budgets.add("scores", *(np.where(finite, y, 0.0) for y in (mine, other)), bound, seed)
+    budgets.print(f"right layers, {row}")
 
 
 WRONG = (
@@ -219,25 +180,19 @@ def test_every_wrong_layer_exceeds_a_bound_in_float32_by_far(wrong: type[LayerIn
             num_selected_blocks=2,
             sliding_window_size=4,
         )
-        way, bounds = draw_way(rng, "fp32"), bounds_of(case, "fp32")
-        right = reference(case)
-        used, far = (
-            judged(case, run_layer(case, "fp32", way, kind), right, bounds)
-            for kind in (LayerInSteps, wrong)
-        )
-        assert max(used.values()) <= 1, f"without the mistake: {used}"
+        way, bounds = draw_way(rng, "fp32"), tensors(bounds_of(case, "fp32"))
+        right = tensors(reference(case))
+        mine, its = (tensors(run_layer(case, "fp32", way, kind)) for kind in (LayerInSteps, wrong))
+        Budgets().add_all(mine, right, bounds, where="without the mistake")
+        far = {name: budget_used(its[name], right[name], bounds[name]) for name in bounds}
         assert max(far.values()) > 10, f"seed {seed}, {way} lets it through: {far}"
 
 
 def test_finer_arithmetic_has_smaller_bounds() -> None:
     case = draw_case(generator(43), "bf16", LUCIDRAINS, seq_len=12)
-    tensors = []
-    for row in ("fp64", "fp32", "bf16", "bf16-head", "bf16-eager"):
-        found = bounds_of(case, row)
-        assert found.dweights is not None and found.dx is not None
-        tensors.append([found.out, found.dx, *found.dweights.values()])
-    for finer, coarser in itertools.pairwise(tensors):
-        assert all((mine <= other).all() for mine, other in zip(finer, coarser))
+    rows = "fp64", "fp32", "bf16", "bf16-head", "bf16-eager"
+    for finer, coarser in itertools.pairwise(tensors(bounds_of(case, row)) for row in rows):
+        assert all((finer[name] <= coarser[name]).all() for name in finer)
 
 
 def test_only_what_reads_a_row_of_nan_is_unbounded() -> None:
@@ -252,8 +207,7 @@ def test_only_what_reads_a_row_of_nan_is_unbounded() -> None:
     assert (np.isinf(bounds.out) == nothing[..., None]).all()
     assert bounds.dweights is not None and np.isfinite(bounds.dweights["to_k_fine.weight"]).all()
     filled = dataclasses.replace(case, block_indices=np.maximum(case.block_indices, 0))
-    found = bounds_of(filled, "fp32")
-    assert found.dx is not None and np.isfinite(found.out).all() and np.isfinite(found.dx).all()
+    assert all(np.isfinite(bound).all() for bound in tensors(bounds_of(filled, "fp32")).values())
 
 
 def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
@@ -265,8 +219,7 @@ def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
     assert np.isinf(bounds_of(louder, "fp16").out[0, -1]).all()
     for row, wide in (("fp16", case), ("bf16", louder), ("fp32", louder)):
         found = bounds_of(wide, row)
-        assert found.dx is not None
-        assert np.isfinite(found.out).all() and np.isfinite(found.dx).all()
+        assert found.dx is not None and np.isfinite([found.out, found.dx]).all()
 
 
 def test_scores_are_none_where_the_sizes_have_none() -> None:
@@ -302,7 +255,7 @@ def part(case: LayerCase, entry: int, length: int) -> LayerCase:
 @pytest.mark.parametrize("row", ["fp32", "bf16-eager", "fp16"])
 def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> None:
     """One sum over the terms of all sequences, where they are of one length; or one by one."""
-    largest, rng = 0.0, generator(57, ROWS.index(row))
+    budgets, rng = Budgets(), generator(57, ROWS.index(row))
     for seed in range(4):
         semantics = with_semantics(PAPER if seed % 2 else LUCIDRAINS_FLEX, rng)
         case = draw_case(rng, row, semantics, seq_len=8, batch=3, num_mem_kv=1)
@@ -321,11 +274,9 @@ def test_right_layers_of_packed_sequences_stay_within_their_bounds(row: str) -> 
             got = {name: np.zeros_like(weight) for name, weight in case.weights.items()}
             for gradients in (run_layer(each, row, way).dweights for each in alone):
                 got = {n: rounded(got[n] + gradients[n], row) for n in got}
-        for name, bound in bounds.items():
-            used = budget_used(got[name], np.sum([each[name] for each in right], axis=0), bound)
-            assert used <= 1, f"{row}, seed {seed}, {lengths}, {way}: {name} uses {used}"
-            largest = max(used, largest)
-    print(f"\nbudget used by right layers of packed sequences, {row}: {largest:.3f}")
+        total = {name: np.sum([each[name] for each in right], axis=0) for name in bounds}
+        budgets.add_all(got, total, bounds, where=f"{row}, seed {seed}, {lengths}, {way}")
+    budgets.print(f"right layers of packed sequences, {row}")
 
 
 #: A layer, for the names and shapes of its weights.

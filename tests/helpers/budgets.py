@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Tensors = Mapping[str, Array]
 
 
 def budget_used(got: Array, right: Array, bound: Array) -> float:
@@ -29,6 +31,10 @@ class Budgets:
         used = budget_used(got, right, bound)
         assert used <= 1, f"{where}: {name} uses {used}"
         self.largest[name] = max(used, self.largest.get(name, 0.0))
+
+    def add_all(self, got: Tensors, right: Tensors, bounds: Tensors, where: object = "") -> None:
+        for name, bound in bounds.items():
+            self.add(name, got[name], right[name], bound, where)
 
     def print(self, whose: str) -> None:
         """See it with ``-s``, or with ``-rP`` under pytest-xdist."""
