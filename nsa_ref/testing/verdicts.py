@@ -56,19 +56,21 @@ class WrongFactor:
 
 @dataclass(frozen=True, kw_only=True)
 class WrongMask:
-    """A row of a mask sees other columns than it should, or sees them another number of times.
+    """A row sees other columns than it should, or sees them another number of times.
 
-    tensor : whose mask, e.g. "sliding mask"
+    tensor : what shows it, e.g. "sliding mask" or "sliding dv"
     reading : how it was read
-    columns : how many there are
+    gradient : "dq", "dk" or "dv", if it was read off one
     expected, actual : how often the column is seen; -1 if the row reads beyond all columns
+    columns : how many there are
     block : the compressed block that the column is
+    but : what is right nevertheless
     masks : of this batch entry and query head
     """
 
-    kind: ClassVar[str] = "wrong mask"
     tensor: str
     reading: str
+    gradient: str = ""
     batch: int
     query_head: int
     row: int
@@ -78,30 +80,12 @@ class WrongMask:
     actual: int
     columns: int
     block: int | None = None
-    masks: Excerpt
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrongPattern:
-    """A gradient depends on a pair of a row and a column that it must not, or does not as it must.
-
-    tensor : the gradient, e.g. "sliding dv"
-    reading : how it was read
-    reads : whether it depends on the pair
-    forward_is_right : the forward was asked about the same case
-    """
-
-    kind: ClassVar[str] = "wrong pattern"
-    tensor: str
-    reading: str
-    batch: int
-    query_head: int
-    row: int
-    position: int
-    column: int
-    reads: bool
-    forward_is_right: bool = False
+    but: str = ""
     masks: Excerpt | None = None
+
+    @property
+    def kind(self) -> str:
+        return "wrong pattern" if self.gradient else "wrong mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +146,7 @@ class Failure:
     where: tuple[str, ...] = ()
 
 
-Fault: TypeAlias = (
-    WrongElement | WrongFactor | WrongMask | WrongPattern | WrongReader | WrongChoice | Failure
-)
+Fault: TypeAlias = WrongElement | WrongFactor | WrongMask | WrongReader | WrongChoice | Failure
 
 
 @dataclass(frozen=True)

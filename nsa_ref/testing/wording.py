@@ -18,7 +18,6 @@ from nsa_ref.testing.verdicts import (
     WrongElement,
     WrongFactor,
     WrongMask,
-    WrongPattern,
     WrongReader,
 )
 
@@ -80,15 +79,6 @@ def sentence(fault: Fault) -> str:
             )
         case WrongMask():
             return _wrong_mask(fault)
-        case WrongPattern():
-            gradient = fault.tensor.rpartition(" ")[2]
-            but = ", though the forward is right" if fault.forward_is_right else ""
-            line = (
-                f"{fault.reading}: {gradient} {'reads' if fault.reads else 'misses'} the pair of "
-                f"row t={fault.row} and column {fault.column} (batch {fault.batch}, query head "
-                f"{fault.query_head}){but}"
-            )
-            return line if fault.masks is None else f"{line}\n{side_by_side(fault.masks)}"
         case WrongReader():
             deed = "reads" if fault.reads else "does not read"
             reader, read = (" ".join(map(str, pair)) for pair in (fault.reader, fault.read))
@@ -125,18 +115,23 @@ def _wrong_element(fault: WrongElement) -> str:
 
 
 def _wrong_mask(fault: WrongMask) -> str:
+    deed, column = "misses" if fault.expected else "reads", f"column {fault.column}"
     if fault.actual < 0:
-        deed = f"reads more than the {fault.columns} columns that there are"
+        deed, column = "reads more than", f"the {fault.columns} columns that there are"
     elif fault.expected and fault.actual:
-        deed = f"counts column {fault.column} {fault.actual} times, the definition "
-        deed += f"{fault.expected} times"
+        deed = "counts"
+        column += f" {fault.actual} times, the definition {fault.expected} times"
+    if fault.block is not None:
+        column += f" (block {fault.block})"
+    row, head = f"row t={fault.row}", f"batch {fault.batch}, query head {fault.query_head}"
+    if fault.gradient:
+        what = f"{fault.gradient} {deed} the pair of {row} and {column} ({head})"
     else:
-        deed = f"{'misses' if fault.expected else 'reads'} column {fault.column}"
-    block = "" if fault.block is None else f" (block {fault.block})"
-    return (
-        f"{fault.reading}: batch {fault.batch}, query head {fault.query_head}, row t={fault.row} "
-        f"(p={fault.position}) {deed}{block}\n{side_by_side(fault.masks)}"
-    )
+        what = f"{head}, {row} (p={fault.position}) {deed} {column}"
+    line = f"{fault.reading}: {what}"
+    if fault.but:
+        line += f", though {fault.but}"
+    return line if fault.masks is None else f"{line}\n{side_by_side(fault.masks)}"
 
 
 def numbers(listed: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, compare_all
 from nsa_ref.testing.strategies import far_lengths, large_sizes
-from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongPattern
+from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongMask
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
@@ -171,15 +171,18 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
             b, g, j = first_at(visible != seen)
             raise Broken(
                 "A3",
-                WrongPattern(
+                WrongMask(
                     tensor=f"{branch.name} dv",
                     reading=f"{branch.name}, backward of a long sequence, read out by one-hot rows",
+                    gradient="dv",
                     batch=b,
                     query_head=int(heads[g]),
                     row=t,
                     position=t + case.kv_len - case.q_len,
                     column=j,
-                    reads=not visible[b, g, j],
+                    expected=int(visible[b, g, j]),
+                    actual=int(seen[b, g, j]),
+                    columns=branch.columns(case),
                 ),
             )
     if not told:

@@ -15,7 +15,7 @@ from nsa_ref.testing.compare import first_at
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.pictures import excerpt
 from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
-from nsa_ref.testing.verdicts import Broken, Convention, Raised, WrongMask, WrongPattern
+from nsa_ref.testing.verdicts import Broken, Convention, Raised, WrongMask
 
 
 def wrong_mask(
@@ -133,16 +133,19 @@ def read_backward(prop: Property, implementation: Implementation, case: Case) ->
         seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)
         raise Broken(
             "A3",
-            WrongPattern(
+            WrongMask(
                 tensor=f"{branch.name} {pattern.gradient}",
                 reading=f"{branch.name}, backward read out",
+                gradient=pattern.gradient,
                 batch=b,
                 query_head=h,
                 row=t,
                 position=t + case.kv_len - case.q_len,
                 column=j,
-                reads=not pattern.visible[b, h, t, j],
-                forward_is_right=True,
+                expected=int(pattern.visible[b, h, t, j]),
+                actual=int(pattern.seen[b, h, t, j]),
+                columns=branch.columns(case),
+                but="the forward is right",
                 masks=excerpt(expected, seen),
             ),
         )
