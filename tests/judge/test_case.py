@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_ref.attention import attend
@@ -18,15 +18,10 @@ from nsa_ref.semantics import PRESETS, ROTARY, PerBranch, Semantics
 from nsa_ref.sizes import Sizes
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
+from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.strategies import ABOUT, cases
 
-quiet = settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+quiet = level_settings("quick", 100)
 
 #: What must be in scope to paste a case.
 SCOPE: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nsa_ref.attention import Attention
@@ -17,15 +17,10 @@ from nsa_ref.testing import Case, OracleImplementation, probes
 from nsa_ref.testing.branches import BRANCHES, FINE, SLIDING, Branch, Raised
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import Device
+from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.strategies import Drawn, cases, fresh_seeds
 
-few = settings(
-    max_examples=8,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+few = level_settings("quick", 8)
 branches = pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis import Phase, find, given, seed, settings
 from hypothesis import strategies as st
 
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER
@@ -18,17 +18,12 @@ from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.lattice import EDGES, VISIBLE, Edge, edges
 from nsa_ref.testing.options import Options
+from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.strategies import ABOUT, GROUP_SIZES, HEAD_DIMS, Drawn, cases, fresh_seeds
 
-quiet = settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+quiet = level_settings("quick", 60)
 
 
 def finding(phases: Collection[Phase]) -> settings:
