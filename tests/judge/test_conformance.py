@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+import trials
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
@@ -48,7 +49,12 @@ def no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def judged(implementation: Implementation, folder: Path, **options: Any) -> Record:
     """EXPOSED, tried on it."""
-    return run_property(EXPOSED, implementation, Options(findings=folder / "findings", **options))
+    return trials.record(EXPOSED.name, implementation, folder / "findings", **options)
+
+
+def found_in(implementation: Implementation, folder: Path, **options: Any) -> dict[str, Any]:
+    """What EXPOSED finds wrong with it."""
+    return trials.finding(EXPOSED.name, implementation, folder / "findings", **options)
 
 
 @pytest.mark.parametrize("error", exceptions(), ids=lambda error: type(error).__name__)
@@ -56,8 +62,8 @@ def test_whatever_a_method_raises_is_a_finding(
     error: BaseException, tmp_path: Path, no_ctrl_c: None
 ) -> None:
     """Also what would skip a test or end the run; and the case is made small."""
-    found = judged(Raises(error), tmp_path).finding
-    assert found is not None and found["clause"] == "W1"
+    found = found_in(Raises(error), tmp_path)
+    assert found["clause"] == "W1"
     words = "no words" if isinstance(error, Unprintable) else type(error).__name__
     assert words in found["text"]
     assert "port_zoo.py:" in found["text"], "the line of the adapter is shown"
@@ -84,14 +90,13 @@ def test_ctrl_c_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ids=["None", "text", "shape", "ragged", "object", "object array"],
 )
 def test_whatever_a_method_returns_is_a_finding(value: Any, tmp_path: Path) -> None:
-    found = judged(Returns("odd", value), tmp_path).finding
-    assert found is not None
+    found = found_in(Returns("odd", value), tmp_path)
     assert found["text"]
 
 
 def test_a_refusal_that_raises_is_a_finding(tmp_path: Path) -> None:
-    found = judged(BadRefusal(), tmp_path).finding
-    assert found is not None and "KeyError: 'head_dim'" in found["text"]
+    found = found_in(BadRefusal(), tmp_path)
+    assert "KeyError: 'head_dim'" in found["text"]
 
 
 @pytest.mark.parametrize("answer", [True, False, 0, ["no"]], ids=repr)
@@ -122,9 +127,8 @@ def test_a_finding_is_small_and_soon(tmp_path: Path) -> None:
     """Window + 1: two tokens show it, in seconds, whichever property sees it."""
     started = time.monotonic()
     for name in ("W1_sliding_mask_as_exposed", "A1_sliding_output", "A3_sliding_gradients"):
-        record = run_property(PROPERTIES[name], WindowPlusOne(), Options(findings=tmp_path))
-        found = record.finding
-        assert found is not None and found["clause"] == "W1"
+        found = trials.finding(name, WindowPlusOne(), tmp_path)
+        assert found["clause"] == "W1"
         case = Case.from_json(found["case"])
         assert (case.batch, case.q_heads, case.kv_heads) == (1, 1, 1)
         assert case.q_len <= 2 and case.kv_len <= 2
@@ -136,10 +140,9 @@ def test_shrinking_ends_when_its_time_is_up(
 ) -> None:
     """What is then reported is the smallest that was seen, and no flakiness is imagined."""
     monkeypatch.setattr(running, "SHRINKING_TIME", 0.0)
-    found = judged(WindowPlusOne(), tmp_path).finding
-    assert found is not None and "Not every time" not in found["text"]
-    again = judged(WindowPlusOne(), tmp_path, case=Case.from_json(found["case"])).finding
-    assert again is not None
+    found = found_in(WindowPlusOne(), tmp_path)
+    assert "Not every time" not in found["text"]
+    found_in(WindowPlusOne(), tmp_path, case=Case.from_json(found["case"]))
 
 
 def test_a_finding_that_comes_and_goes_is_kept(tmp_path: Path) -> None:
@@ -152,15 +155,13 @@ def test_a_finding_that_comes_and_goes_is_kept(tmp_path: Path) -> None:
                 raise ValueError("once")
             return super().sliding_mask(case)
 
-    found = judged(Moody(), tmp_path).finding
-    assert found is not None
+    found = found_in(Moody(), tmp_path)
     assert "once" in found["text"] and "Not every time" in found["text"]
 
 
 def test_the_message_has_its_order(tmp_path: Path) -> None:
     """Clause, sentence, smallest case, picture, replay, and at last the convention."""
-    found = judged(OneKeyFewer(), tmp_path, spec="port_zoo:OneKeyFewer").finding
-    assert found is not None
+    found = found_in(OneKeyFewer(), tmp_path, spec="port_zoo:OneKeyFewer")
     text = message(found)
     places = [
         text.index(words)
@@ -179,8 +180,7 @@ def test_the_message_has_its_order(tmp_path: Path) -> None:
 
 
 def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
-    found = judged(Raises(ValueError("long " * 10_000 + "\ud800 end")), tmp_path).finding
-    assert found is not None
+    found = found_in(Raises(ValueError("long " * 10_000 + "\ud800 end")), tmp_path)
     text = message(found)
     assert len(text) < 10_000 and found["file"] in text and "end" in text
     text.encode()
