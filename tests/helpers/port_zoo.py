@@ -15,12 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nsa_ref.masks import sliding_mask
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation, OracleImplementation
+from nsa_ref.testing import Case, Implementation
 
 
 class SlidingMask(Implementation):
@@ -32,18 +31,6 @@ class SlidingMask(Implementation):
 
     def sliding_mask(self, case: Case) -> Any:
         return sliding_mask(case.q_len, case.kv_len, case, case.semantics)
-
-
-class WindowPlusOne(OracleImplementation):
-    """The commonest of differences, in float64."""
-
-    name = "window + 1"
-    semantics = (PAPER,)
-    numerics = MappingProxyType({"float64": "fp64"})
-
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        wider = dataclasses.replace(case, sliding_window_size=case.sliding_window_size + 1)
-        return super().sliding_mask(wider)
 
 
 class OneKeyFewer(SlidingMask):

@@ -19,6 +19,7 @@ import trials
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
+from nsa_ref.testing.mutants.masks import WindowPlusOne
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
 from nsa_ref.testing.properties import PROPERTIES
@@ -33,7 +34,6 @@ from port_zoo import (
     SlidingMask,
     SupportsAnswers,
     Unprintable,
-    WindowPlusOne,
     exceptions,
     twins,
 )
