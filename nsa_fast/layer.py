@@ -193,16 +193,17 @@ def native_sparse_attention(
     ::
 
         h            = x, or x / sqrt(mean x^2 + 2^-23) * norm.weight with input_norm
-        q, k, v      = h W^T, by heads; q and k rotated at their position, as semantics.rotary says:
-                       of fine and sliding; of compress too, pooled k where its window starts
-                       ("all"), or k of every token before it is pooled ("before_pooling")
+        q, k, v      = h W^T, by heads. Where semantics.rotary is not "none", q and k of fine and
+                       sliding are rotated at their position. So are, in compress, q and the pooled
+                       k, at i d ("all"), or q and k of every token before pooling
+                       ("before_pooling")
         k_cmp, v_cmp = pool(k of compress), pool(v of compress)
         out          = sum over compress, fine, sliding of sigmoid(h Wg^T + bg) * Attn        eq. 5
         returns        out, or out to_out^T with output_projection
 
     Gradients go to x and to every weight; none through the choice of blocks (A4), and none at all
-    if there is a cache. With a cache, x holds the tokens after those that the cache has seen, and
-    the cache holds them too afterwards; the rows are those of all tokens in one call.
+    if there is a cache. With a cache, x holds the tokens that follow those in the cache, which
+    holds them too afterwards. The rows are those that one call with all tokens returns.
 
     Under torch.autocast projections and branches run in its dtype, norm, rotation, sigmoid and the
     sum over branches in float32, and the result is in its dtype.
@@ -431,13 +432,13 @@ def _attend(
         k_fine, v_fine, block_indices = _gathered(k_fine, v_fine, block_indices, layer)
     fine = fine_attention(q, k_fine, v_fine, block_indices, selection_block_size=size, **run)
 
-    near = 0
+    oldest = 0  # key that a window reaches back to
     if layer.semantics.causal:
-        near = max(0, kv_len - q.shape[2] - layer.sliding_window_size)
+        oldest = max(0, kv_len - q.shape[2] - layer.sliding_window_size)
     sliding = sliding_attention(
         q,
-        k[2][:, :, near:],
-        v[2][:, :, near:],
+        k[2][:, :, oldest:],
+        v[2][:, :, oldest:],
         sliding_window_size=layer.sliding_window_size,
         **run,
     )
@@ -447,10 +448,9 @@ def _attend(
 def _gathered(
     k: Tensor, v: Tensor, block_indices: Tensor, layer: Layer
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Only the blocks that the one query, the last token, may read, and their new numbers.
+    """The blocks that the one query, the last token, may read, and their new numbers.
 
-    The own block, which may be short, stands behind the n others, so that the query is the last
-    token here too.
+    The own block, which may be short, comes last: so the query is the last token here as well.
     """
     size, last = layer.selection_block_size, k.shape[2] - 1
     own = last // size

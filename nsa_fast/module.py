@@ -28,8 +28,9 @@ class NativeSparseAttention(nn.Module):
     Its state dict has the names and shapes that the functional form lists. forward reads the
     parameters of its submodules by name and never calls the submodules: hooks on them do not run.
 
-    At first: projections and compression maps as `nn.Linear`, positions small, memory 0, gates
-    without regard to the token and all but the sliding branch's nearly shut.
+    First values: projections and compression maps are those of `nn.Linear`, positions are small and
+    memory is 0. The gates are the same for every token, and all but the sliding branch's are nearly
+    shut.
 
     Parameters
     ----------

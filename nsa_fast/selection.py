@@ -30,12 +30,12 @@ from nsa_fast.checks import (
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
-#: Scores of one chunk of queries: 2**24 float32 are 64 MiB. On a CPU chunks that fit into its cache
-#: are several times as fast.
+#: Scores of one chunk of queries: 2**24 float32 are 64 MiB. A CPU is several times as fast with
+#: chunks that fit into its cache.
 CHUNK_ELEMENTS = 2**24
 CPU_CHUNK_ELEMENTS = 2**20
 
-#: The logit that upstream puts before the blocks, so that a row without any goes there (I3).
+#: The logit of one more column, before the blocks: a row without any block goes there (I3).
 PAD_LOGIT = -1e3
 
 
@@ -141,7 +141,7 @@ def select_blocks(
     memory = mem_k.shape[2]
     columns = columns.flatten(0, 1)
     slices = list(chunks(q, max(columns.shape[-1], sizes.num_blocks)))
-    # taken once: pages that every chunk asks the system for cost as much as the softmax
+    # one for all chunks: new pages for each would cost as much as the softmax
     largest = batch * q_heads * slices[0].stop * columns.shape[-1]
     buffers = columns.new_empty(2, largest)
     with without_autocast(q.device):
@@ -205,7 +205,7 @@ def _best(
     """
     semantics = sizes.semantics
     candidates, forced = _candidates(position, num_blocks, sizes)
-    # all rows see the windows before: most of them, and so many fewer to mask
+    # most windows are seen by all rows, and need no mask
     seen_by_all = _num_seen(first, sizes) if semantics.causal else 0
     visible = _visible(position, slice(seen_by_all, logits.shape[-1] - memory), sizes)
     if semantics.importance == "overlap":
@@ -237,9 +237,9 @@ def _best(
 
 
 def _highest(scores: Tensor, n: int) -> Tensor:
-    """The n highest along the last axis, best first; of equal ones the first, as topk does not say.
+    """The n highest along the last axis, best first; of equal ones those with the lower index.
 
-    Sorting them all would take longer than the logits.
+    topk does not say which of equal ones it takes, and sorting all takes longer than the logits.
     """
     cutoff = scores.topk(n).values[..., -1:]
     above, level = scores > cutoff, scores == cutoff

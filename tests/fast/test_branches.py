@@ -105,12 +105,6 @@ def test_eager_out_lse_and_gradients_in_float64(branch: str, edge: str) -> None:
     assert_right(NsaFastEager(), branch, replace(**EDGES[edge]))
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_eager_in_smaller_dtypes(branch: str, dtype: str) -> None:
-    assert_right(NsaFastEager(), branch, replace(dtype=dtype))
-
-
 def test_keys_that_nobody_sees_have_exactly_no_gradient_and_no_influence() -> None:
     case = replace(num_selected_blocks=1, indices="few", kv_len=64, q_len=64)
     inputs = FINE.inputs(case)
