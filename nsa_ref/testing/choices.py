@@ -20,6 +20,7 @@ from nsa_ref.selection import (
 )
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes
+from nsa_ref.testing.wording import numbers
 
 VALID = "valid"
 AMBIGUOUS = "ambiguous"
@@ -220,7 +221,7 @@ def _judge_row(
         if taken.count(block) > 1:
             return invalid("named once", f"block {block} is named {taken.count(block)} times.")
         if not candidate[block]:
-            listed = ", ".join(str(c) for c in np.flatnonzero(candidate)) or "none"
+            listed = numbers(np.flatnonzero(candidate).tolist())
             why = f"block {block} is no candidate; candidates are {listed}."
             return invalid("candidates", why)
     if len(taken) > n:

@@ -280,6 +280,27 @@ def test_a_replay_that_decides_nothing_is_no_pass(place: Path) -> None:
     assert "not offered: sliding" in done.stderr
 
 
+def test_a_finding_of_an_older_version_is_replayed(place: Path) -> None:
+    """Of what it says, only the property, the case and the implementation are needed."""
+    case = Case(q_len=2, kv_len=2).to_json()
+    needed = {
+        "property": "W1_sliding_mask_as_exposed",
+        "case": case,
+        "spec": "port_zoo:OneKeyFewer",
+    }
+    older = {"clause": "W1", "implementation": "window [w]", "device": "cpu", "timeout": 120.0}
+    older |= {
+        "text": "sliding_mask as exposed: ...\nThis may be a ...",
+        "worst": {},
+        "file": "x.json",
+    }
+    for finding in (needed, needed | older):
+        (place / "finding.json").write_text(json.dumps(finding))
+        done = nsa_ref("replay", "finding.json", "--device=cpu")
+        assert done.returncode == BROKEN and done.stderr == "", done
+        assert "window_closed=False would explain it" in done.stdout
+
+
 def test_a_case_of_ones_own_is_tried_on_the_properties_that_are_about_such_cases(
     place: Path,
 ) -> None:

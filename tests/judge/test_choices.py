@@ -60,7 +60,7 @@ def test_i4_a_block_that_is_beaten_is_invalid_and_the_reason_names_both():
 
 def test_i4_what_is_no_candidate_may_not_be_taken():
     verdict = judge([0, 3], [0.1, 0.4, 0.2, 0.3], 2, candidates=[0, 1, 2])
-    assert verdict == (INVALID, "I4", "block 3 is no candidate; candidates are 0, 1, 2.")
+    assert verdict == (INVALID, "I4", "block 3 is no candidate; candidates are [0, 1, 2].")
 
 
 def test_i4_a_block_may_be_named_only_once():

@@ -1,0 +1,168 @@
+"""A verdict is data: its fields, the sentence that is made of them, and what counts as alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.findings import broken_data, grouped
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.pictures import excerpt
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import run_property
+from nsa_ref.testing.verdicts import (
+    Broken,
+    Convention,
+    Failure,
+    Fault,
+    WrongElement,
+    WrongFactor,
+    WrongMask,
+    WrongReader,
+)
+from nsa_ref.testing.wording import convention, describe, sentence
+from port_zoo import OneKeyFewer
+
+ELEMENT: dict[str, Any] = {"tensor": "sliding out", "index": (0, 1), "actual": 3.0, "expected": 1.0}
+BOUND: dict[str, Any] = {"bound": 0.5, "budget_used": 4.0}
+MASK: dict[str, Any] = {
+    "tensor": "compress mask",
+    "reading": "compress_mask as exposed",
+    "batch": 1,
+    "query_head": 2,
+    "row": 3,
+    "position": 5,
+    "column": 4,
+    "columns": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (WrongElement(**ELEMENT), "sliding out[0, 1] is 3 and must be exactly 1"),
+        (
+            WrongElement(**ELEMENT | {"actual": 1 + 2.0**-52}, part="again", why="so it was"),
+            "sliding out[0, 1] again is 1.0000000000000002 and must be exactly 1.0: so it was",
+        ),
+        (
+            WrongElement(**ELEMENT, **BOUND, form="deterministic", source="the same call"),
+            "sliding out[0, 1] is 3, the same call says 1: off by 2, bound 0.5, 4 times the budget",
+        ),
+        (
+            WrongMask(**MASK, expected=1, actual=0, block=2),
+            "compress_mask as exposed: batch 1, query head 2, row t=3 (p=5) misses column 4 "
+            "(block 2)",
+        ),
+        (
+            WrongMask(**MASK, expected=1, actual=2),
+            "compress_mask as exposed: batch 1, query head 2, row t=3 (p=5) counts column 4 2 "
+            "times, the definition 1 times",
+        ),
+        (
+            WrongMask(**MASK, expected=1, actual=-1),
+            "compress_mask as exposed: batch 1, query head 2, row t=3 (p=5) reads more than the 7 "
+            "columns that there are",
+        ),
+        (
+            WrongMask(**MASK, expected=0, actual=1, gradient="dv", but="the forward is right"),
+            "compress_mask as exposed: dv reads the pair of row t=3 and column 4 (batch 1, query "
+            "head 2), though the forward is right",
+        ),
+        (
+            WrongReader(tensor="fine", reader=("query head", 3), read=("kv head", 1), reads=False),
+            "fine: query head 3 does not read kv head 1",
+        ),
+        (
+            Failure(kind="exception", tensor="fine", what="OSError: no", where=("a.py:1", "b:2")),
+            "the implementation failed: OSError: no\n  at a.py:1\n  at b:2",
+        ),
+    ],
+)
+def test_every_fault_has_its_sentence(fault: Fault, words: str) -> None:
+    assert sentence(fault) == words
+    described = Broken("A1", fault, notes=("And so on.",))
+    assert describe(described) == f"{words}\nAnd so on."
+    json.dumps(broken_data(described), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("explains", "words"),
+    [
+        (Convention("window_closed", False), "window_closed=False would explain it. If it is "),
+        (Convention("preset", "FLA"), "this is what the preset FLA does. If it is meant, declare "),
+        (Convention("empty_lse"), "see empty_lse."),
+    ],
+)
+def test_a_convention_is_a_switch_and_its_value(explains: Convention, words: str) -> None:
+    said = convention(explains)
+    assert said.startswith(f"This may be a difference of convention: {words}")
+
+
+def test_a_finding_keeps_the_fields(tmp_path: Path) -> None:
+    """As JSON, in memory and in its file."""
+    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
+    found = run_property(prop, OneKeyFewer(), Options(findings=tmp_path)).finding
+    assert found is not None
+    assert (found["clause"], found["kind"], found["tensor"]) == ("W1", "wrong mask", "sliding mask")
+    place = [found["fault"][name] for name in ("batch", "query_head", "row", "position", "column")]
+    assert place == [0, 0, 0, 0, 0]
+    assert found["fault"]["masks"] == {"top": 0, "left": 0, "expected": ["#"], "actual": ["-"]}
+    assert found["convention"] == {"name": "window_closed", "value": False}
+    assert json.loads(Path(found["file"]).read_text()) == found
+
+
+def test_findings_are_alike_whose_fields_are() -> None:
+    """Whatever numbers they show; not of another tensor, kind, clause or implementation."""
+
+    def found(clause: str, fault: Fault, implementation: str = "port") -> dict[str, Any]:
+        return broken_data(Broken(clause, fault)) | {"implementation": implementation}
+
+    one = found("A1", WrongElement(**ELEMENT))
+    same = found("A1", WrongElement(**ELEMENT | {"index": (7, 7), "actual": -2.5}))
+    others = [
+        found("A1", WrongElement(**ELEMENT | {"tensor": "fine out"})),
+        found("A1", WrongFactor(tensor="sliding out", slope=0.5, limit=0.25)),
+        found("A3", WrongElement(**ELEMENT)),
+        found("A1", WrongElement(**ELEMENT), "another port"),
+    ]
+    assert grouped([one, *others, same]) == [[one, same], *([other] for other in others)]
+
+
+class ChoosesTheWorst(OracleImplementation):
+    """The n last candidates by score, of very many."""
+
+    semantics = (PAPER,)
+    limits = {"num_selected_blocks": (35,), "selection_block_size": (4,), "kv_len": (400,)}  # noqa: RUF012
+
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        return np.asarray(super().select(case, -np.asarray(q), k_cmp, mem_k))
+
+
+def test_a_finding_never_prints_an_array(tmp_path: Path) -> None:
+    """Of more than a dozen numbers: of 35 chosen blocks, and the scores of 100."""
+    options = Options(findings=tmp_path, shrink=False)
+    found = run_property(PROPERTIES["I4_selection"], ChoosesTheWorst(), options).finding
+    assert found is not None and found["kind"] == "wrong choice"
+    lines = found["text"].splitlines()
+    for listed in [*re.findall(r"\[(.*?)\]", lines[0]), lines[1].partition("block: ")[2]]:
+        assert listed.count(",") <= 12, listed
+    assert len(found["fault"]["scores"]) == 12
+
+
+def test_a_picture_shows_where_the_masks_differ() -> None:
+    """Of large masks the rows and columns around the first difference, as many as fit."""
+    expected = np.ones((300, 400), np.int64)
+    actual = expected.copy()
+    actual[200, 300], actual[201, 300] = 0, 2
+    shown = excerpt(expected, actual)
+    row, column = 200 - shown.top, 300 - shown.left
+    assert shown.actual[row][column] == "-" and shown.actual[row + 1][column] == "2"
+    assert set(shown.expected[row]) == {"#"}
