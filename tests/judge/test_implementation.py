@@ -182,13 +182,13 @@ def test_gradients_come_from_autograd(layout: str) -> None:
 
 
 def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
-    class Deaf(TorchImplementation):
+    class ReadsQueriesAlone(TorchImplementation):
         def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
             return Attention(q * 2, q.sum(-1))
 
     case = a_case()
     d_out, d_lse = case.upstream_gradients()
-    dq, dk, dv = Deaf().run_vjp("sliding", case, *case.qkv(), d_out, 0 * d_lse)
+    dq, dk, dv = ReadsQueriesAlone().run_vjp("sliding", case, *case.qkv(), d_out, 0 * d_lse)
     np.testing.assert_array_equal(dq, 2 * d_out)
     for gradient in (dk, dv):
         assert gradient.shape == SHAPE
