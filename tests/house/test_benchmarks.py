@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from benchmarks import cost  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
+from pages import ROOT  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = interpreter.missing()
 TRITON = importlib.util.find_spec("triton") is not None

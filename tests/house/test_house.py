@@ -16,8 +16,7 @@ import pytest
 
 import nsa_ref
 from nsa_ref import bounds, layer_bounds, map_bounds, rounded, selection_bounds
-
-ROOT = Path(nsa_ref.__file__).parents[1]
+from pages import ROOT
 
 #: nsa_ref from the ground up; a room may import those before it.
 ROOMS = (

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from commands import nsa_ref
 from nsa_ref.testing import Implementation, cli
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.arithmetic import AnotherOrder
@@ -88,35 +87,31 @@ class Raises(OracleImplementation):
 """
 
 
-def nsa_ref_mutants(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "sitecustomize.py").write_text(PLANTED)
-    checkout = Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, "-m", "nsa_ref.testing.cli", "mutants", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(checkout)))},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def planted(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory but for the planted mutants, which every process here finds."""
+    (place / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(place), os.environ["PYTHONPATH"])))
+    return place
 
 
-def test_the_command_prints_what_every_mutant_died_of(tmp_path: Path) -> None:
+def test_the_command_prints_what_every_mutant_died_of(planted: Path) -> None:
     """Exit code 0; the same as data."""
     names = ("WindowPlusOne", "SequencesLeak")
-    done = nsa_ref_mutants(tmp_path, *names, "-n", "1", "--json", "mutants.json")
+    done = nsa_ref("mutants", *names, "-n", "1", "--json", "mutants.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^WindowPlusOne  W1  W1  \d+  [\d.]+$", done.stdout, re.MULTILINE)
     assert re.search(r"^SequencesLeak  G4  G4  \d+  [\d.]+$", done.stdout, re.MULTILINE)
     assert "2 of 2 mutants die of their clause" in done.stdout
-    written = json.loads((tmp_path / "mutants.json").read_text())["mutants"]
+    written = json.loads((planted / "mutants.json").read_text())["mutants"]
     assert [one["name"] for one in written] == list(names)
     assert all(one["right"] and one["cases"] and ZOO[one["name"]] for one in written)
 
 
-def test_a_survivor_and_what_dies_of_something_else_are_shown(tmp_path: Path) -> None:
+def test_a_survivor_and_what_dies_of_something_else_are_shown(planted: Path) -> None:
     """Exit code 1."""
     names = ("Survivor", "OfAnotherClause", "Raises", "WindowPlusOne")
-    done = nsa_ref_mutants(tmp_path, *names, "-n", "1")
+    done = nsa_ref("mutants", *names, "-n", "1")
     assert done.returncode == 1, done.stdout + done.stderr
     for line in (r"Survivor  F2  survives", r"OfAnotherClause  A4  G1", r"Raises  C4  C4 \(by an"):
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
