@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from nsa_ref import rounded
 from nsa_ref.bounds import RoundedAttention, rounded_attention
 from nsa_ref.checks import as_float64, check_multiple, check_one_of, check_shape
 from nsa_ref.compress import num_compress_blocks
@@ -40,28 +41,7 @@ from nsa_ref.layer import (
 )
 from nsa_ref.map_bounds import RoundedPool, rounded_pool
 from nsa_ref.numerics import NUMERICS, Array, Numerics
-from nsa_ref.rounded import (
-    Rounded,
-    affine,
-    as_column,
-    exact,
-    inner,
-    input_gradient,
-    joined,
-    matmul,
-    normed,
-    normed_gradient,
-    rotated,
-    sigmoid,
-    sigmoid_gradient,
-    stored,
-    summed,
-    times,
-    total,
-    turn,
-    turned_gradient,
-    weight_gradient,
-)
+from nsa_ref.rounded import Rounded, exact
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.semantics import BRANCHES, Semantics
 from nsa_ref.sizes import Sizes
@@ -201,8 +181,8 @@ def packed_weight_bounds(
         if not each:
             of_all[name] = np.zeros(layer_weight_shapes(sizes, semantics)[name])
             continue
-        of_oracle = total([exact(part.value) for part in each], NUMERICS["fp64"])
-        of_all[name] = total(each, NUMERICS[numerics]).error + of_oracle.error
+        of_oracle = rounded.total([exact(part.value) for part in each], NUMERICS["fp64"])
+        of_all[name] = rounded.total(each, NUMERICS[numerics]).error + of_oracle.error
     return of_all
 
 
@@ -255,11 +235,11 @@ def rounded_branch(
     mask = np.where(uniform[..., None], 1.0, mask)
     q = q.map(lambda part: np.where(uniform[..., None], 0.0, part))
     if row.rounds_every_operation:  # q may be scaled, and stored, on its own
-        q = stored(q, row)
+        q = rounded.stored(q, row)
     found = rounded_attention(q, k, v, d_out, mask=mask, scale=q.value.shape[3] ** -0.5, row=row)
     if empty_row == "nan":
         found.out.error[empty] = np.inf
-    dq = stored(found.dq, row) if row.rounds_every_operation else found.dq
+    dq = rounded.stored(found.dq, row) if row.rounds_every_operation else found.dq
     dq.value[uniform], dq.error[uniform] = 0.0, 0.0
     return found._replace(dq=dq)
 
@@ -282,18 +262,18 @@ class RoundedLayer:
         self.x, self.weights, self.masks = x, weights, masks
         self.sizes, self.semantics, self.row = sizes, semantics, row
         seq_len = x.shape[1]
-        self.norm = normed(x, weights["norm.weight"], row) if semantics.input_norm else None
+        self.norm = rounded.normed(x, weights["norm.weight"], row) if semantics.input_norm else None
         self.h = exact(x) if self.norm is None else self.norm.out
         self.turn = self.block_turn = None
         if semantics.rotary != "none":
-            self.turn = turn(np.arange(seq_len, dtype=np.float64), sizes.head_dim, row)
+            self.turn = rounded.turn(np.arange(seq_len, dtype=np.float64), sizes.head_dim, row)
         if semantics.rotary == "all":
             starts = np.arange(seq_len) * float(sizes.compress_block_sliding_stride)
             blocks = num_compress_blocks(seq_len, sizes, semantics)
-            self.block_turn = turn(starts[:blocks], sizes.head_dim, row)
+            self.block_turn = rounded.turn(starts[:blocks], sizes.head_dim, row)
 
         q = self._heads("to_q.weight", sizes.q_heads)
-        turned = rotated(q, self.turn, row)
+        turned = rounded.rotated(q, self.turn, row)
         self.branch_q = {c: turned if is_rotated(semantics, c) else q for c in BRANCHES}
         k, v = (
             {c: self._heads(projection_name(kind, c, semantics), sizes.kv_heads) for c in BRANCHES}
@@ -301,23 +281,25 @@ class RoundedLayer:
         )
         self.to_pool = {"k": k["compress"], "v": v["compress"]}
         for branch in ("fine", "sliding"):
-            k[branch] = rotated(k[branch], self.turn, row)
+            k[branch] = rounded.rotated(k[branch], self.turn, row)
         if semantics.rotary == "before_pooling":
-            self.to_pool["k"] = rotated(k["compress"], self.turn, row)
+            self.to_pool["k"] = rounded.rotated(k["compress"], self.turn, row)
         self.q = self.branch_q["compress"]
-        self.k_cmp = rotated(self._pool("k").out, self.block_turn, row)
+        self.k_cmp = rounded.rotated(self._pool("k").out, self.block_turn, row)
         self.branch_k = k | {"compress": self._with_memory("mem_k", self.k_cmp)}
         self.branch_v = v | {"compress": self._with_memory("mem_v", self._pool("v").out)}
 
         self.attended = {c: self._attend(c).out for c in BRANCHES}
         # a gate is one number of a head: (batch, 3 q_heads, seq_len, 1), branch by branch
         logits = self._heads("gates.weight", len(BRANCHES) * sizes.q_heads, weights["gates.bias"])
-        of_branches = (np.split(part, len(BRANCHES), axis=1) for part in sigmoid(logits, row))
+        of_branches = (
+            np.split(part, len(BRANCHES), axis=1) for part in rounded.sigmoid(logits, row)
+        )
         self.gate = {c: Rounded(*pair) for c, *pair in zip(BRANCHES, *of_branches)}
         self.merged = self._combined().map(merge_heads)
         self.out = self.merged
         if semantics.output_projection:
-            self.out = affine(self.merged, weights["to_out.weight"], None, row)
+            self.out = rounded.affine(self.merged, weights["to_out.weight"], None, row)
 
     def gradients(self, d_out: Array) -> tuple[Rounded, dict[str, Rounded]]:
         """dx and dweights, of the gradient of out."""
@@ -325,22 +307,22 @@ class RoundedLayer:
         dw: dict[str, Rounded] = {}
         g = exact(d_out)
         if semantics.output_projection:
-            dw["to_out.weight"] = weight_gradient(g, self.merged, row)
-            g = matmul(g, exact(self.weights["to_out.weight"]), row)
+            dw["to_out.weight"] = rounded.weight_gradient(g, self.merged, row)
+            g = rounded.matmul(g, exact(self.weights["to_out.weight"]), row)
         g = g.map(lambda part: split_heads(part, self.sizes.q_heads))
-        back = {c: self._attend(c, times(self.gate[c], g, row)) for c in BRANCHES}
-        dg = {c: inner(g, self.attended[c], row).map(as_column) for c in BRANCHES}
-        of_branches = [sigmoid_gradient(dg[c], self.gate[c], row) for c in BRANCHES]
-        dz = joined(of_branches, lambda parts: np.concatenate(parts, axis=1)).map(merge_heads)
-        dw["gates.bias"] = summed(dz, (0, 1), row)
+        back = {c: self._attend(c, rounded.times(self.gate[c], g, row)) for c in BRANCHES}
+        dg = {c: rounded.inner(g, self.attended[c], row).map(rounded.as_column) for c in BRANCHES}
+        of_branches = [rounded.sigmoid_gradient(dg[c], self.gate[c], row) for c in BRANCHES]
+        dz = rounded.concatenated(of_branches, axis=1).map(merge_heads)
+        dw["gates.bias"] = rounded.summed(dz, (0, 1), row)
 
         # of keys and values by branch: those of the compress branch's tokens, through the maps
         d_tokens = {c: {"k": back[c].dk, "v": back[c].dv} for c in BRANCHES}
-        turn_back = None if self.block_turn is None else self.block_turn.back()
-        for kind, d in d_tokens["compress"].items():
-            dw[f"mem_{kind}"] = summed(d.map(lambda part: part[:, :, :memory]), (0,), row)
+        for kind, turn in (("k", self.block_turn), ("v", None)):
+            d = d_tokens["compress"][kind]
+            dw[f"mem_{kind}"] = rounded.summed(d.map(lambda part: part[:, :, :memory]), (0,), row)
             blocks = d.map(lambda part: part[:, :, memory:])
-            found = self._pool(kind, rotated(blocks, turn_back, row) if kind == "k" else blocks)
+            found = self._pool(kind, rounded.rotated(blocks, turn, row, back=True))
             assert found.dx is not None
             d_tokens["compress"][kind] = found.dx
             dw |= {f"compress_{kind}.{name}": each for name, each in found.dweights.items()}
@@ -360,17 +342,17 @@ class RoundedLayer:
             read(k, d_tokens[c]["k"], is_turned=turned and tokens_turned)
             read(v, d_tokens[c]["v"], is_turned=False)
         projected = {
-            name: turned_gradient(plain, turned, self.turn, row).map(merge_heads)
+            name: rounded.turned_gradient(plain, turned, self.turn, row).map(merge_heads)
             for name, (plain, turned) in readers.items()
         }
         projected["gates.weight"] = dz
         for name, d in projected.items():
-            dw[name] = weight_gradient(d, self.h, row)
-        dh = input_gradient([(d, self.weights[name]) for name, d in projected.items()], row)
+            dw[name] = rounded.weight_gradient(d, self.h, row)
+        dh = rounded.input_gradient([(d, self.weights[name]) for name, d in projected.items()], row)
         if self.norm is None:
             return dh, dw
         weight = self.weights["norm.weight"]
-        dx, dw["norm.weight"] = normed_gradient(dh, self.norm, self.x, weight, row)
+        dx, dw["norm.weight"] = rounded.normed_gradient(dh, self.norm, self.x, weight, row)
         return dx, dw
 
     def _heads(self, name: str, heads: int, bias: Array | None = None) -> Rounded:
@@ -378,7 +360,7 @@ class RoundedLayer:
         common, rest = np.zeros((*self.x.shape[:2], 1)), self.h
         if self.norm is not None:
             common, rest = self.norm.r.error / self.norm.r.value, self.norm.out_of_r
-        flat = affine(rest, self.weights[name], bias, self.row, common)
+        flat = rounded.affine(rest, self.weights[name], bias, self.row, common)
         return flat.map(lambda part: split_heads(part, heads))
 
     def _pool(self, kind: str, d_blocks: Rounded | None = None) -> RoundedPool:
@@ -389,7 +371,7 @@ class RoundedLayer:
     def _with_memory(self, name: str, blocks: Rounded) -> Rounded:
         memory = self.weights[name]
         every = exact(np.broadcast_to(memory, (blocks.value.shape[0], *memory.shape)))
-        return joined([every, blocks], lambda parts: np.concatenate(parts, axis=2))
+        return rounded.concatenated([every, blocks], axis=2)
 
     def _attend(self, branch: str, d_out: Rounded | None = None) -> RoundedAttention:
         return rounded_branch(
@@ -405,7 +387,7 @@ class RoundedLayer:
     def _combined(self) -> Rounded:
         """sum_c g_c out_c; a matrix product, or products and sums of their own."""
         row, parts = self.row, [(self.gate[c], self.attended[c]) for c in BRANCHES]
-        apart = total([times(gate, out, row) for gate, out in parts], row)
+        apart = rounded.total([rounded.times(gate, out, row) for gate, out in parts], row)
         size = sum(gate.size * out.size for gate, out in parts)
         more = (row.accumulate(len(parts)) + row.u_operands) * size
-        return stored(Rounded(apart.value, apart.error + more), row)
+        return rounded.stored(Rounded(apart.value, apart.error + more), row)

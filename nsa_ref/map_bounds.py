@@ -9,21 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from nsa_ref import rounded
 from nsa_ref.checks import as_float64, check_one_of, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks, pool_arguments
 from nsa_ref.numerics import NUMERICS, Array, Numerics
-from nsa_ref.rounded import (
-    Rounded,
-    affine,
-    exact,
-    matmul,
-    plus,
-    stored,
-    summed,
-    unless_overflow,
-    weight_gradient,
-    weight_gradient_by_entry,
-)
+from nsa_ref.rounded import Rounded, exact
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes
 
@@ -111,7 +101,7 @@ def rounded_pool(
     inside = (tokens >= 0)[:, :, None]
     y = x.map(lambda part: np.where(inside, part[:, :, np.maximum(tokens, 0)], 0.0))
     if "positions" in w:
-        y = plus(y, w["positions"][None, :, None], row.u_accumulate, row)
+        y = rounded.plus(y, w["positions"][None, :, None], row.u_accumulate, row)
     flat = y.map(lambda part: part.reshape(batch, kv_heads, blocks, length * dim))
     dweights: dict[str, Rounded] = {}
 
@@ -119,28 +109,28 @@ def rounded_pool(
         """The gradient of `of` from that of its affine map; those of the map's are noted."""
         weight = w["weight" + ending]
         per_head = weight.ndim == 3
-        of_weight = weight_gradient_by_entry if per_head else weight_gradient
+        of_weight = rounded.weight_gradient_by_entry if per_head else rounded.weight_gradient
         dweights["weight" + ending] = of_weight(d, of, row)
-        dweights["bias" + ending] = summed(d, (0, 2) if per_head else (0, 1, 2), row)
-        return matmul(d, exact(weight), row)
+        dweights["bias" + ending] = rounded.summed(d, (0, 2) if per_head else (0, 1, 2), row)
+        return rounded.matmul(d, exact(weight), row)
 
     if compress_map == "mean":
-        of_sum = summed(y, (3,), row)
+        of_sum = rounded.summed(y, (3,), row)
         error = of_sum.error + 2.0 * row.u_elementwise * of_sum.size  # 1 / l, times
-        out = stored(Rounded(of_sum.value / length, error / length), row)
+        out = rounded.stored(Rounded(of_sum.value / length, error / length), row)
         if g is not None:
             share = g.map(lambda part: np.broadcast_to(part[:, :, :, None] / length, y.value.shape))
             error = share.error + 2.0 * row.u_elementwise * share.size
-            dflat = stored(Rounded(share.value, error), row)
+            dflat = rounded.stored(Rounded(share.value, error), row)
     elif compress_map != "mlp":
-        out = affine(flat, w["weight"], w["bias"], row)
+        out = rounded.affine(flat, w["weight"], w["bias"], row)
         if g is not None:
             dflat = through(g, flat)
     else:
-        before = affine(flat, w["weight_in"], w["bias_in"], row)
+        before = rounded.affine(flat, w["weight_in"], w["bias_in"], row)
         # |relu(a) - relu(b)| <= |a - b|
         hidden = Rounded(np.maximum(before.value, 0.0), before.error)
-        out = affine(hidden, w["weight_out"], w["bias_out"], row)
+        out = rounded.affine(hidden, w["weight_out"], w["bias_out"], row)
         if g is not None:
             dh = through(g, hidden, "_out")
             on = before.value > 0
@@ -152,7 +142,7 @@ def rounded_pool(
         return RoundedPool(out, None, {})
     dy = dflat.map(lambda part: part.reshape(y.value.shape))
     if "positions" in w:
-        dweights["positions"] = summed(dy, (0, 2), row)
+        dweights["positions"] = rounded.summed(dy, (0, 2), row)
 
     dx, error, size = (np.zeros_like(x.value) for _ in range(3))
     windows = np.zeros((kv_len, 1))
@@ -168,4 +158,4 @@ def rounded_pool(
     error = error + u_sum * (size + error) + windows * row.eta
     error = np.where(windows > 0, error, 0.0)
     dweights = {name: dweights[name] for name in w}
-    return RoundedPool(out, unless_overflow(Rounded(dx, error), row), dweights)
+    return RoundedPool(out, rounded.unless_overflow(Rounded(dx, error), row), dweights)

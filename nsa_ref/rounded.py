@@ -66,9 +66,9 @@ def as_rounded(name: str, x: ArrayLike | Rounded) -> Rounded:
     return pair
 
 
-def joined(parts: Sequence[Rounded], join: Callable[[Sequence[Array]], Array]) -> Rounded:
-    """Several pairs stacked or concatenated into one; nothing is rounded. Source: NUMERICS 2."""
-    return Rounded(join([part.value for part in parts]), join([part.error for part in parts]))
+def concatenated(parts: Sequence[Rounded], axis: int) -> Rounded:
+    """Several pairs as one; nothing is rounded. Source: NUMERICS 2."""
+    return Rounded(*(np.concatenate(arrays, axis) for arrays in zip(*parts)))
 
 
 def worse(x: Rounded, y: Rounded) -> Rounded:
@@ -319,10 +319,6 @@ class Turn(NamedTuple):
     cosine: Rounded
     sine: Rounded
 
-    def back(self) -> Turn:
-        """The turn that undoes this one, and that gradients take."""
-        return Turn(self.cosine, Rounded(-self.sine.value, self.sine.error))
-
 
 def turn(positions: np.ndarray, head_dim: int, row: Numerics) -> Turn:
     """The angles of rotary embedding, float32 at least whatever the dtype.
@@ -343,19 +339,23 @@ def turn(positions: np.ndarray, head_dim: int, row: Numerics) -> Turn:
     return Turn(*(stored(Rounded(of(angle), error), row) for of in (np.cos, np.sin)))
 
 
-def rotated(x: Rounded, by: Turn | None, row: Numerics) -> Rounded:
+def rotated(x: Rounded, by: Turn | None, row: Numerics, *, back: bool = False) -> Rounded:
     """(a, b) -> (a cos - b sin, a sin + b cos) for the pairs of the last axis; None turns nothing.
+
+    back : the turn that undoes it, and that gradients take
 
     Source: G2; two products and their sum, each perhaps stored
     """
     if by is None:
         return x
-    a, b = x.map(lambda part: part[..., 0::2]), x.map(lambda part: part[..., 1::2])
-    minus = by.back().sine
-    first = total([times(a, by.cosine, row), times(b, minus, row)], row)
-    second = total([times(a, by.sine, row), times(b, by.cosine, row)], row)
-    shape = x.value.shape
-    return joined([first, second], lambda pair: np.stack(pair, axis=-1).reshape(shape))
+    a, b, cosine = x.at(..., slice(0, None, 2)), x.at(..., slice(1, None, 2)), by.cosine
+    sine, minus = by.sine, Rounded(-by.sine.value, by.sine.error)
+    if back:
+        sine, minus = minus, sine
+    first = total([times(a, cosine, row), times(b, minus, row)], row)
+    second = total([times(a, sine, row), times(b, cosine, row)], row)
+    pairs = zip(first, second)
+    return Rounded(*(np.stack(pair, axis=-1).reshape(x.value.shape) for pair in pairs))
 
 
 def turned_gradient(
@@ -370,11 +370,11 @@ def turned_gradient(
     """
     if by is None or not turned:
         return total([*plain, *turned], row)
-    back = by.back()
-    each = total([*plain, *(rotated(part, back, row) for part in turned)], row)
+    each = total([*plain, *(rotated(part, by, row, back=True) for part in turned)], row)
     if len(turned) == 1:
         return each
-    return worse(each, total([*plain, rotated(total(turned, row), back, row)], row))
+    at_once = rotated(total(turned, row), by, row, back=True)
+    return worse(each, total([*plain, at_once], row))
 
 
 # --- gates ----------------------------------------------------------------------------------------

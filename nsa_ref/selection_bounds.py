@@ -12,7 +12,7 @@ from nsa_ref.bounds import Group, groups, recomputed_p_error
 from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
-from nsa_ref.rounded import Rounded, as_rounded, exact, joined
+from nsa_ref.rounded import Rounded, as_rounded, concatenated, exact
 from nsa_ref.selection import selection_arguments, shared_strides
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
@@ -62,7 +62,7 @@ def score_bounds(
     _, _, mem_k = selection_arguments(q.value, k_cmp.value, mem_k, *of_choice)
     if semantics.importance == "logit_mean":
         return _logit_mean_bounds(q, k_cmp, *of_choice, NUMERICS[numerics])
-    k = joined([exact(mem_k), k_cmp], lambda parts: np.concatenate(parts, axis=2))
+    k = concatenated([exact(mem_k), k_cmp], axis=2)
     return _overlap_bounds(q, k, *of_choice, NUMERICS[numerics])
 
 

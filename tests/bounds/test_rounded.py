@@ -152,7 +152,7 @@ def test_what_may_overflow_is_unknown() -> None:
 
 
 def test_pairs_are_joined_and_taken_apart_alike() -> None:
-    both = rounded.joined([X, Y], np.stack)
+    both = rounded.concatenated([X.at(None), Y.at(None)], axis=0)
     assert np.array_equal(both.size, [3.25, 5.5]) and both.at(1).size == Y.size
     assert np.array_equal(both.map(lambda part: part[::-1]).error, [0.5, 0.25])
 
@@ -278,12 +278,11 @@ def rotary(d: Drawn, *, back: bool = False, upcast: bool = False) -> Results:
     """The gradient turns back."""
     (y, given), (g, dy) = d.normal(MANY, 4), d.normal(MANY, 4)
     dtype = torch.float32 if upcast and d.dtype != torch.float64 else d.dtype
-    got, turn = rotated(y, torch.arange(MANY), dtype), turn_of(d, 4)
+    got = rotated(y, torch.arange(MANY), dtype)
     if back:
-        (got,) = torch.autograd.grad(got, y, g)
-        given, turn = dy, turn.back()
+        (got,), given = torch.autograd.grad(got, y, g), dy
     right = turned(given.value, back=back)
-    return got, right, rounded.rotated(given, turn, d.numerics)
+    return got, right, rounded.rotated(given, turn_of(d, 4), d.numerics, back=back)
 
 
 def turned_gradient(d: Drawn) -> Results:
