@@ -36,13 +36,13 @@ class Branch:
     name: str
 
     def columns(self, case: Case) -> int:
-        """Keys that the branch's mask speaks of."""
+        """How many keys the branch's mask has columns for."""
         if self.name == "compress":
             return case.num_mem_kv + case.num_compress_blocks
         return case.kv_len
 
     def inputs(self, case: Case) -> Inputs:
-        """What the case's recipe fills."""
+        """The arrays that the case describes."""
         if self.name == "compress":
             q, k_cmp, v_cmp, mem_k, mem_v = case.compressed()
             k, v = np.concatenate([mem_k, k_cmp], axis=2), np.concatenate([mem_v, v_cmp], axis=2)
@@ -161,7 +161,7 @@ BRANCHES = (COMPRESS, FINE, SLIDING)
 
 
 def call(method: Any, *arguments: Any) -> Any:
-    """Call into the implementation; whatever it raises is its own, and said to be."""
+    """Call the implementation; what it raises becomes `Raised`."""
     try:
         return method(*arguments)
     except (NotOffered, Inconclusive, Raised):

@@ -121,7 +121,7 @@ class Case(Sizes):
 
     @property
     def generic(self) -> bool:
-        """Whether roundings are independent, so that the statistical bounds apply."""
+        """True if roundings are independent, so that the statistical bounds apply."""
         return self.inputs in GENERIC_INPUTS and self.layout != "expanded"
 
     # JSON

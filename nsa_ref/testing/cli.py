@@ -56,7 +56,7 @@ HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 LOADING_TIMEOUT = 120.0
 
 
-#: So many workers may die one after the other, none of which has judged anything.
+#: A run ends when more workers than this died one after the other without judging anything.
 IDLE_DEATHS = 3
 
 
@@ -118,7 +118,7 @@ class Collector:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """Workers that die before they judge anything would be replaced for ever."""
+        """End the run if workers keep dying before they judge anything: xdist replaces each."""
         if error:
             self._idle_deaths += 1
             if self._idle_deaths > IDLE_DEATHS:
@@ -134,7 +134,7 @@ class Collector:
         with contextlib.suppress(ImportError):
             from xdist.workermanage import NodeManager
 
-            # workers in the middle of a case do not hear that the session is over
+            # a worker that is busy with a case does not hear that the session is over
             NodeManager.EXIT_TIMEOUT = 1
 
     def _add(self, record: Record) -> None:
@@ -285,7 +285,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
         timeout = parse_seconds(data.get("timeout", 120.0))
     except argparse.ArgumentTypeError as error:
         raise CannotRun(f"{path}: timeout={error}") from None
-    # "cuda:1" is an instance's own choice, and it makes it again
+    # an instance that chose "cuda:1" chooses it again
     kind = data.get("device", "auto").partition(":")[0]
     device = arguments.device or (kind if kind in DEVICES else "auto")
     found = try_loading(spec, device, LOADING_TIMEOUT)
@@ -445,7 +445,7 @@ def _run(
 
 @contextlib.contextmanager
 def _own_pytest() -> Iterator[None]:
-    """No options and plugins of the user's: they are for their tests, and may change the run.
+    """Ignore the user's pytest options and plugins, which may change the run.
 
     Hypothesis keeps its caches out of the user's folder, too.
     """
@@ -472,7 +472,7 @@ def _read(path: Path) -> tuple[Case, Finding]:
 
 
 def _check_writable(path: Path) -> None:
-    """Fail now and not after the run; leaves nothing behind."""
+    """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
     existed = path.exists()
     try:
         with path.open("a"):

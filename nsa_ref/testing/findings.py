@@ -18,7 +18,7 @@ from nsa_ref.testing.properties import Property
 from nsa_ref.testing.verdicts import Broken
 from nsa_ref.testing.wording import describe
 
-#: `described`, `broken_data` and what `save_finding` adds: JSON values.
+#: JSON values: what `described`, `broken_data` and `save_finding` give.
 Finding = dict[str, Any]
 
 
@@ -56,12 +56,12 @@ def broken_data(broken: Broken) -> Finding:
 
 def save_finding(finding: Finding, folder: Path) -> Finding:
     """Write a finding into the folder; adds `file` and `replay`."""
-    # a crash while a broken case is made smaller is a finding of its own
+    # a broken case may crash when it is made smaller: that is another finding, in another file
     ended = [finding["ended"]] if "ended" in finding else []
     name = "-".join((finding["clause"], finding["property"], finding["implementation"], *ended))
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     path = folder / f"{name}.json"
-    # a finding names its implementation itself, unless nothing can find its class again
+    # the user names the implementation if nothing here can find its class again
     spec = "" if finding["spec"] else " MODULE:OBJECT"
     finding |= {"file": str(path), "replay": f"nsa-ref replay {shlex.quote(str(path))}{spec}"}
     write_json(path, finding)

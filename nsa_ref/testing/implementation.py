@@ -39,7 +39,7 @@ class NotOffered(Exception):
 
 
 class WrongDeclaration(TypeError):
-    """What an adapter says about itself means nothing: it is not judged, and not found wrong."""
+    """An adapter says something about itself that has no meaning; nothing can be judged."""
 
 
 class Implementation:
@@ -171,7 +171,7 @@ class Implementation:
     # how the judge calls them: NumPy in, NumPy out
 
     def offers(self, method: str) -> bool:
-        """Whether the subclass has overridden `method`."""
+        """True if the subclass overrides `method`."""
         return getattr(type(self), method) is not getattr(Implementation, method)
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
@@ -186,11 +186,11 @@ class Implementation:
         return self.run(f"{method}_vjp", case, *arguments)
 
     def offers_vjp(self, method: str) -> bool:
-        """Whether `run_vjp` can be called."""
+        """True if `run_vjp` can be called."""
         return self.offers(f"{method}_vjp")
 
     def compile_counts(self) -> Mapping[str, int]:
-        """What was compiled so far where it runs, by kind, for the report."""
+        """What was compiled in this process so far, by kind, for the report."""
         return {}
 
 
@@ -283,7 +283,7 @@ class TorchImplementation(Implementation):
         return tensors
 
     def _before(self, case: Case, tensors: Sequence[Any]) -> None:
-        """The numerics that are declared, and nothing of an earlier run in free memory."""
+        """Set the declared numerics, and poison free memory, which may hold an earlier result."""
         device = device_of(self.device)
         device.set_tf32(self.numerics.get(case.dtype) == "tf32")
         leaves: list[torch.Tensor] = []

@@ -31,9 +31,9 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     A wrong value whose case also shows a wrong mask is the mask's fault, and reported as such,
     with both masks side by side. A suspicion counts if three fresh seeds all show it again.
 
-    Code under test may raise what no test expects: SystemExit, pytest.skip, an error out of an
-    array that it returned. Whose fault such an exception is, the oracle says: if it gets through
-    the same case, the judge is able to, and the implementation is at fault.
+    Code under test may raise what no test expects: SystemExit, pytest.skip, an error when an array
+    that it returned is read. The oracle decides who is at fault: if the same case can be judged
+    for it, the implementation is; otherwise the judge is, and the exception goes on.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
 
 
 def _oracle_can(prop: Property, case: Case) -> bool:
-    """Whether the property gets to an answer when the definition itself is asked."""
+    """True if the property gets to an answer when it asks the definition itself."""
     try:
         _ask(prop, OracleImplementation(), case)
     except (Broken, NotOffered, Inconclusive, Raised):
@@ -103,7 +103,7 @@ def _oracle_can(prop: Property, case: Case) -> bool:
 
 
 def ignores_ctrl_c() -> bool:
-    """This process does not react to Ctrl-C (see plugin.py): a KeyboardInterrupt is no user's."""
+    """True in workers (see plugin.py): no user can cause a KeyboardInterrupt there."""
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 

@@ -35,11 +35,11 @@ class Edge:
     about: Collection[str] = tuple(ABOUT)
 
     def met_by(self, case: Case, visible: np.ndarray) -> bool:
-        """Whether the case stands on it, given the number of visible keys of each row."""
+        """True if the case stands on it, given the number of visible keys of each row."""
         return self.met(*(visible if r == VISIBLE else getattr(case, r) for r in self.reads))
 
     def can_be_met(self, about: str) -> bool:
-        """Whether cases about this can stand on it: all that it reads is varied for them."""
+        """True if cases about this can stand on it: all that it reads varies in them."""
         groups = set(ABOUT[about])
         varied = all(groups & set(VARIED_BY.get(field, groups)) for field in self.reads)
         return about in self.about and varied
@@ -156,6 +156,6 @@ def excused_edges(records: Sequence[Record], limits: Collection[Collection[str]]
 
 
 def _widened(limited: Collection[str]) -> set[str]:
-    """The heads are one quantity in three fields."""
+    """A limit on any of the three fields of heads is a limit on all."""
     heads = {"q_heads", "kv_heads", "group_size"}
     return set(limited) | (heads if heads & set(limited) else set())

@@ -38,7 +38,7 @@ NO_LIMITS = {
     "dtype": "which the attribute numerics declares",
 }
 
-#: Fields whose values are names, and all that there are.
+#: Fields whose values are names -> all valid names.
 NAMED_VALUES = {"compress_map": COMPRESS_MAPS, "indices": INDICES, "layout": LAYOUTS}
 
 
@@ -225,7 +225,7 @@ def _call(make: Any, device: str) -> Any:
 
 
 def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
-    """Load in a process of its own, which may raise, hang or die, and say what was found there.
+    """Load in a process of its own, because loading may hang or die; say what was found.
 
     Returns
     -------
@@ -236,7 +236,7 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
     ------
     CannotRun : in one line
     """
-    # not through pipes: what the adapter prints, or starts, must not get into the answer's way
+    # the answer comes in a file: the adapter may print, and start processes that keep pipes open
     with (
         tempfile.NamedTemporaryFile(prefix="nsa-ref-", suffix=".json") as answer_file,
         tempfile.TemporaryFile() as words_file,
@@ -277,7 +277,7 @@ def _main(spec: str, device: str, answer_file: str) -> None:
         chosen = resolve_device(device)
         implementations = load(spec, chosen)
         if chosen != "cpu" and all(i.device.startswith("cpu") for i in implementations):
-            # an instance was made before the device was known, and NumPy has no other
+            # an instance is made before the device is known; NumPy has no device but the CPU
             if device != "auto":
                 raise CannotRun(
                     f"--device {device}: {spec} is on the cpu. Name the class, which is then made "
@@ -296,12 +296,12 @@ def _main(spec: str, device: str, answer_file: str) -> None:
     except CannotRun as error:
         answer = {"error": str(error)}
     Path(answer_file).write_text(json.dumps(answer))
-    # the answer is there: threads that the adapter left behind must not keep it from coming back
+    # at once: the adapter may have left threads that would keep this process alive
     os._exit(0)
 
 
 def versions(module_name: str = "") -> dict[str, str]:
-    """What the verdict depends on; only what is loaded is listed.
+    """Versions of what the verdict depends on, as far as it is loaded.
 
     module_name : the adapter's module, whose package may have a version as well
     """
@@ -314,7 +314,7 @@ def versions(module_name: str = "") -> dict[str, str]:
         if version is not None:
             found[name] = str(version)
     if "torch" in found:
-        # Inductor loads it in the workers only
+        # not loaded here, but by Inductor in the workers
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found["triton"] = importlib.metadata.version("triton")
     if (commit := _commit()) is not None:

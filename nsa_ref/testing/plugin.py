@@ -29,7 +29,7 @@ GPU_MEMORY_PER_WORKER = 6 * 1024
 implementations: list = []
 device = "auto"
 
-#: Whether they are only to be warmed up, from --nsa-warm.
+#: The suite warms them up and judges nothing, from --nsa-warm.
 warming = False
 
 
@@ -44,7 +44,7 @@ def _gpus() -> list[tuple[str, int]]:
     for line in listing.stdout.strip().splitlines():
         index, _, free = (part.strip() for part in line.partition(","))
         if index.isdigit():
-            # a GPU that does not say (MIG answers "[N/A]") gets one worker
+            # a GPU that does not tell its memory (MIG answers "[N/A]") gets one worker
             found[index] = int(free) if free.isdigit() else GPU_MEMORY_PER_WORKER
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -52,14 +52,14 @@ def _gpus() -> list[tuple[str, int]]:
     names = [name.strip() for name in visible.split(",") if name.strip()]
     if "-1" in names:  # CUDA stops reading there
         names = names[: names.index("-1")]
-    # a GPU named by its UUID is not in the listing by index; the smallest one then speaks for it
+    # a GPU named by its UUID is not in the listing: it counts as the smallest one there
     return [(name, found.get(name, min(found.values(), default=0))) for name in names]
 
 
 def assign_resources(worker: str) -> None:
-    """One OpenMP thread for this worker, and GPU number N modulo their count for worker N.
+    """Give this worker one OpenMP thread, and worker N the GPU number N modulo their count.
 
-    Must run before torch is imported: neither is read again afterwards.
+    This must run before torch is imported, which reads both only then.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     gpus = _gpus()
@@ -73,8 +73,8 @@ def assign_resources(worker: str) -> None:
 def max_workers(cpus: int, gpus: list[tuple[str, int]]) -> int:
     """As many workers as there are cores, and no more than fit on any of the GPUs.
 
-    GPU i serves the workers i, i + count, i + 2 count, ...: the first that does not fit any more
-    ends the row.
+    GPU i serves the workers i, i + count, i + 2 count, ...; there are no more workers than the
+    first one that does not fit.
     """
     room = [(free // GPU_MEMORY_PER_WORKER) * len(gpus) + i for i, (_, free) in enumerate(gpus)]
     return max(1, min([cpus, *room]))
@@ -82,8 +82,8 @@ def max_workers(cpus: int, gpus: list[tuple[str, int]]) -> int:
 
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     assign_resources(_worker)
-    # Ctrl-C is for the process that hands out the tests, and ends this one as well; a
-    # KeyboardInterrupt in here is then the implementation's own
+    # Ctrl-C reaches the process that hands out the tests, which ends this one: here, only the
+    # implementation can raise KeyboardInterrupt
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -125,14 +125,14 @@ def pytest_configure(config: pytest.Config) -> None:
         traces=True,
     )
     if _distributes(config):
-        # inherited by the workers, where NumPy reads it before this file is there
+        # workers inherit it: there, NumPy reads it before this file is loaded
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # memory that a worker gets holds -1.7e38 or NaN, and not what an earlier run left there: an
-        # output that is not written shows (glibc; each byte becomes 0xFF ^ 1)
+        # glibc fills the memory that workers get with -1.7e38 or NaN (each byte is 0xFF ^ 1): an
+        # output that is not written does not hold what an earlier, right run left there
         os.environ.setdefault("MALLOC_PERTURB_", "1")
         if config.option.testrunuid is None:  # xdist would draw one and keep it to itself
             config.option.testrunuid = uuid.uuid4().hex
-    # only where tests run: the process that hands them out never loads the implementation
+    # the process that hands out the tests never loads the implementation
     elif spec:
         try:
             implementations[:] = load(spec, resolve_device(config.getoption("--device")))

@@ -26,7 +26,7 @@ from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
 from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Record
 
-#: Seconds for making a broken case smaller; where a case takes seconds, it stays larger.
+#: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
 
 
@@ -168,7 +168,7 @@ def _drop_tensors(error: BaseException) -> None:
         left += [e for e in (one.__cause__, one.__context__) if e is not None and e not in seen]
 
 
-#: device -> why it answers no more in this process
+#: device -> why every call on it fails in this process
 _lost_devices: dict[str, str] = {}
 
 
@@ -214,12 +214,12 @@ def generate(
     examples = prop.examples
     share = device_of(implementation.device).examples_share
     if share < 1:
-        # too few for lots: the first case of each would be its smallest
+        # with so few examples there is one lot: the first case of every lot is its smallest
         strata, examples = [st.one_of(strata)], math.ceil(examples * share)
     settings = level_settings(options.level, math.ceil(examples / len(strata)))
     if prop.extent == "large":
-        # one takes a minute, and another one shows little else; not the first, which is the
-        # smallest whatever the seed
+        # one case: it takes a minute, and a second shows little more. It is the second that is
+        # drawn, because the first is the smallest for every seed
         settings, judged = hypothesis.settings(settings, max_examples=2), trial
         first = iter([lambda case: None])
 
@@ -230,7 +230,7 @@ def generate(
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
 
     def run(number: int, settings: hypothesis.settings) -> None:
-        # the same cases in every run, others for every property, lot and seed
+        # every run draws the same cases; every property, lot and seed draws others
         seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
         settings(hypothesis.seed(seed)(given(case=strata[number])(trial)))()
 
@@ -239,6 +239,6 @@ def generate(
             run(number, settings)
         except Broken:
             if number and options.shrink:
-                # the first lot has the smallest cases: what is broken may show there, too
+                # the first lot has the smallest cases, and one of them may be broken, too
                 run(0, hypothesis.settings(settings, max_examples=100))
             raise

@@ -44,8 +44,8 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 f"{implementation!r}. Try conformance_suite(MyPort())."
             )
     check_declarations(implementations)
-    # one implementation after the other: workers begin with long runs of tests, and what one of
-    # them compiles is in the cache when another comes to it
+    # all tests of an implementation stand together, because xdist gives every worker long runs of
+    # tests: what one worker compiles, another finds in the cache
     for implementation in implementations:
         for prop in PROPERTIES.values():
             name = f"test_{prop.name}"
@@ -68,7 +68,7 @@ def _judging_test(
         if record.finding is not None:
             pytest.fail(message(record.finding), pytrace=False)
         if not record.cases:
-            # neither a pass nor a failure, and pytest has one word for that
+            # neither a pass nor a failure: pytest calls that skipped
             why = ", ".join(reasons(record)) or "no case was decided"
             pytest.skip(f"{prop.clause}: {why}")
 
