@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -200,74 +199,59 @@ def test_rows_that_hold_no_number_are_no_part_of_the_slope() -> None:
 # --- what becomes of a suspicion ------------------------------------------------------------------
 
 
-def property_of(check: Callable[..., Outcome], clause: str = "A1") -> Property:
-    return dataclasses.replace(PROPERTIES["I4_selection"], check=check, clause=clause)
+def property_that(*answers: Outcome | Exception) -> tuple[Property, list[Case]]:
+    """A property of I4 that gives one answer after the other; and the cases that it is asked."""
+    asked: list[Case] = []
+
+    def check(_: object, __: object, case: Case) -> Outcome:
+        asked.append(case)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return dataclasses.replace(PROPERTIES["I4_selection"], check=check), asked
 
 
 @pytest.mark.parametrize("recurs", range(4))
 def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> None:
     """It is drawn again with other data; one seed that does not show it, and it is dropped."""
     case = Case(seed=7)
-    asked: list[int] = []
     odd = WrongFactor(tensor="out", slope=1.0, limit=0.5)
-
-    def check(_: object, __: object, asked_case: Case) -> Outcome:
-        asked.append(asked_case.seed)
-        suspicious = len(asked) <= 1 + recurs
-        return Outcome(budget=2.0, ambiguous=3, suspicion=odd if suspicious else None)
-
+    right = Outcome(budget=2.0, ambiguous=3)
+    suspicious = dataclasses.replace(right, suspicion=odd)
+    prop, asked = property_that(*[suspicious] * (1 + recurs), *[right] * (3 - recurs))
     if recurs == 3:
         with pytest.raises(Broken) as caught:
-            judge(property_of(check), OracleImplementation(), case)
-        assert (caught.value.clause, caught.value.fault) == ("A1", odd)
+            judge(prop, OracleImplementation(), case)
+        assert (caught.value.clause, caught.value.fault) == ("I4", odd)
         assert "With 3 fresh seeds" in describe(caught.value)
     else:
-        outcome = judge(property_of(check), OracleImplementation(), case)
+        outcome = judge(prop, OracleImplementation(), case)
         # what a dropped suspicion used of its budget would read as a failure
         assert outcome == Outcome(budget=None, ambiguous=3, suspicion=None)
-    assert len(asked) == len(set(asked)) == 4
-    assert asked[0] == case.seed
+    assert len(asked) == len({fresh.seed for fresh in asked}) == 4
+    assert asked[0] == case
 
 
-def test_no_suspicion_is_drawn_once() -> None:
-    asked = []
-
-    def check(_: object, __: object, case: Case) -> Outcome:
-        asked.append(case)
-        return Outcome(budget=0.5)
-
-    assert judge(property_of(check), OracleImplementation(), Case()) == Outcome(budget=0.5)
+def test_any_other_answer_is_drawn_once() -> None:
+    hard = Broken("I4", WrongFactor(tensor="out", slope=1.0, limit=0.5))
+    for answer in (hard, NotOffered("lse"), Inconclusive("no power")):
+        prop, asked = property_that(answer)
+        with pytest.raises(type(answer)):
+            judge(prop, OracleImplementation(), Case())
+        assert asked == [Case()]
+    prop, asked = property_that(Outcome(budget=0.5))
+    assert judge(prop, OracleImplementation(), Case()) == Outcome(budget=0.5)
     assert asked == [Case()]
 
 
-def test_a_hard_failure_needs_no_second_draw() -> None:
-    asked = []
-
-    def check(_: object, __: object, case: Case) -> Outcome:
-        asked.append(case)
-        raise Broken("I4", WrongFactor(tensor="out", slope=1.0, limit=0.5))
-
-    with pytest.raises(Broken):
-        judge(property_of(check, "I4"), OracleImplementation(), Case())
-    assert asked == [Case()]
-
-
-def test_what_the_implementation_raises_is_its_own() -> None:
-    """Its exception breaks the property's clause; what it does not offer is no failure."""
-
-    def raises(error: Exception) -> Callable[..., Outcome]:
-        def check(_: object, __: object, case: Case) -> Outcome:
-            raise error
-
-        return check
-
+def test_what_the_implementation_raises_breaks_the_clause_of_the_property() -> None:
+    prop, _ = property_that(Raised("IndexError: 3"))
     with pytest.raises(Broken) as caught:
-        judge(property_of(raises(Raised("IndexError: 3")), "I6"), OracleImplementation(), Case())
-    assert caught.value.clause == "I6"
+        judge(prop, OracleImplementation(), Case())
+    assert caught.value.clause == "I4"
     assert describe(caught.value) == "the implementation failed: IndexError: 3"
-    for error in (NotOffered("lse"), Inconclusive("no power")):
-        with pytest.raises(type(error)):
-            judge(property_of(raises(error)), OracleImplementation(), Case())
 
 
 def test_a_case_that_is_refused_is_not_offered() -> None:
@@ -275,9 +259,7 @@ def test_a_case_that_is_refused_is_not_offered() -> None:
         def supports(self, case: Case) -> str | None:
             return "no single queries" if case.q_len == 1 else None
 
-    def check(_: object, __: object, case: Case) -> Outcome:
-        return Outcome()
-
+    prop, _ = property_that(Outcome())
     with pytest.raises(NotOffered, match="no single queries"):
-        judge(property_of(check), Picky(), Case())
-    assert judge(property_of(check), Picky(), Case(q_len=2)) == Outcome()
+        judge(prop, Picky(), Case())
+    assert judge(prop, Picky(), Case(q_len=2)) == Outcome()
