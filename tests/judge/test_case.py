@@ -146,13 +146,17 @@ def test_every_field_is_checked(wrong: object) -> None:
 @quiet
 @given(any_case)
 def test_a_case_fills_the_same_arrays_every_time(case: Case) -> None:
-    again = Case.from_json(case.to_json())
-    for one, two in zip(
-        (*case.qkv(), *case.compressed(), case.block_indices(), *case.pool_weights().values()),
-        (*again.qkv(), *again.compressed(), again.block_indices(), *again.pool_weights().values()),
-    ):
+    """Valid by construction: all arrays exist, and hold numbers in the case's dtype."""
+
+    def arrays(case: Case) -> list[np.ndarray]:
+        branches = *case.qkv(), *case.compressed(), *case.upstream_gradients()
+        return [*branches, *case.pool_weights().values(), case.block_indices()]
+
+    for one, two in zip(arrays(case), arrays(Case.from_json(case.to_json()))):
         assert one.dtype == two.dtype
         assert one.tobytes() == two.tobytes()
+        assert one.dtype in (DTYPES[case.dtype], np.int64)
+        assert np.isfinite(one.astype(np.float64)).all()
 
 
 def test_every_array_has_a_source_of_its_own() -> None:

@@ -26,7 +26,9 @@ ONE = {"semantics": (PAPER,), "numerics": {"float64": "fp64"}}
 
 
 def port(base: type = OracleImplementation, **attributes: Any) -> OracleImplementation:
-    made: OracleImplementation = type("Port", (base,), {**ONE, **attributes})()
+    made: OracleImplementation = base()
+    for name, value in {**ONE, **attributes}.items():
+        setattr(made, name, value)
     return made
 
 
@@ -57,15 +59,13 @@ def test_limits_make_no_right_layer_wrong(attributes: dict[str, Any], tmp_path: 
 class WritesIntoItsInputs(OracleImplementation):
     """No gradient at all, by clearing d_out and then differentiating."""
 
-    def layer_with_blocks_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
-    ) -> Any:
-        d_out[...] = 0
-        return super().layer_with_blocks_vjp(case, weights, x, block_indices, d_out)
+    def layer_with_blocks_vjp(self, case: Case, *tensors: Any) -> Any:
+        tensors[-1][...] = 0
+        return super().layer_with_blocks_vjp(case, *tensors)
 
-    def sliding_vjp(self, case: Case, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any) -> Any:
-        d_out[...] = 0
-        return super().sliding_vjp(case, q, k, v, d_out, d_lse)
+    def sliding_vjp(self, case: Case, *tensors: Any) -> Any:
+        tensors[-2][...] = 0
+        return super().sliding_vjp(case, *tensors)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_without_the_layer_nobody_can_tell_whose_mistake_it_is(
 ) -> None:
     """Which is said beside the finding; with it, the layer is to blame."""
     clause = name[:2]
-    alone = finding(name, port(GatesUpsideDown, offers=lambda _, what: what in offered), tmp_path)
+    alone = finding(name, port(GatesUpsideDown, offers=lambda what: what in offered), tmp_path)
     assert alone["clause"] == clause
     assert f"{hint} cannot be told from one of the layer itself" in alone["text"]
     whole = finding(name, port(GatesUpsideDown), tmp_path)
