@@ -1,7 +1,7 @@
 """What the error bounds assume of the hardware, measured: python -m benchmarks.hardware_constants
 
 Prints one line a constant and writes them, with the device's name and the versions, as JSON. The
-rows of `nsa_ref.bounds.NUMERICS` stand on them; beside each stands what they assume.
+rows of `nsa_ref.numerics.NUMERICS` stand on them; beside each stands what they assume.
 
 With --device interpreter the same kernels run in Triton's interpreter, on a CPU: that shows that
 the script works, and says nothing about hardware.
