@@ -26,7 +26,7 @@ from nsa_ref.testing.properties.common import Property
 
 #: Head dims of cases that are read out by one-hot vectors: one call per `head_dim` rows or columns.
 PROBED_DIMS = (16, 24, 32)
-#: Rotary embedding turns pairs.
+#: Even, because rotary embedding turns pairs.
 LAYER_DIMS = (8, 4, 2, 16)
 
 RANDN = ("randn",)
@@ -55,6 +55,7 @@ def full_when_all_are_chosen(semantics: Semantics) -> bool:
     return semantics.causal and not twice
 
 
+# what is asked stands on the first line of a row, and its cases on the next
 # fmt: off
 ROWS = (
     # Masks, bit by bit: as the implementation shows them, and as its forward reads
