@@ -27,8 +27,10 @@ from nsa_fast.checks import MAX_LENGTH
 from nsa_fast.layer import Layer
 from nsa_ref.testing import Case, Implementation, TorchImplementation
 
-#: (module or class, function, what stands in for it, given the original)
-Mistake = tuple[ModuleType | type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+#: What stands in for a function, given the original.
+Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
+#: (module or class, function, what stands in for it)
+Mistake = tuple[ModuleType | type, str, Wrong]
 
 
 @contextlib.contextmanager
@@ -42,7 +44,7 @@ def in_place(mistakes: tuple[Mistake, ...]) -> Iterator[None]:
 
 
 class _Broken(TorchImplementation):
-    """Runs every method with the mistakes in place, and takes them back afterwards."""
+    """Runs every method with the mistakes in place."""
 
     mistakes: tuple[Mistake, ...] = ()
 
@@ -55,69 +57,76 @@ class _Broken(TorchImplementation):
             return super().run_vjp(method, case, *arguments)
 
 
-#: what is broken -> the mistakes
-MISTAKES: dict[str, tuple[Mistake, ...]] = {}
-
-
-def broken(what: str, kind: type[TorchImplementation], device: str) -> TorchImplementation:
+def broken(build: str, kind: type[TorchImplementation], device: str) -> TorchImplementation:
     """One kind of nsa_fast with the mistakes in place."""
-    name = f"{kind.name}, {what}"
-    attributes = {"name": name, "mistakes": MISTAKES[what]}
+    mistakes = MISTAKES.get(build) or BROKEN_CACHES[build]
+    attributes = {"name": f"{kind.name}, {build}", "mistakes": mistakes}
     return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
 
 
-def _broken_kernels(what: str, device: str) -> TorchImplementation:
-    return broken(what, adapter.NsaFastCompiled, device)
+def _broken_kernels(build: str, device: str) -> TorchImplementation:
+    return broken(build, adapter.NsaFastCompiled, device)
 
 
-def _build(what: str, *mistakes: Mistake) -> Callable[[str], list[Implementation]]:
-    """A maker like `nsa_fast.adapter.implementations`: the same kinds, with the mistakes."""
-    MISTAKES[what] = mistakes
-
-    def make(device: str = "cpu") -> list[Implementation]:
-        if device == "interpreter":  # the mistakes are made where the kernels are, in a process
-            interpreted = adapter.NsaFastInterpreted(functools.partial(_broken_kernels, what))
-            interpreted.name += f", {what}"
-            return [interpreted]
-        return [broken(what, type(right), device) for right in adapter.implementations(device)]
-
-    return make
+def _make(build: str, device: str = "cpu") -> list[Implementation]:
+    """As `nsa_fast.adapter.implementations`: the same kinds, with the mistakes."""
+    if device == "interpreter":  # the mistakes are made where the kernels are, in a process
+        interpreted = adapter.NsaFastInterpreted(functools.partial(_broken_kernels, build))
+        interpreted.name += f", {build}"
+        return [interpreted]
+    return [broken(build, type(right), device) for right in adapter.implementations(device)]
 
 
-def _adding(**changes: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The same function, called with some of its keywords changed by a number."""
+def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
+    """`nsa_fast layer`, which decodes with that cache."""
+    return broken(broken_cache, adapter.NsaFastLayer, device)
+
+
+# --- the same function, but ... -------------------------------------------------------------------
+
+
+def _given(change: Callable[[Any], Any]) -> Wrong:
+    """Its first argument is changed."""
+    return lambda right: lambda first, *rest, **named: right(change(first), *rest, **named)
+
+
+def _returning(change: Callable[[Any], Any]) -> Wrong:
+    """What it returns is changed."""
+    return lambda right: lambda *given, **named: change(right(*given, **named))
+
+
+def _adding(**changes: int) -> Wrong:
+    """Some of its keywords are changed by a number."""
 
     def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*arguments: Any, **keywords: Any) -> Any:
-            changed = {name: keywords[name] + step for name, step in changes.items()}
-            return right(*arguments, **(keywords | changed))
+        def function(*given: Any, **named: Any) -> Any:
+            return right(*given, **{**named, **{n: named[n] + by for n, by in changes.items()}})
 
         return function
 
     return wrong
 
 
-# --- w + 1: predicate and lists agree with each other, and not with the definition ----------------
-
-
 def _one_key_more(right: Callable[..., Any]) -> Callable[..., Any]:
-    def sliding_block_mask(q_len: int, kv_len: int, w: int, *rest: Any, **keywords: Any) -> Any:
-        return right(q_len, kv_len, w + 1, *rest, **keywords)
+    def sliding_block_mask(q_len: int, kv_len: int, w: int, *rest: Any, **named: Any) -> Any:
+        return right(q_len, kv_len, w + 1, *rest, **named)
 
     return sliding_block_mask
 
 
-# --- right predicate, wrong lists -----------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------
 
 
-def _with_lists(
-    change: Callable[[BlockLists], BlockLists],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`to_block_mask` with other lists; their transposes follow from them."""
+def _kv_lists(change: Callable[[BlockLists], BlockLists]) -> Wrong:
+    """`to_block_mask` with other kv lists; the transposes stay those of the right ones."""
 
     def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def to_block_mask(lists: BlockLists, *rest: Any, **keywords: Any) -> Any:
-            return right(change(lists), *rest, **keywords)
+        def to_block_mask(lists: BlockLists, *rest: Any, **named: Any) -> Any:
+            mask, changed = right(lists, *rest, **named), change(lists)
+            mask.kv_num_blocks, mask.kv_indices = changed.num_blocks, changed.indices
+            mask.full_kv_num_blocks = changed.full_num_blocks
+            mask.full_kv_indices = changed.full_indices
+            return mask
 
         return to_block_mask
 
@@ -132,24 +141,6 @@ def _one_short(lists: BlockLists) -> BlockLists:
 def _taken_for_each_other(lists: BlockLists) -> BlockLists:
     """Partial blocks are read whole, and full ones asked cell by cell."""
     return BlockLists(lists.full_num_blocks, lists.full_indices, lists.num_blocks, lists.indices)
-
-
-def _kv_lists(
-    change: Callable[[BlockLists], BlockLists],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`to_block_mask` with other kv lists; the transposes stay those of the right ones."""
-
-    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def to_block_mask(lists: BlockLists, *rest: Any, **keywords: Any) -> Any:
-            mask, changed = right(lists, *rest, **keywords), change(lists)
-            mask.kv_num_blocks, mask.kv_indices = changed.num_blocks, changed.indices
-            mask.full_kv_num_blocks = changed.full_num_blocks
-            mask.full_kv_indices = changed.full_indices
-            return mask
-
-        return to_block_mask
-
-    return wrong
 
 
 def _last_one_twice(lists: BlockLists) -> BlockLists:
@@ -175,31 +166,39 @@ def _strides_of_the_partial(lists: BlockLists) -> BlockLists:
     return lists._replace(full_indices=found.view(lists.full_indices.shape))
 
 
-# --- right forward, wrong transposes --------------------------------------------------------------
-
-
-def _transposes(
-    change: Callable[[BlockLists], BlockLists],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The row blocks that dk and dv of a column block hear of, changed."""
-
-    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def transposed(*arguments: Any, **keywords: Any) -> BlockLists:
-            return change(right(*arguments, **keywords))
-
-        return transposed
-
-    return wrong
-
-
-def _last_row_lost(right: Callable[..., Any]) -> Callable[..., Any]:
+def _last_row_lost(crowded: Crowded | None) -> Crowded | None:
     """A crowded column block does not hear of the last row block that names it."""
+    return crowded and crowded._replace(rows=tuple(rows[:-1] for rows in crowded.rows))
 
-    def crowded_columns(*arguments: Any) -> Crowded | None:
-        crowded = right(*arguments)
-        return crowded and crowded._replace(rows=tuple(rows[:-1] for rows in crowded.rows))
 
-    return crowded_columns
+#: build -> the mistakes. Where the lists are wrong, their transposes follow from them.
+MISTAKES: dict[str, tuple[Mistake, ...]] = {
+    # predicate and lists agree with each other, and not with the definition
+    "WindowPlusOne": ((block_masks, "sliding_block_mask", _one_key_more),),
+    # right lists
+    "PredicateWrong": (
+        (block_masks, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
+        (block_masks, "compress_mask_mod", _adding(first_seen=-1)),  # a token too early
+        (block_masks, "fine_mask_mod", _adding(ahead=1)),  # the key after p
+        (block_masks, "named_mask_mod", _adding(ahead=1)),
+    ),
+    # right predicate
+    "ListsTooShort": ((block_lists, "to_block_mask", _given(_one_short)),),
+    "PartialTakenForFull": ((block_lists, "to_block_mask", _given(_taken_for_each_other)),),
+    "StridesConfused": ((block_lists, "to_block_mask", _given(_strides_of_the_partial)),),
+    # right transposes
+    "KvBlockLost": ((block_lists, "to_block_mask", _kv_lists(_one_short)),),
+    "BlockNamedTwice": ((block_lists, "to_block_mask", _kv_lists(_last_one_twice)),),
+    # right forward: the row blocks that dk and dv of a column block hear of are wrong
+    "QueryBlockLost": ((block_lists, "transposed", _returning(_one_short)),),
+    "QueryBlockNamedTwice": ((block_lists, "transposed", _returning(_last_one_twice)),),
+    "QueryPartialTakenForFull": ((block_lists, "transposed", _returning(_taken_for_each_other)),),
+    "QueryStridesConfused": ((block_lists, "transposed", _returning(_strides_of_the_partial)),),
+    "CrowdedRowLost": ((block_lists, "crowded_columns", _returning(_last_row_lost)),),
+}
+
+BUILDS = {build: functools.partial(_make, build) for build in MISTAKES}
+globals().update(BUILDS)
 
 
 # --- wrong caches ---------------------------------------------------------------------------------
@@ -226,26 +225,18 @@ def _windows_kept(count: int) -> Callable[[Write], Write]:
     return wrong
 
 
-def _copy_shares(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
-    """What is kept, not only what is known of it."""
+def _copied(buffers: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Wrong:
+    """A copy that has these buffers in place of its own."""
 
-    def copy(cache: Cache) -> Cache:
-        other = right(cache)
-        other._buffers = dict(cache._buffers)
-        return other
+    def wrong(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
+        def copy(cache: Cache) -> Cache:
+            other = right(cache)
+            other._buffers = buffers(cache._buffers)
+            return other
 
-    return copy
+        return copy
 
-
-def _copy_exchanges(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
-    """The sequences of a copy stand in the reverse order."""
-
-    def copy(cache: Cache) -> Cache:
-        other = right(cache)
-        other._buffers = {name: buffer.flip(0) for name, buffer in other._buffers.items()}
-        return other
-
-    return copy
+    return wrong
 
 
 def _growth_loses_a_row(right: Write) -> Write:
@@ -281,11 +272,14 @@ def _tokens_exchanged(right: Write) -> Write:
     return write
 
 
-def _longest_kept(right: Callable[[Cache, int], None]) -> Callable[[Cache, int], None]:
-    """The most tokens that a cache has held, beside it."""
+def _longest(cache: Cache) -> int:
+    """The most tokens that a cache has held, where `_longest_kept` keeps it."""
+    return max(vars(cache).get("longest", 0), cache.length)
 
+
+def _longest_kept(right: Callable[[Cache, int], None]) -> Callable[[Cache, int], None]:
     def truncate(cache: Cache, length: int) -> None:
-        vars(cache)["longest"] = max(vars(cache).get("longest", 0), cache.length)
+        vars(cache)["longest"] = _longest(cache)
         right(cache, length)
 
     return truncate
@@ -295,8 +289,7 @@ def _positions_go_on(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Positions follow those of the longest length."""
 
     def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
-        project = nsa_fast.layer._project
-        ahead = max(0, vars(cache).get("longest", 0) - cache.length)
+        project, ahead = nsa_fast.layer._project, _longest(cache) - cache.length
 
         def shifted(h: Tensor, weights: Any, layer: Any, position: Tensor) -> Any:
             return project(h, weights, layer, position + ahead)
@@ -311,8 +304,7 @@ def _windows_counted_at_the_longest(right: Callable[..., Tensor]) -> Callable[..
     """How many windows are complete, before the new tokens."""
 
     def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
-        count, before = Layer.num_compress_blocks, cache.length
-        longest = max(before, vars(cache).get("longest", 0))
+        count, before, longest = Layer.num_compress_blocks, cache.length, _longest(cache)
 
         def of_the_longest(layer: Layer, kv_len: int) -> int:
             return count(layer, longest if kv_len == before else kv_len)
@@ -345,48 +337,6 @@ def _positions_begin_again(right: Callable[..., Any]) -> Callable[..., Any]:
     return project
 
 
-BUILDS = {
-    "WindowPlusOne": _build("w + 1", (block_masks, "sliding_block_mask", _one_key_more)),
-    "PredicateWrong": _build(
-        "mask_mod wrong",
-        (block_masks, "sliding_mask_mod", _adding(oldest=1)),  # a key too old
-        (block_masks, "compress_mask_mod", _adding(first_seen=-1)),  # a token too early
-        (block_masks, "fine_mask_mod", _adding(ahead=1)),  # the key after p
-        (block_masks, "named_mask_mod", _adding(ahead=1)),
-    ),
-    "ListsTooShort": _build(
-        "lists one short", (block_lists, "to_block_mask", _with_lists(_one_short))
-    ),
-    "PartialTakenForFull": _build(
-        "partial taken for full", (block_lists, "to_block_mask", _with_lists(_taken_for_each_other))
-    ),
-    "QueryBlockLost": _build(
-        "query block lost", (block_lists, "transposed", _transposes(_one_short))
-    ),
-    "QueryBlockNamedTwice": _build(
-        "query block named twice", (block_lists, "transposed", _transposes(_last_one_twice))
-    ),
-    "QueryPartialTakenForFull": _build(
-        "partial taken for full by dk and dv",
-        (block_lists, "transposed", _transposes(_taken_for_each_other)),
-    ),
-    "QueryStridesConfused": _build(
-        "strides confused by dk and dv",
-        (block_lists, "transposed", _transposes(_strides_of_the_partial)),
-    ),
-    "CrowdedRowLost": _build(
-        "row of a crowded column lost", (block_lists, "crowded_columns", _last_row_lost)
-    ),
-    "KvBlockLost": _build("kv block lost", (block_lists, "to_block_mask", _kv_lists(_one_short))),
-    "BlockNamedTwice": _build(
-        "block named twice", (block_lists, "to_block_mask", _kv_lists(_last_one_twice))
-    ),
-    "StridesConfused": _build(
-        "strides confused", (block_lists, "to_block_mask", _with_lists(_strides_of_the_partial))
-    ),
-}
-globals().update(BUILDS)  # `broken_nsa_fast:NAME`
-
 #: what is broken in the cache -> the mistakes
 BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
     "windows outlive their tokens": ((Cache, "write", _windows_kept(MAX_LENGTH)),),
@@ -400,16 +350,12 @@ BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
         (nsa_fast.layer, "_appended", _positions_go_on),
     ),
     "positions begin again": ((nsa_fast.layer, "_project", _positions_begin_again),),
-    "copies share buffers": ((Cache, "copy", _copy_shares),),
-    "copies exchange sequences": ((Cache, "copy", _copy_exchanges),),
+    "copies share buffers": ((Cache, "copy", _copied(dict)),),
+    "copies exchange sequences": (
+        (Cache, "copy", _copied(lambda buffers: {n: b.flip(0) for n, b in buffers.items()})),
+    ),
     "growth loses a row": ((Cache, "write", _growth_loses_a_row),),
     "buffers only double": ((Cache, "write", _one_doubling),),
     "single tokens exchange sequences": ((Cache, "write", _tokens_exchanged),),
     "calls that fail are counted": ((nsa_fast.layer, "_appended", _failures_counted),),
 }
-
-
-def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
-    """`nsa_fast layer`, which decodes with that cache."""
-    MISTAKES[broken_cache] = BROKEN_CACHES[broken_cache]
-    return broken(broken_cache, adapter.NsaFastLayer, device)
