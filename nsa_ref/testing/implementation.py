@@ -219,6 +219,14 @@ def _own(argument: Any) -> Any:
     return argument
 
 
+def _leaves(inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among them, and in the dicts among them."""
+    leaves: list[torch.Tensor] = []
+    for item in inputs:
+        leaves += item.values() if isinstance(item, dict) else [item]
+    return leaves
+
+
 class TorchImplementation(Implementation):
     """Tensors in and out on `self.device`; gradients come from autograd.
 
@@ -286,10 +294,7 @@ class TorchImplementation(Implementation):
         """Set the declared numerics, and poison free memory, which may hold an earlier result."""
         device = device_of(self.device)
         device.set_tf32(self.numerics.get(case.dtype) == "tf32")
-        leaves: list[torch.Tensor] = []
-        for item in tensors:
-            leaves += item.values() if isinstance(item, dict) else [item]
-        device.poison([leaf.numel() * leaf.element_size() for leaf in leaves])
+        device.poison([leaf.numel() * leaf.element_size() for leaf in _leaves(tensors)])
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
         tensors = self._tensors(case, arguments, grad=False)
@@ -330,10 +335,7 @@ class TorchImplementation(Implementation):
                 "torch.no_grad() is on); a port without gradients says so by "
                 "`def offers_vjp(self, method): return False`"
             )
-        leaves: list[torch.Tensor] = []
-        for item in inputs:
-            leaves += item.values() if isinstance(item, dict) else [item]
-        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        leaves = [leaf for leaf in _leaves(inputs) if leaf.requires_grad]
         self._before(case, [*inputs, *d_outputs])
         found = torch.autograd.grad(
             outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
@@ -388,19 +390,12 @@ class OracleImplementation(Implementation):
         return attend(q, k, v, mask, scale=case.scale, empty_row=empty_row, empty_lse=empty_lse)
 
     def attend_vjp(
-        self,
-        case: Case,
-        branch: str,
-        mask: np.ndarray,
-        q: Any,
-        k: Any,
-        v: Any,
-        d_out: Any,
-        d_lse: Any,
+        self, case: Case, branch: str, mask: np.ndarray, *tensors: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A3 in float64."""
+        """A3 in float64; the tensors are q, k, v, d_out and d_lse."""
+        q, k, v, *d_outputs = tensors
         empty_row = getattr(case.semantics.empty_row, branch)
-        return attend_vjp(q, k, v, mask, d_out, d_lse, scale=case.scale, empty_row=empty_row)
+        return attend_vjp(q, k, v, mask, *d_outputs, scale=case.scale, empty_row=empty_row)
 
     def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
         return _stored(case, self.attend(case, "sliding", self.sliding_mask(case), q, k, v))
@@ -416,33 +411,21 @@ class OracleImplementation(Implementation):
         v = np.concatenate([mem_v, v_cmp], axis=2)
         return _stored(case, self.attend(case, "compress", self.compress_mask(case), q, k, v))
 
-    def sliding_vjp(
-        self, case: Case, q: Any, k: Any, v: Any, d_out: Any, d_lse: Any
-    ) -> tuple[Any, ...]:
-        mask = self.sliding_mask(case)
-        return _stored(case, self.attend_vjp(case, "sliding", mask, q, k, v, d_out, d_lse))
+    def sliding_vjp(self, case: Case, *tensors: Any) -> tuple[Any, ...]:
+        return _stored(case, self.attend_vjp(case, "sliding", self.sliding_mask(case), *tensors))
 
     def fine_vjp(
-        self, case: Case, q: Any, k: Any, v: Any, block_indices: Any, d_out: Any, d_lse: Any
+        self, case: Case, q: Any, k: Any, v: Any, block_indices: Any, *d_outputs: Any
     ) -> tuple[Any, ...]:
         mask = self.fine_mask(case, block_indices)
-        return _stored(case, self.attend_vjp(case, "fine", mask, q, k, v, d_out, d_lse))
+        return _stored(case, self.attend_vjp(case, "fine", mask, q, k, v, *d_outputs))
 
-    def compress_vjp(
-        self,
-        case: Case,
-        q: Any,
-        k_cmp: Any,
-        v_cmp: Any,
-        mem_k: Any,
-        mem_v: Any,
-        d_out: Any,
-        d_lse: Any,
-    ) -> tuple[Any, ...]:
+    def compress_vjp(self, case: Case, *tensors: Any) -> tuple[Any, ...]:
+        q, k_cmp, v_cmp, mem_k, mem_v, *d_outputs = tensors
         k = np.concatenate([mem_k, k_cmp], axis=2)
         v = np.concatenate([mem_v, v_cmp], axis=2)
         mask = self.compress_mask(case)
-        dq, dk, dv = _stored(case, self.attend_vjp(case, "compress", mask, q, k, v, d_out, d_lse))
+        dq, dk, dv = _stored(case, self.attend_vjp(case, "compress", mask, q, k, v, *d_outputs))
         memory = case.num_mem_kv
         return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
 

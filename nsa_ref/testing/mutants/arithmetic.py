@@ -61,9 +61,6 @@ class InterleavedHeads(Kernel):
     def kv_head_of_keys(self, case: Case) -> np.ndarray:
         return np.arange(case.q_heads) % case.kv_heads
 
-    def kv_head_of_values(self, case: Case) -> np.ndarray:
-        return self.kv_head_of_keys(case)
-
 
 @mutant("A1", "keys and values are mapped to different kv heads")
 class KeysAndValuesApart(Kernel):

@@ -67,7 +67,7 @@ class Kernel(DenseMasks, RoundedImplementation):
         return np.arange(case.q_heads) // case.group_size
 
     def kv_head_of_values(self, case: Case) -> np.ndarray:
-        return np.arange(case.q_heads) // case.group_size
+        return self.kv_head_of_keys(case)
 
     def scale(self, case: Case) -> float:
         return case.scale
