@@ -13,24 +13,13 @@ import numpy as np
 from numpy.random import Generator, Philox
 
 from nsa_ref.numerics import NUMERICS
-from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.case import DTYPES, INPUTS, Case
 from nsa_ref.testing.mutants.kernel import LN_2, Kernel
 from nsa_ref.testing.mutants.rounding import Way
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-KINDS = (
-    "integers",
-    "one_hot_v",
-    "equal",
-    "flat",
-    "ties",
-    "randn",
-    "huge",
-    "heavy",
-    "offsets",
-    "tiny",
-)
+KINDS = INPUTS
 ORDERS = ("sequential", "reversed", "pairwise", "blocked")
 ROWS = tuple(NUMERICS)
 
