@@ -94,8 +94,7 @@ def valid_selection(
     block_indices : (batch, heads, q_len, slots) integers
     scored : what `nsa_ref.selection.scored` returns
     score_bounds : (batch, heads, q_len, blocks), the largest error of each score, inf or NaN where
-        none is known; the trailing blocks that "logit_mean" takes for incomplete may be missing.
-        For "logit_mean" scores and bounds are about the means before the softmax
+        none is known. For "logit_mean" scores and bounds are about the means before the softmax
     returns : SelectionVerdict(verdict, reasons)
 
     Raises
@@ -273,11 +272,7 @@ def _whole_bounds(score_bounds: np.ndarray, scored: Scored) -> np.ndarray:
     """A number for every block: the largest there is for what is unknown, 0 for no candidate."""
     scores = scored.scores
     bounds = as_float64("score_bounds", score_bounds)
-    check_shape("score_bounds", bounds.shape, (*scores.shape[:3], "blocks"))
-    missing = scores.shape[3] - bounds.shape[3]
-    if missing < 0 or scored.candidates[:, bounds.shape[3] :].any():
-        check_shape("score_bounds", bounds.shape, scores.shape)
-    bounds = np.pad(bounds, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    check_shape("score_bounds", bounds.shape, scores.shape)
     bounds = np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max)
     usable = np.broadcast_to(scored.candidates, scores.shape)
     if (wrong := bounds[usable & (bounds < 0)]).size:

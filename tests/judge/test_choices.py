@@ -224,15 +224,16 @@ def test_a_bound_that_is_not_known_is_as_large_as_any():
 
 def test_blocks_that_are_no_candidates_need_no_bound():
     alone = scored_row([0.0, 0.0], candidates=[0])
-    assert valid_selection(FIRST, alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).verdict == VALID
-    assert not undecided_rows(alone, np.zeros((1, 1, 1, 1)), sizes=Sizes()).any()
+    bounds = np.array([[[[0.0, math.nan]]]])
+    assert valid_selection(FIRST, alone, bounds, sizes=Sizes()).verdict == VALID
+    assert not undecided_rows(alone, bounds, sizes=Sizes()).any()
 
 
 @pytest.mark.parametrize(
     ("message", "bounds"),
     [
         ("score_bounds holds -1.0 at a candidate; it must be at least 0", TWO.scores - 1),
-        ("score_bounds has shape (1, 1, 2); it must be (1, 1, 1, blocks)", np.zeros((1, 1, 2))),
+        ("score_bounds has shape (1, 1, 2); it must be (1, 1, 1, 2)", np.zeros((1, 1, 2))),
         ("score_bounds has shape (1, 1, 1, 1); it must be (1, 1, 1, 2)", np.zeros((1, 1, 1, 1))),
         ("score_bounds has shape (1, 1, 1, 3); it must be (1, 1, 1, 2)", np.zeros((1, 1, 1, 3))),
     ],
