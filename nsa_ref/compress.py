@@ -16,16 +16,16 @@ from nsa_ref.semantics import PAPER, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, check_sizes
 
 
-def num_compress_blocks(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> int:
-    """How many compressed blocks kv_len tokens have.
+def compress_windows(
+    kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
+) -> list[tuple[int, int]]:
+    """The tokens [start, stop) of every compressed block, in order; no block ends beyond kv_len.
 
     ::
 
-        "start"   floor((kv_len - l) / d) + 1, and none if kv_len < l
-        "end"     floor(kv_len / d)
-
-    The set that eq. 7 prints, i = 0 .. floor((t - l) / d), has as many; the shape printed below it,
-    d_k x floor((t - l) / d), has one less.
+        "start"   block i covers [i d, i d + l)
+        "end"     block i covers [(i + 1) d - l, (i + 1) d): start may be negative, and what
+                  stands left of token 0 is zeros
 
     Raises
     ------
@@ -40,37 +40,30 @@ def num_compress_blocks(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER)
     check_sizes(sizes)
     check_semantics(semantics)
     size, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    if semantics.compress_alignment == "end":
-        return kv_len // d
-    return (kv_len - size) // d + 1 if kv_len >= size else 0
+    first_stop = size if semantics.compress_alignment == "start" else d
+    return [(stop - size, stop) for stop in range(first_stop, kv_len + 1, d)]
 
 
-def compress_windows(
-    kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
-) -> list[tuple[int, int]]:
-    """The tokens [start, stop) of every compressed block, in order.
+def num_compress_blocks(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> int:
+    """How many compressed blocks kv_len tokens have.
 
     ::
 
-        "start"   block i covers [i d, i d + l)
-        "end"     block i covers [(i + 1) d - l, (i + 1) d): start may be negative, and what
-                  stands left of token 0 is zeros
+        "start"   floor((kv_len - l) / d) + 1, and none if kv_len < l
+        "end"     floor(kv_len / d)
+
+    The set that eq. 7 prints, i = 0 .. floor((t - l) / d), has as many; the shape printed below it,
+    d_k x floor((t - l) / d), has one less.
 
     Raises
     ------
-    ValueError, TypeError : as `num_compress_blocks`
+    ValueError, TypeError : as `compress_windows`
 
     Source
     ------
     C1; arXiv 2502.11089, eq. 7 ("start")
     """
-    blocks = num_compress_blocks(kv_len, sizes, semantics)
-    size, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    windows = []
-    for i in range(blocks):
-        start = i * d if semantics.compress_alignment == "start" else (i + 1) * d - size
-        windows.append((start, start + size))
-    return windows
+    return len(compress_windows(kv_len, sizes, semantics))
 
 
 def pool_weight_shapes(sizes: Sizes, dim: int) -> dict[str, tuple[int, ...]]:

@@ -391,7 +391,7 @@ def select(
     return top_blocks(found, sizes, semantics)
 
 
-def top_blocks(scored: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
+def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
     """The n candidates of the highest score, best first; of equal ones the lower index.
 
     ::
@@ -403,7 +403,7 @@ def top_blocks(scored: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
 
     Shapes
     ------
-    scored : what `scored` returns
+    blocks : what `scored` returns
     returns : (batch, heads, q_len, n) int64
 
     Raises
@@ -416,13 +416,13 @@ def top_blocks(scored: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     I4, I5, I6; arXiv 2502.11089, eq. 11
     """
     check_sizes(sizes)
-    scored = check_scored(scored, semantics)
-    ranked, floored = ranked_scores(scored, semantics), floored_scores(scored, semantics)
+    blocks = check_scored(blocks, semantics)
+    ranked, floored = ranked_scores(blocks, semantics), floored_scores(blocks, semantics)
     n = sizes.num_selected_blocks
     chosen = np.full((*ranked.shape[:3], n), -1, dtype=np.int64)
     for b, g, t in np.ndindex(ranked.shape[:3]):
         best = sorted(
-            (int(block) for block in np.flatnonzero(scored.candidates[t])),
+            (int(block) for block in np.flatnonzero(blocks.candidates[t])),
             key=lambda block: (-ranked[b, g, t, block], block),
         )
         slot = 0
@@ -434,13 +434,13 @@ def top_blocks(scored: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     return chosen
 
 
-def ranked_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
+def ranked_scores(blocks: Scored, semantics: Semantics) -> np.ndarray:
     """What top-n ranks: `forced_score` in place of the own score of forced blocks (I4).
 
     "logit_mean" ranks means, so there a finite forced_score becomes the mean at which a block's
     probability would be forced_score: log(forced_score) + log of the softmax's denominator.
     """
-    scores, forced = scored.scores, scored.forced
+    scores, forced = blocks.scores, blocks.forced
     ranked = scores.copy()
     for b, g, t in np.ndindex(scores.shape[:3]):
         value = semantics.forced_score
@@ -452,11 +452,11 @@ def ranked_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
     return ranked
 
 
-def floored_scores(scored: Scored, semantics: Semantics) -> np.ndarray:
+def floored_scores(blocks: Scored, semantics: Semantics) -> np.ndarray:
     """What `score_floor` is compared with: the score, or for "logit_mean" its probability (I4)."""
-    scores = scored.scores
+    scores = blocks.scores
     own = scores if semantics.importance == "overlap" else selection_probability(scores)
-    floored: np.ndarray = np.where(scored.forced, semantics.forced_score, own)
+    floored: np.ndarray = np.where(blocks.forced, semantics.forced_score, own)
     return floored
 
 
@@ -481,12 +481,12 @@ def selection_arguments(
     return q, k_cmp, mem_k
 
 
-def check_scored(scored: Scored, semantics: Semantics) -> Scored:
+def check_scored(blocks: Scored, semantics: Semantics) -> Scored:
     """The scores as float64, candidates and forced as bool, of fitting shapes; else raise."""
     check_semantics(semantics)
-    scores = as_float64("scores", scored.scores).real
+    scores = as_float64("scores", blocks.scores).real
     check_shape("scores", scores.shape, ("batch", "heads", "q_len", "blocks"))
-    candidates, forced = np.asarray(scored.candidates), np.asarray(scored.forced)
+    candidates, forced = np.asarray(blocks.candidates), np.asarray(blocks.forced)
     for name, array in (("candidates", candidates), ("forced", forced)):
         if array.dtype != bool:
             raise TypeError(f"{name} has dtype {array.dtype}; it must be bool.")

@@ -125,9 +125,9 @@ class Branch:
             raise Raised(f"{self.name} returned {type(result).__name__}, not Attention(out, lse)")
         out, lse = result
         rows = (case.batch, case.q_heads, case.q_len)
-        out = as_float64(f"{self.name} out", out, (*rows, case.value_dim))
+        out = checked_result(f"{self.name} out", out, (*rows, case.value_dim))
         if lse is not None:
-            lse = as_float64(f"{self.name} lse", lse, rows)
+            lse = checked_result(f"{self.name} lse", lse, rows)
         return Attention(out, lse)
 
     def backward(
@@ -150,9 +150,9 @@ class Branch:
         else:
             dq, dk, dv = found
         return (
-            as_float64("dq", dq, inputs.q.shape),
-            as_float64("dk", dk, inputs.k.shape),
-            as_float64("dv", dv, inputs.v.shape),
+            checked_result("dq", dq, inputs.q.shape),
+            checked_result("dk", dk, inputs.k.shape),
+            checked_result("dv", dv, inputs.v.shape),
         )
 
 
@@ -170,7 +170,7 @@ def call(method: Any, *arguments: Any) -> Any:
         raise Raised(f"{type(error).__name__}: {error}") from error
 
 
-def as_float64(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+def checked_result(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The value as float64, if it has the shape that the plug says."""
     if isinstance(value, (tuple, list)):
         raise Raised(f"{name} is a {type(value).__name__}; it must be one array")

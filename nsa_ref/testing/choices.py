@@ -66,7 +66,7 @@ class SelectionVerdict(NamedTuple):
 
 def valid_selection(
     block_indices: np.ndarray,
-    scored: Scored,
+    blocks: Scored,
     score_bounds: np.ndarray,
     *,
     sizes: Sizes,
@@ -92,7 +92,7 @@ def valid_selection(
     Shapes
     ------
     block_indices : (batch, heads, q_len, slots) integers
-    scored : what `nsa_ref.selection.scored` returns
+    blocks : what `nsa_ref.selection.scored` returns
     score_bounds : (batch, heads, q_len, blocks), the largest error of each score, inf or NaN where
         none is known. For "logit_mean" scores and bounds are about the means before the softmax
     returns : SelectionVerdict(verdict, reasons)
@@ -106,12 +106,12 @@ def valid_selection(
     ------
     I4, I5, I6
     """
-    scored = check_scored(scored, semantics)
-    batch, heads, q_len, _ = scored.scores.shape
+    blocks = check_scored(blocks, semantics)
+    batch, heads, q_len, _ = blocks.scores.shape
     block_indices = np.asarray(block_indices)
     check_block_indices(block_indices, q_len)
     check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
-    known = _Known.of(scored, score_bounds, semantics)
+    known = _Known.of(blocks, score_bounds, semantics)
 
     verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
     reasons: dict[tuple[int, int, int], Reason] = {}
@@ -124,7 +124,7 @@ def valid_selection(
 
 
 def undecided_rows(
-    scored: Scored,
+    blocks: Scored,
     score_bounds: np.ndarray,
     *,
     sizes: Sizes,
@@ -139,7 +139,7 @@ def undecided_rows(
 
     Shapes
     ------
-    scored, score_bounds : as in `valid_selection`
+    blocks, score_bounds : as in `valid_selection`
     returns : (batch, heads, q_len) bool
 
     Raises
@@ -150,14 +150,14 @@ def undecided_rows(
     ------
     I5
     """
-    scored = check_scored(scored, semantics)
-    known = _Known.of(scored, score_bounds, semantics)
+    blocks = check_scored(blocks, semantics)
+    known = _Known.of(blocks, score_bounds, semantics)
     ranked, bounds, floor = known.ranked, known.rank_bounds, semantics.score_floor
-    chosen = top_blocks(scored, sizes, dataclasses.replace(semantics, score_floor=None))
-    undecided = np.zeros(scored.scores.shape[:3], dtype=bool)
+    chosen = top_blocks(blocks, sizes, dataclasses.replace(semantics, score_floor=None))
+    undecided = np.zeros(blocks.scores.shape[:3], dtype=bool)
     for row in np.ndindex(undecided.shape):
         taken = [int(block) for block in chosen[row] if block >= 0]
-        candidates = np.flatnonzero(scored.candidates[row[2]])
+        candidates = np.flatnonzero(blocks.candidates[row[2]])
         left = [int(block) for block in candidates if block not in taken]
         for better in taken:
             for worse in left:
@@ -188,17 +188,17 @@ class _Known(NamedTuple):
     forced: np.ndarray
 
     @classmethod
-    def of(cls, scored: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _Known:
-        bounds = _whole_bounds(score_bounds, scored)
-        low, high = _floored_range(scored, bounds, semantics)
+    def of(cls, blocks: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _Known:
+        bounds = _whole_bounds(score_bounds, blocks)
+        low, high = _floored_range(blocks, bounds, semantics)
         return cls(
-            ranked_scores(scored, semantics),
-            np.where(scored.forced, _bound_of_forced(bounds, semantics), bounds),
+            ranked_scores(blocks, semantics),
+            np.where(blocks.forced, _bound_of_forced(bounds, semantics), bounds),
             low,
-            floored_scores(scored, semantics),
+            floored_scores(blocks, semantics),
             high,
-            scored.candidates,
-            scored.forced,
+            blocks.candidates,
+            blocks.forced,
         )
 
 
@@ -268,13 +268,13 @@ def _within_bound_of_floor(block: int, floor: float) -> Reason:
     return Reason(AMBIGUOUS, "I5", "floor", sentence)
 
 
-def _whole_bounds(score_bounds: np.ndarray, scored: Scored) -> np.ndarray:
+def _whole_bounds(score_bounds: np.ndarray, blocks: Scored) -> np.ndarray:
     """A number for every block: the largest there is for what is unknown, 0 for no candidate."""
-    scores = scored.scores
+    scores = blocks.scores
     bounds = as_float64("score_bounds", score_bounds)
     check_shape("score_bounds", bounds.shape, scores.shape)
     bounds = np.where(np.isfinite(bounds), bounds, np.finfo(np.float64).max)
-    usable = np.broadcast_to(scored.candidates, scores.shape)
+    usable = np.broadcast_to(blocks.candidates, scores.shape)
     if (wrong := bounds[usable & (bounds < 0)]).size:
         raise ValueError(f"score_bounds holds {wrong[0]} at a candidate; it must be at least 0.")
     return np.where(usable, bounds, 0)
@@ -292,10 +292,10 @@ def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
 
 
 def _floored_range(
-    scored: Scored, bounds: np.ndarray, semantics: Semantics
+    blocks: Scored, bounds: np.ndarray, semantics: Semantics
 ) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest value that `floored_scores` has within the scores' bounds."""
-    scores, value = scored.scores, semantics.forced_score
+    scores, value = blocks.scores, semantics.forced_score
     low, high = scores - bounds, scores + bounds
     if semantics.importance == "logit_mean" and semantics.score_floor is not None:
         # A probability grows with its own mean and falls with every other one.
@@ -305,4 +305,4 @@ def _floored_range(
             least[..., block] = selection_probability(np.where(own, low, high))[..., block]
             most[..., block] = selection_probability(np.where(own, high, low))[..., block]
         low, high = least, most
-    return np.where(scored.forced, value, low), np.where(scored.forced, value, high)
+    return np.where(blocks.forced, value, low), np.where(blocks.forced, value, high)

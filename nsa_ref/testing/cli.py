@@ -165,11 +165,11 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
-    offered = {dtype for one in chosen for dtype in one["numerics"]}
+    declared = {dtype for one in chosen for dtype in one["numerics"]}
     for dtype in arguments.dtype or ():
-        if dtype not in offered:
+        if dtype not in declared:
             raise CannotRun(
-                f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(offered))}"
+                f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(declared))}"
             )
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"

@@ -45,7 +45,7 @@ class Edge:
         return about in self.about and varied
 
 
-#: A layer reads its own tokens, all of them and at least one, and is dear: its cases are small.
+#: A layer reads its own tokens, all of them and at least one, and takes long: its cases are small.
 NOT_LAYERS = tuple(about for about in ABOUT if about != "layer")
 #: l and d are free of each other only where nothing needs eq. 9.
 WINDOWS = ("compress", "pool")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -192,10 +192,6 @@ def backward_patterns(
     ]
 
 
-#: How readings of a BlockMask's block lists are called; its predicate is "mask_mod".
-LISTS = ("kv lists", "q lists")
-
-
 def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, np.ndarray]:
     """What each part of a FlexAttention BlockMask says, as multiplicities (B, H, rows, columns).
 
@@ -248,20 +244,34 @@ def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, n
     return readings
 
 
-def exposed_readings(value: Any, rows: int, columns: int) -> dict[str, np.ndarray]:
-    """What a `*_mask` method returned, as named arrays of multiplicities."""
+class Reading(NamedTuple):
+    """A mask that an implementation shows, in one of the ways in which it can be read.
+
+    name : "" if there is only one
+    cells : multiplicities
+    is_list : read off the block lists of a BlockMask, which its predicate stands beside
+    """
+
+    name: str
+    cells: np.ndarray
+    is_list: bool = False
+
+
+def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
+    """What a `*_mask` method returned, in every way in which it can be read."""
     if isinstance(value, dict):
-        found: dict[str, np.ndarray] = {}
-        for name, item in value.items():
-            for part, array in exposed_readings(item, rows, columns).items():
-                found[f"{name} {part}".strip()] = array
-        return found
+        return [
+            reading._replace(name=f"{name} {reading.name}".strip())
+            for name, item in value.items()
+            for reading in exposed_readings(item, rows, columns)
+        ]
     if hasattr(value, "kv_num_blocks") and hasattr(value, "mask_mod"):
-        return block_mask_readings(value, rows, columns)
+        parts = block_mask_readings(value, rows, columns)
+        return [Reading(part, cells, part != "mask_mod") for part, cells in parts.items()]
     array = np.asarray(value)
     if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise Raised(f"a mask of dtype {array.dtype}; it must hold booleans or integers")
-    return {"": array.astype(np.int64)}
+    return [Reading("", array.astype(np.int64))]
 
 
 def head_influence(

@@ -535,7 +535,8 @@ def test_adapter_exposes_the_branch_and_upstreams_call(branch: Branch) -> None:
     """In all their parts; that each is the oracle's is a property of the judge."""
     given = [CASE.block_indices()] if branch is FINE else []
     value = NsaFastEager().run(f"{branch.name}_mask", CASE, *given)
-    assert set(exposed_readings(value, *branch.mask(CASE, *given or [None]).shape[-2:])) == {
+    readings = exposed_readings(value, *branch.mask(CASE, *given or [None]).shape[-2:])
+    assert {reading.name for reading in readings} == {
         f"{maker} {part}"
         for maker in (f"{branch.name}_attention", f"create_{branch.name}_mask")
         for part in ("mask_mod", "kv lists", "q lists")

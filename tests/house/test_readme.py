@@ -60,8 +60,8 @@ def test_the_table_of_options_is_complete() -> None:
     parser = cli._parser()
     commands = next(a for a in parser._actions if a.dest == "command")
     verify = commands.choices["verify"]  # type: ignore[index]
-    offered = {a.option_strings[-1] for a in verify._actions if a.option_strings}
-    assert named == offered - {"--help"}
+    options = {a.option_strings[-1] for a in verify._actions if a.option_strings}
+    assert named == options - {"--help"}
     assert all(f"`{name}`" in page("docs/command.md") for name in SHORT_NAMES)
 
 

@@ -538,10 +538,16 @@ def test_row_blocks_that_the_lists_do_not_have_are_not_read() -> None:
 def test_what_a_mask_method_may_return() -> None:
     """Arrays, block masks, or a dict of them; numbers that are no multiplicities are refused."""
     mask = np.array([[True, False]])
-    ((name, cells),) = probes.exposed_readings(mask, 1, 2).items()
-    assert name == ""
-    assert cells.dtype == np.int64
-    found = probes.exposed_readings({"lists": block_mask(a_mask()), "plain": mask}, ROWS, COLUMNS)
-    assert list(found) == ["lists mask_mod", "lists kv lists", "lists q lists", "plain"]
+    (plain,) = probes.exposed_readings(mask, 1, 2)
+    assert (plain.name, plain.is_list) == ("", False)
+    assert plain.cells.dtype == np.int64
+    masks = {"lists": block_mask(a_mask()), "from my kv lists": mask}
+    found = {r.name: r.is_list for r in probes.exposed_readings(masks, ROWS, COLUMNS)}
+    assert found == {
+        "lists mask_mod": False,
+        "lists kv lists": True,
+        "lists q lists": True,
+        "from my kv lists": False,  # a port's own name for a mask says nothing
+    }
     with pytest.raises(Raised, match="a mask of dtype float64; it must hold booleans or integers"):
         probes.exposed_readings(np.zeros((2, 2)), 2, 2)

@@ -1,4 +1,4 @@
-"""What brings about that a case shows what a property is about: changes to the sizes drawn so far.
+"""Each function changes the drawn sizes so that the case shows what its property is about.
 
 Each is an `Adjust`. What an implementation's limits exclude is taken back afterwards. A further
 draw belongs behind the existing ones, so that cases that were found stay as they are.
@@ -171,7 +171,7 @@ def several_heads_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def rows_before_the_first_window(draw: st.DrawFn, sizes: Drawn) -> None:
-    """I5: before the end of the first window no score but 0, for past and future alike."""
+    """I5: the first rows see no compressed block: all blocks score 0, past or future."""
     nothing_forced(draw, sizes)
     if sizes["kv_len"] <= 64:
         sizes["q_len"] = sizes["kv_len"]
@@ -181,7 +181,7 @@ def rows_before_the_first_window(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def affordable_layer(draw: st.DrawFn, sizes: Drawn) -> None:
-    """Affordable maps; within limits, no row without keys where that is no number."""
+    """The compression map is affordable. Where an empty row is not zero, no row is empty."""
     empty = sizes["semantics"].empty_row
     if empty.compress == "uniform":
         # the mean over all columns would know how many are to come

@@ -7,7 +7,7 @@ import numpy as np
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import as_float64, call
+from nsa_ref.testing.branches import call, checked_result
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare, first_at
 from nsa_ref.testing.implementation import Implementation
@@ -64,9 +64,11 @@ def pooled_gradients(prop: Property, implementation: Implementation, case: Case)
     bounds = pool_bounds(x, weights, d_out, **case.geometry, numerics=numerics)
     assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
     which = f"pool ({case.compress_map})"
-    comparisons = [compare("C4", f"{which} dx", as_float64("dx", dx, x.shape), want_dx, bounds.dx)]
+    comparisons = [
+        compare("C4", f"{which} dx", checked_result("dx", dx, x.shape), want_dx, bounds.dx)
+    ]
     for name, want in want_dweights.items():
-        have = as_float64(f"d{name}", dweights[name], want.shape)
+        have = checked_result(f"d{name}", dweights[name], want.shape)
         comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
     return settle(comparisons)
 
@@ -79,7 +81,7 @@ def _pooled(
     numerics = implementation.numerics[case.dtype]
     bounds = pool_bounds(x, weights, **case.geometry, numerics=numerics)
     expected = pool(x, weights, **case.geometry)
-    return as_float64("pool", found, _blocks(case)), expected, bounds.out
+    return checked_result("pool", found, _blocks(case)), expected, bounds.out
 
 
 def _blocks(case: Case) -> tuple[int, ...]:

@@ -330,7 +330,7 @@ def _first_entry(
         first = (dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2))
     empty = not mask.any(-1).all()
     if prop.backward and empty and branch.empty_row(alone) == "nan":
-        raise Inconclusive("the gradient of a NaN row is nobody's business")
+        raise Inconclusive("no gradient is defined for a NaN row")
     definition = branch.attend_vjp if prop.backward else branch.attend
     expected = definition(alone, mask, once, *gradients)
     bounds = bounds_of(branch, implementation, alone, once, mask, *gradients)

@@ -18,7 +18,7 @@ from nsa_ref.layer import layer, layer_block_indices, layer_vjp, selection_input
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
-from nsa_ref.testing.branches import as_float64, call
+from nsa_ref.testing.branches import call, checked_result
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
@@ -114,12 +114,12 @@ class Asked:
         """The output against its bound; undecided rows are admitted whatever they hold."""
         run, case = self.implementation.run, self.case
         found = call(run, self.method, case, self.weights, self.x, *self.blocks(truth))
-        actual = as_float64(self.method, found, (*self.x.shape[:2], case.layer_width))
+        actual = checked_result(self.method, found, (*self.x.shape[:2], case.layer_width))
         bound = np.where(self.undecided(truth)[..., None], np.inf, truth.bounds.out)
         return compare(clause, self.method, actual, truth.output(), bound)
 
     def is_right(self) -> bool:
-        """Whether the output is, without a word about what is wrong."""
+        """True if the output is right."""
         try:
             self.compared("G1", self.truth)
         except (Broken, Raised):
@@ -198,7 +198,7 @@ def _blame_the_rotation(asked: Asked) -> None:
     implementation, case, own = asked.implementation, asked.case, asked.case.semantics
 
     def wrong(clause: str, weights: Weights, semantics: Semantics = own) -> Broken | None:
-        """What is, with these weights, if the definition follows these semantics."""
+        """What is wrong with the output for these weights, by these semantics, or None."""
         other = dataclasses.replace(case, semantics=semantics)
         truth = Truth.of(implementation, other, asked.x, weights)
         try:
@@ -340,8 +340,8 @@ def run_vjp(asked: Asked, clause: str, *more: np.ndarray) -> tuple[np.ndarray, W
         unknown = sorted(set(found[1]) - set(weights))
         what = f"{method}_vjp lacks gradients of {missing}, has {unknown}"
         raise Broken(clause, Failure(kind="result", tensor=method, what=what))
-    dweights = {n: as_float64(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
-    return as_float64("dx", found[0], x.shape), dweights
+    dweights = {n: checked_result(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
+    return checked_result("dx", found[0], x.shape), dweights
 
 
 def compare_weights(

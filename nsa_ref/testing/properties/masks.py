@@ -94,7 +94,7 @@ def exposed(prop: Property, implementation: Implementation, case: Case) -> Outco
     arguments = (case.block_indices(),) if branch is FINE else ()
     expected = branch.mask(case, *arguments or (None,))
     value = call(implementation.run, f"{branch.name}_mask", case, *arguments)
-    for name, actual in probes.exposed_readings(value, *expected.shape[2:]).items():
+    for name, actual, is_list in probes.exposed_readings(value, *expected.shape[2:]):
         try:
             actual = np.broadcast_to(actual, expected.shape)
         except ValueError:
@@ -104,7 +104,6 @@ def exposed(prop: Property, implementation: Implementation, case: Case) -> Outco
             ) from None
         if (actual != expected).any():
             reading = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
-            is_list = name.endswith(probes.LISTS)
             raise wrong_mask(branch, prop.clause, case, expected, actual, reading, is_list=is_list)
     return Outcome()
 
@@ -121,7 +120,7 @@ def read_forward(prop: Property, implementation: Implementation, case: Case) -> 
 
 
 def read_backward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    """The mask that gradients show: which pairs of rows and columns hear of each other."""
+    """The mask that gradients show: which pairs of rows and columns take part in them."""
     branch = prop.the_branch
     mask = oracle_mask(branch, case)
     for pattern in probes.backward_patterns(implementation, branch, case, mask):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from nsa_ref.layer_bounds import packed_weight_bounds
-from nsa_ref.testing.branches import as_float64, call
+from nsa_ref.testing.branches import call, checked_result
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
@@ -78,8 +78,8 @@ class Packed:
         Broken : if it is not, for what is wrong with it
         """
         implementation = self.asked.implementation
-        offered = implementation.offers_vjp if backward else implementation.offers
-        if not offered("layer"):
+        offers = implementation.offers_vjp if backward else implementation.offers
+        if not offers("layer"):
             return hinted(broken, "varlen", backward=backward)
         for truth, rows in zip(self.truths, self.rows):
             batch = 1 if is_declared(implementation, truth.case) else self.batch
@@ -100,7 +100,7 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     found = call(
         implementation.run, "varlen", asked.case, asked.weights, asked.x, packed.cu_seqlens
     )
-    actual = as_float64("varlen", found, (len(asked.x), case.layer_width))
+    actual = checked_result("varlen", found, (len(asked.x), case.layer_width))
     compared = []
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):

@@ -12,7 +12,7 @@ from nsa_ref.compress import compress_windows
 from nsa_ref.layer import NORM_EPS
 from nsa_ref.semantics import BRANCHES
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, as_float64, call
+from nsa_ref.testing.branches import COMPRESS, call, checked_result
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask
@@ -81,7 +81,7 @@ class OneBranch(Implementation):
         method = "layer_with_blocks" if blocks else "layer"
         found = call(self.implementation.run, method, case, weights, x, *blocks)
         shape = (case.batch, case.kv_len, case.layer_width)
-        out = as_float64(method, found, shape)[..., : case.q_heads * case.value_dim]
+        out = checked_result(method, found, shape)[..., : case.q_heads * case.value_dim]
         out = out.reshape(case.batch, case.kv_len, case.q_heads, case.value_dim)
         return Attention(out.transpose(0, 2, 1, 3), None)  # type: ignore[arg-type]
 

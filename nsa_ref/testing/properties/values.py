@@ -66,7 +66,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     if case.seed % 2 == 0 or not implementation.lse_gradient:
         d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
     if branch.empty_row(case) == "nan":
-        # the gradient of a NaN row is nobody's business
+        # no gradient is defined for a NaN row
         empty = mask.sum(-1) == 0
         d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
     actual = branch.backward(implementation, case, inputs, d_out, d_lse)
