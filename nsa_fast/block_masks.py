@@ -157,6 +157,7 @@ def compress_mask_mod(
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         position = row + offset_
+        # `Windows.sees`, on scalars that are captured: its Python numbers would be compiled in
         seen = (column - memory_) * stride_ + first_seen_ <= position + ahead_
         real = (position >= 0) & (column < columns_)
         return (column < memory_) | (seen & real)

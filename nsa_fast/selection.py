@@ -277,7 +277,7 @@ def _visible(position: Tensor, blocks: slice, sizes: _Sizes) -> Tensor:
     if not sizes.semantics.causal:
         return (position >= 0)[:, None].expand(-1, blocks.stop - blocks.start)
     block = torch.arange(blocks.start, blocks.stop, device=position.device)
-    return sizes.windows.seen_from(block) <= position[:, None]
+    return sizes.windows.sees(position[:, None], block)
 
 
 def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:

@@ -53,8 +53,12 @@ class Windows(NamedTuple):
         """C2: the first position that sees a block, if it is causal."""
         return self.last_token(block) + int(self.semantics.compress_strict)
 
+    def sees(self, position: Tensor, block: Tensor) -> Tensor:
+        """C2: whether a position sees a block, if it is causal."""
+        return self.seen_from(block) <= position
+
     def num_seen(self, position: Number) -> Number:
-        """C2: how many blocks a position sees, if it is causal; always the first ones.
+        """How many blocks a position `sees`, if it is causal; always the first ones.
 
         Not yet cut to those that there are: it may be negative, or more than all.
         """
