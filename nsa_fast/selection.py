@@ -58,6 +58,11 @@ class _Sizes(NamedTuple):
     def strides_per_block(self) -> int:
         return self.block_size // self.windows.stride
 
+    @property
+    def num_complete(self) -> int:
+        """I3: how many selection blocks have all their windows; always the first ones."""
+        return self.num_windows // self.strides_per_block
+
 
 @_disable_dynamo
 @torch.no_grad()
@@ -261,8 +266,7 @@ def _candidates(position: Tensor, num_blocks: int, sizes: _Sizes) -> tuple[Tenso
         candidates = block * sizes.block_size <= position[:, None]
     own_excluded = semantics.causal and semantics.own_block_extra
     if semantics.importance == "logit_mean":
-        complete = sizes.num_windows // sizes.strides_per_block
-        candidates = candidates & (block < complete)
+        candidates = candidates & (block < sizes.num_complete)
         own_excluded = own_excluded or sizes.strides_per_block != 1
     if own_excluded:
         candidates = candidates & (block != own)
@@ -283,10 +287,11 @@ def _visible(position: Tensor, blocks: slice, sizes: _Sizes) -> Tensor:
 def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:
     """Eq. 9 and 10: (batch, heads, rows, blocks)."""
     p_cmp, num_windows = p_cmp.sum(dim=2), p_cmp.shape[-1]
-    # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n for windows that start at i d, and over
-    # l'/d b + m + n for windows that end at (i + 1) d, with m < l'/d, n < l/d.
-    per_block, per_window = sizes.strides_per_block, sizes.windows.size // sizes.windows.stride
-    before = per_window - 1 if sizes.semantics.compress_alignment == "start" else 0
+    # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n - f, with m < l'/d and n < l/d, for windows
+    # that cover l/d strides from stride i + f on: 0 in eq. 9, else where window 0 begins (C1).
+    windows = sizes.windows
+    per_block, per_window = sizes.strides_per_block, windows.size // windows.stride
+    before = per_window - 1 + windows.first_token(0) // windows.stride
     total_strides = num_blocks * per_block
     after = total_strides + per_window - 1 - before - num_windows
     padded = F.pad(p_cmp, (before, after))
@@ -299,7 +304,7 @@ def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:
 def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Sizes) -> Tensor:
     """I3: (batch, heads, rows, blocks), -inf where a block is no candidate."""
     strides, num_blocks = sizes.strides_per_block, candidates.shape[-1]
-    complete = min(logits.shape[-1] // strides, num_blocks)
+    complete = min(sizes.num_complete, num_blocks)
     logits = logits[..., : complete * strides].masked_fill(~visible[:, : complete * strides], 0)
     terms = logits.shape[2] * strides
     total = logits.sum(dim=2).unflatten(-1, (complete, strides)).sum(dim=-1)
