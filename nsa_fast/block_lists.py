@@ -194,7 +194,7 @@ def _entries(used: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_head(left_out: Tensor, heads: int) -> Tensor:
-    """(batch, columns) as `_used` counts columns."""
+    """left_out for every head, in one row, numbered as `_used` numbers columns."""
     return left_out[:, None].expand(-1, heads, -1).flatten()
 
 
@@ -318,7 +318,7 @@ def chosen_blocks(
     ahead: int,
     own_block: bool,
 ) -> Chosen:
-    """Block indices as a set: without duplicates, strangers and blocks past the query (F1, F3, I6).
+    """Block indices as a set: each once; none unknown, none past the query (F1, F3, I6).
 
     block_indices : integers (batch, heads, tokens, n), any values
     offset : p - t; a token with p < 0 stands before everything and sees nothing

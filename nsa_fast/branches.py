@@ -150,7 +150,7 @@ def fine_attention(
     ------
     q, k, v : as `sliding_attention`
     block_indices : integers (batch, kv_heads, q_len, n), or (batch, q_heads, q_len, n) without
-        share_selection; -1 in unused slots, strangers are ignored, duplicates count once
+        share_selection; -1 in unused slots, indices of no block are ignored, duplicates count once
     scale, backend, returns, Raises : as `sliding_attention`
     """
     check_semantics(semantics, "fine")

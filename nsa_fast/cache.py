@@ -127,7 +127,7 @@ class Cache:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[2] < stop:
             old, capacity = buffer, stop if buffer is None else max(stop, 2 * buffer.shape[2])
-            # a tensor that is born in inference mode could not be written to outside of it
+            # a tensor that is made in inference mode could not be written to outside of it
             with torch.inference_mode(False):
                 buffer = rows.new_empty((*rows.shape[:2], capacity, rows.shape[3]))
             if old is not None:

@@ -117,7 +117,7 @@ def attend(
         q_len, value_dim = q.shape[2], v.shape[3]
         mask, q, k, v = _fitted(block_mask, q, k, v, backend)
         if wants_grad(q, k, v):
-            q, k, v = _Once.apply(q, k, v)
+            q, k, v = _FirstDerivativeOnly.apply(q, k, v)
         if backend == "eager":
             out, lse = _eager(q, k, v, mask, scale)
         else:
@@ -162,10 +162,11 @@ def _compiled(
             with torch.no_grad():
                 q, k, v = q.detach(), k.detach(), v.detach()  # refused even here, if they want it
                 return _graph(f"{key}_out", _out_alone)(q, k, v, block_mask, scale, options), None
-        from nsa_fast.tiles import offered  # needs all of Inductor, which takes a second to load
+        # needs all of Inductor, which takes a second to load
+        from nsa_fast.tiles import compiling_with
 
         name = f"{key}_grad" if wants_grad(q, k, v) else f"{key}_lse"
-        with offered(options or {}):
+        with compiling_with(options or {}):
             out, aux = _graph(name, _out_and_lse)(q, k, v, block_mask, scale, options)
         return out, aux.lse
 
@@ -243,7 +244,7 @@ def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[st
     }
 
 
-class _Once(torch.autograd.Function):
+class _FirstDerivativeOnly(torch.autograd.Function):
     """The identity, whose gradients raise if they are differentiated again.
 
     FlexAttention's own second derivative is wrong without a word.
@@ -294,9 +295,9 @@ def _fitted(
     q, k, v = (padded(t, 2, LEAST_LENGTH) for t in (q, k, v))
     if is_triton(q.device) and backend == "compiled":
         q, k, v = (padded(t, 3, LEAST_TRITON_DIM) for t in (q, k, v))
-    q, k, v = (_plain(t) for t in (q, k, v))
+    q, k, v = (_contiguous_copy(t) for t in (q, k, v))
     if backend == "eager":
-        return _with(mask, seq_lengths=(q.shape[2], k.shape[2])), q, k, v
+        return _replaced(mask, seq_lengths=(q.shape[2], k.shape[2])), q, k, v
 
     # the C++ kernels want as many slots as there are blocks
     blocks = 0 if is_triton(q.device) else count_blocks(k.shape[2], mask.BLOCK_SIZE[1])
@@ -311,7 +312,7 @@ def _fitted(
             if indices.stride(2) == 0:  # one list for all rows: what is padded would be no more
                 indices = shared(padded(indices[:, :, 0], 2, width)[0, 0], rows)
             lists[f"{kind}_indices"] = padded(padded(indices, 2, rows), 3, width)
-    return _with(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
+    return _replaced(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
 
 
 def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
@@ -322,7 +323,7 @@ def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, missing))
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _contiguous_copy(tensor: Tensor) -> Tensor:
     """Contiguous, and no view of another tensor.
 
     Graphs are guarded on strides, and a view's on those of its base: every layout of the caller's
@@ -331,6 +332,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
 
 
-def _with(mask: BlockMask, **changes: Any) -> BlockMask:
+def _replaced(mask: BlockMask, **changes: Any) -> BlockMask:
     """The mask with some of its parts replaced."""
     return BlockMask(**({name: getattr(mask, name) for name in PARTS} | changes))

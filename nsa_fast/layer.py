@@ -87,7 +87,7 @@ class Layer:
             )
 
     def as_run(self, num_mem_kv: int, *, own_choice: bool) -> Layer:
-        """With the switches that the branches run, where no row can tell the difference.
+        """The same layer with switches that the branches run, if no row would differ.
 
         `duplicates` shows in blocks that are handed in only: the layer's own choice names no block
         twice. `empty_row` shows in rows that see nothing only. There are none in compress if there

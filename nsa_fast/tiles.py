@@ -36,7 +36,7 @@ class _Tiles(InductorChoices):
 
 
 @contextlib.contextmanager
-def offered(options: dict[str, Any]) -> Iterator[None]:
+def compiling_with(options: dict[str, Any]) -> Iterator[None]:
     """Compile with the tiles that the options of a kernel name.
 
     Inductor looks for a handler of choices in the thread that compiles. A backward is compiled at

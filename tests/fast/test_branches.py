@@ -246,7 +246,7 @@ def test_columns_added_for_tensor_cores_change_nothing(
         cells = block_mask_readings(mask, *mask.seq_lengths)["kv lists"]
         # one more row and column, which lengths below 2 are lengthened by
         seen = torch.as_tensor(np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 2)))) != 0
-        mask = flex._with(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j])
+        mask = flex._replaced(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j])
         return attend(name, q, k, v, mask, crowded_columns, **(how | {"backend": "eager"}))
 
     def on_cuda(heads: int, block_size: int, _: Any, backend: str) -> FineLayout:
