@@ -43,6 +43,9 @@ from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 #: Of the input norm, in every dtype: float32's machine epsilon.
 NORM_EPS = 2.0**-23
 
+#: Offsets of cu_seqlens that an error prints.
+SHOWN_OFFSETS = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -546,9 +549,9 @@ def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
     check_integers("cu_seqlens", cu_seqlens, ("sequences + 1",), holds="offsets in tokens")
     offsets = cu_seqlens.tolist()
     if not offsets or offsets[0] != 0:
-        raise ValueError(
-            f"cu_seqlens={offsets} must start with 0, where the first sequence begins."
-        )
+        more = len(offsets) - SHOWN_OFFSETS
+        shown = f"{offsets[:SHOWN_OFFSETS]}" + (f" and {more} more" if more > 0 else "")
+        raise ValueError(f"cu_seqlens={shown} must start with 0, where the first sequence begins.")
     for index, (start, stop) in enumerate(pairwise(offsets)):
         if stop < start:
             raise ValueError(

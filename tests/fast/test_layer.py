@@ -242,6 +242,7 @@ VALUE_ERRORS: list[tuple[str, Callable[[], object]]] = [
         call(cu_seqlens=torch.tensor([0, 8])),
     ),
     ("cu_seqlens=[1, 8] must start with 0", packed(1, 8)),
+    ("cu_seqlens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and 3 more must", packed(*range(1, 16))),
     ("cu_seqlens[2]=3 must be at least cu_seqlens[1]=5", packed(0, 5, 3, 8)),
     ("cu_seqlens[-1]=7 must be 8, the number of tokens in x", packed(0, 7)),
     (
