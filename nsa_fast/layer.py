@@ -46,6 +46,21 @@ NORM_EPS = 2.0**-23
 #: Offsets of cu_seqlens that an error prints.
 SHOWN_OFFSETS = 12
 
+#: Switches that change what is done with keys and values, and none of those that a cache holds.
+SWITCHES_OF_READING = (
+    "window_closed",
+    "compress_strict",
+    "importance",
+    "share_selection",
+    "forced_score",
+    "own_block_extra",
+    "score_floor",
+    "duplicates",
+    "empty_row",
+    "empty_lse",
+    "output_projection",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -596,9 +611,10 @@ def _check_cache(cache: Cache, x: Tensor, layer: Layer, packed: bool) -> None:
 
 
 def _cached_with(layer: Layer) -> dict[str, object]:
-    """What the contents of a cache depend on."""
+    """What the contents of a cache depend on: every switch but those that act where it is read."""
     names = ("kv_heads", "head_dim", "value_dim", "compress_map", *layer.compress_sizes)
     found = {name: getattr(layer, name) for name in names}
-    for switch in ("compress_alignment", "kv_per_branch", "rotary"):
-        found[f"semantics.{switch}"] = getattr(layer.semantics, switch)
+    for field in dataclasses.fields(layer.semantics):
+        if field.name not in SWITCHES_OF_READING:
+            found[f"semantics.{field.name}"] = getattr(layer.semantics, field.name)
     return found

@@ -256,6 +256,10 @@ VALUE_ERRORS: list[tuple[str, Callable[[Cache], object]]] = [
         lambda cache: function_of(module(replace(PAPER, rotary="all")))(tokens(2, 1), cache),
     ),
     (
+        "cache was filled by a layer with semantics.input_norm=False, and this one has",
+        lambda cache: function_of(module(replace(PAPER, input_norm=True)))(tokens(2, 1), cache),
+    ),
+    (
         "length=6 must be at most 5, the tokens that the cache holds",
         lambda cache: cache.truncate(6),
     ),
