@@ -85,7 +85,7 @@ _trace_files: dict[Path, TextIO] = {}
 
 
 def _trace_file(path: Path) -> TextIO:
-    """The file into which Python writes where it was when it died; open until then."""
+    """The file to which Python writes its stack when it dies; kept open."""
     if path not in _trace_files:
         _trace_files[path] = path.open("w")
         faulthandler.enable(file=_trace_files[path])

@@ -20,8 +20,7 @@ class Options:
     case : run this one case instead of generated ones
     any_property : no property found the case, so that some may not be about such cases
     timeout : seconds that one case may take; only worker processes are ended for it
-    traces : a worker that dies leaves a file that says where it was, because somebody reads it;
-        otherwise it says so on its standard error
+    traces : a worker that dies writes where it was to a file (True) or to standard error (False)
     shrink : a broken case is made smaller
     """
 

@@ -146,7 +146,7 @@ def _distributes(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--branch and the options of replay deselect what they do not speak of."""
+    """Deselect the judge's tests that --branch and the options of replay do not ask for."""
     wanted = {
         "nsa_ref_branch": config.getoption("--branch") or [],
         "nsa_ref_property": [name] if (name := config.getoption("--nsa-property")) else [],

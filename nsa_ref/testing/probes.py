@@ -286,7 +286,7 @@ def head_influence(
 
     `inputs` must not be degenerate: a row that sees a single key does not notice its logit.
 
-    apart : how far two results may be from each other, element by element, and count as the same
+    apart : results that differ by no more than this, element by element, count as the same
     """
     base = branch.forward(implementation, case, inputs).out
     changed = []

@@ -63,7 +63,10 @@ class Clause:
 
     @property
     def budget_used(self) -> float | None:
-        """What broke the clause used more than all that did not; no number if it has no bound."""
+        """The largest share of a bound that was used, by findings and by what passed.
+
+        None if a finding has no bound, or if nothing was compared with one.
+        """
         used = [float(finding["worst"].get("budget_used", math.inf)) for finding in self.findings]
         if self.total.budget_used is not None:
             used.append(self.total.budget_used)

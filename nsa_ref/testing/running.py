@@ -76,7 +76,9 @@ class _Trials:
         self.shrink_until = 0.0
 
     def run(self, case: Case) -> None:
-        """Judge a case and count it; once one is broken, only smaller ones come, which are not.
+        """Judge a case and count it.
+
+        After the first broken case only smaller ones are tried, and those are not counted.
 
         Raises
         ------

@@ -140,7 +140,7 @@ def _warming_test(
 def _one_case_a_graph(
     implementation: Implementation, branch: Branch, backward: bool, dtype: str, options: Options
 ) -> list[tuple[Property, Case]]:
-    """A case like those that will be judged for every kind of graph.
+    """For every kind of graph, one case like those that will be judged.
 
     An implementation compiles one graph for each value of what it has limits on, but for lengths;
     and one for each length of a long sequence.
