@@ -18,7 +18,16 @@ def page(name: str) -> str:
 def headings(name: str) -> dict[str, str]:
     """Title -> what stands below it; of "2. Bounds" the title is 2."""
     parts = re.split(r"^#+ (\d(?=\. )|.+)(?:\. .+)?\n", page(name), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
+    titles = parts[1::2]
+    assert len(titles) == len(set(titles)), f"two headings of {name} are the same"
+    return dict(zip(titles, parts[2::2]))
+
+
+def anchors(name: str) -> list[str]:
+    """What a link to a heading of a page names after its `#`: heading by heading."""
+    text = re.sub(r"^```.*?^```", "", page(name), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def table(name: str, first: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ import pytest
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from pages import ROOT, headings, page, table
+from pages import ROOT, anchors, headings, page, table
 
 SOURCES = [
     path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
@@ -79,8 +79,12 @@ def test_every_page_and_place_that_is_cited_exists(path: Path) -> None:
         places = (path.parent / name, ROOT / name, ROOT / "docs" / name)
         assert any(place.exists() for place in places), f"{name} does not exist"
     if path.suffix == ".md":
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (path.parent / target).exists(), target
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            place = path.parent / target if target else path
+            assert place.exists(), target
+            if anchor:
+                found = anchors(str(place))
+                assert found.count(anchor) == 1, f"{target}#{anchor} is no heading, or two"
         for place in re.findall(r"`([\w/]+/[\w/.]*)`", text):
             assert (ROOT / place).exists(), place
         for file, test in re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text):
