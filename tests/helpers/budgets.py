@@ -1,4 +1,4 @@
-"""How much of a bound an error uses: what the tests of bounds share. No tests are in here."""
+"""How much of a bound an error uses: what the tests of bounds share."""
 
 from __future__ import annotations
 

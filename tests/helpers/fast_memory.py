@@ -1,4 +1,4 @@
-"""How large the tensors are that a call makes on its way: a helper, no test."""
+"""How large the tensors are that a call makes on its way."""
 
 from __future__ import annotations
 

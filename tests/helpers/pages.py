@@ -1,4 +1,4 @@
-"""Helper: the pages of the repository as tests read them."""
+"""The pages of the repository as tests read them."""
 
 from __future__ import annotations
 

@@ -36,8 +36,7 @@ FLAGS = (
     "kv_per_branch", "input_norm", "output_projection",
 )  # fmt: skip
 
-any_semantics = st.builds(
-    Semantics,
+SWITCHES = dict(
     compress_alignment=st.sampled_from(["start", "end"]),
     importance=st.sampled_from(["overlap", "logit_mean"]),
     forced_score=st.sampled_from([math.inf, 1.0, 0.5]),
@@ -48,6 +47,7 @@ any_semantics = st.builds(
     rotary=st.sampled_from(ROTARY),
     **dict.fromkeys(FLAGS, st.booleans()),
 )
+any_semantics = st.builds(Semantics, **SWITCHES)
 
 any_case = st.builds(
     lambda case, semantics: replace(case, semantics=semantics),
@@ -57,6 +57,10 @@ any_case = st.builds(
 
 
 # --- there and back -------------------------------------------------------------------------------
+
+
+def test_every_switch_is_drawn() -> None:
+    assert sorted(SWITCHES) == sorted(field.name for field in dataclasses.fields(Semantics))
 
 
 @quiet
