@@ -438,7 +438,8 @@ def _interpreted(
     columns = case.kv_len
     if method == "compress_mask":
         columns = case.num_mem_kv + case.num_compress_blocks
-    return exposed_readings(found, case.q_len, columns)
+    readings = exposed_readings(found, case.q_len, columns)
+    return {reading.name: reading._replace(name="") for reading in readings}
 
 
 def implementations(device: str) -> list[Implementation]:

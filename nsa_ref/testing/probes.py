@@ -258,7 +258,12 @@ class Reading(NamedTuple):
 
 
 def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
-    """What a `*_mask` method returned, in every way in which it can be read."""
+    """What a `*_mask` method returned, in every way in which it can be read.
+
+    A `Reading` in it is taken as it is: masks that do not leave their process are read there.
+    """
+    if isinstance(value, Reading):
+        return [value]
     if isinstance(value, dict):
         return [
             reading._replace(name=f"{name} {reading.name}".strip())

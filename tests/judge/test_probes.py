@@ -542,12 +542,15 @@ def test_what_a_mask_method_may_return() -> None:
     assert (plain.name, plain.is_list) == ("", False)
     assert plain.cells.dtype == np.int64
     masks = {"lists": block_mask(a_mask()), "from my kv lists": mask}
-    found = {r.name: r.is_list for r in probes.exposed_readings(masks, ROWS, COLUMNS)}
+    readings = probes.exposed_readings(masks, ROWS, COLUMNS)
+    found = {r.name: r.is_list for r in readings}
     assert found == {
         "lists mask_mod": False,
         "lists kv lists": True,
         "lists q lists": True,
         "from my kv lists": False,  # a port's own name for a mask says nothing
     }
+    elsewhere = {r.name: r._replace(name="") for r in readings}  # read in another process
+    assert probes.exposed_readings(elsewhere, ROWS, COLUMNS) == readings
     with pytest.raises(Raised, match="a mask of dtype float64; it must hold booleans or integers"):
         probes.exposed_readings(np.zeros((2, 2)), 2, 2)
