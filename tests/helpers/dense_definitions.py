@@ -1,9 +1,11 @@
-"""The second definition: whole arrays at once, by broadcasting and einsum.
+"""Attention a second time, by broadcasting and einsum, and eq. 9 as it is printed.
 
-It shares no line with nsa_ref, and no idea of how to get there: where the oracle loops over rows,
-gathers visible keys and adds up, this file forms every pair, Jacobian and window, and contracts.
-The two are compared exactly where the arithmetic is exact, else within a bound that is derived
-where it is computed: a count of roundings times the sum of the magnitudes of the terms.
+Masks, compression maps and candidates have their second definitions in `nsa_ref.testing.mutants`.
+
+Neither shares a line with the oracle, nor an idea of how to get there: where the oracle loops over
+rows, gathers visible keys and adds up, this file forms every pair and Jacobian, and contracts.
+The two are compared within a bound that is derived where it is computed: a count of roundings
+times the sum of the magnitudes of the terms.
 """
 
 from __future__ import annotations
@@ -12,52 +14,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 U = 2.0**-53  # the unit roundoff of float64
 ETA = 2.0**-1022  # its smallest normal number: what underflow may cost a weight
-
-# --- masks ----------------------------------------------------------------------------------------
-
-
-def positions(q_len: int, kv_len: int) -> np.ndarray:
-    return np.arange(q_len)[:, None] + (kv_len - q_len)
-
-
-def dense_sliding_mask(q_len, kv_len, sizes, semantics):
-    p, j = positions(q_len, kv_len), np.arange(kv_len)[None]
-    after = p - j
-    reach = sizes.sliding_window_size + semantics.window_closed
-    near = (after < reach) & (after >= 0 if semantics.causal else after > -reach)
-    return (near & (p >= 0)).astype(np.int64)
-
-
-def dense_compress_mask(q_len, kv_len, sizes, semantics):
-    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    i = np.arange(kv_len + 1)
-    stops = i * d + length if semantics.compress_alignment == "start" else (i + 1) * d
-    stops = stops[stops <= kv_len]
-    p = positions(q_len, kv_len)
-    seen = stops[None] <= (p if semantics.compress_strict else p + 1)
-    blocks = (seen | (not semantics.causal)) & (p >= 0)
-    return np.pad(blocks.astype(np.int64), ((0, 0), (sizes.num_mem_kv, 0)), constant_values=1)
-
-
-def dense_fine_mask(q_len, kv_len, block_indices, sizes, semantics):
-    size, causal = sizes.selection_block_size, semantics.causal
-    num_blocks = math.ceil(kv_len / size)
-    blocks = np.arange(num_blocks)
-    count = (block_indices[..., None] == blocks).sum(axis=-2)
-    p = positions(q_len, kv_len)
-    if semantics.own_block_extra and causal:
-        count = count + (np.floor_divide(p, size) == blocks)
-    if semantics.duplicates == "set":
-        count = np.minimum(count, 1)
-    tokens = np.repeat(count, size, axis=-1)[..., :kv_len]
-    j = np.arange(kv_len)[None]
-    tokens = tokens * (((j <= p) | (not causal)) & (p >= 0))
-    return np.repeat(tokens, sizes.q_heads // block_indices.shape[1], axis=1)
-
 
 # --- attention ------------------------------------------------------------------------------------
 
@@ -163,74 +122,6 @@ def dense_attention(
     return results
 
 
-# --- compression ----------------------------------------------------------------------------------
-
-
-def dense_windows(x, sizes, semantics):
-    """(batch, heads, blocks, length, dim): a strided view of the tokens, padded on the left."""
-    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    end = semantics.compress_alignment == "end"
-    pad, skip = max(length - d, 0) * end, max(d - length, 0) * end
-    padded = np.pad(x, ((0, 0), (0, 0), (pad, 0), (0, 0)))[:, :, skip:]
-    if padded.shape[2] < length:
-        return np.zeros((*x.shape[:2], 0, length, x.shape[3]))
-    return sliding_window_view(padded, length, axis=2)[:, :, ::d].swapaxes(-1, -2)
-
-
-def dense_pool(x, weights, sizes, semantics):
-    length, compress_map = sizes.compress_block_size, sizes.compress_map
-    X = dense_windows(x, sizes, semantics)
-    if "positions" in weights:
-        X = X + weights["positions"][None, :, None]
-    if compress_map == "mean":
-        return np.einsum("bhird->bhid", X) / length
-    if compress_map == "linear_per_head":
-        W = weights["weight"].reshape(x.shape[1], -1, length, x.shape[3])
-        return np.einsum("bhird,hord->bhio", X, W) + weights["bias"][None, :, None]
-    first = "weight" if compress_map == "linear" else "weight_in"
-    W = weights[first].reshape(-1, length, x.shape[3])
-    y = np.einsum("bhird,ord->bhio", X, W) + weights["bias" + first[len("weight") :]]
-    if compress_map == "mlp":
-        y = np.einsum("bhiz,oz->bhio", np.maximum(y, 0), weights["weight_out"])
-        y = y + weights["bias_out"]
-    return y
-
-
-def dense_pool_vjp(x, weights, d_out, sizes, semantics):
-    """(dx, dweights): every contraction of `dense_pool` turned round."""
-    length, compress_map = sizes.compress_block_size, sizes.compress_map
-    X = dense_windows(x, sizes, semantics)
-    if "positions" in weights:
-        X = X + weights["positions"][None, :, None]
-    dweights = {}
-    if compress_map == "mean":
-        dX = np.broadcast_to(d_out[:, :, :, None] / length, X.shape)
-    elif compress_map == "linear_per_head":
-        W = weights["weight"].reshape(x.shape[1], -1, length, x.shape[3])
-        dweights["weight"] = np.einsum("bhio,bhird->hord", d_out, X).reshape(
-            weights["weight"].shape
-        )
-        dweights["bias"] = np.einsum("bhio->ho", d_out)
-        dX = np.einsum("bhio,hord->bhird", d_out, W)
-    else:
-        first, bias = ("weight", "bias") if compress_map == "linear" else ("weight_in", "bias_in")
-        W = weights[first].reshape(-1, length, x.shape[3])
-        dy = d_out
-        if compress_map == "mlp":
-            y = np.einsum("bhird,ord->bhio", X, W) + weights[bias]
-            dweights["weight_out"] = np.einsum("bhio,bhiz->oz", d_out, np.maximum(y, 0))
-            dweights["bias_out"] = np.einsum("bhio->o", d_out)
-            dy = np.einsum("bhio,oz->bhiz", d_out, weights["weight_out"]) * (y > 0)
-        dweights[first] = np.einsum("bhio,bhird->ord", dy, X).reshape(weights[first].shape)
-        dweights[bias] = np.einsum("bhio->o", dy)
-        dX = np.einsum("bhio,ord->bhird", dy, W)
-    if "positions" in weights:
-        dweights["positions"] = np.einsum("bhird->hrd", dX)
-    number = np.arange(1.0, x.shape[2] + 1)  # of each token, 0 for the padding
-    holds = dense_windows(number.reshape(1, 1, -1, 1), sizes, semantics)[0, 0] == number
-    return np.einsum("bhird,irj->bhjd", dX, holds), dweights
-
-
 # --- importance -----------------------------------------------------------------------------------
 
 
@@ -254,20 +145,3 @@ def dense_overlap_scores(p_cmp, kv_len, sizes, semantics):
             total[..., inside] += p_cmp[..., i[inside]]
     batch, q_heads, *rest = total.shape
     return total.reshape(batch, q_heads // group, group, *rest).sum(axis=2)
-
-
-def dense_candidates(q_len, kv_len, sizes, semantics):
-    size, causal = sizes.selection_block_size, semantics.causal
-    b = np.arange(math.ceil(kv_len / size))[None]
-    p = positions(q_len, kv_len)
-    own = (b * size <= p) & (p < (b + 1) * size)
-    allowed = (b * size <= p) | (not causal)
-    if semantics.own_block_extra and causal:
-        allowed = allowed & ~own
-    if semantics.importance == "logit_mean":
-        per = size // sizes.compress_block_sliding_stride
-        blocks = dense_compress_mask(0, kv_len, sizes, semantics).shape[1] - sizes.num_mem_kv
-        allowed = allowed & ((b + 1) * per <= blocks)
-        if per > 1:
-            allowed = allowed & ~own
-    return allowed

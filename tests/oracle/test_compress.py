@@ -1,4 +1,4 @@
-"""The oracle's compressed blocks (C1, C4): literal windows, strided views, complex step."""
+"""The oracle's compressed blocks (C1, C4): literal windows, a second definition, complex step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dense_definitions import dense_pool, dense_pool_vjp, dense_windows
 from nsa_ref import (
     PAPER,
     Semantics,
@@ -24,7 +23,9 @@ from nsa_ref import (
     pool_weight_shapes,
 )
 from nsa_ref.sizes import COMPRESS_MAPS
-from tables import reaches, strides
+from nsa_ref.testing import Case
+from nsa_ref.testing.mutants.compression import CompressionMap
+from tables import as_case, reaches, strides
 
 STEP = 1e-30  # of the complex step
 END = Semantics(compress_alignment="end")
@@ -39,6 +40,10 @@ class Pooling(NamedTuple):
     d_out: np.ndarray
     sizes: Sizes
     semantics: Semantics
+
+    @property
+    def case(self) -> Case:
+        return as_case(1, self.x.shape[2], self.sizes, self.semantics)
 
 
 @st.composite
@@ -98,14 +103,16 @@ def test_c1_windows_that_end_at_their_stride_stick_out_to_the_left():
     semantics=ALIGNMENTS,
 )
 @settings(deadline=None, max_examples=100)
-def test_c1_the_windows_are_the_strided_view_and_as_many_as_counted(kv_len, sizes, semantics):
+def test_c1_the_windows_are_those_of_the_second_definition_and_as_many_as_counted(
+    kv_len, sizes, semantics
+):
     """Token j holds j + 1, so that the padding's 0 is no token."""
     windows = compress_windows(kv_len, sizes, semantics)
     assert len(windows) == num_compress_blocks(kv_len, sizes, semantics)
     tokens = np.arange(1.0, kv_len + 1).reshape(1, 1, kv_len, 1)
-    viewed = dense_windows(tokens, sizes, semantics)[0, 0, :, :, 0]
+    held = CompressionMap().windows(as_case(1, kv_len, sizes, semantics), tokens)[0, 0, :, :, 0]
     listed = [[max(j + 1, 0) for j in range(start, stop)] for start, stop in windows]
-    np.testing.assert_array_equal(viewed, np.array(listed).reshape(viewed.shape))
+    np.testing.assert_array_equal(held, np.array(listed).reshape(held.shape))
 
 
 # --- C4 -------------------------------------------------------------------------------------------
@@ -163,22 +170,22 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers():
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=30)
-def test_c4_pool_is_the_einsum_over_strided_windows_to_the_last_bit(compress_map, data):
+def test_c4_pool_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
     """Small integers: every sum is exact, and the mean has the one rounding of its division."""
     case = data.draw(poolings(exact=True, maps=[compress_map]))
-    how = case.sizes, case.semantics
-    expected = dense_pool(case.x, case.weights, *how)
-    np.testing.assert_array_equal(pool(case.x, case.weights, *how), expected)
+    expected = CompressionMap().pool(case.case, case.x, case.weights)
+    actual = pool(case.x, case.weights, case.sizes, case.semantics)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=30)
-def test_c4_pool_vjp_is_the_transposed_einsum_to_the_last_bit(compress_map, data):
+def test_c4_pool_vjp_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
     """d_out is a multiple of l, so that the mean's gradients are integers as well."""
     case = data.draw(poolings(exact=True, maps=[compress_map]))
     dx, dweights = pool_vjp(*case)
-    expected = dense_pool_vjp(*case)
+    expected = CompressionMap().pool_vjp(case.case, *case[:3])
     np.testing.assert_array_equal(dx, expected[0])
     assert set(dweights) == set(expected[1])
     for name, gradient in dweights.items():

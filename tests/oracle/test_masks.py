@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dense_definitions import dense_compress_mask, dense_fine_mask, dense_sliding_mask
 from nsa_ref import (
     LUCIDRAINS,
     LUCIDRAINS_FLEX,
@@ -20,7 +19,8 @@ from nsa_ref import (
     fine_mask,
     sliding_mask,
 )
-from tables import reaches, rows, strides
+from nsa_ref.testing.mutants.dense import DenseMasks
+from tables import as_case, reaches, rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
@@ -169,10 +169,10 @@ def test_query_heads_read_the_choice_of_their_own_contiguous_group():
 )
 @settings(deadline=None, max_examples=100)
 def test_the_sliding_mask_is_the_band_of_its_second_definition(q_len, kv_len, w, causal, closed):
-    semantics = Semantics(causal=causal, window_closed=closed)
-    mask = sliding_mask(q_len, kv_len, window(w), semantics)
+    given = q_len, kv_len, window(w), Semantics(causal=causal, window_closed=closed)
+    mask = sliding_mask(*given)
     assert mask.dtype == np.int64
-    np.testing.assert_array_equal(mask, dense_sliding_mask(q_len, kv_len, window(w), semantics))
+    np.testing.assert_array_equal(mask, DenseMasks().sliding_mask(as_case(*given)))
 
 
 @given(
@@ -188,9 +188,10 @@ def test_the_compress_mask_is_the_staircase_of_its_second_definition(
     q_len, kv_len, sizes, causal, alignment, strict
 ):
     semantics = Semantics(causal=causal, compress_alignment=alignment, compress_strict=strict)
-    mask = compress_mask(q_len, kv_len, sizes, semantics)
+    given = q_len, kv_len, sizes, semantics
+    mask = compress_mask(*given)
     assert mask.dtype == np.int64
-    np.testing.assert_array_equal(mask, dense_compress_mask(q_len, kv_len, sizes, semantics))
+    np.testing.assert_array_equal(mask, DenseMasks().compress_mask(as_case(*given)))
 
 
 @st.composite
@@ -216,9 +217,11 @@ def test_the_fine_mask_is_the_one_hot_count_of_its_second_definition(
     case, causal, own_extra, duplicates
 ):
     semantics = Semantics(causal=causal, own_block_extra=own_extra, duplicates=duplicates)
+    q_len, kv_len, indices, sizes = case
     mask = fine_mask(*case, semantics)
     assert mask.dtype == np.int64
-    np.testing.assert_array_equal(mask, dense_fine_mask(*case, semantics))
+    second = DenseMasks().fine_mask(as_case(q_len, kv_len, sizes, semantics), indices)
+    np.testing.assert_array_equal(mask, second)
 
 
 @pytest.mark.parametrize(

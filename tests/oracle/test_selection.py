@@ -13,13 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dense_definitions import (
-    U,
-    dense_attention,
-    dense_candidates,
-    dense_compress_mask,
-    dense_overlap_scores,
-)
+from dense_definitions import U, dense_attention, dense_overlap_scores
 from nsa_ref import (
     FLA,
     LUCIDRAINS,
@@ -40,7 +34,9 @@ from nsa_ref import (
     top_blocks,
 )
 from nsa_ref.testing.choices import VALID, valid_selection
-from tables import reaches, rows, scored_row, strides
+from nsa_ref.testing.mutants.dense import DenseMasks
+from nsa_ref.testing.mutants.selection import Selector
+from tables import as_case, reaches, rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
@@ -192,8 +188,9 @@ def test_candidates_are_those_of_the_second_definition(
         compress_block_sliding_stride=stride,
         selection_block_size=blocks_per * stride,
     )
-    actual = selection_candidates(q_len, kv_len, sizes, semantics)
-    np.testing.assert_array_equal(actual, dense_candidates(q_len, kv_len, sizes, semantics))
+    given = q_len, kv_len, sizes, semantics
+    second = Selector().candidates(as_case(*given))
+    np.testing.assert_array_equal(selection_candidates(*given), second)
 
 
 # --- importance -----------------------------------------------------------------------------------
@@ -292,7 +289,7 @@ def test_i1_i2_overlap_importance_is_equation_9_of_the_dense_probabilities(case)
     q, k_cmp, mem_k, kv_len, sizes, _ = case
     columns = np.concatenate([mem_k, k_cmp], axis=2)
     one_hot = np.broadcast_to(np.eye(columns.shape[2]), (*columns.shape[:3], columns.shape[2]))
-    mask = dense_compress_mask(q.shape[2], kv_len, sizes, semantics)
+    mask = DenseMasks().compress_mask(as_case(q.shape[2], kv_len, sizes, semantics))
     p_cmp = dense_attention(q, columns, one_hot, mask, scale=sizes.head_dim**-0.5)["out"]
     value, p_bound = (x[..., sizes.num_mem_kv :] for x in (p_cmp.value, p_cmp.bound))
     expected = dense_overlap_scores(value, kv_len, sizes, semantics)
@@ -322,7 +319,8 @@ def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
     batch, q_heads, q_len, head_dim = q.shape
     group = sizes.group_size if semantics.share_selection else 1
     k = np.repeat(k_cmp, sizes.group_size, axis=1)
-    seen = dense_compress_mask(q_len, case.kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
+    seen = DenseMasks().compress_mask(as_case(q_len, case.kv_len, sizes, semantics))
+    seen = seen[:, sizes.num_mem_kv :]
     per = sizes.selection_block_size // sizes.compress_block_sliding_stride
     whole = k.shape[2] // per
 
