@@ -6,8 +6,8 @@ That it is the layer at all, a second definition says: `LayerInSteps`, before th
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from complex_step import check_gradients
 from nsa_ref import (
     FLA,
     LUCIDRAINS,
@@ -33,11 +34,9 @@ from nsa_ref import (
     varlen_vjp,
 )
 from nsa_ref.layer import rotate, selection_inputs
-from nsa_ref.layer_bounds import layer_bounds, packed_weight_bounds
+from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.properties.catalogue import PROPERTIES
-
-STEP = 1e-30  # of the complex step
 
 ONE = Sizes(model_dim=2, head_dim=2, value_dim=2, num_local_blocks=1)
 
@@ -46,12 +45,8 @@ def zeros(sizes: Sizes, semantics: Semantics) -> dict[str, np.ndarray]:
     return {n: np.zeros(shape) for n, shape in layer_weight_shapes(sizes, semantics).items()}
 
 
-def cases(**options: object) -> st.SearchStrategy[Case]:
-    """What the judge asks about the layer, in float64."""
-    prop = PROPERTIES["G1_layer_output"]
-    return prop.strata(OracleImplementation(), ["float64"])[0].map(
-        lambda case: dataclasses.replace(case, **options)
-    )
+#: What the judge asks about the layer.
+CASES = PROPERTIES["G1_layer_output"].strata(OracleImplementation(), ["float64"])[0]
 
 
 def of(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
@@ -101,42 +96,28 @@ def test_g1_input_norm_divides_by_the_root_mean_square():
 
 
 @settings(deadline=None, max_examples=10, derandomize=True, database=None)
-@given(case=cases())
+@given(case=CASES)
 def test_g1_every_gradient_is_the_complex_step(case):
+    check_layer_gradients(case)
+
+
+def check_layer_gradients(case):
     """x and every weight, within the bound of two float64 computations.
 
     The step's derivative is the sum of the same products in another order. The choice of blocks is
     held: a step cannot see through it (A4). Three elements of each tensor, its ends among them.
     """
-    complex_step_agrees(case)
-
-
-def complex_step_agrees(case: Case) -> None:
-    x, weights, keywords = of(case)
-    chosen = layer_block_indices(x, weights, **keywords)
+    x, weights, how = of(case)
+    chosen = layer_block_indices(x, weights, **how)
     d_out = case.array("d_out", case.batch, case.kv_len, case.layer_width)
-    dx, dweights = layer_vjp(x, weights, d_out, **keywords)
-    bounds = layer_bounds(x, weights, chosen, d_out, numerics="fp64", **keywords)
+    dx, dweights = layer_vjp(x, weights, d_out, **how)
+    bounds = layer_bounds(x, weights, chosen, d_out, numerics="fp64", **how)
 
-    def run(x: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-        return layer(x, weights, block_indices=chosen, **keywords) * d_out
+    def loss(x, **weights):
+        return (layer(x, weights, block_indices=chosen, **how) * d_out).sum()
 
-    steps_agree(run, x, weights, {"x": dx} | dweights, {"x": bounds.dx} | bounds.dweights)
-
-
-def steps_agree(run, x, weights, gradients, bounds) -> None:
-    """Of three elements of x and of every weight; run gives d_out times what the layer gives."""
-    for name, original in {"x": x, **weights}.items():
-        gradient = gradients[name]
-        assert gradient.shape == original.shape
-        flat = np.arange(original.size)
-        for place in {*flat[:1], *flat[-1:], *flat[len(flat) // 2 :][:1]}:
-            index = np.unravel_index(place, original.shape)
-            moved = original.astype(complex)
-            moved[index] += STEP * 1j
-            arguments = (moved, weights) if name == "x" else (x, {**weights, name: moved})
-            derivative = run(*arguments).sum().imag / STEP
-            assert abs(gradient[index] - derivative) <= bounds[name][index], (name, index)
+    allowed = {"x": bounds.dx} | bounds.dweights
+    check_gradients(loss, {"x": x} | weights, {"x": dx} | dweights, allowed, few=True)
 
 
 #: The presets, the layers of two projects whose operators they are, and all that is turned.
@@ -171,14 +152,14 @@ def test_every_preset_has_a_layer_and_its_gradients(name):
         sliding_window_size=3,
         num_mem_kv=1,
     )
-    x, weights, keywords = of(case)
-    out = layer(x, weights, **keywords)
+    x, weights, how = of(case)
+    out = layer(x, weights, **how)
     assert out.shape == (2, 9, 6 if semantics.output_projection else 12)
-    dx, dweights = layer_vjp(x, weights, np.ones(out.shape), **keywords)
+    dx, dweights = layer_vjp(x, weights, np.ones(out.shape), **how)
     assert np.isfinite(out).all() and dx.any()
     for weight in weights:
         assert dweights[weight].any(), weight
-    complex_step_agrees(case)
+    check_layer_gradients(case)
 
 
 # --- G2 -------------------------------------------------------------------------------------------
@@ -232,16 +213,14 @@ def test_g2_an_odd_head_dim_has_no_pairs():
 
 
 @settings(deadline=None, max_examples=25, derandomize=True, database=None)
-@given(case=cases().filter(lambda case: case.semantics.causal))
+@given(case=CASES.filter(lambda case: case.semantics.causal))
 def test_g3_decoding_is_the_same_row_of_the_parallel_form(case):
     """Within the bound of two float64 computations; the same blocks are chosen, ties and all."""
-    x, weights, keywords = of(case)
-    chosen = layer_block_indices(x, weights, **keywords)
-    bounds = layer_bounds(x, weights, chosen, numerics="fp64", **keywords)
-    difference = np.abs(
-        decode(x, weights, **keywords) - layer(x, weights, block_indices=chosen, **keywords)
-    )
-    assert (difference <= bounds.out).all()
+    x, weights, how = of(case)
+    chosen = layer_block_indices(x, weights, **how)
+    bound = layer_bounds(x, weights, chosen, numerics="fp64", **how).out
+    parallel = layer(x, weights, block_indices=chosen, **how)
+    assert (abs(decode(x, weights, **how) - parallel) <= bound).all()
 
 
 def test_g3_a_row_that_needs_later_tokens_cannot_be_decoded():
@@ -250,87 +229,30 @@ def test_g3_a_row_that_needs_later_tokens_cannot_be_decoded():
         decode(np.zeros((1, 1, 2)), zeros(ONE, semantics), sizes=ONE, semantics=semantics)
 
 
-def test_g4_packed_sequences_are_each_by_itself_to_the_last_bit():
-    case = Case(model_dim=4, head_dim=2, value_dim=2, sliding_window_size=2, kv_len=7, q_len=7)
-    x, weights, keywords = of(case)
-    packed = varlen(x[0], weights, np.array([0, 3, 3, 7]), **keywords)
-    np.testing.assert_array_equal(packed[:3], layer(x[:, :3], weights, **keywords)[0])
-    np.testing.assert_array_equal(packed[3:], layer(x[:, 3:], weights, **keywords)[0])
-    assert varlen(x[0, :0], weights, np.array([0]), **keywords).shape == (0, 2)
+@pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS])
+def test_g4_packed_sequences_and_their_gradients_are_each_by_itself_to_the_last_bit(semantics):
+    """Those of the weights are summed in order; the second sequence has no tokens."""
+    sizes = {"model_dim": 4, "head_dim": 2, "value_dim": 2, "sliding_window_size": 2}
+    case = Case(semantics=semantics, q_len=7, kv_len=7, **sizes)
+    x, weights, how = of(case)
+    d_out, ends = case.array("d_out", 7, case.layer_width), np.array([0, 3, 3, 7])
+    dx, dweights = varlen_vjp(x[0], weights, ends, d_out, **how)
+    parts = [slice(0, 3), slice(3, 3), slice(3, 7)]
+    rows = [layer(x[:, part], weights, **how)[0] for part in parts]
+    of_x, of_weights = zip(*(layer_vjp(x[:, p], weights, d_out[None, p], **how) for p in parts))
+    np.testing.assert_array_equal(varlen(x[0], weights, ends, **how), np.concatenate(rows))
+    np.testing.assert_array_equal(dx[None], np.concatenate(of_x, axis=1))
+    assert set(dweights) == set(weights)
+    for name, gradient in dweights.items():
+        np.testing.assert_array_equal(gradient, sum(one[name] for one in of_weights))
 
 
-@pytest.mark.parametrize("name", ["PAPER", "LUCIDRAINS"])
-def test_g4_gradients_of_packed_sequences_are_the_complex_step(name):
-    """x of the first sequence, one between and the last; weights, summed over all of them.
-
-    A step of 1e-30 moves no score, so that the choice of blocks is the same without being held.
-    """
-    lengths = [4, 0, 1, 5]
-    ends = np.cumsum([0, *lengths])
-    case = Case(
-        semantics=PRESETS[name],
-        q_heads=2,
-        q_len=ends[-1].item(),
-        kv_len=ends[-1].item(),
-        head_dim=4,
-        value_dim=3,
-        model_dim=5,
-        compress_block_size=2,
-        compress_map="mlp",
-        compress_positions=True,
-        selection_block_size=2,
-        num_selected_blocks=1,
-        sliding_window_size=1,
-        num_mem_kv=1,
-    )
-    x, weights, keywords = of(case)
-    x, d_out = x[0], case.array("d_out", ends[-1], case.layer_width)
-    dx, dweights = varlen_vjp(x, weights, ends, d_out, **keywords)
-    alone, bounds = [], []
-    for start, stop in itertools.pairwise(ends):
-        part = x[None, start:stop], weights
-        chosen = layer_block_indices(*part, **keywords)
-        given = *part, chosen, d_out[None, start:stop]
-        bounds.append(layer_bounds(*given, numerics="fp64", **keywords))
-        alone.append(layer_vjp(*part, d_out[None, start:stop], **keywords))
-    summed = packed_weight_bounds(
-        lengths,
-        [gradients for _, gradients in alone],
-        [bound.dweights for bound in bounds],
-        numerics="fp64",
-        **keywords,
-    )
-    of_x = np.concatenate([bound.dx[0] for bound in bounds])
-    np.testing.assert_array_equal(dx, np.concatenate([rows[0] for rows, _ in alone]))
-    steps_agree(
-        lambda x, weights: varlen(x, weights, ends, **keywords) * d_out,
-        x,
-        weights,
-        {"x": dx} | dweights,
-        {"x": of_x} | summed,
-    )
-
-
-def test_g4_a_gradient_for_every_token_is_needed():
-    x, weights = np.zeros((7, 2)), zeros(ONE, PAPER)
-    with pytest.raises(ValueError, match=r"d_out has shape \(8, 2\); it must be \(7, out_dim\)"):
-        varlen_vjp(x, weights, np.array([0, 7]), np.zeros((8, 2)), sizes=ONE)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "error", "message"),
-    [
-        ([1, 7], ValueError, r"cu_seqlens=\[1, 7\] must start at 0, never decrease and end at"),
-        ([0, 5, 4, 7], ValueError, r"must start at 0, never decrease"),
-        ([0, 6], ValueError, r"end at the number of tokens, 7"),
-        ([], ValueError, r"cu_seqlens=\[\] must start at 0"),
-        ([0.0, 7.0], TypeError, r"cu_seqlens=0.0 must be an integer"),
-        ([[0, 7]], ValueError, r"cu_seqlens has shape \(1, 2\)"),
-    ],
-)
-def test_g4_offsets_that_do_not_fit_are_refused(offsets, error, message):
-    with pytest.raises(error, match=message):
-        varlen(np.zeros((7, 2)), zeros(ONE, PAPER), np.array(offsets), sizes=ONE)
+def test_g4_no_sequence_at_all_has_no_rows():
+    x, weights, how = of(Case(model_dim=4, head_dim=2, value_dim=2))
+    ends = np.array([0])
+    assert varlen(x[0, :0], weights, ends, **how).shape == (0, 2)
+    dx, dweights = varlen_vjp(x[0, :0], weights, ends, np.zeros((0, 2)), **how)
+    assert dx.shape == (0, 4) and not any(gradient.any() for gradient in dweights.values())
 
 
 # --- weights and errors ---------------------------------------------------------------------------
@@ -347,14 +269,33 @@ def test_the_weights_of_each_preset():
     assert not {"norm.weight", "to_out.weight"} & set(paper)
 
 
-def test_weights_that_do_not_fit_are_named():
-    weights = zeros(ONE, PAPER)
-    x = np.zeros((1, 1, 2))
-    with pytest.raises(ValueError, match=r"weights lacks \['to_q.weight'\] and has the unknown"):
-        layer(x, {n: w for n, w in weights.items() if n != "to_q.weight"}, sizes=ONE)
-    with pytest.raises(ValueError, match=r"weights\['mem_k'\] has shape \(2,\)"):
-        layer(x, {**weights, "mem_k": np.zeros(2)}, sizes=ONE)
-    with pytest.raises(ValueError, match=r"x has shape \(1, 2\); it must be \(batch, seq_len, 2\)"):
-        layer(x[0], weights, sizes=ONE)
-    with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.Sizes"):
-        layer(x, weights, sizes=None)
+WEIGHTS = zeros(ONE, PAPER)
+GOOD = {"x": np.zeros((1, 7, 2)), "weights": WEIGHTS, "sizes": ONE}
+PACKED = {"x": np.zeros((7, 2)), "cu_seqlens": np.array([0, 7])}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "weights lacks ['gates.bias', 'gates.weight',", {"weights": {}}),
+        (ValueError, "weights['mem_k'] has", {"weights": WEIGHTS | {"mem_k": np.zeros(2)}}),
+        (ValueError, "x has shape (7, 2); it must be (batch, seq_len, 2)", {"x": PACKED["x"]}),
+        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
+        (ValueError, "d_out has shape (8, 2); it must be (7", PACKED | {"d_out": np.ones((8, 2))}),
+        *(
+            (error, message, PACKED | {"cu_seqlens": np.array(offsets)})
+            for error, message, offsets in (
+                (ValueError, "cu_seqlens=[1, 7] must start at 0, never decrease and", [1, 7]),
+                (ValueError, "must start at 0, never decrease", [0, 5, 4, 7]),
+                (ValueError, "end at the number of tokens, 7", [0, 6]),
+                (ValueError, "cu_seqlens=[] must start at 0", []),
+                (TypeError, "cu_seqlens=0.0 must be an integer", [0.0, 7.0]),
+                (ValueError, "cu_seqlens has shape (1, 2)", [[0, 7]]),
+            )
+        ),
+    ],
+)
+def test_a_layer_refuses_what_does_not_fit_and_says_what_would(error, message, change):
+    call = varlen_vjp if "d_out" in change else varlen if "cu_seqlens" in change else layer
+    with pytest.raises(error, match=re.escape(message)):
+        call(**GOOD | change)
