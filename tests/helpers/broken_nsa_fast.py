@@ -27,8 +27,8 @@ from nsa_fast.checks import MAX_LENGTH
 from nsa_fast.layer import Layer
 from nsa_ref.testing import Case, Implementation, TorchImplementation
 
-#: What stands in for a function, given the original.
-Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
+#: What stands in for a function: it takes the original, and the arguments of a call.
+Wrong = Callable[..., Any]
 #: (module or class, function, what stands in for it)
 Mistake = tuple[ModuleType | type, str, Wrong]
 
@@ -38,9 +38,14 @@ def in_place(mistakes: tuple[Mistake, ...]) -> Iterator[None]:
     """The mistakes are made, and taken back afterwards."""
     with contextlib.ExitStack() as patches:
         for place, name, wrong in mistakes:
-            replacement = wrong(getattr(place, name))
-            patches.enter_context(mock.patch.object(place, name, replacement))
+            instead = _with_original(wrong, getattr(place, name))
+            patches.enter_context(mock.patch.object(place, name, instead))
         yield
+
+
+def _with_original(wrong: Wrong, right: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, and no partial object: a class makes a method of it."""
+    return lambda *given, **named: wrong(right, *given, **named)
 
 
 class _Broken(TorchImplementation):
@@ -87,31 +92,25 @@ def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
 
 def _given(change: Callable[[Any], Any]) -> Wrong:
     """Its first argument is changed."""
-    return lambda right: lambda first, *rest, **named: right(change(first), *rest, **named)
+    return lambda right, first, *rest, **named: right(change(first), *rest, **named)
 
 
 def _returning(change: Callable[[Any], Any]) -> Wrong:
     """What it returns is changed."""
-    return lambda right: lambda *given, **named: change(right(*given, **named))
+    return lambda right, *given, **named: change(right(*given, **named))
 
 
 def _adding(**changes: int) -> Wrong:
     """Some of its keywords are changed by a number."""
 
-    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*given: Any, **named: Any) -> Any:
-            return right(*given, **{**named, **{n: named[n] + by for n, by in changes.items()}})
-
-        return function
+    def wrong(right: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        return right(*given, **named | {name: named[name] + by for name, by in changes.items()})
 
     return wrong
 
 
-def _one_key_more(right: Callable[..., Any]) -> Callable[..., Any]:
-    def sliding_block_mask(q_len: int, kv_len: int, w: int, *rest: Any, **named: Any) -> Any:
-        return right(q_len, kv_len, w + 1, *rest, **named)
-
-    return sliding_block_mask
+def _one_key_more(right: Any, q_len: int, kv_len: int, w: int, *rest: Any, **named: Any) -> Any:
+    return right(q_len, kv_len, w + 1, *rest, **named)
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -120,17 +119,14 @@ def _one_key_more(right: Callable[..., Any]) -> Callable[..., Any]:
 def _kv_lists(change: Callable[[BlockLists], BlockLists]) -> Wrong:
     """`to_block_mask` with other kv lists; the transposes stay those of the right ones."""
 
-    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def to_block_mask(lists: BlockLists, *rest: Any, **named: Any) -> Any:
-            mask, changed = right(lists, *rest, **named), change(lists)
-            mask.kv_num_blocks, mask.kv_indices = changed.num_blocks, changed.indices
-            mask.full_kv_num_blocks = changed.full_num_blocks
-            mask.full_kv_indices = changed.full_indices
-            return mask
+    def to_block_mask(right: Any, lists: BlockLists, *rest: Any, **named: Any) -> Any:
+        mask, changed = right(lists, *rest, **named), change(lists)
+        mask.kv_num_blocks, mask.kv_indices = changed.num_blocks, changed.indices
+        mask.full_kv_num_blocks = changed.full_num_blocks
+        mask.full_kv_indices = changed.full_indices
+        return mask
 
-        return to_block_mask
-
-    return wrong
+    return to_block_mask
 
 
 def _one_short(lists: BlockLists) -> BlockLists:
@@ -205,71 +201,54 @@ globals().update(BUILDS)
 
 #: (cache, name of a buffer, first row, rows); then what is written
 Write = Callable[[Cache, str, int, Tensor], Tensor]
+Appended = Callable[..., Tensor]
 
 
-def _windows_kept(count: int) -> Callable[[Write], Write]:
+def _windows_kept(count: int) -> Wrong:
     """Up to `count` windows that were pooled before the newest tokens were forgotten stay."""
 
-    def wrong(right: Write) -> Write:
-        def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
-            if name.endswith("_cmp"):
-                pooled = vars(cache).setdefault("pooled", {})
-                again = min(max(pooled.get(name, 0) - start, 0), count, rows.shape[2])
-                old = cache._buffers[name][:, :, start : start + again] if again else rows[:, :, :0]
-                pooled[name] = max(pooled.get(name, 0), start + rows.shape[2])
-                rows = torch.cat([old, rows[:, :, again:]], dim=2)
-            return right(cache, name, start, rows)
+    def write(right: Write, cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
+        if name.endswith("_cmp"):
+            pooled = vars(cache).setdefault("pooled", {})
+            again = min(max(pooled.get(name, 0) - start, 0), count, rows.shape[2])
+            old = cache._buffers[name][:, :, start : start + again] if again else rows[:, :, :0]
+            pooled[name] = max(pooled.get(name, 0), start + rows.shape[2])
+            rows = torch.cat([old, rows[:, :, again:]], dim=2)
+        return right(cache, name, start, rows)
 
-        return write
-
-    return wrong
+    return write
 
 
 def _copied(buffers: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Wrong:
     """A copy that has these buffers in place of its own."""
 
-    def wrong(right: Callable[[Cache], Cache]) -> Callable[[Cache], Cache]:
-        def copy(cache: Cache) -> Cache:
-            other = right(cache)
-            other._buffers = buffers(cache._buffers)
-            return other
+    def copy(right: Callable[[Cache], Cache], cache: Cache) -> Cache:
+        other = right(cache)
+        other._buffers = buffers(cache._buffers)
+        return other
 
-        return copy
-
-    return wrong
+    return copy
 
 
-def _growth_loses_a_row(right: Write) -> Write:
+def _growth_loses_a_row(right: Write, cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
     """The last of those that are moved to a larger buffer."""
-
-    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
-        old = cache._buffers.get(name)
-        found = right(cache, name, start, rows)
-        if old is not None and cache._buffers[name] is not old:
-            found[:, :, max(0, start - 1) : start] = 0
-        return found
-
-    return write
+    old = cache._buffers.get(name)
+    found = right(cache, name, start, rows)
+    if old is not None and cache._buffers[name] is not old:
+        found[:, :, max(0, start - 1) : start] = 0
+    return found
 
 
-def _one_doubling(right: Write) -> Write:
+def _one_doubling(right: Write, cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
     """A buffer grows once, by doubling, however many rows come."""
-
-    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
-        old = cache._buffers.get(name)
-        room = rows.shape[2] if old is None else max(0, 2 * old.shape[2] - start)
-        return right(cache, name, start, rows[:, :, :room])
-
-    return write
+    old = cache._buffers.get(name)
+    room = rows.shape[2] if old is None else max(0, 2 * old.shape[2] - start)
+    return right(cache, name, start, rows[:, :, :room])
 
 
-def _tokens_exchanged(right: Write) -> Write:
+def _tokens_exchanged(right: Write, cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
     """A single token's rows go to the sequences in the reverse order."""
-
-    def write(cache: Cache, name: str, start: int, rows: Tensor) -> Tensor:
-        return right(cache, name, start, rows.flip(0) if rows.shape[2] == 1 else rows)
-
-    return write
+    return right(cache, name, start, rows.flip(0) if rows.shape[2] == 1 else rows)
 
 
 def _longest(cache: Cache) -> int:
@@ -277,64 +256,47 @@ def _longest(cache: Cache) -> int:
     return max(vars(cache).get("longest", 0), cache.length)
 
 
-def _longest_kept(right: Callable[[Cache, int], None]) -> Callable[[Cache, int], None]:
-    def truncate(cache: Cache, length: int) -> None:
-        vars(cache)["longest"] = _longest(cache)
-        right(cache, length)
-
-    return truncate
+def _longest_kept(right: Callable[[Cache, int], None], cache: Cache, length: int) -> None:
+    vars(cache)["longest"] = _longest(cache)
+    right(cache, length)
 
 
-def _positions_go_on(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _positions_go_on(
+    right: Appended, x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any
+) -> Tensor:
     """Positions follow those of the longest length."""
-
-    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
-        project, ahead = nsa_fast.layer._project, _longest(cache) - cache.length
-
-        def shifted(h: Tensor, weights: Any, layer: Any, position: Tensor) -> Any:
-            return project(h, weights, layer, position + ahead)
-
-        with mock.patch.object(nsa_fast.layer, "_project", shifted):
-            return right(x, weights, layer, cache, *rest)
-
-    return appended
+    ahead = _longest(cache) - cache.length
+    shifted = _positions_moved(lambda position: position + ahead)
+    with in_place(((nsa_fast.layer, "_project", shifted),)):
+        return right(x, weights, layer, cache, *rest)
 
 
-def _windows_counted_at_the_longest(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _positions_moved(move: Callable[[Tensor], Tensor]) -> Wrong:
+    return lambda right, h, weights, layer, position: right(h, weights, layer, move(position))
+
+
+def _windows_counted_at_the_longest(
+    right: Appended, x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any
+) -> Tensor:
     """How many windows are complete, before the new tokens."""
+    before, longest = cache.length, _longest(cache)
 
-    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
-        count, before, longest = Layer.num_compress_blocks, cache.length, _longest(cache)
+    def of_the_longest(count: Any, layer: Layer, kv_len: int) -> Any:
+        return count(layer, longest if kv_len == before else kv_len)
 
-        def of_the_longest(layer: Layer, kv_len: int) -> int:
-            return count(layer, longest if kv_len == before else kv_len)
-
-        with mock.patch.object(Layer, "num_compress_blocks", of_the_longest):
-            return right(x, weights, layer, cache, *rest)
-
-    return appended
+    with in_place(((Layer, "num_compress_blocks", of_the_longest),)):
+        return right(x, weights, layer, cache, *rest)
 
 
-def _failures_counted(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _failures_counted(
+    right: Appended, x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any
+) -> Tensor:
     """Tokens whose rows were never returned."""
-
-    def appended(x: Tensor, weights: Any, layer: Any, cache: Cache, *rest: Any) -> Tensor:
-        try:
-            return right(x, weights, layer, cache, *rest)
-        except ZeroDivisionError:
-            cache.commit(cache.length + x.shape[1], nsa_fast.layer._cached_with(layer))
-            raise
-
-    return appended
-
-
-def _positions_begin_again(right: Callable[..., Any]) -> Callable[..., Any]:
-    """Every call's first token stands at position 0."""
-
-    def project(h: Tensor, weights: Any, layer: Any, position: Tensor) -> Any:
-        return right(h, weights, layer, position - position[:1])
-
-    return project
+    try:
+        return right(x, weights, layer, cache, *rest)
+    except ZeroDivisionError:
+        cache.commit(cache.length + x.shape[1], nsa_fast.layer._cached_with(layer))
+        raise
 
 
 #: what is broken in the cache -> the mistakes
@@ -349,7 +311,9 @@ BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
         (Cache, "truncate", _longest_kept),
         (nsa_fast.layer, "_appended", _positions_go_on),
     ),
-    "positions begin again": ((nsa_fast.layer, "_project", _positions_begin_again),),
+    "positions begin again": (
+        (nsa_fast.layer, "_project", _positions_moved(lambda position: position - position[:1])),
+    ),
     "copies share buffers": ((Cache, "copy", _copied(dict)),),
     "copies exchange sequences": (
         (Cache, "copy", _copied(lambda buffers: {n: b.flip(0) for n, b in buffers.items()})),
