@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.mutants.dense import DenseMasks
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
 from nsa_ref.testing.mutants.zoo import mutant
 
@@ -29,10 +30,7 @@ class CompressionMap(RoundedImplementation):
 
     def first_tokens(self, case: Case) -> np.ndarray:
         """Of every window that ends among the tokens (C1)."""
-        i, d = np.arange(case.kv_len + 1), case.compress_block_sliding_stride
-        start = case.semantics.compress_alignment == "start"
-        stops = i * d + case.compress_block_size if start else (i + 1) * d
-        return stops[stops <= case.kv_len] - case.compress_block_size
+        return DenseMasks().last_tokens(case) + 1 - case.compress_block_size
 
     def windows(self, case: Case, x: np.ndarray) -> np.ndarray:
         tokens = self.first_tokens(case)[:, None] + np.arange(case.compress_block_size)

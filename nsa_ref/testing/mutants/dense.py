@@ -8,15 +8,16 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation
 
 
+def positions(case: Case) -> np.ndarray:
+    """p of every row, as a column."""
+    return np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
+
+
 class DenseMasks(Implementation):
     """W1, W2, C2, C3, F1 to F4."""
 
-    def positions(self, case: Case) -> np.ndarray:
-        """p of every row, as a column."""
-        return np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
-
     def sliding_mask(self, case: Case) -> np.ndarray:
-        p = self.positions(case)
+        p = positions(case)
         distance = p - np.arange(case.kv_len)
         distance = distance if case.semantics.causal else abs(distance)
         reach = case.sliding_window_size + case.semantics.window_closed
@@ -29,13 +30,13 @@ class DenseMasks(Implementation):
         return np.arange((case.compress_block_size if start else d) - 1, case.kv_len, d)
 
     def compress_mask(self, case: Case) -> np.ndarray:
-        p = self.positions(case)
+        p = positions(case)
         seen = self.last_tokens(case) + case.semantics.compress_strict <= p
         blocks = (p >= 0) & (seen | (not case.semantics.causal))
         return np.pad(blocks, ((0, 0), (case.num_mem_kv, 0)), constant_values=True)
 
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
-        p, causal, size = self.positions(case), case.semantics.causal, case.selection_block_size
+        p, causal, size = positions(case), case.semantics.causal, case.selection_block_size
         blocks = np.arange(-(-case.kv_len // size))
         times = (block_indices[..., None] == blocks).sum(-2)
         if case.semantics.own_block_extra and causal:

@@ -10,6 +10,7 @@ import numpy as np
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import OracleImplementation
+from nsa_ref.testing.mutants.dense import positions
 from nsa_ref.testing.mutants.zoo import mutant
 
 
@@ -17,11 +18,6 @@ def switched(case: Case, **switches: Any) -> Case:
     """The case under another convention."""
     semantics = dataclasses.replace(case.semantics, **switches)
     return dataclasses.replace(case, semantics=semantics)
-
-
-def positions(case: Case) -> np.ndarray:
-    """p of every row, as a column."""
-    return np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
 
 
 def cut(case: Case, mask: np.ndarray, visible: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.mutants.dense import DenseMasks
+from nsa_ref.testing.mutants.dense import DenseMasks, positions
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
 from nsa_ref.testing.mutants.zoo import mutant
 
@@ -65,7 +65,7 @@ class Selector(DenseMasks, RoundedImplementation):
     def candidates(self, case: Case) -> np.ndarray:
         """Blocks that a row may choose: (q_len, blocks) (I3, I4)."""
         semantics, size = case.semantics, case.selection_block_size
-        p, block = self.positions(case), np.arange(case.num_selection_blocks)
+        p, block = positions(case), np.arange(case.num_selection_blocks)
         own, strides = block == p // size, size // case.compress_block_sliding_stride
         candidates = (block * size <= p) | (not semantics.causal)
         if semantics.own_block_extra and semantics.causal:
@@ -77,7 +77,7 @@ class Selector(DenseMasks, RoundedImplementation):
 
     def forced(self, case: Case) -> np.ndarray:
         """Candidates that are taken whatever their score (I4)."""
-        block, own = np.arange(case.num_selection_blocks), self.positions(case)
+        block, own = np.arange(case.num_selection_blocks), positions(case)
         own = own // case.selection_block_size
         local = (own - case.num_local_blocks < block) & (block <= own)
         forced = local | (block < case.num_initial_blocks)
@@ -160,7 +160,7 @@ class CandidatesUpTo128(Selector):
 @mutant("I6", "causal by the block's index where its position is meant", seen_in="public kernels")
 class OwnBlockNoCandidate(Selector):
     def candidates(self, case: Case) -> np.ndarray:
-        own = self.positions(case) // case.selection_block_size
+        own = positions(case) // case.selection_block_size
         before = np.arange(case.num_selection_blocks) < own
         return super().candidates(case) & (before | (not case.semantics.causal))
 
@@ -169,16 +169,12 @@ class OwnBlockNoCandidate(Selector):
 class TieIntoTheFuture(Selector):
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         chosen = super().select(case, q, k_cmp, mem_k)
-        future = case.num_selection_blocks - 1
-        scores, forced = self.scores(case, q, k_cmp, mem_k), self.forced(case)
-        for b, g, t, slot in np.ndindex(*chosen.shape):
+        future, scores = case.num_selection_blocks - 1, self.scores(case, q, k_cmp, mem_k)
+        candidates, forced = self.candidates(case), self.forced(case)
+        for b, g, t, slot in np.argwhere(chosen >= 0):
             block = chosen[b, g, t, slot]
-            if (
-                block >= 0
-                and not self.candidates(case)[t, future]
-                and scores[b, g, t, block] == scores[b, g, t, future]
-                and not forced[t, block]
-            ):
+            tied = scores[b, g, t, block] == scores[b, g, t, future]
+            if tied and not (candidates[t, future] or forced[t, block]):
                 chosen[b, g, t, slot] = future
                 break
         return chosen
