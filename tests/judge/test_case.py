@@ -75,9 +75,8 @@ def test_json_both_ways(case: Case) -> None:
 @quiet
 @given(any_case)
 def test_what_is_printed_pastes_back(case: Case) -> None:
-    text = repr(case)
-    assert "\n" not in text
-    assert eval(text, dict(SCOPE)) == case
+    assert "\n" not in repr(case)
+    assert eval(repr(case), dict(SCOPE)) == case
 
 
 def test_only_what_differs_is_printed() -> None:
@@ -167,12 +166,9 @@ def test_every_array_has_a_source_of_its_own() -> None:
     """So that other lengths of k leave q alone, and another seed changes all."""
     case = Case(q_len=4, kv_len=5, head_dim=8, value_dim=8, num_mem_kv=2)
     q, k, _ = case.qkv()
-    shapes = (1, 1, 4, 8)
     names = ("q", "k", "v", "k_cmp", "v_cmp", "mem_k", "mem_v", "x", "d_out", "d_lse")
-    filled = [case.array(name, *shapes).tobytes() for name in names]
-    assert len(set(filled)) == len(names)
-    other = replace(case, kv_len=9, value_dim=3)
-    np.testing.assert_array_equal(other.qkv()[0], q)
+    assert len({case.array(name, 1, 1, 4, 8).tobytes() for name in names}) == len(names)
+    assert (replace(case, kv_len=9, value_dim=3).qkv()[0] == q).all()
     for one, two in zip(case.qkv(), replace(case, seed=1).qkv()):
         assert (one != two).any()
     # rounded from the same numbers
@@ -181,16 +177,7 @@ def test_every_array_has_a_source_of_its_own() -> None:
         assert rounded.tobytes() == k.astype(DTYPES[dtype]).tobytes()
 
 
-SIZES: dict[str, Any] = {
-    "batch": 3,
-    "q_heads": 4,
-    "kv_heads": 2,
-    "q_len": 12,
-    "kv_len": 12,
-    "head_dim": 16,
-    "value_dim": 8,
-    "sliding_window_size": 12,
-}
+SIZED = Case(batch=3, q_heads=4, kv_heads=2, q_len=12, kv_len=12, head_dim=16, value_dim=8)
 
 
 def logits(case: Case) -> np.ndarray:
@@ -200,14 +187,14 @@ def logits(case: Case) -> np.ndarray:
 
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_inputs_are_what_they_are_called(inputs: str) -> None:
-    case = Case(inputs=inputs, **SIZES)
+    case = replace(SIZED, inputs=inputs)
     q, k, v = case.qkv()
     scores = logits(case)
     match inputs:
         case "randn":
             assert all(0.5 < x.std() < 2 for x in (q, k, v))
         case "flat":  # hardly any key stands out
-            assert np.ptp(scores, axis=-1).max() < np.ptp(logits(Case(**SIZES)), axis=-1).max() / 2
+            assert np.ptp(scores, axis=-1).max() < np.ptp(logits(SIZED), axis=-1).max() / 2
         case "integers":
             assert all((x == np.rint(x)).all() and np.abs(x).max() == 2 for x in (q, k, v))
         case "one_hot_v":
@@ -225,8 +212,7 @@ def test_inputs_are_what_they_are_called(inputs: str) -> None:
             assert np.abs(q).max() > 4 * np.abs(q).std()
             assert max(np.abs(x).max() for x in (q, k, v)) <= 100
         case "offsets":
-            assert v.mean() > 9
-            assert k.mean() > 4
+            assert v.mean() > 9 and k.mean() > 4
         case "tiny":
             assert 0 < max(np.abs(x).max() for x in (q, k, v)) < 1e-3
 
@@ -235,7 +221,7 @@ def test_inputs_are_what_they_are_called(inputs: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_recipe_overflows(inputs: str, dtype: str) -> None:
     """Finite in every dtype, and so are the results."""
-    case = Case(inputs=inputs, dtype=dtype, **SIZES)
+    case = replace(SIZED, inputs=inputs, dtype=dtype)
     q, k, v = (x.astype(np.float64) for x in case.qkv())
     assert all(np.isfinite(x).all() for x in (q, k, v))
     found = attend(q, k, v, np.ones((12, 12), int), scale=case.scale)
@@ -244,32 +230,26 @@ def test_no_recipe_overflows(inputs: str, dtype: str) -> None:
 
 def test_gradients_that_arrive_are_generic_whatever_the_inputs() -> None:
     """d_out and d_lse do not follow the recipe."""
-    d_outs = [Case(inputs=inputs, **SIZES).upstream_gradients()[0] for inputs in INPUTS]
-    for d_out in d_outs:
-        np.testing.assert_array_equal(d_out, d_outs[0])
+    d_outs = [replace(SIZED, inputs=inputs).upstream_gradients()[0] for inputs in INPUTS]
+    assert all((d_out == d_outs[0]).all() for d_out in d_outs)
 
 
 def test_memory_follows_the_recipe_of_keys_and_values() -> None:
-    case = Case(inputs="offsets", num_mem_kv=50, **SIZES)
+    case = replace(SIZED, inputs="offsets", num_mem_kv=50)
     *_, mem_k, mem_v = case.compressed()
-    assert mem_k.mean() > 4
-    assert mem_v.mean() > 9
+    assert mem_k.mean() > 4 and mem_v.mean() > 9
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_expanded_case_shows_one_batch_entry_three_times(layout: str) -> None:
-    case = Case(layout=layout, **SIZES)
-    for array in case.qkv():
+    for array in replace(SIZED, layout=layout).qkv():
         assert array.flags.c_contiguous
         assert (array == array[:1]).all() == (layout == "expanded")
 
 
 def test_weights_keep_pooled_values_near_one() -> None:
-    case = Case(
-        compress_map="mlp", compress_positions=True, compress_block_size=8, dtype="bfloat16",
-        **SIZES,
-    )  # fmt: skip
-    weights = case.pool_weights()
+    mlp = {"compress_map": "mlp", "compress_positions": True, "compress_block_size": 8}
+    weights = replace(SIZED, dtype="bfloat16", **mlp).pool_weights()
     assert all(array.dtype == DTYPES["bfloat16"] for array in weights.values())
     for name, array in weights.items():
         if name.startswith("weight"):
@@ -280,28 +260,20 @@ def test_weights_keep_pooled_values_near_one() -> None:
 
 # --- block indices --------------------------------------------------------------------------------
 
-BLOCKS: dict[str, Any] = {
-    "batch": 2,
-    "q_heads": 4,
-    "kv_heads": 2,
-    "q_len": 30,
-    "kv_len": 30,
-    "selection_block_size": 4,
-    "num_selected_blocks": 5,
-}
+BLOCKS = Case(
+    batch=2, q_heads=4, kv_heads=2, q_len=30, kv_len=30, selection_block_size=4,
+    num_selected_blocks=5,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("indices", INDICES)
 @pytest.mark.parametrize("share", [True, False])
 def test_indices_are_what_they_are_called(indices: str, share: bool) -> None:
-    semantics = Semantics(share_selection=share)
-    case = Case(semantics=semantics, indices=indices, **BLOCKS)
+    case = replace(BLOCKS, semantics=Semantics(share_selection=share), indices=indices)
     found = case.block_indices()
     assert found.dtype == np.int64
     assert found.shape == (2, 2 if share else 4, 30, 5)
-    blocks = case.num_selection_blocks
-    assert blocks == 8
-    rows = found.reshape(-1, 5)
+    rows, blocks = found.reshape(-1, 5), 8
     match indices:
         case "none":
             assert (rows == -1).all()
@@ -328,7 +300,7 @@ def test_indices_are_what_they_are_called(indices: str, share: bool) -> None:
 
 @pytest.mark.parametrize("indices", ["distinct", "all"])
 def test_slots_beyond_the_blocks_hold_minus_one(indices: str) -> None:
-    case = Case(indices=indices, **(BLOCKS | {"num_selected_blocks": 10}))
+    case = replace(BLOCKS, indices=indices, num_selected_blocks=10)
     rows = case.block_indices().reshape(-1, 10)
     for row in rows.tolist():
         assert sorted(row) == [-1, -1, *range(8)]
@@ -340,7 +312,7 @@ def test_slots_beyond_the_blocks_hold_minus_one(indices: str) -> None:
 @pytest.mark.parametrize("empty", ["batch", "q_len", "kv_len", "num_selected_blocks"])
 def test_indices_of_nothing(indices: str, empty: str) -> None:
     """No batch, row, block or slot: an array of the right shape, and -1 where there are slots."""
-    case = Case(indices=indices, **(BLOCKS | {empty: 0}))
+    case = replace(BLOCKS, indices=indices, **{empty: 0})
     found = case.block_indices()
     assert found.shape == (case.batch, 2, case.q_len, case.num_selected_blocks)
     assert (found == -1).all()
