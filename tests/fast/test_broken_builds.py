@@ -21,7 +21,7 @@ from hypothesis.stateful import run_state_machine_as_test
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 import nsa_fast.adapter  # noqa: E402
-from broken_nsa_fast import BROKEN_CACHES, BUILDS, MISTAKES, in_place, layer_with  # noqa: E402
+from broken_nsa_fast import BROKEN_CACHES, BUILDS, MISTAKES, in_place, with_mistakes  # noqa: E402
 from commands import nsa_ref  # noqa: E402
 from fast_caches import RUN, Decoding  # noqa: E402
 from nsa_ref.testing.case import Case, load_case  # noqa: E402
@@ -222,7 +222,8 @@ def test_broken_cache_is_found_by_the_run_that_the_right_one_passes(what: str) -
 @pytest.mark.parametrize("what", JUDGED_CACHES)
 def test_broken_cache_is_found_by_the_judge(what: str, tmp_path: Path) -> None:
     """G3, with a replay."""
-    found = finding("G3_decode", layer_with(what), tmp_path, shrink=False)
+    layer = with_mistakes(what, nsa_fast.adapter.NsaFastLayer)
+    found = finding("G3_decode", layer, tmp_path, shrink=False)
     assert found["clause"] == "G3"
     assert re.match(r"decode\[\d+, \d+, \d+\] is ", found["text"])
 

@@ -1,10 +1,9 @@
 """Deliberately broken builds of nsa_fast: one decision of its mask builders or cache changed each.
 
 Every name in BUILDS is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder;
-BROKEN_CACHES are asked what a cache alone can do, and go before the judge in `layer_with`. A build
-is broken from within: one place is patched while an implementation's method runs, so that
-the attention functions and the masks that the adapter exposes are wrong together, as if the line
-itself were.
+BROKEN_CACHES are asked what a cache alone can do. A build is broken from within: one place is
+patched while an implementation's method runs, so that the attention functions and the masks that
+the adapter exposes are wrong together, as if the line itself were.
 """
 
 from __future__ import annotations
@@ -62,29 +61,24 @@ class _Broken(TorchImplementation):
             return super().run_vjp(method, case, *arguments)
 
 
-def broken(build: str, kind: type[TorchImplementation], device: str) -> TorchImplementation:
+def with_mistakes(
+    build: str, kind: type[TorchImplementation], device: str = "cpu"
+) -> TorchImplementation:
     """One kind of nsa_fast with the mistakes in place."""
     mistakes = MISTAKES.get(build) or BROKEN_CACHES[build]
     attributes = {"name": f"{kind.name}, {build}", "mistakes": mistakes}
     return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
 
 
-def _broken_kernels(build: str, device: str) -> TorchImplementation:
-    return broken(build, adapter.NsaFastCompiled, device)
-
-
 def _make(build: str, device: str = "cpu") -> list[Implementation]:
     """As `nsa_fast.adapter.implementations`: the same kinds, with the mistakes."""
     if device == "interpreter":  # the mistakes are made where the kernels are, in a process
-        interpreted = adapter.NsaFastInterpreted(functools.partial(_broken_kernels, build))
+        interpreted = adapter.NsaFastInterpreted(
+            functools.partial(with_mistakes, build, adapter.NsaFastCompiled)
+        )
         interpreted.name += f", {build}"
         return [interpreted]
-    return [broken(build, type(right), device) for right in adapter.implementations(device)]
-
-
-def layer_with(broken_cache: str, device: str = "cpu") -> TorchImplementation:
-    """`nsa_fast layer`, which decodes with that cache."""
-    return broken(broken_cache, adapter.NsaFastLayer, device)
+    return [with_mistakes(build, type(right), device) for right in adapter.implementations(device)]
 
 
 # --- the same function, but ... -------------------------------------------------------------------

@@ -134,13 +134,6 @@ class SupportsAnswers(SlidingMask):
         return self.answer
 
 
-class Nothing(Implementation):
-    """Offers nothing."""
-
-    name = "nothing"
-    semantics = (PAPER,)
-
-
 class ConstructorRaises(SlidingMask):
     """Needs something that is not there."""
 

@@ -14,13 +14,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import (
-    Case,
-    Implementation,
-    OracleImplementation,
-    TorchImplementation,
-    devices,
-)
+from nsa_ref.testing import Case, Implementation, OracleImplementation, TorchImplementation, devices
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from nsa_ref.testing.implementation import NotOffered, TorchImplementation
 torch = pytest.importorskip("torch", reason="TorchImplementation hands out tensors")
 
 SHAPE = (3, 2, 5, 4)
-METHODS = ("sliding_mask", "compress_mask", "fine_mask", "sliding", "compress", "fine", "pool")
+BRANCHES_AND_POOL = ("sliding", "compress", "fine", "pool")
 
 
 class Dense(TorchImplementation):
@@ -44,22 +44,13 @@ def a_case(layout: str = "contiguous", dtype: str = "float64") -> Case:
     )  # fmt: skip
 
 
-EVERYTHING = np.ones((5, 5), int)
-
-
 def check_gradients(port: Implementation, case: Case, d_out: np.ndarray, d_lse: np.ndarray) -> None:
     """They are the definition's, up to what float64 may do on this case."""
     found = port.run_vjp("sliding", case, *case.qkv(), d_out, d_lse)
-    expected = attend_vjp(*case.qkv(), EVERYTHING, d_out, d_lse, scale=case.scale)
-    bound = attention_bounds(
-        *case.qkv(),
-        EVERYTHING,
-        d_out,
-        d_lse,
-        numerics="fp64",
-        form="deterministic",
-        scale=case.scale,
-    )
+    given = *case.qkv(), np.ones((5, 5), int), d_out, d_lse
+    expected = attend_vjp(*given, scale=case.scale)
+    how = {"numerics": "fp64", "form": "deterministic"}
+    bound = attention_bounds(*given, **how, scale=case.scale)
     assert isinstance(found, tuple)
     for have, want, limit in zip(found, expected, (bound.dq, bound.dk, bound.dv)):
         assert have.shape == want.shape
@@ -99,8 +90,7 @@ def test_layouts_are_what_they_are_called(layout: str, stride: tuple[int, ...]) 
         assert tensor.shape == SHAPE
         assert tensor.stride() == stride
         assert tensor.is_contiguous() == (layout == "contiguous")
-        assert tensor.is_leaf
-        assert tensor.requires_grad
+        assert tensor.is_leaf and tensor.requires_grad
 
 
 def test_what_lies_between_strided_elements_is_poison() -> None:
@@ -108,8 +98,7 @@ def test_what_lies_between_strided_elements_is_poison() -> None:
     case = a_case("strided")
     tensor = TorchImplementation().tensor(case, case.qkv()[0])
     memory = tensor.as_strided((tensor.numel() * 2 - 1,), (1,))
-    assert memory[1::2].isnan().all()
-    assert memory[::2].isfinite().all()
+    assert memory[1::2].isnan().all() and memory[::2].isfinite().all()
 
 
 def test_only_what_is_the_same_in_every_batch_entry_is_expanded() -> None:
@@ -145,8 +134,7 @@ def test_containers_keep_their_form() -> None:
     one = torch.ones(2, dtype=torch.bfloat16)
     array = TorchImplementation().array
     found = array({"a": [one, (one,)], "b": Attention(one, None), "c": "text"})
-    assert isinstance(found["a"], tuple)
-    assert isinstance(found["b"], Attention)
+    assert isinstance(found["a"], tuple) and isinstance(found["b"], Attention)
     assert found["b"].lse is None
     assert found["b"].out.dtype == found["a"][1][0].dtype == DTYPES["bfloat16"]
     assert found["c"] == "text"
@@ -160,11 +148,10 @@ def test_run_hands_out_tensors_and_gives_arrays_back(layout: str) -> None:
     case = a_case(layout)
     dense = Dense()
     found = dense.run("sliding", case, *case.qkv())
-    assert isinstance(found, Attention)
-    assert isinstance(found.out, np.ndarray)
+    assert isinstance(found, Attention) and isinstance(found.out, np.ndarray)
     assert found.lse.shape == SHAPE[:3]
-    assert all(isinstance(tensor, torch.Tensor) for tensor in dense.seen)
-    assert not any(tensor.requires_grad for tensor in dense.seen)
+    for tensor in dense.seen:
+        assert isinstance(tensor, torch.Tensor) and not tensor.requires_grad
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,9 +170,7 @@ def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
     d_out, d_lse = case.upstream_gradients()
     dq, dk, dv = ReadsQueriesAlone().run_vjp("sliding", case, *case.qkv(), d_out, 0 * d_lse)
     np.testing.assert_array_equal(dq, 2 * d_out)
-    for gradient in (dk, dv):
-        assert gradient.shape == SHAPE
-        assert not gradient.any()
+    assert dk.shape == dv.shape == SHAPE and not dk.any() and not dv.any()
 
 
 def test_without_lse_there_are_gradients_of_out_alone() -> None:
@@ -218,12 +203,14 @@ def test_weights_are_a_dict_and_so_are_their_gradients() -> None:
 
 
 @pytest.mark.parametrize("base", [Implementation, TorchImplementation])
-@pytest.mark.parametrize("method", [*METHODS, "select"])
+@pytest.mark.parametrize(
+    "method", [*BRANCHES_AND_POOL, "sliding_mask", "compress_mask", "fine_mask", "select"]
+)
 def test_what_is_not_overridden_is_not_offered(base: type[Implementation], method: str) -> None:
     assert not base().offers(method)
     with pytest.raises(NotOffered, match=method):
         base().run(method, Case())
-    if method in ("sliding", "compress", "fine", "pool"):
+    if method in BRANCHES_AND_POOL:
         assert not base().offers_vjp(method)
         with pytest.raises(NotOffered, match=method):
             base().run_vjp(method, Case())
