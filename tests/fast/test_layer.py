@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -39,6 +38,7 @@ from fast_layers import (  # noqa: E402
 )
 from nsa_fast import native_sparse_attention  # noqa: E402
 from nsa_fast.adapter import NsaFastLayer  # noqa: E402
+from refusals import Refusals, refusal_test  # noqa: E402
 
 
 def case_of(kind: str, seq_len: int) -> Case:
@@ -234,109 +234,75 @@ def blocks(*shape: int, **how: Any) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64, **how)
 
 
-#: what is said, and what is called; in every call one thing is wrong
-VALUE_ERRORS: list[tuple[str, Callable[[], object]]] = [
-    ("x has shape (2, 8, 9); it must be (batch, seq_len, 10)", call(x=torch.zeros(2, 8, 9))),
-    (
-        "x has shape (2, 8, 10); it must be (total_tokens, 10)",
-        call(cu_seqlens=torch.tensor([0, 8])),
+X = torch.zeros(1, 4, MODEL_DIM)
+
+VALUE_ERRORS: Refusals = {
+    "x has shape (2, 8, 9); it must be (batch, seq_len, 10)": call(x=torch.zeros(2, 8, 9)),
+    "x has shape (2, 8, 10); it must be (total_tokens, 10)": call(cu_seqlens=torch.tensor([0, 8])),
+    "cu_seqlens=[1, 8] must start with 0": packed(1, 8),
+    "cu_seqlens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and 3 more must": packed(*range(1, 16)),
+    "cu_seqlens[2]=3 must be at least cu_seqlens[1]=5": packed(0, 5, 3, 8),
+    "cu_seqlens[-1]=7 must be 8, the number of tokens in x": packed(0, 7),
+    "weights lacks ['to_k_fine.weight'] and has ['to_k.weight']": call(
+        weights={"to_k_fine.weight": None, "to_k.weight": torch.zeros(12, 10)}
     ),
-    ("cu_seqlens=[1, 8] must start with 0", packed(1, 8)),
-    ("cu_seqlens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and 3 more must", packed(*range(1, 16))),
-    ("cu_seqlens[2]=3 must be at least cu_seqlens[1]=5", packed(0, 5, 3, 8)),
-    ("cu_seqlens[-1]=7 must be 8, the number of tokens in x", packed(0, 7)),
-    (
-        "weights lacks ['to_k_fine.weight'] and has ['to_k.weight']",
-        call(weights={"to_k_fine.weight": None, "to_k.weight": torch.zeros(12, 10)}),
+    "weights['gates.weight'] has shape (4, 10); it must be (12, 10)": call(
+        weights={"gates.weight": torch.zeros(4, 10)}
     ),
-    (
-        "weights['gates.weight'] has shape (4, 10); it must be (12, 10)",
-        call(weights={"gates.weight": torch.zeros(4, 10)}),
+    "weights['mem_v'] has shape (2, 3, 5); it must be (2, 1, 5)": call(
+        weights={"mem_v": torch.zeros(2, 3, 5).double()}
     ),
-    (
-        "weights['mem_v'] has shape (2, 3, 5); it must be (2, 1, 5)",
-        call(weights={"mem_v": torch.zeros(2, 3, 5).double()}),
+    "weights['gates.bias'] is on meta and x on cpu": call(
+        weights={"gates.bias": torch.zeros(12, dtype=torch.float64, device="meta")}
     ),
-    (
-        "weights['gates.bias'] is on meta and x on cpu",
-        call(weights={"gates.bias": torch.zeros(12, dtype=torch.float64, device="meta")}),
+    "block_indices has shape (2, 4, 8, 1); it must be (2, 2, 8, n)": call(
+        block_indices=blocks(2, 4, 8, 1)
     ),
-    (
-        "block_indices has shape (2, 4, 8, 1); it must be (2, 2, 8, n)",
-        call(block_indices=blocks(2, 4, 8, 1)),
-    ),
-    (
-        "block_indices is on meta and x on cpu",
-        call(block_indices=blocks(2, 2, 8, 1, device="meta")),
-    ),
-    (
-        "semantics.duplicates='multiset' is not what nsa_fast computes",
-        call(semantics=replace(PAPER, duplicates="multiset"), block_indices=blocks(2, 2, 8, 1)),
+    "block_indices is on meta and x on cpu": call(block_indices=blocks(2, 2, 8, 1, device="meta")),
+    "semantics.duplicates='multiset' is not what nsa_fast computes": call(
+        semantics=replace(PAPER, duplicates="multiset"), block_indices=blocks(2, 2, 8, 1)
     ),
     (
         "semantics.empty_row.compress='uniform' would show: some rows see no key. It runs where "
-        "none is empty. Try num_mem_kv=1.",
-        lambda: module(semantics=replace(LUCIDRAINS, kv_per_branch=True), num_mem_kv=0),
-    ),
+        "none is empty. Try num_mem_kv=1."
+    ): lambda: module(replace(LUCIDRAINS, kv_per_branch=True), num_mem_kv=0),
     (
         "semantics.empty_row.fine='nan' would show: some rows see no key. It runs where none is "
-        "empty. Try num_selected_blocks=1.",
-        lambda: module(semantics=FLA, num_selected_blocks=0),
+        "empty. Try num_selected_blocks=1."
+    ): lambda: module(FLA, num_selected_blocks=0),
+    "semantics.empty_row.fine='nan' is not what nsa_fast computes": (
+        lambda: module(replace(FLA, score_floor=1e-10))
     ),
-    (
-        "semantics.empty_row.fine='nan' is not what nsa_fast computes",
-        lambda: module(semantics=replace(FLA, score_floor=1e-10)),
+    "compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'": call(
+        compress_map="max"
     ),
-    (
-        "compress_map='max' must be one of 'mean', 'linear', 'linear_per_head', 'mlp'",
-        call(compress_map="max"),
+    "q_heads=5 must be a multiple of kv_heads=2: query head h reads kv head h // G. Try 4 or 6": (
+        call(q_heads=5)
     ),
-    (
-        "q_heads=5 must be a multiple of kv_heads=2: query head h reads kv head h // G. Try 4 or 6",
-        call(q_heads=5),
+    "head_dim=5 must be even: semantics.rotary='all' turns pairs of channels. Try 4 or 6": (
+        lambda: module(replace(PAPER, rotary="all"), head_dim=5)
     ),
-    (
-        "head_dim=5 must be even: semantics.rotary='all' turns pairs of channels. Try 4 or 6",
-        lambda: module(replace(PAPER, rotary="all"), head_dim=5),
+    "selection_block_size=5 must be a multiple of": lambda: module(selection_block_size=5),
+    "compress_block_size=5 must be a multiple of": lambda: module(compress_block_size=5),
+    "backend='compiled' gives no gradients on a CPU": lambda: module(backend="compiled")(X),
+}
+TYPE_ERRORS: Refusals = {
+    "cu_seqlens has dtype torch.float32": packed(),
+    "cu_seqlens has dtype torch.complex128; it must hold integers": packed(
+        0, dtype=torch.complex128
     ),
-    ("selection_block_size=5 must be a multiple of", lambda: module(selection_block_size=5)),
-    ("compress_block_size=5 must be a multiple of", lambda: module(compress_block_size=5)),
-    (
-        "backend='compiled' gives no gradients on a CPU",
-        lambda: module(backend="compiled")(torch.zeros(1, 4, MODEL_DIM)),
+    "weights['gates.bias'] has dtype torch.float32 and x torch.float64": call(
+        weights={"gates.bias": torch.zeros(12)}
     ),
-]
-TYPE_ERRORS: list[tuple[str, Callable[[], object]]] = [
-    ("cu_seqlens has dtype torch.float32", packed()),
-    (
-        "cu_seqlens has dtype torch.complex128; it must hold integers",
-        packed(0, dtype=torch.complex128),
+    "weights must be a mapping from name to tensor, not list": (
+        lambda: native_sparse_attention(X, [], **SIZES, compress_map="mean")
     ),
-    (
-        "weights['gates.bias'] has dtype torch.float32 and x torch.float64",
-        call(weights={"gates.bias": torch.zeros(12)}),
+    "x has dtype torch.int64; it must be a floating point type": call(
+        x=torch.zeros(2, 8, 10, dtype=torch.int64)
     ),
-    (
-        "weights must be a mapping from name to tensor, not list",
-        lambda: native_sparse_attention(tokens(1, 3), [], **SIZES, compress_map="mean"),
-    ),
-    (
-        "x has dtype torch.int64; it must be a floating point type",
-        call(x=torch.zeros(2, 8, 10, dtype=torch.int64)),
-    ),
-    ("compress_positions=1 must be True or False", lambda: module(compress_positions=1)),
-]
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "wrong"),
-    [(ValueError, *said) for said in VALUE_ERRORS] + [(TypeError, *said) for said in TYPE_ERRORS],
-)
-def test_what_does_not_run_is_named(
-    error: type[Exception], message: str, wrong: Callable[[], object]
-) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        wrong()
+    "compress_positions=1 must be True or False": lambda: module(compress_positions=1),
+}
+test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
 
 
 def test_a_model_around_the_layer_can_be_compiled() -> None:
