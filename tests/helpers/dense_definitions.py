@@ -1,6 +1,6 @@
-"""Attention a second time, by broadcasting and einsum, and eq. 9 as it is printed.
+"""Attention a second time, by broadcasting and einsum.
 
-Masks, compression maps and candidates have their second definitions in `nsa_ref.testing.mutants`.
+Masks, compression maps and selection have their second definitions in `nsa_ref.testing.mutants`.
 
 Neither shares a line with the oracle, nor an idea of how to get there: where the oracle loops over
 rows, gathers visible keys and adds up, this file forms every pair and Jacobian, and contracts.
@@ -120,28 +120,3 @@ def dense_attention(
         to_kv_head(factor * weight + 4 * ETA * seen, ad),
     )
     return results
-
-
-# --- importance -----------------------------------------------------------------------------------
-
-
-def dense_overlap_scores(p_cmp, kv_len, sizes, semantics):
-    """Eq. 9 and 10 as printed: the sum over m and n of p_cmp at an index, 0 outside the array.
-
-    "start" uses the printed minus signs, with j and p_cmp counted from 1; "end" the plus signs of
-    the specification, counted from 0.
-    """
-    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
-    size, start = sizes.selection_block_size, semantics.compress_alignment == "start"
-    group = sizes.group_size if semantics.share_selection else 1
-    blocks, num_blocks = p_cmp.shape[-1], math.ceil(kv_len / size)
-    j = np.arange(num_blocks)
-    total = np.zeros((*p_cmp.shape[:-1], num_blocks))
-    for m in range(size // d):
-        for n in range(length // d):
-            printed, from_zero = (size // d) * (j + 1) - m - n - 1, (size // d) * j + m + n
-            i = printed if start else from_zero
-            inside = (i >= 0) & (i < blocks)
-            total[..., inside] += p_cmp[..., i[inside]]
-    batch, q_heads, *rest = total.shape
-    return total.reshape(batch, q_heads // group, group, *rest).sum(axis=2)

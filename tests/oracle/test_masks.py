@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from nsa_ref import (
     fine_mask,
     sliding_mask,
 )
+from nsa_ref.testing import Case
 from nsa_ref.testing.mutants.dense import DenseMasks
-from tables import as_case, reaches, rows, strides
+from tables import reaches, rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
@@ -50,12 +52,6 @@ def test_w1_an_open_window_of_two_shows_two_keys():
     assert not sliding_mask(4, 4, window(0), open_window).any()
 
 
-def test_w1_the_rows_of_a_decode_step_are_the_last_rows_of_the_prefill():
-    for q_len in range(7):
-        last = sliding_mask(6, 6, window(2))[6 - q_len :]
-        np.testing.assert_array_equal(sliding_mask(q_len, 6, window(2)), last)
-
-
 def test_w2_a_non_causal_window_reaches_both_ways():
     assert rows(sliding_mask(4, 4, window(1), NON_CAUSAL)) == ["1100", "1110", "0111", "0011"]
     open_window = dataclasses.replace(NON_CAUSAL, window_closed=False)
@@ -79,20 +75,6 @@ def test_rows_before_every_token_see_none_of_them_causal_or_not():
 
 
 # --- C: compress ----------------------------------------------------------------------------------
-
-
-def test_c1_windows_that_start_at_their_stride_drop_the_incomplete_ones():
-    # 7 tokens, l = 4, d = 2: blocks 0..3 and 2..5; block 4..7 would be incomplete
-    assert rows(compress_mask(7, 7, strides(4, 2))) == ["00", "00", "00", "10", "10", "11", "11"]
-    assert compress_mask(3, 3, strides(4, 2)).shape == (3, 0)
-
-
-def test_c1_windows_that_end_at_their_stride_are_kv_len_over_d():
-    end = dataclasses.replace(PAPER, compress_alignment="end")
-    # 5 tokens, d = 2: blocks end at tokens 1 and 3, whatever their length
-    for length in (1, 2, 4, 9):
-        mask = compress_mask(5, 5, strides(length, 2), end)
-        assert rows(mask) == ["00", "10", "10", "11", "11"]
 
 
 def test_c2_a_strict_block_is_visible_one_step_later():
@@ -164,79 +146,61 @@ def test_query_heads_read_the_choice_of_their_own_contiguous_group():
 # --- random cases ---------------------------------------------------------------------------------
 
 
-@given(
-    q_len=LENGTHS, kv_len=LENGTHS, w=st.integers(0, 14), causal=st.booleans(), closed=st.booleans()
-)
-@settings(deadline=None, max_examples=100)
-def test_the_sliding_mask_is_the_band_of_its_second_definition(q_len, kv_len, w, causal, closed):
-    given = q_len, kv_len, window(w), Semantics(causal=causal, window_closed=closed)
-    mask = sliding_mask(*given)
-    assert mask.dtype == np.int64
-    np.testing.assert_array_equal(mask, DenseMasks().sliding_mask(as_case(*given)))
-
-
-@given(
-    q_len=LENGTHS,
-    kv_len=LENGTHS,
-    sizes=st.builds(strides, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3)),
-    causal=st.booleans(),
-    alignment=st.sampled_from(["start", "end"]),
-    strict=st.booleans(),
-)
-@settings(deadline=None, max_examples=100)
-def test_the_compress_mask_is_the_staircase_of_its_second_definition(
-    q_len, kv_len, sizes, causal, alignment, strict
-):
-    semantics = Semantics(causal=causal, compress_alignment=alignment, compress_strict=strict)
-    given = q_len, kv_len, sizes, semantics
-    mask = compress_mask(*given)
-    assert mask.dtype == np.int64
-    np.testing.assert_array_equal(mask, DenseMasks().compress_mask(as_case(*given)))
-
-
 @st.composite
-def fine_cases(draw: st.DrawFn) -> tuple[int, int, np.ndarray, Sizes]:
-    """(q_len, kv_len, block_indices, sizes); the simplest has no token."""
-    q_len, kv_len, size = draw(LENGTHS), draw(LENGTHS), draw(st.integers(1, 5))
-    heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    shape = (draw(st.integers(0, 2)), heads, q_len, draw(st.integers(0, 4)))
-    num_blocks = -(-kv_len // size)
+def maskings(draw: st.DrawFn) -> tuple[Case, np.ndarray]:
+    """(case, block_indices); the simplest has no token."""
+    d, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    case = Case(
+        semantics=Semantics(
+            causal=draw(st.booleans()),
+            window_closed=draw(st.booleans()),
+            compress_alignment=draw(st.sampled_from(["start", "end"])),
+            compress_strict=draw(st.booleans()),
+            own_block_extra=draw(st.booleans()),
+            duplicates=draw(st.sampled_from(["set", "multiset"])),
+        ),
+        q_heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        q_len=draw(LENGTHS),
+        kv_len=draw(LENGTHS),
+        compress_block_size=draw(st.integers(1, 7)),
+        compress_block_sliding_stride=d,
+        selection_block_size=d * draw(st.integers(1, 3)),
+        sliding_window_size=draw(st.integers(0, 14)),
+        num_mem_kv=draw(st.integers(0, 3)),
+    )
+    shape = draw(st.integers(0, 2)), kv_heads, case.q_len, draw(st.integers(0, 4))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    indices = generator.integers(-2, num_blocks + 2, shape)
-    return q_len, kv_len, indices, Sizes(q_heads=heads * group, selection_block_size=size)
+    return case, generator.integers(-2, case.num_selection_blocks + 2, shape)
 
 
-@given(
-    case=fine_cases(),
-    causal=st.booleans(),
-    own_extra=st.booleans(),
-    duplicates=st.sampled_from(["set", "multiset"]),
-)
-@settings(deadline=None, max_examples=100)
-def test_the_fine_mask_is_the_one_hot_count_of_its_second_definition(
-    case, causal, own_extra, duplicates
-):
-    semantics = Semantics(causal=causal, own_block_extra=own_extra, duplicates=duplicates)
-    q_len, kv_len, indices, sizes = case
-    mask = fine_mask(*case, semantics)
-    assert mask.dtype == np.int64
-    second = DenseMasks().fine_mask(as_case(q_len, kv_len, sizes, semantics), indices)
-    np.testing.assert_array_equal(mask, second)
+@given(drawn=maskings())
+@settings(deadline=None, max_examples=200)
+def test_every_mask_is_that_of_its_second_definition(drawn):
+    case, indices = drawn
+    lengths, how, second = (case.q_len, case.kv_len), (case, case.semantics), DenseMasks()
+    for mask, expected in (
+        (sliding_mask(*lengths, *how), second.sliding_mask(case)),
+        (compress_mask(*lengths, *how), second.compress_mask(case)),
+        (fine_mask(*lengths, indices, *how), second.fine_mask(case, indices)),
+    ):
+        assert mask.dtype == np.int64
+        np.testing.assert_array_equal(mask, expected)
 
 
 @pytest.mark.parametrize(
     "corner",
     [
-        lambda q_len, kv_len, indices, size: kv_len % size and indices.size > 0,
-        lambda q_len, kv_len, indices, size: 0 < kv_len < q_len,
-        lambda q_len, kv_len, indices, size: 0 < kv_len < size,
-        lambda q_len, kv_len, indices, size: indices.shape[3] == 0 < q_len * kv_len,
-        lambda q_len, kv_len, indices, size: indices.shape[0] == 0,
+        lambda case, indices: case.kv_len % case.selection_block_size and indices.size > 0,
+        lambda case, indices: 0 < case.kv_len < case.q_len,
+        lambda case, indices: 0 < case.kv_len < case.selection_block_size,
+        lambda case, indices: indices.shape[3] == 0 < case.q_len * case.kv_len,
+        lambda case, indices: indices.shape[0] == 0,
     ],
     ids=["partial last block", "kv_len < q_len", "kv_len < l'", "n = 0", "batch = 0"],
 )
-def test_fine_cases_reach_the_corner(corner):
-    reaches(fine_cases(), lambda case: corner(*case[:3], case[3].selection_block_size))
+def test_maskings_reach_the_corner(corner):
+    reaches(maskings(), lambda drawn: corner(*drawn))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -254,11 +218,9 @@ def test_fine_cases_reach_the_corner(corner):
 )
 def test_every_mask_refuses_lengths_sizes_and_semantics_that_are_none(change, error, message):
     arguments = {"q_len": 2, "kv_len": 2, "sizes": Sizes(), "semantics": PAPER} | change
-    for mask in (sliding_mask, compress_mask):
+    for mask in (sliding_mask, compress_mask, partial(fine_mask, block_indices=blocks([0], [0]))):
         with pytest.raises(error, match=message):
             mask(**arguments)
-    with pytest.raises(error, match=message):
-        fine_mask(block_indices=blocks([0], [0]), **arguments)
 
 
 def test_the_fine_mask_refuses_indices_that_do_not_fit():

@@ -7,25 +7,22 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dense_definitions import U, dense_attention, dense_overlap_scores
 from nsa_ref import (
     FLA,
     LUCIDRAINS,
     LUCIDRAINS_FLEX,
     PAPER,
-    PRESETS,
+    Scored,
     Semantics,
     Sizes,
     compress_probabilities,
     forced_blocks,
     importance,
-    num_compress_blocks,
     scored,
     select,
     selection_candidates,
@@ -33,10 +30,11 @@ from nsa_ref import (
     shared_strides,
     top_blocks,
 )
+from nsa_ref.selection_bounds import score_bounds
+from nsa_ref.testing import Case
 from nsa_ref.testing.choices import VALID, valid_selection
-from nsa_ref.testing.mutants.dense import DenseMasks
 from nsa_ref.testing.mutants.selection import Selector
-from tables import as_case, reaches, rows, scored_row, strides
+from tables import reaches, rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
@@ -47,48 +45,42 @@ PAIRS = Sizes(selection_block_size=2)  # of tokens
 class Selecting(NamedTuple):
     """What `select` takes."""
 
+    case: Case
     q: np.ndarray
     k_cmp: np.ndarray
     mem_k: np.ndarray
-    kv_len: int
-    sizes: Sizes
-    semantics: Semantics
 
-    def scores(self) -> np.ndarray:
-        return importance(*self[:3], kv_len=self.kv_len, sizes=self.sizes, semantics=self.semantics)
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"kv_len": self.case.kv_len, **self.case.geometry}
 
-    def select(self) -> np.ndarray:
-        return select(*self[:3], kv_len=self.kv_len, sizes=self.sizes, semantics=self.semantics)
-
-    def candidates(self) -> np.ndarray:
-        return selection_candidates(self.q.shape[2], self.kv_len, self.sizes, self.semantics)
-
-    def forced(self) -> np.ndarray:
-        return forced_blocks(self.q.shape[2], self.kv_len, self.sizes, self.semantics)
+    def scored(self) -> Scored:
+        return scored(*self[1:], **self.how)
 
 
 FEW = st.integers(1, 2)
-SEMANTICS = [
-    *PRESETS.values(),
-    NON_CAUSAL,
-    END,
-    FLOOR,
-    dataclasses.replace(PAPER, share_selection=False),
-    dataclasses.replace(LUCIDRAINS, causal=False),
-    dataclasses.replace(LUCIDRAINS, share_selection=False, own_block_extra=False),
-    dataclasses.replace(LUCIDRAINS, compress_alignment="start", own_block_extra=False),
-    dataclasses.replace(LUCIDRAINS, own_block_extra=False, forced_score=0.5),
-]
 
 
 @st.composite
 def selectings(draw: st.DrawFn) -> Selecting:
     """Every switch of the selection; small integers as often as normal numbers, for ties."""
-    semantics = draw(st.sampled_from(SEMANTICS))
-    kv_len, stride, kv_heads = draw(st.integers(0, 14)), draw(st.integers(1, 3)), draw(FEW)
-    sizes = Sizes(
+    stride, kv_heads = draw(st.integers(1, 3)), draw(FEW)
+    case = Case(
+        semantics=Semantics(
+            causal=draw(st.booleans()),
+            compress_alignment=draw(st.sampled_from(["start", "end"])),
+            compress_strict=draw(st.booleans()),
+            importance=draw(st.sampled_from(["overlap", "logit_mean"])),
+            share_selection=draw(st.booleans()),
+            forced_score=draw(st.sampled_from([math.inf, 1.0, 0.5])),
+            own_block_extra=draw(st.booleans()),
+            score_floor=draw(st.sampled_from([None, 1e-10, 0.25])),
+        ),
+        batch=draw(FEW),
         q_heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
+        q_len=draw(st.integers(0, 8)),
+        kv_len=draw(st.integers(0, 14)),
         head_dim=draw(st.integers(1, 3)),
         compress_block_size=stride * draw(st.integers(1, 3)),
         compress_block_sliding_stride=stride,
@@ -98,23 +90,20 @@ def selectings(draw: st.DrawFn) -> Selecting:
         num_local_blocks=draw(st.integers(0, 3)),
         num_mem_kv=draw(st.integers(0, 2)),
     )
-    batch, q_len = draw(st.sampled_from([1, 2, 0])), draw(st.integers(0, 8))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     whole = draw(st.booleans())
 
     def array(heads: int, length: int) -> np.ndarray:
-        shape = (batch, heads, length, sizes.head_dim)
+        shape = (case.batch, heads, length, case.head_dim)
         if whole:
             return generator.integers(-1, 2, shape).astype(np.float64)
         return 2 * generator.standard_normal(shape)
 
     return Selecting(
-        array(sizes.q_heads, q_len),
-        array(kv_heads, num_compress_blocks(kv_len, sizes, semantics)),
-        array(kv_heads, sizes.num_mem_kv),
-        kv_len,
-        sizes,
-        semantics,
+        case,
+        array(case.q_heads, case.q_len),
+        array(kv_heads, case.num_compress_blocks),
+        array(kv_heads, case.num_mem_kv),
     )
 
 
@@ -165,32 +154,13 @@ def test_i4_nothing_is_forced_where_the_own_block_is_visible_on_top():
     assert not forced_blocks(4, 8, sizes, dataclasses.replace(PAPER, own_block_extra=True)).any()
 
 
-@given(
-    q_len=st.integers(0, 10),
-    kv_len=st.integers(0, 12),
-    blocks_per=st.integers(1, 3),
-    stride=st.integers(1, 3),
-    length=st.integers(1, 6),
-    causal=st.booleans(),
-    own_extra=st.booleans(),
-    kind=st.sampled_from(["overlap", "logit_mean"]),
-    alignment=st.sampled_from(["start", "end"]),
-)
-@settings(deadline=None, max_examples=100)
-def test_candidates_are_those_of_the_second_definition(
-    q_len, kv_len, blocks_per, stride, length, causal, own_extra, kind, alignment
-):
-    semantics = Semantics(
-        causal=causal, own_block_extra=own_extra, importance=kind, compress_alignment=alignment
-    )
-    sizes = Sizes(
-        compress_block_size=length,
-        compress_block_sliding_stride=stride,
-        selection_block_size=blocks_per * stride,
-    )
-    given = q_len, kv_len, sizes, semantics
-    second = Selector().candidates(as_case(*given))
-    np.testing.assert_array_equal(selection_candidates(*given), second)
+@given(drawn=selectings())
+@settings(deadline=None, max_examples=150)
+def test_i3_i4_candidates_and_forced_blocks_are_those_of_the_second_definition(drawn):
+    case = drawn.case
+    given = case.q_len, case.kv_len, case, case.semantics
+    np.testing.assert_array_equal(selection_candidates(*given), Selector().candidates(case))
+    np.testing.assert_array_equal(forced_blocks(*given), Selector().forced(case))
 
 
 # --- importance -----------------------------------------------------------------------------------
@@ -220,10 +190,20 @@ def test_i2_windows_that_start_at_their_stride_count_the_strides_they_share():
     assert count.tolist() == [[2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
 
 
-def test_i2_windows_that_end_at_their_stride_count_the_strides_they_share():
-    """Window 0 covers tokens -2 .. 1: one stride of padding and one of block 0."""
-    count = shared_strides(12, STRADDLING, END)
-    assert count.tolist() == [[1, 0, 0], [2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
+@given(kv_len=st.integers(0, 14), d=FEW, windows=st.integers(1, 4), blocks=st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_i2_the_strides_that_are_shared_are_the_sum_that_eq_9_prints(kv_len, d, windows, blocks):
+    """sum over m < l'/d, n < l/d of p_cmp[l'/d j - m - n], with j and p_cmp counted from 1; windows
+    that end at their stride stand at l'/d j + m + n, counted from 0."""
+    sizes = dataclasses.replace(strides(windows * d, d), selection_block_size=blocks * d)
+    for semantics in (PAPER, END):
+        count = shared_strides(kv_len, sizes, semantics)
+        printed = np.zeros_like(count)
+        for j, m, n in np.ndindex(count.shape[1], blocks, windows):
+            i = blocks * (j + 1) - m - n - 1 if semantics is PAPER else blocks * j + m + n
+            if 0 <= i < len(count):
+                printed[i, j] += 1
+        np.testing.assert_array_equal(count, printed)
 
 
 def test_i2_equal_sizes_make_the_importance_the_probability_itself():
@@ -278,80 +258,19 @@ def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
     assert selection_probability(np.zeros((2, 0))).shape == (2, 0)
 
 
-@given(case=selectings())
-@settings(deadline=None, max_examples=100)
-def test_i1_i2_overlap_importance_is_equation_9_of_the_dense_probabilities(case):
-    """The dense p_cmp is read out of `dense_attention` by one-hot values; equations 9 and 10 are
-    the printed index sums. The bound: that of each p_cmp, weighted as eq. 9 weights it, and one
-    rounding for each of at most (2 blocks + group) additions on either side."""
-    semantics = dataclasses.replace(case.semantics, importance="overlap")
-    case = case._replace(semantics=semantics)
-    q, k_cmp, mem_k, kv_len, sizes, _ = case
-    columns = np.concatenate([mem_k, k_cmp], axis=2)
-    one_hot = np.broadcast_to(np.eye(columns.shape[2]), (*columns.shape[:3], columns.shape[2]))
-    mask = DenseMasks().compress_mask(as_case(q.shape[2], kv_len, sizes, semantics))
-    p_cmp = dense_attention(q, columns, one_hot, mask, scale=sizes.head_dim**-0.5)["out"]
-    value, p_bound = (x[..., sizes.num_mem_kv :] for x in (p_cmp.value, p_cmp.bound))
-    expected = dense_overlap_scores(value, kv_len, sizes, semantics)
-    bound = dense_overlap_scores(p_bound, kv_len, sizes, semantics)
-    terms = sizes.compress_block_size * sizes.selection_block_size + sizes.group_size
-    additions = 2 * (2 * k_cmp.shape[2] + terms)
-    actual = case.scores()
+@given(drawn=selectings())
+@settings(deadline=None, max_examples=150)
+def test_i1_i2_i3_scores_are_those_of_the_second_definition(drawn):
+    """Masks, overlaps and means of whole arrays; within the bounds of a float64 kernel."""
+    case, *arrays = drawn
+    expected = Selector().scores(case, *arrays)
+    if case.semantics.importance == "logit_mean":
+        expected[..., ~Selector().candidates(case)] = -math.inf
+    actual, seen = importance(*arrays, **drawn.how), np.isfinite(expected)
+    bounds = score_bounds(*arrays, **drawn.how, numerics="fp64")
+    np.testing.assert_array_equal(actual[~seen], expected[~seen])
     assert actual.shape == expected.shape
-    assert (abs(actual - expected) <= bound + additions * U * expected).all()
-    actual = compress_probabilities(
-        q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics
-    )
-    assert (abs(actual - value) <= p_bound).all()
-
-
-@given(case=selectings())
-@settings(deadline=None, max_examples=100)
-def test_i3_logit_mean_is_the_masked_reshaped_mean(case):
-    """Upstream's order: mask the logits, mean over the group, mean over the strides of a block.
-
-    The bound: a logit has head_dim + 2 roundings, the means at most one for each term and two
-    more; both sides, and invisible logits are terms like others.
-    """
-    semantics = dataclasses.replace(case.semantics, importance="logit_mean")
-    case = case._replace(semantics=semantics)
-    q, k_cmp, sizes = case.q, case.k_cmp, case.sizes
-    batch, q_heads, q_len, head_dim = q.shape
-    group = sizes.group_size if semantics.share_selection else 1
-    k = np.repeat(k_cmp, sizes.group_size, axis=1)
-    seen = DenseMasks().compress_mask(as_case(q_len, case.kv_len, sizes, semantics))
-    seen = seen[:, sizes.num_mem_kv :]
-    per = sizes.selection_block_size // sizes.compress_block_sliding_stride
-    whole = k.shape[2] // per
-
-    def means(logits: np.ndarray) -> np.ndarray:
-        shape = (batch, q_heads // group, group, q_len, whole, per)
-        parts = logits[..., : whole * per].reshape(shape)
-        return (parts / (group * per)).sum(axis=(2, 5))
-
-    lowest = np.finfo(np.float64).max / 10
-    logits = np.einsum("bhtc,bhic->bhti", q, k) * head_dim**-0.5
-    terms = np.einsum("bhtc,bhic->bhti", abs(q), abs(k)) * head_dim**-0.5
-    expected = means(np.where(seen, logits, -lowest))
-    bound = 2 * U * (head_dim + group * per + 6) * means(np.where(seen, terms, lowest))
-    actual, allowed = case.scores(), case.candidates()
-    assert (actual[..., ~allowed] == -math.inf).all()
-    assert not allowed[:, whole:].any()
-    error = abs(actual[..., :whole] - expected)
-    assert (error <= bound)[..., allowed[:, :whole]].all()
-
-
-def test_i1_fifty_digits_agree_on_a_tiny_row():
-    q, k_cmp = np.array([1.25]).reshape(1, 1, 1, 1), np.array([1.0, -2.0]).reshape(1, 1, 2, 1)
-    mem_k = np.array([0.5]).reshape(1, 1, 1, 1)
-    sizes = Sizes(num_mem_kv=1)
-    actual = compress_probabilities(q, k_cmp, mem_k, kv_len=2, sizes=sizes)[0, 0, 0]
-    with mpmath.workdps(50):
-        weights = [mpmath.exp(mpmath.mpf(x)) for x in (0.625, 1.25, -2.5)]  # exact logits
-        for probability, weight in zip(actual, weights[1:]):
-            exact = weight / mpmath.fsum(weights)
-            # exp, a sum of three, a division: at most 8 roundings
-            assert abs(mpmath.mpf(probability) - exact) <= 8 * U * exact
+    assert (abs(actual[seen] - expected[seen]) <= bounds[seen]).all()
 
 
 # --- top-n ----------------------------------------------------------------------------------------
@@ -404,42 +323,21 @@ def test_i6_fewer_candidates_than_n_are_all_taken_and_minus_one_fills_the_rest()
     assert top([], 2) == [-1, -1]
 
 
-def test_i4_the_paper_selects_the_first_and_the_two_local_blocks_before_any_other():
-    generator = np.random.default_rng(5)
-    q, k = generator.standard_normal((1, 2, 12, 4)), generator.standard_normal((1, 1, 12, 4))
-    sizes = Sizes(
-        q_heads=2,
-        head_dim=4,
-        selection_block_size=2,
-        num_selected_blocks=4,
-        num_initial_blocks=1,
-        num_local_blocks=2,
-    )
-    chosen = select(q, k, k[:, :, :0], kv_len=12, sizes=sizes)
-    assert chosen.shape == (1, 1, 12, 4)
-    assert chosen[0, 0, 0].tolist() == [0, -1, -1, -1]
-    for t in range(12):
-        assert {0, t // 2, max(t // 2 - 1, 0)} <= set(chosen[0, 0, t].tolist())
-
-
-@given(case=selectings())
-@settings(deadline=None, max_examples=100)
-def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
+@given(drawn=selectings())
+@settings(deadline=None, max_examples=150)
+def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(drawn):
     """The second definition sorts all blocks of all rows at once: forced first, no candidate last.
 
     A finite forced score among means has a table of its own, above.
     """
-    semantics, n = case.semantics, case.sizes.num_selected_blocks
-    chosen, scores, candidates, forced = (
-        case.select(), case.scores(), case.candidates(), case.forced(),
-    )  # fmt: skip
+    (scores, candidates, forced), semantics = drawn.scored(), drawn.case.semantics
+    means = semantics.importance == "logit_mean"
+    if means and math.isfinite(semantics.forced_score) and forced.any():
+        return
+    chosen, n = select(*drawn[1:], **drawn.how), drawn.case.num_selected_blocks
     assert chosen.shape == (*scores.shape[:3], n)
     assert chosen.dtype == np.int64
-    probability = scores
-    if semantics.importance == "logit_mean":
-        probability = selection_probability(scores)
-        if math.isfinite(semantics.forced_score) and forced.any():
-            return
+    probability = selection_probability(scores) if means else scores
     ranked = np.where(candidates, np.where(forced, semantics.forced_score, scores), -math.inf)
     floor = -1 if semantics.score_floor is None else semantics.score_floor
     taken = candidates & (np.where(forced, semantics.forced_score, probability) > floor)
@@ -455,32 +353,32 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
     "corner",
     [
         lambda case, scores: (np.diff(np.sort(scores, axis=-1)) == 0).any(),
-        lambda case, scores: case.kv_len % case.sizes.selection_block_size,
-        lambda case, scores: scores.shape[-1] < case.sizes.num_selected_blocks,
-        lambda case, scores: case.forced().sum(axis=1).max() > case.sizes.num_selected_blocks,
-        lambda case, scores: case.kv_len < case.q.shape[2],
-        lambda case, scores: case.mem_k.shape[2] and case.semantics is PAPER,
+        lambda case, scores: case.kv_len % case.selection_block_size,
+        lambda case, scores: scores.shape[-1] < case.num_selected_blocks,
+        lambda case, scores: case.kv_len < case.q_len,
+        lambda case, scores: case.num_mem_kv and case.semantics.importance == "overlap",
         lambda case, scores: (
             case.semantics.score_floor == 0.25 and ((scores > 0) & (scores < 0.25)).any()
         ),
     ],
-    ids=["tie", "partial block", "n > blocks", "forced > n", "kv_len < q_len", "memory", "floor"],
+    ids=["tie", "partial block", "n > blocks", "kv_len < q_len", "memory", "floor"],
 )
 def test_selectings_reach_the_corner(corner):
-    reaches(selectings(), lambda case: (at := case.scores()).size > 0 and corner(case, at))
+    reaches(
+        selectings(),
+        lambda drawn: (at := drawn.scored().scores).size > 0 and corner(drawn.case, at),
+    )
 
 
-@given(case=selectings(), seed=st.integers(0, 2**32 - 1))
+@given(drawn=selectings(), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=100)
 def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_never_invalid(
-    case, seed
+    drawn, seed
 ):
     """The bounds are of the size of the scores' gaps, so that the noise does change choices."""
-    how: dict[str, Any] = {"sizes": case.sizes, "semantics": case.semantics}
-    chosen, blocks = case.select(), scored(*case[:3], kv_len=case.kv_len, **how)
-    shape = blocks.scores.shape
+    how, blocks, chosen = drawn.case.geometry, drawn.scored(), select(*drawn[1:], **drawn.how)
+    shape, generator = blocks.scores.shape, np.random.default_rng(seed)
     assert (valid_selection(chosen, blocks, np.zeros(shape), **how).verdict == VALID).all()
-    generator = np.random.default_rng(seed)
     bounds = 0.5 * generator.random(shape)
     shuffled = generator.permuted(chosen, axis=-1)
     assert (valid_selection(shuffled, blocks, bounds, **how).verdict == VALID).all()
@@ -492,22 +390,37 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
-GOOD = {"q": Q, "k_cmp": K, "mem_k": NONE, "kv_len": 6}
 SIZES = strides(2, 2, q_heads=2, head_dim=2)
+GOOD = {"q": Q, "k_cmp": K, "mem_k": NONE, "kv_len": 6, "sizes": SIZES}
 
 
 @pytest.mark.parametrize(
-    ("message", "change"),
+    ("error", "message", "change"),
     [
-        ("q has shape (1, 1, 3, 2); it must be (batch, 2, q_len, 2)", {"q": Q[:, :1]}),
-        ("k_cmp has shape (1, 1, 2, 2); it must be (1, 1, 3, 2)", {"k_cmp": K[:, :, :2]}),
-        ("mem_k has shape (1, 1, 0, 1); it must be (1, 1, 0, 2)", {"mem_k": NONE[..., :1]}),
-        ("kv_len=-1 must be at least 0", {"kv_len": -1}),
+        (ValueError, "q has shape (1, 1, 3, 2); it must be (batch, 2, q_len, 2)", {"q": Q[:, :1]}),
+        (ValueError, "k_cmp has shape (1, 1, 2, 2); it must be (1, 1, 3", {"k_cmp": K[:, :, 1:]}),
+        (ValueError, "mem_k has shape (1, 1, 0, 1); it must be (1, 1, 0", {"mem_k": NONE[..., 1:]}),
+        (ValueError, "kv_len=-1 must be at least 0", {"kv_len": -1}),
+        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
+        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
     ],
 )
-def test_importance_refuses_arrays_that_are_not_of_the_sizes(message, change):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        importance(**(GOOD | change), sizes=SIZES)
+def test_importance_refuses_what_does_not_fit_and_says_what_would(error, message, change):
+    with pytest.raises(error, match=re.escape(message)):
+        importance(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "q_len=-1 must be at least 0", {"q_len": -1}),
+        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
+        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
+    ],
+)
+def test_candidates_of_no_length_or_sizes_are_refused(error, message, change):
+    with pytest.raises(error, match=message):
+        forced_blocks(**{"q_len": 2, "kv_len": 2, "sizes": SIZES} | change)
 
 
 def test_i2_eq_9_wants_windows_of_whole_strides():
@@ -516,28 +429,18 @@ def test_i2_eq_9_wants_windows_of_whole_strides():
         shared_strides(6, strides(3, 2))
 
 
-def test_selection_refuses_lengths_sizes_and_semantics_that_are_none():
-    with pytest.raises(ValueError, match="q_len=-1 must be at least 0"):
-        forced_blocks(-1, 2, Sizes())
-    with pytest.raises(TypeError, match="semantics=None must be a Semantics"):
-        importance(**GOOD, sizes=SIZES, semantics=None)
-    for call in (
-        lambda: importance(**GOOD, sizes=None),
-        lambda: selection_candidates(2, 2, None),
-        lambda: top_blocks(scored_row([0.0]), None),
-    ):
-        with pytest.raises(TypeError, match=r"sizes=None must be a nsa_ref.Sizes"):
-            call()
-
-
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
         (ValueError, "scores holds NaN at a candidate", {"scores": np.full((1, 1, 1, 2), np.nan)}),
         (ValueError, "forced has shape (2, 2); it must be (1, 2)", {"forced": np.eye(2) > 0}),
         (TypeError, "candidates has dtype float64; it must be", {"candidates": np.ones((1, 2))}),
+        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
+        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
     ],
 )
 def test_top_n_refuses_what_does_not_fit_and_says_what_would(error, message, change):
+    row = scored_row([0.0, 0.0])._asdict() | {"sizes": Sizes(), "semantics": PAPER} | change
+    sizes, semantics = row.pop("sizes"), row.pop("semantics")
     with pytest.raises(error, match=re.escape(message)):
-        top_blocks(scored_row([0.0, 0.0])._replace(**change), Sizes())
+        top_blocks(Scored(**row), sizes, semantics)
