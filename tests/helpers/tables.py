@@ -9,8 +9,7 @@ import numpy as np
 from hypothesis import find, settings
 from hypothesis import strategies as st
 
-from nsa_ref import Scored, Semantics, Sizes
-from nsa_ref.testing import Case
+from nsa_ref import Scored, Sizes
 
 
 def rows(mask: np.ndarray) -> list[str]:
@@ -27,11 +26,6 @@ def strides(length: int, d: int, num_mem_kv: int = 0, **others: Any) -> Sizes:
         num_mem_kv=num_mem_kv,
         **others,
     )
-
-
-def as_case(q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics) -> Case:
-    """What the second definitions in `nsa_ref.testing.mutants` take."""
-    return Case(q_len=q_len, kv_len=kv_len, semantics=semantics, **vars(sizes))
 
 
 def scored_row(

@@ -24,8 +24,9 @@ from nsa_ref import (
     pool_weight_shapes,
 )
 from nsa_ref.sizes import COMPRESS_MAPS
+from nsa_ref.testing import Case
 from nsa_ref.testing.mutants.compression import CompressionMap
-from tables import as_case, reaches, strides
+from tables import reaches, strides
 
 END = Semantics(compress_alignment="end")
 ALIGNMENTS = st.sampled_from([PAPER, END])
@@ -34,11 +35,10 @@ ALIGNMENTS = st.sampled_from([PAPER, END])
 class Pooling(NamedTuple):
     """Tokens, weights, the gradient that arrives, and how they are pooled."""
 
+    case: Case
     x: np.ndarray
     weights: dict[str, np.ndarray]
     d_out: np.ndarray
-    sizes: Sizes
-    semantics: Semantics
 
 
 @st.composite
@@ -48,29 +48,28 @@ def poolings(draw: st.DrawFn, maps: Sequence[str] = COMPRESS_MAPS) -> Pooling:
     Small integers, of which all sums are exact in float64; some stand where a ReLU bends.
     """
     batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
-    kv_len, dim = draw(st.integers(0, 9)), draw(st.integers(1, 3))
-    sizes = strides(
-        draw(st.integers(1, 5)),
-        draw(st.integers(1, 4)),
+    d, dim = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    case = Case(
+        semantics=draw(ALIGNMENTS),
         q_heads=kv_heads,
         kv_heads=kv_heads,
+        kv_len=draw(st.integers(0, 9)),
+        compress_block_size=draw(st.integers(1, 5)),
+        compress_block_sliding_stride=d,
         compress_map=draw(st.sampled_from(maps)),
         compress_positions=draw(st.booleans()),
+        selection_block_size=d,
     )
-    semantics = draw(ALIGNMENTS)
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     def array(*shape: int) -> np.ndarray:
         return generator.integers(-3, 4, shape).astype(np.float64)
 
-    blocks = num_compress_blocks(kv_len, sizes, semantics)
-    shapes = pool_weight_shapes(sizes, dim)
     return Pooling(
-        x=array(batch, kv_heads, kv_len, dim),
-        weights={name: array(*shape) for name, shape in shapes.items()},
-        d_out=array(batch, kv_heads, blocks, dim),
-        sizes=sizes,
-        semantics=semantics,
+        case,
+        x=array(batch, kv_heads, case.kv_len, dim),
+        weights={name: array(*shape) for name, shape in pool_weight_shapes(case, dim).items()},
+        d_out=array(batch, kv_heads, case.num_compress_blocks, dim),
     )
 
 
@@ -88,24 +87,6 @@ def test_c1_windows_that_end_at_their_stride_stick_out_to_the_left():
     assert compress_windows(7, strides(4, 2), END) == [(-2, 2), (0, 4), (2, 6)]
     assert compress_windows(1, strides(4, 2), END) == []
     assert compress_windows(7, strides(2, 3), END) == [(1, 3), (4, 6)]
-
-
-@given(
-    kv_len=st.integers(0, 40),
-    sizes=st.builds(strides, st.integers(1, 9), st.integers(1, 9)),
-    semantics=ALIGNMENTS,
-)
-@settings(deadline=None, max_examples=100)
-def test_c1_the_windows_are_those_of_the_second_definition_and_as_many_as_counted(
-    kv_len, sizes, semantics
-):
-    """Token j holds j + 1, so that the padding's 0 is no token."""
-    windows = compress_windows(kv_len, sizes, semantics)
-    assert len(windows) == num_compress_blocks(kv_len, sizes, semantics)
-    tokens = np.arange(1.0, kv_len + 1).reshape(1, 1, kv_len, 1)
-    held = CompressionMap().windows(as_case(1, kv_len, sizes, semantics), tokens)[0, 0, :, :, 0]
-    listed = [[max(j + 1, 0) for j in range(start, stop)] for start, stop in windows]
-    np.testing.assert_array_equal(held, np.array(listed).reshape(held.shape))
 
 
 # --- C4 -------------------------------------------------------------------------------------------
@@ -153,9 +134,9 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers_and_no_gradient_at_0():
 @settings(deadline=None, max_examples=30)
 def test_c4_pool_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
     """Every sum is exact, and the mean has the one rounding of its division."""
-    x, weights, _, *how = data.draw(poolings([compress_map]))
-    second = CompressionMap().pool(as_case(1, x.shape[2], *how), x, weights)
-    np.testing.assert_array_equal(pool(x, weights, *how), second)
+    case, x, weights, _ = data.draw(poolings([compress_map]))
+    expected = CompressionMap().pool(case, x, weights)
+    np.testing.assert_array_equal(pool(x, weights, case, case.semantics), expected)
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
@@ -167,7 +148,8 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
     That sum is the gradient of the same map with every number replaced by its magnitude, which
     keeps every ReLU open.
     """
-    x, weights, d_out, *how = data.draw(poolings([compress_map]))
+    case, x, weights, d_out = data.draw(poolings([compress_map]))
+    how = case, case.semantics
     dx, dweights = pool_vjp(x, weights, d_out, *how)
     magnitudes = {name: abs(weight) for name, weight in weights.items()}
     of_x, terms = pool_vjp(abs(x), magnitudes, abs(d_out), *how)
@@ -179,30 +161,28 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
     check_gradients(loss, {"x": x} | weights, {"x": dx} | dweights, bounds)
 
 
-def gap(case: Pooling) -> int:
-    """Tokens between two windows; negative where they overlap."""
-    return case.sizes.compress_block_sliding_stride - case.sizes.compress_block_size
-
-
 @pytest.mark.parametrize(
     "corner",
     [
-        lambda case: case.sizes.compress_map == "mlp" and "positions" in case.weights,
-        lambda case: case.semantics is END and gap(case) < 0,
-        lambda case: case.d_out.shape[2] == 0 < case.x.shape[2],
-        lambda case: gap(case) > 0 and case.d_out.size,
-        lambda case: case.x.shape[1] == 2 and "positions" in case.weights,
-        lambda case: (
-            case.x.shape[1] == 2
-            and case.d_out.size
-            and case.sizes.compress_map == "linear_per_head"
+        lambda case, out: case.compress_map == "mlp" and case.compress_positions,
+        lambda case, out: case.semantics is END and gap(case) < 0,
+        lambda case, out: out.shape[2] == 0 < case.kv_len,
+        lambda case, out: gap(case) > 0 and out.size,
+        lambda case, out: case.kv_heads == 2 and case.compress_positions,
+        lambda case, out: (
+            case.kv_heads == 2 and out.size and case.compress_map == "linear_per_head"
         ),
     ],
     ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads",
          "maps of two heads"],
 )  # fmt: skip
 def test_poolings_reach_the_corner(corner):
-    reaches(poolings(), corner)
+    reaches(poolings(), lambda drawn: corner(drawn.case, drawn.d_out))
+
+
+def gap(case: Case) -> int:
+    """Tokens between two windows; negative where they overlap."""
+    return case.compress_block_sliding_stride - case.compress_block_size
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
