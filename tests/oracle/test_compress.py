@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 
 from complex_step import check_gradients
 from nsa_ref import (
-    PAPER,
     Semantics,
     Sizes,
     compress_windows,
@@ -26,51 +23,23 @@ from nsa_ref import (
 from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing import Case
 from nsa_ref.testing.mutants.compression import CompressionMap
-from tables import reaches, strides
+from small_cases import cases
+from tables import strides
 
 END = Semantics(compress_alignment="end")
-ALIGNMENTS = st.sampled_from([PAPER, END])
 
 
-class Pooling(NamedTuple):
-    """Tokens, weights, the gradient that arrives, and how they are pooled."""
-
-    case: Case
-    x: np.ndarray
-    weights: dict[str, np.ndarray]
-    d_out: np.ndarray
-
-
-@st.composite
-def poolings(draw: st.DrawFn, maps: Sequence[str] = COMPRESS_MAPS) -> Pooling:
-    """One of the maps, with and without positions; the simplest is the mean of no tokens.
-
-    Small integers, of which all sums are exact in float64; some stand where a ReLU bends.
-    """
-    batch, kv_heads = draw(st.sampled_from([1, 2, 0])), draw(st.integers(1, 2))
-    d, dim = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    case = Case(
-        semantics=draw(ALIGNMENTS),
-        q_heads=kv_heads,
-        kv_heads=kv_heads,
-        kv_len=draw(st.integers(0, 9)),
-        compress_block_size=draw(st.integers(1, 5)),
-        compress_block_sliding_stride=d,
-        compress_map=draw(st.sampled_from(maps)),
-        compress_positions=draw(st.booleans()),
-        selection_block_size=d,
+def pooled(compress_map: str) -> st.SearchStrategy[Case]:
+    """Cases of one map, with and without positions."""
+    return cases("pool", compress_alignment=("start", "end")).map(
+        lambda case: dataclasses.replace(case, compress_map=compress_map)
     )
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
-    def array(*shape: int) -> np.ndarray:
-        return generator.integers(-3, 4, shape).astype(np.float64)
 
-    return Pooling(
-        case,
-        x=array(batch, kv_heads, case.kv_len, dim),
-        weights={name: array(*shape) for name, shape in pool_weight_shapes(case, dim).items()},
-        d_out=array(batch, kv_heads, case.num_compress_blocks, dim),
-    )
+def integers(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(x, weights), of which all sums are exact in float64."""
+    x = case.array("x", case.batch, case.kv_heads, case.kv_len, case.head_dim)
+    return np.rint(2 * x), {name: np.rint(5 * w) for name, w in case.pool_weights().items()}
 
 
 # --- C1 -------------------------------------------------------------------------------------------
@@ -134,9 +103,10 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers_and_no_gradient_at_0():
 @settings(deadline=None, max_examples=30)
 def test_c4_pool_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
     """Every sum is exact, and the mean has the one rounding of its division."""
-    case, x, weights, _ = data.draw(poolings([compress_map]))
+    case = data.draw(pooled(compress_map))
+    x, weights = integers(case)
     expected = CompressionMap().pool(case, x, weights)
-    np.testing.assert_array_equal(pool(x, weights, case, case.semantics), expected)
+    np.testing.assert_array_equal(pool(x, weights, **case.geometry), expected)
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
@@ -148,41 +118,19 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
     That sum is the gradient of the same map with every number replaced by its magnitude, which
     keeps every ReLU open.
     """
-    case, x, weights, d_out = data.draw(poolings([compress_map]))
-    how = case, case.semantics
-    dx, dweights = pool_vjp(x, weights, d_out, *how)
+    case = data.draw(pooled(compress_map))
+    (x, weights), how = integers(case), case.geometry
+    blocks = case.num_compress_blocks
+    d_out = case.array("d_out", case.batch, case.kv_heads, blocks, case.head_dim)
+    dx, dweights = pool_vjp(x, weights, d_out, **how)
     magnitudes = {name: abs(weight) for name, weight in weights.items()}
-    of_x, terms = pool_vjp(abs(x), magnitudes, abs(d_out), *how)
+    of_x, terms = pool_vjp(abs(x), magnitudes, abs(d_out), **how)
 
     def loss(x, **weights):
-        return (pool(x, weights, *how) * d_out).sum()
+        return (pool(x, weights, **how) * d_out).sum()
 
     bounds = {name: 1e-12 * sums.max(initial=0) for name, sums in ({"x": of_x} | terms).items()}
     check_gradients(loss, {"x": x} | weights, {"x": dx} | dweights, bounds)
-
-
-@pytest.mark.parametrize(
-    "corner",
-    [
-        lambda case, out: case.compress_map == "mlp" and case.compress_positions,
-        lambda case, out: case.semantics is END and gap(case) < 0,
-        lambda case, out: out.shape[2] == 0 < case.kv_len,
-        lambda case, out: gap(case) > 0 and out.size,
-        lambda case, out: case.kv_heads == 2 and case.compress_positions,
-        lambda case, out: (
-            case.kv_heads == 2 and out.size and case.compress_map == "linear_per_head"
-        ),
-    ],
-    ids=["mlp with positions", "sticks out", "kv_len < l", "gaps", "positions of two heads",
-         "maps of two heads"],
-)  # fmt: skip
-def test_poolings_reach_the_corner(corner):
-    reaches(poolings(), lambda drawn: corner(drawn.case, drawn.d_out))
-
-
-def gap(case: Case) -> int:
-    """Tokens between two windows; negative where they overlap."""
-    return case.compress_block_sliding_stride - case.compress_block_size
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():

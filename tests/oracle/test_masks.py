@@ -14,20 +14,19 @@ from nsa_ref import (
     LUCIDRAINS,
     LUCIDRAINS_FLEX,
     PAPER,
-    Semantics,
     Sizes,
     compress_mask,
     fine_mask,
     sliding_mask,
 )
-from nsa_ref.testing import Case
+from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.mutants.dense import DenseMasks
-from tables import reaches, rows, strides
+from small_cases import cases
+from tables import rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 MULTISET = dataclasses.replace(PAPER, duplicates="multiset")
 PAIRS = Sizes(selection_block_size=2)  # of tokens
-LENGTHS = st.integers(0, 12)
 
 
 def window(w: int) -> Sizes:
@@ -146,61 +145,28 @@ def test_query_heads_read_the_choice_of_their_own_contiguous_group():
 # --- random cases ---------------------------------------------------------------------------------
 
 
-@st.composite
-def maskings(draw: st.DrawFn) -> tuple[Case, np.ndarray]:
-    """(case, block_indices); the simplest has no token."""
-    d, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    case = Case(
-        semantics=Semantics(
-            causal=draw(st.booleans()),
-            window_closed=draw(st.booleans()),
-            compress_alignment=draw(st.sampled_from(["start", "end"])),
-            compress_strict=draw(st.booleans()),
-            own_block_extra=draw(st.booleans()),
-            duplicates=draw(st.sampled_from(["set", "multiset"])),
-        ),
-        q_heads=kv_heads * draw(st.integers(1, 3)),
-        kv_heads=kv_heads,
-        q_len=draw(LENGTHS),
-        kv_len=draw(LENGTHS),
-        compress_block_size=draw(st.integers(1, 7)),
-        compress_block_sliding_stride=d,
-        selection_block_size=d * draw(st.integers(1, 3)),
-        sliding_window_size=draw(st.integers(0, 14)),
-        num_mem_kv=draw(st.integers(0, 3)),
+BOTH = (True, False)
+CASES = {
+    "sliding": cases("sliding", causal=BOTH, window_closed=BOTH),
+    "compress": cases(
+        "compress", causal=BOTH, compress_alignment=("start", "end"), compress_strict=BOTH
+    ),
+    "fine": cases("fine", causal=BOTH, own_block_extra=BOTH, duplicates=("set", "multiset")),
+}
+
+
+@pytest.mark.parametrize("branch", CASES)
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_every_mask_is_that_of_its_second_definition(branch, data):
+    case = data.draw(CASES[branch])
+    indices = [case.block_indices()] if branch == "fine" else []
+    mask, expected = (
+        getattr(definition, f"{branch}_mask")(case, *indices)
+        for definition in (OracleImplementation(), DenseMasks())
     )
-    shape = draw(st.integers(0, 2)), kv_heads, case.q_len, draw(st.integers(0, 4))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return case, generator.integers(-2, case.num_selection_blocks + 2, shape)
-
-
-@given(drawn=maskings())
-@settings(deadline=None, max_examples=200)
-def test_every_mask_is_that_of_its_second_definition(drawn):
-    case, indices = drawn
-    lengths, how, second = (case.q_len, case.kv_len), (case, case.semantics), DenseMasks()
-    for mask, expected in (
-        (sliding_mask(*lengths, *how), second.sliding_mask(case)),
-        (compress_mask(*lengths, *how), second.compress_mask(case)),
-        (fine_mask(*lengths, indices, *how), second.fine_mask(case, indices)),
-    ):
-        assert mask.dtype == np.int64
-        np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.parametrize(
-    "corner",
-    [
-        lambda case, indices: case.kv_len % case.selection_block_size and indices.size > 0,
-        lambda case, indices: 0 < case.kv_len < case.q_len,
-        lambda case, indices: 0 < case.kv_len < case.selection_block_size,
-        lambda case, indices: indices.shape[3] == 0 < case.q_len * case.kv_len,
-        lambda case, indices: indices.shape[0] == 0,
-    ],
-    ids=["partial last block", "kv_len < q_len", "kv_len < l'", "n = 0", "batch = 0"],
-)
-def test_maskings_reach_the_corner(corner):
-    reaches(maskings(), lambda drawn: corner(*drawn))
+    assert mask.dtype == np.int64
+    np.testing.assert_array_equal(mask, expected)
 
 
 # --- errors ---------------------------------------------------------------------------------------

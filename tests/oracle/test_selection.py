@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +34,8 @@ from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing import Case
 from nsa_ref.testing.choices import VALID, valid_selection
 from nsa_ref.testing.mutants.selection import Selector
-from tables import reaches, rows, scored_row, strides
+from small_cases import cases
+from tables import rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 END = dataclasses.replace(PAPER, compress_alignment="end")
@@ -42,69 +43,25 @@ FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
 PAIRS = Sizes(selection_block_size=2)  # of tokens
 
 
-class Selecting(NamedTuple):
-    """What `select` takes."""
-
-    case: Case
-    q: np.ndarray
-    k_cmp: np.ndarray
-    mem_k: np.ndarray
-
-    @property
-    def how(self) -> dict[str, Any]:
-        return {"kv_len": self.case.kv_len, **self.case.geometry}
-
-    def scored(self) -> Scored:
-        return scored(*self[1:], **self.how)
-
-
-FEW = st.integers(1, 2)
+FEW = st.integers(1, 4)
+#: Every switch of the selection.
+CASES = cases(
+    "selection",
+    causal=(True, False),
+    compress_alignment=("start", "end"),
+    compress_strict=(False, True),
+    importance=("overlap", "logit_mean"),
+    share_selection=(True, False),
+    forced_score=(math.inf, 1.0, 0.5),
+    own_block_extra=(False, True),
+    score_floor=(None, 1e-10, 0.25),
+)
 
 
-@st.composite
-def selectings(draw: st.DrawFn) -> Selecting:
-    """Every switch of the selection; small integers as often as normal numbers, for ties."""
-    stride, kv_heads = draw(st.integers(1, 3)), draw(FEW)
-    case = Case(
-        semantics=Semantics(
-            causal=draw(st.booleans()),
-            compress_alignment=draw(st.sampled_from(["start", "end"])),
-            compress_strict=draw(st.booleans()),
-            importance=draw(st.sampled_from(["overlap", "logit_mean"])),
-            share_selection=draw(st.booleans()),
-            forced_score=draw(st.sampled_from([math.inf, 1.0, 0.5])),
-            own_block_extra=draw(st.booleans()),
-            score_floor=draw(st.sampled_from([None, 1e-10, 0.25])),
-        ),
-        batch=draw(FEW),
-        q_heads=kv_heads * draw(st.integers(1, 3)),
-        kv_heads=kv_heads,
-        q_len=draw(st.integers(0, 8)),
-        kv_len=draw(st.integers(0, 14)),
-        head_dim=draw(st.integers(1, 3)),
-        compress_block_size=stride * draw(st.integers(1, 3)),
-        compress_block_sliding_stride=stride,
-        selection_block_size=stride * draw(st.integers(1, 3)),
-        num_selected_blocks=draw(st.integers(0, 5)),
-        num_initial_blocks=draw(st.integers(0, 2)),
-        num_local_blocks=draw(st.integers(0, 3)),
-        num_mem_kv=draw(st.integers(0, 2)),
-    )
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    whole = draw(st.booleans())
-
-    def array(heads: int, length: int) -> np.ndarray:
-        shape = (case.batch, heads, length, case.head_dim)
-        if whole:
-            return generator.integers(-1, 2, shape).astype(np.float64)
-        return 2 * generator.standard_normal(shape)
-
-    return Selecting(
-        case,
-        array(case.q_heads, case.q_len),
-        array(kv_heads, case.num_compress_blocks),
-        array(kv_heads, case.num_mem_kv),
-    )
+def given_to_select(case: Case) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """q, k_cmp, mem_k, and the keywords that go with them."""
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    return [q, k_cmp, mem_k], {"kv_len": case.kv_len, **case.geometry}
 
 
 # --- candidates and forced blocks -----------------------------------------------------------------
@@ -154,10 +111,9 @@ def test_i4_nothing_is_forced_where_the_own_block_is_visible_on_top():
     assert not forced_blocks(4, 8, sizes, dataclasses.replace(PAPER, own_block_extra=True)).any()
 
 
-@given(drawn=selectings())
+@given(case=CASES)
 @settings(deadline=None, max_examples=150)
-def test_i3_i4_candidates_and_forced_blocks_are_those_of_the_second_definition(drawn):
-    case = drawn.case
+def test_i3_i4_candidates_and_forced_blocks_are_those_of_the_second_definition(case):
     given = case.q_len, case.kv_len, case, case.semantics
     np.testing.assert_array_equal(selection_candidates(*given), Selector().candidates(case))
     np.testing.assert_array_equal(forced_blocks(*given), Selector().forced(case))
@@ -190,8 +146,8 @@ def test_i2_windows_that_start_at_their_stride_count_the_strides_they_share():
     assert count.tolist() == [[2, 0, 0], [1, 1, 0], [0, 2, 0], [0, 1, 1], [0, 0, 2]]
 
 
-@given(kv_len=st.integers(0, 14), d=FEW, windows=st.integers(1, 4), blocks=st.integers(1, 4))
-@settings(deadline=None, max_examples=60)
+@given(kv_len=st.integers(0, 14), d=FEW, windows=FEW, blocks=FEW)
+@settings(deadline=None, max_examples=100)
 def test_i2_the_strides_that_are_shared_are_the_sum_that_eq_9_prints(kv_len, d, windows, blocks):
     """sum over m < l'/d, n < l/d of p_cmp[l'/d j - m - n], with j and p_cmp counted from 1; windows
     that end at their stride stand at l'/d j + m + n, counted from 0."""
@@ -258,16 +214,16 @@ def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
     assert selection_probability(np.zeros((2, 0))).shape == (2, 0)
 
 
-@given(drawn=selectings())
+@given(case=CASES)
 @settings(deadline=None, max_examples=150)
-def test_i1_i2_i3_scores_are_those_of_the_second_definition(drawn):
+def test_i1_i2_i3_scores_are_those_of_the_second_definition(case):
     """Masks, overlaps and means of whole arrays; within the bounds of a float64 kernel."""
-    case, *arrays = drawn
+    arrays, how = given_to_select(case)
     expected = Selector().scores(case, *arrays)
     if case.semantics.importance == "logit_mean":
         expected[..., ~Selector().candidates(case)] = -math.inf
-    actual, seen = importance(*arrays, **drawn.how), np.isfinite(expected)
-    bounds = score_bounds(*arrays, **drawn.how, numerics="fp64")
+    actual, seen = importance(*arrays, **how), np.isfinite(expected)
+    bounds = score_bounds(*arrays, **how, numerics="fp64")
     np.testing.assert_array_equal(actual[~seen], expected[~seen])
     assert actual.shape == expected.shape
     assert (abs(actual[seen] - expected[seen]) <= bounds[seen]).all()
@@ -323,18 +279,19 @@ def test_i6_fewer_candidates_than_n_are_all_taken_and_minus_one_fills_the_rest()
     assert top([], 2) == [-1, -1]
 
 
-@given(drawn=selectings())
+@given(case=CASES)
 @settings(deadline=None, max_examples=150)
-def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(drawn):
+def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
     """The second definition sorts all blocks of all rows at once: forced first, no candidate last.
 
     A finite forced score among means has a table of its own, above.
     """
-    (scores, candidates, forced), semantics = drawn.scored(), drawn.case.semantics
+    arrays, how = given_to_select(case)
+    (scores, candidates, forced), semantics = scored(*arrays, **how), case.semantics
     means = semantics.importance == "logit_mean"
     if means and math.isfinite(semantics.forced_score) and forced.any():
         return
-    chosen, n = select(*drawn[1:], **drawn.how), drawn.case.num_selected_blocks
+    chosen, n = select(*arrays, **how), case.num_selected_blocks
     assert chosen.shape == (*scores.shape[:3], n)
     assert chosen.dtype == np.int64
     probability = selection_probability(scores) if means else scores
@@ -349,34 +306,14 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(drawn):
     np.testing.assert_array_equal(chosen, expected)
 
 
-@pytest.mark.parametrize(
-    "corner",
-    [
-        lambda case, scores: (np.diff(np.sort(scores, axis=-1)) == 0).any(),
-        lambda case, scores: case.kv_len % case.selection_block_size,
-        lambda case, scores: scores.shape[-1] < case.num_selected_blocks,
-        lambda case, scores: case.kv_len < case.q_len,
-        lambda case, scores: case.num_mem_kv and case.semantics.importance == "overlap",
-        lambda case, scores: (
-            case.semantics.score_floor == 0.25 and ((scores > 0) & (scores < 0.25)).any()
-        ),
-    ],
-    ids=["tie", "partial block", "n > blocks", "kv_len < q_len", "memory", "floor"],
-)
-def test_selectings_reach_the_corner(corner):
-    reaches(
-        selectings(),
-        lambda drawn: (at := drawn.scored().scores).size > 0 and corner(drawn.case, at),
-    )
-
-
-@given(drawn=selectings(), seed=st.integers(0, 2**32 - 1))
+@given(case=CASES, seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=100)
 def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_never_invalid(
-    drawn, seed
+    case, seed
 ):
     """The bounds are of the size of the scores' gaps, so that the noise does change choices."""
-    how, blocks, chosen = drawn.case.geometry, drawn.scored(), select(*drawn[1:], **drawn.how)
+    arrays, how = given_to_select(case)
+    blocks, chosen, how = scored(*arrays, **how), select(*arrays, **how), case.geometry
     shape, generator = blocks.scores.shape, np.random.default_rng(seed)
     assert (valid_selection(chosen, blocks, np.zeros(shape), **how).verdict == VALID).all()
     bounds = 0.5 * generator.random(shape)
