@@ -1,13 +1,11 @@
-"""What the oracle's tests are written with: masks as digits, geometry, a row of blocks, corners."""
+"""What the oracle's tests are written with: masks as digits, geometry, a row of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-from hypothesis import find, settings
-from hypothesis import strategies as st
 
 from nsa_ref import Scored, Sizes
 
@@ -39,9 +37,3 @@ def scored_row(
         candidates=np.isin(blocks, listed)[None],
         forced=np.isin(blocks, list(forced))[None],
     )
-
-
-def reaches(cases: st.SearchStrategy[Any], corner: Callable[[Any], object]) -> None:
-    """A strategy draws a case that stands in this corner: narrowed, it would not."""
-    some = settings(database=None, max_examples=2000)
-    find(cases, lambda case: bool(corner(case)), settings=some)

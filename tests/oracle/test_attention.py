@@ -9,13 +9,12 @@ from typing import NamedTuple
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from complex_step import check_gradients
 from dense_definitions import Dense, U, dense_attention
 from nsa_ref import attend, attend_vjp
-from tables import reaches
 
 
 class Arrays(NamedTuple):
@@ -114,7 +113,8 @@ def test_a3_attend_vjp_is_the_whole_jacobian_contracted(arrays, empty_row):
     ids=["no key", "one key", "GQA", "Dk != Dv", "no columns", "equal logits", "twice", "batch 0"],
 )
 def test_attentions_reach_the_corner(corner):
-    reaches(attentions(), corner)
+    some = settings(database=None, max_examples=2000)
+    find(attentions(), lambda arrays: bool(corner(arrays)), settings=some)
 
 
 def test_a1_scale_defaults_to_head_dim_to_the_minus_half_and_bool_masks_count_once():
