@@ -15,8 +15,11 @@ from nsa_fast import Cache
 from nsa_ref.semantics import PRESETS
 
 CAUSAL = {kind: parts for kind, parts in KINDS.items() if parts[0].causal}
-PRESETS_IN_CACHES = {name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", "FLA", "XUNHAO")}
-
+IN_CACHES = {
+    kind: KINDS[kind]
+    for kind in ("PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all", "pooled once turned",
+                 "one k and v, pooled once turned")
+} | {name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", "FLA", "XUNHAO")}  # fmt: skip
 
 WHICH = st.integers(0, 2)
 COUNT = st.one_of(st.just(1), st.integers(1, 9))
@@ -39,21 +42,12 @@ class Decoding(RuleBasedStateMachine):
         self.held: list[tuple[Cache, Tensor, list[Tensor]]] = []
 
     @initialize(
-        kind=st.sampled_from(
-            [
-                "PAPER with memory",
-                "LUCIDRAINS_FLEX",
-                "rotary on all",
-                "pooled once turned",
-                "one k and v, pooled once turned",
-                *PRESETS_IN_CACHES,
-            ]
-        ),
+        kind=st.sampled_from(list(IN_CACHES)),
         batch=st.integers(1, 2),
         prefill=st.integers(0, 22),
     )
     def begin(self, kind: str, batch: int, prefill: int) -> None:
-        self.layer, self.seed = Layer(*(CAUSAL | PRESETS_IN_CACHES)[kind]), 0
+        self.layer, self.seed = Layer(*IN_CACHES[kind]), 0
         self.held = [(Cache(batch), tokens(batch, 0), [])]
         self.append(0, prefill)
 

@@ -23,24 +23,18 @@ MODEL_DIM = 10
 
 # windows of two strides and blocks of two: no two blocks have the same score but for rounding
 SIZES: dict[str, Any] = {
-    "q_heads": 4,
-    "kv_heads": 2,
-    "head_dim": 6,
-    "value_dim": 5,
-    "compress_block_size": 4,
-    "compress_block_sliding_stride": 2,
-    "selection_block_size": 4,
-    "num_selected_blocks": 3,
-    "num_initial_blocks": 1,
-    "num_local_blocks": 1,
-    "sliding_window_size": 5,
-}
+    "q_heads": 4, "kv_heads": 2, "head_dim": 6, "value_dim": 5, "compress_block_size": 4,
+    "compress_block_sliding_stride": 2, "selection_block_size": 4, "num_selected_blocks": 3,
+    "num_initial_blocks": 1, "num_local_blocks": 1, "sliding_window_size": 5,
+}  # fmt: skip
 CASE = Case(dtype="float64", batch=2, model_dim=MODEL_DIM, compress_positions=True, **SIZES)
 
 
 def replace(semantics: Semantics, **changes: Any) -> Semantics:
     return dataclasses.replace(semantics, **changes)
 
+
+ONE_KV = replace(PAPER, kv_per_branch=False)
 
 #: semantics, compress_map, num_mem_kv
 KINDS: dict[str, tuple[Semantics, str, int]] = {
@@ -49,20 +43,16 @@ KINDS: dict[str, tuple[Semantics, str, int]] = {
     "PAPER, not causal": (replace(PAPER, causal=False), "mean", 1),
     "LUCIDRAINS_FLEX": (LUCIDRAINS_FLEX, "mlp", 1),
     "LUCIDRAINS_FLEX, not causal": (replace(LUCIDRAINS_FLEX, causal=False), "linear", 3),
-    "one k and v": (replace(PAPER, kv_per_branch=False), "mean", 0),
+    "one k and v": (ONE_KV, "mean", 0),
     "one k and v, rotary on fine and sliding": (
-        replace(PAPER, kv_per_branch=False, rotary="fine_and_sliding"),
+        replace(ONE_KV, rotary="fine_and_sliding"),
         "linear",
         1,
     ),
-    "one k and v, rotary on all": (replace(PAPER, kv_per_branch=False, rotary="all"), "mean", 1),
+    "one k and v, rotary on all": (replace(ONE_KV, rotary="all"), "mean", 1),
     "rotary on fine and sliding": (replace(PAPER, rotary="fine_and_sliding"), "mean", 0),
     "rotary on all": (replace(PAPER, rotary="all"), "mlp", 2),
-    "one k and v, pooled once turned": (
-        replace(PAPER, kv_per_branch=False, rotary="before_pooling"),
-        "mean",
-        1,
-    ),
+    "one k and v, pooled once turned": (replace(ONE_KV, rotary="before_pooling"), "mean", 1),
     "pooled once turned": (replace(PAPER, rotary="before_pooling"), "linear_per_head", 2),
     "norm": (replace(PAPER, input_norm=True), "mean", 0),
     "output projection": (replace(PAPER, output_projection=True), "mean", 0),
@@ -101,8 +91,8 @@ class Layer:
     def __init__(
         self, semantics: Semantics, compress_map: str, num_mem_kv: int, **changes: Any
     ) -> None:
-        of_kind = {"semantics": semantics, "compress_map": compress_map, "num_mem_kv": num_mem_kv}
-        self.case = dataclasses.replace(CASE, **of_kind, **changes)
+        changes |= {"semantics": semantics, "compress_map": compress_map, "num_mem_kv": num_mem_kv}
+        self.case = dataclasses.replace(CASE, **changes)
         weights = self.case.layer_weights()
         self.weights = {name: torch.from_numpy(weight) for name, weight in weights.items()}
 

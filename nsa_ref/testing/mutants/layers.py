@@ -244,10 +244,6 @@ class _NewestStride(CompressionMap):
         return super().windows(case, x) * kept[:, None]
 
 
-class _PoolsTheNewestStride(LayerInSteps):
-    maps = _NewestStride()
-
-
 @mutant(
     "G3",
     "a window that is completed at decoding holds its newest stride alone",
@@ -255,7 +251,9 @@ class _PoolsTheNewestStride(LayerInSteps):
 )
 class OverlapLostAtTheCacheBoundary(LayerInSteps):
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
-        return _PoolsTheNewestStride().decoded(case, weights, x)
+        layer = LayerInSteps()
+        layer.maps = _NewestStride()
+        return layer.decoded(case, weights, x)
 
 
 class _SumOfExponentials(Selector):
@@ -265,18 +263,14 @@ class _SumOfExponentials(Selector):
         return np.exp(logits) * visible
 
 
-class _ChoosesUnnormalised(LayerInSteps):
-    selector = _SumOfExponentials()
-
-
 @mutant(
-    "G3",
-    "heads are summed by exp(s) at decoding, by softmax in parallel",
-    seen_in="public layers",
+    "G3", "heads are summed by exp(s) at decoding, by softmax in parallel", seen_in="public layers"
 )
 class ImportanceNotNormalisedAtDecode(LayerInSteps):
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
-        return _ChoosesUnnormalised().decoded(case, weights, x)
+        layer = LayerInSteps()
+        layer.selector = _SumOfExponentials()
+        return layer.decoded(case, weights, x)
 
 
 # --- packed sequences -----------------------------------------------------------------------------

@@ -8,9 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from nsa_ref.testing.mutants.zoo import ZOO
@@ -91,21 +89,12 @@ def worker_died(name: str) -> Trial:
 
 
 def show_trials(console: Console, trials: Collection[Trial], seconds: float) -> None:
-    """A table; plain lines where there is no terminal. Then what is wrong, and a last line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("mutant", "must die of", "died of"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("cases", "seconds"):
-        table.add_column(heading, justify="right")
+    """A line for each; then what is wrong, and a last line."""
+    row = "{:31}  {:6}  {:20}  {:>5}  {:>7}".format
+    console.print(Text(row("mutant", "clause", "died of", "cases", "seconds")), soft_wrap=True)
     for trial in trials:
-        numbers = str(trial.cases), f"{trial.seconds:.1f}"
-        row = trial.name, trial.clause, trial.died_of, *numbers
-        if console.is_terminal:
-            table.add_row(*map(Text, row), style="" if trial.right else "bold red")
-        else:
-            console.print(Text("  ".join(row)), soft_wrap=True)
-    if console.is_terminal:
-        console.print(table)
+        text = row(trial.name, trial.clause, trial.died_of, trial.cases, f"{trial.seconds:.1f}")
+        console.print(Text(text, style="" if trial.right else "bold red"), soft_wrap=True)
     wrong = [trial for trial in trials if not trial.right]
     for trial in wrong:
         about = f"{trial.name} ({ZOO[trial.name].mistake}) must die of {trial.clause}"
