@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import trials
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.options import Options
@@ -27,11 +28,10 @@ def record(name: str = "W1_sliding_mask_as_read", **edges: Counter[str]) -> Reco
 
 
 def test_every_edge_must_be_met_unless_the_implementation_excludes_it() -> None:
-    met = Counter(
-        edge for edge in EDGES if edge not in ("G = 16", "decode", "batch 3", "memory 16")
-    )
+    unmet = {"G = 16", "decode", "batch 3", "memory 16"}
+    met = Counter(edge for edge in EDGES if edge not in unmet)
     records = [record(edges=met, refused_edges=Counter({"decode": 4}))]
-    assert set(unmet_edges(records)) == {"G = 16", "decode", "batch 3", "memory 16"}
+    assert set(unmet_edges(records)) == unmet
     # a window has no memory, and what was refused cannot be met
     always = {"decode", "memory 16"}
     assert set(excused_edges(records, [["q_heads"]])) == {"G = 16"} | always
@@ -87,21 +87,15 @@ def test_edges_that_no_layer_has_are_excused_for_layers_alone() -> None:
 
 def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path) -> None:
     """What `Edge.about` says, seen on the cases themselves: an excuse too many hides a gap."""
-    records = [
-        run_property(
-            dataclasses.replace(prop, check=lambda *_: Outcome()),
-            OracleImplementation(),
-            Options(findings=tmp_path),
-        )
-        for prop in PROPERTIES.values()
-        if prop.about == "layer"
-    ]
+    of_layers = [prop for prop in PROPERTIES.values() if prop.about == "layer"]
+    unchecked = [dataclasses.replace(prop, check=lambda *_: Outcome()) for prop in of_layers]
+    oracle, options = OracleImplementation(), Options(findings=tmp_path)
+    records = [run_property(prop, oracle, options) for prop in unchecked]
     unmet = set(unmet_edges(records))
     assert unmet >= NEVER_OF_LAYERS
     assert set(excused_edges(records, [[]])) == unmet
 
 
 def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
-    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
-    result = run_property(prop, Refuses(), Options(findings=tmp_path))
+    result = trials.record("W1_sliding_mask_as_exposed", Refuses(), tmp_path)
     assert not result.edges and result.refused_edges

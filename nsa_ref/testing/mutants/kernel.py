@@ -124,9 +124,6 @@ class Kernel(DenseMasks, RoundedImplementation):
         from_out = self.way.fused and self.way.delta_from == "out"
         return r.total(d_out * out if from_out else p * dp)[..., None]
 
-    def through_lse(self, d_lse: np.ndarray) -> np.ndarray:
-        return d_lse
-
     def stored_ds(self, r: Rounding, ds: np.ndarray) -> np.ndarray:
         return r.store(ds)
 
@@ -238,8 +235,7 @@ class Kernel(DenseMasks, RoundedImplementation):
         p = self.probabilities(case, r, x, found)
         dp = r.dot(d_out, x.v) if self.way.fused else r.store(r.dot(d_out, x.v))
         delta = self.delta(r, d_out, found.out, p, dp)
-        d_lse, scale = self.through_lse(d_lse)[..., None], r.wide(self.scale(case))
-        ds, scale = self.d_scores(r, scale, p, dp, delta, d_lse)
+        ds, scale = self.d_scores(r, r.wide(self.scale(case)), p, dp, delta, d_lse[..., None])
         dq = self.scaled_dq(scale, self.over_keys(r, ds, x.k))
         dk = scale * self._over_rows(case, r, self.for_keys(case, ds), x.q)
         if self.empty_row(case, branch) == "uniform":

@@ -246,9 +246,8 @@ class LayerInSteps(TorchImplementation):
     ) -> Tensor:
         """All rows of x, as sequences of their own."""
         batch, tokens = x.shape[:2]
-        case = dataclasses.replace(
-            case, batch=batch, q_len=tokens, kv_len=tokens, layout="contiguous"
-        )
+        lengths = {"batch": batch, "q_len": tokens, "kv_len": tokens}
+        case = dataclasses.replace(case, layout="contiguous", **lengths)
         read = self.read(case, weights, x)
         blocks = self.chosen(case, read) if given is None else given
         more = {"compress": read.memory, "fine": (blocks,), "sliding": ()}
@@ -259,9 +258,8 @@ class LayerInSteps(TorchImplementation):
         if given is None:
             outs[1] = self.after_selection(case, outs[1], read)
         out = self.combined(read.gates, outs).transpose(1, 2).flatten(2)
-        return (
-            self.linear(case, out, weights["to_out.weight"]) if "to_out.weight" in weights else out
-        )
+        to_out = weights.get("to_out.weight")
+        return out if to_out is None else self.linear(case, out, to_out)
 
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         """The newest row."""
@@ -272,9 +270,6 @@ class LayerInSteps(TorchImplementation):
         return self.run_tokens(case, weights, x[None, start:stop])[0]
 
     # the plug
-
-    def offers(self, method: str) -> bool:
-        return method in ("layer", "layer_with_blocks", "decode", "varlen")
 
     def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         return self.run_tokens(case, weights, x)
