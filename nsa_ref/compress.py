@@ -15,6 +15,9 @@ from nsa_ref.checks import as_float64, as_weights, check_at_least, check_shape
 from nsa_ref.semantics import PAPER, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, check_sizes
 
+#: Weights by name: of a compression map as `pool_weight_shapes` lists them, or of a layer.
+Weights = Mapping[str, np.ndarray]
+
 
 def compress_windows(
     kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
@@ -89,32 +92,22 @@ def pool_weight_shapes(sizes: Sizes, dim: int) -> dict[str, tuple[int, ...]]:
     """
     check_sizes(sizes)
     check_at_least("dim", dim, 1)
-    compress_map, kv_heads = sizes.compress_map, sizes.kv_heads
-    flat = sizes.compress_block_size * dim
-    hidden = flat
+    kv_heads = sizes.kv_heads
+    flat = hidden = sizes.compress_block_size * dim
     shapes: dict[str, tuple[int, ...]] = {}
     if sizes.compress_positions:
         shapes["positions"] = (kv_heads, sizes.compress_block_size, dim)
-    if compress_map == "linear":
-        shapes["weight"] = (dim, flat)
-        shapes["bias"] = (dim,)
-    if compress_map == "linear_per_head":
-        shapes["weight"] = (kv_heads, dim, flat)
-        shapes["bias"] = (kv_heads, dim)
-    if compress_map == "mlp":
-        shapes["weight_in"] = (hidden, flat)
-        shapes["bias_in"] = (hidden,)
-        shapes["weight_out"] = (dim, hidden)
-        shapes["bias_out"] = (dim,)
+    if sizes.compress_map == "linear":
+        shapes |= {"weight": (dim, flat), "bias": (dim,)}
+    elif sizes.compress_map == "linear_per_head":
+        shapes |= {"weight": (kv_heads, dim, flat), "bias": (kv_heads, dim)}
+    elif sizes.compress_map == "mlp":
+        shapes |= {"weight_in": (hidden, flat), "bias_in": (hidden,)}
+        shapes |= {"weight_out": (dim, hidden), "bias_out": (dim,)}
     return shapes
 
 
-def pool(
-    x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
-) -> np.ndarray:
+def pool(x: np.ndarray, weights: Weights, sizes: Sizes, semantics: Semantics = PAPER) -> np.ndarray:
     """Compressed keys, or values, from tokens: one vector for each window.
 
     ::
@@ -169,7 +162,7 @@ def pool(
 
 def pool_vjp(
     x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     d_out: np.ndarray,
     sizes: Sizes,
     semantics: Semantics = PAPER,
@@ -241,9 +234,7 @@ def pool_vjp(
     return dx, dweights
 
 
-def _window(
-    tokens: np.ndarray, start: int, stop: int, weights: Mapping[str, np.ndarray], head: int
-) -> np.ndarray:
+def _window(tokens: np.ndarray, start: int, stop: int, weights: Weights, head: int) -> np.ndarray:
     """X: tokens start .. stop - 1 of (kv_len, dim), zeros left of token 0, plus positions."""
     X = np.zeros((stop - start, tokens.shape[1]), dtype=tokens.dtype)
     for j in range(max(start, 0), stop):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.attention import attend, attend_vjp
 from nsa_ref.checks import as_float64, as_weights, check_integer, check_shape
-from nsa_ref.compress import num_compress_blocks, pool, pool_vjp, pool_weight_shapes
+from nsa_ref.compress import Weights, num_compress_blocks, pool, pool_vjp, pool_weight_shapes
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import BRANCHES, PAPER, Semantics, check_semantics
@@ -132,13 +133,6 @@ def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return turned
 
 
-def _normed(x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """h: x over its root mean square, times a weight; x itself without input_norm."""
-    if "norm.weight" not in weights:
-        return x
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS) * weights["norm.weight"]
-
-
 def split_heads(flat: np.ndarray, heads: int) -> np.ndarray:
     """(batch, len, heads dim) -> (batch, heads, len, dim): a head's features stand together."""
     batch, length, width = flat.shape
@@ -154,8 +148,7 @@ def merge_heads(x: np.ndarray) -> np.ndarray:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     # both forms are the same function; neither exp can overflow where it is used
     e = np.exp(np.where(x.real > 0, -x, x))
-    result: np.ndarray = np.where(x.real > 0, 1 / (1 + e), e / (1 + e))
-    return result
+    return np.where(x.real > 0, 1 / (1 + e), e / (1 + e))
 
 
 def is_rotated(semantics: Semantics, branch: str) -> bool:
@@ -165,107 +158,10 @@ def is_rotated(semantics: Semantics, branch: str) -> bool:
     return semantics.rotary != "none"
 
 
-def _turned_tokens(k: np.ndarray, semantics: Semantics, *, back: bool = False) -> np.ndarray:
-    """The tokens' keys as the compression map reads them (G2); `back`: their gradient as k's."""
-    if semantics.rotary != "before_pooling":
-        return k
-    p = np.arange(k.shape[2])
-    return rotate(k, -p if back else p)
-
-
-class _Branches(NamedTuple):
-    """What the branches attend with: one entry each for compress, fine, sliding.
-
-    Keys and values of compress are the memory and then the compressed blocks.
-    """
-
-    q: dict[str, np.ndarray]
-    k: dict[str, np.ndarray]
-    v: dict[str, np.ndarray]
-    mask: dict[str, np.ndarray]
-    block_indices: np.ndarray
-
-
-class _Tokens(NamedTuple):
-    """h, q, k and v of all tokens, nothing rotated; k and v by branch."""
-
-    h: np.ndarray
-    q: np.ndarray
-    k: dict[str, np.ndarray]
-    v: dict[str, np.ndarray]
-
-
-def _tokens(
-    x: np.ndarray, weights: Mapping[str, np.ndarray], sizes: Sizes, semantics: Semantics
-) -> _Tokens:
-    h = _normed(x, weights)
-    q = split_heads(h @ weights["to_q.weight"].T, sizes.q_heads)
-
-    def of_branches(kind: str) -> dict[str, np.ndarray]:
-        projections = {c: weights[projection_name(kind, c, semantics)] for c in BRANCHES}
-        return {c: split_heads(h @ w.T, sizes.kv_heads) for c, w in projections.items()}
-
-    return _Tokens(h, q, of_branches("k"), of_branches("v"))
-
-
-def _pooled(
-    tokens: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    kind: str,
-    sizes: Sizes,
-    semantics: Semantics,
-) -> np.ndarray:
-    return pool(tokens, map_weights(weights, kind), sizes, semantics)
-
-
-def map_weights(weights: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+def map_weights(weights: Weights, kind: str) -> dict[str, np.ndarray]:
     """The weights of the compression map of keys ("k") or values ("v")."""
     prefix = f"compress_{kind}."
     return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-
-
-def _branches(
-    q: np.ndarray,
-    tokens: _Tokens,
-    k_cmp: np.ndarray,
-    v_cmp: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    sizes: Sizes,
-    semantics: Semantics,
-    block_indices: np.ndarray | None,
-) -> _Branches:
-    """q of the last rows, keys and values of all tokens: rotated, selected, masked.
-
-    k_cmp, v_cmp : the compressed blocks, as the compression map leaves them
-    """
-    batch, q_len, kv_len = q.shape[0], q.shape[2], tokens.k["fine"].shape[2]
-    p = np.arange(q_len) + kv_len - q_len
-    rows = {b: rotate(q, p) if is_rotated(semantics, b) else q for b in BRANCHES}
-    keys, values = dict(tokens.k), dict(tokens.v)
-    for branch in ("fine", "sliding"):
-        if is_rotated(semantics, branch):
-            keys[branch] = rotate(keys[branch], np.arange(kv_len))
-    if semantics.rotary == "all":
-        # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
-        i = np.arange(k_cmp.shape[2])
-        k_cmp = rotate(k_cmp, i * sizes.compress_block_sliding_stride)
-
-    def memory(name: str) -> np.ndarray:
-        return np.broadcast_to(weights[name], (batch, *weights[name].shape))
-
-    if block_indices is None:
-        block_indices = select(
-            rows["compress"],
-            k_cmp,
-            memory("mem_k"),
-            kv_len=kv_len,
-            sizes=sizes,
-            semantics=semantics,
-        )
-    keys["compress"] = np.concatenate([memory("mem_k"), k_cmp], axis=2)
-    values["compress"] = np.concatenate([memory("mem_v"), v_cmp], axis=2)
-    mask = branch_masks(q_len, kv_len, block_indices, sizes, semantics)
-    return _Branches(rows, keys, values, mask, block_indices)
 
 
 def branch_masks(
@@ -279,47 +175,146 @@ def branch_masks(
     }
 
 
-def _of_all_rows(
-    x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    sizes: Sizes,
-    semantics: Semantics,
-    block_indices: np.ndarray | None = None,
-) -> tuple[_Tokens, _Branches]:
-    """What every token is projected to, and what the branches make of all tokens at once."""
-    tokens = _tokens(x, weights, sizes, semantics)
-    k_cmp = _pooled(_turned_tokens(tokens.k["compress"], semantics), weights, "k", sizes, semantics)
-    v_cmp = _pooled(tokens.v["compress"], weights, "v", sizes, semantics)
-    branches = _branches(tokens.q, tokens, k_cmp, v_cmp, weights, sizes, semantics, block_indices)
-    return tokens, branches
+class _Tokens(NamedTuple):
+    """h and q of the rows, k and v of all tokens by branch; nothing is rotated."""
+
+    h: np.ndarray
+    q: np.ndarray
+    k: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]
 
 
-def _attended(branches: _Branches, semantics: Semantics) -> dict[str, Attention]:
-    return {
-        branch: attend(
-            branches.q[branch],
-            branches.k[branch],
-            branches.v[branch],
-            branches.mask[branch],
-            empty_row=getattr(semantics.empty_row, branch),
+class _Branch(NamedTuple):
+    """What a branch attends with; the columns of compress are the memory, then the blocks."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of the layer that has these weights, sizes and semantics."""
+
+    weights: Weights
+    sizes: Sizes
+    semantics: Semantics
+
+    def tokens(self, x: np.ndarray) -> _Tokens:
+        h = x
+        if "norm.weight" in self.weights:
+            root = np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS)
+            h = x / root * self.weights["norm.weight"]
+
+        def heads(name: str, number: int) -> np.ndarray:
+            return split_heads(h @ self.weights[name].T, number)
+
+        def of_branches(kind: str) -> dict[str, np.ndarray]:
+            names = {c: projection_name(kind, c, self.semantics) for c in BRANCHES}
+            return {c: heads(name, self.sizes.kv_heads) for c, name in names.items()}
+
+        q = heads("to_q.weight", self.sizes.q_heads)
+        return _Tokens(h, q, of_branches("k"), of_branches("v"))
+
+    def to_pool(self, tokens: _Tokens) -> dict[str, np.ndarray]:
+        """The tokens' keys ("k") and values ("v") as the compression map reads them (G2)."""
+        k = tokens.k["compress"]
+        if self.semantics.rotary == "before_pooling":
+            k = rotate(k, np.arange(k.shape[2]))
+        return {"k": k, "v": tokens.v["compress"]}
+
+    def blocks(self, tokens: _Tokens) -> dict[str, np.ndarray]:
+        """The compressed blocks of all tokens, as the compression map leaves them."""
+        return {
+            kind: pool(of_tokens, map_weights(self.weights, kind), self.sizes, self.semantics)
+            for kind, of_tokens in self.to_pool(tokens).items()
+        }
+
+    def last_block(self, tokens: _Tokens) -> dict[str, np.ndarray]:
+        """One block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
+        size, last = self.sizes.compress_block_size, {}
+        # l tokens are one window that starts at the first of them, whatever the alignment was
+        semantics = dataclasses.replace(self.semantics, compress_alignment="start")
+        for kind, x in self.to_pool(tokens).items():
+            missing = max(0, size - x.shape[2])
+            window = np.pad(x, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
+            last[kind] = pool(window, map_weights(self.weights, kind), self.sizes, semantics)
+        return last
+
+    def through_pool(
+        self, dk: np.ndarray, dv: np.ndarray, tokens: _Tokens, dweights: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gradients of the tokens from those of the compress branch's columns."""
+        sizes, semantics, d_tokens = self.sizes, self.semantics, {}
+        for (kind, of_tokens), d in zip(self.to_pool(tokens).items(), (dk, dv)):
+            d_memory, d_blocks = np.split(d, [sizes.num_mem_kv], axis=2)
+            dweights[f"mem_{kind}"] += d_memory.sum(axis=0)
+            if kind == "k" and semantics.rotary == "all":
+                i = np.arange(d_blocks.shape[2])
+                d_blocks = rotate(d_blocks, -i * sizes.compress_block_sliding_stride)
+            of_map = map_weights(self.weights, kind)
+            d_tokens[kind], d_map = pool_vjp(of_tokens, of_map, d_blocks, sizes, semantics)
+            for name, gradient in d_map.items():
+                dweights[f"compress_{kind}.{name}"] += gradient
+        if semantics.rotary == "before_pooling":
+            d_tokens["k"] = rotate(d_tokens["k"], -np.arange(tokens.h.shape[1]))
+        return d_tokens["k"], d_tokens["v"]
+
+    def branches(
+        self, tokens: _Tokens, blocks: dict[str, np.ndarray], block_indices: np.ndarray | None
+    ) -> tuple[dict[str, _Branch], np.ndarray]:
+        """q of the last rows, keys and values of all tokens: rotated, selected, masked."""
+        sizes, semantics = self.sizes, self.semantics
+        q, k, v, k_cmp = tokens.q, dict(tokens.k), dict(tokens.v), blocks["k"]
+        batch, q_len, kv_len = q.shape[0], q.shape[2], k["fine"].shape[2]
+        p = np.arange(q_len) + kv_len - q_len
+        rows = {c: rotate(q, p) if is_rotated(semantics, c) else q for c in BRANCHES}
+        for branch in ("fine", "sliding"):
+            if is_rotated(semantics, branch):
+                k[branch] = rotate(k[branch], np.arange(kv_len))
+        if semantics.rotary == "all":
+            # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
+            i = np.arange(k_cmp.shape[2])
+            k_cmp = rotate(k_cmp, i * sizes.compress_block_sliding_stride)
+        mem_k, mem_v = (
+            np.broadcast_to(self.weights[name], (batch, *self.weights[name].shape))
+            for name in ("mem_k", "mem_v")
         )
-        for branch in BRANCHES
-    }
+        if block_indices is None:
+            how: dict[str, Any] = {"kv_len": kv_len, "sizes": sizes, "semantics": semantics}
+            block_indices = select(rows["compress"], k_cmp, mem_k, **how)
+        k["compress"] = np.concatenate([mem_k, k_cmp], axis=2)
+        v["compress"] = np.concatenate([mem_v, blocks["v"]], axis=2)
+        mask = branch_masks(q_len, kv_len, block_indices, sizes, semantics)
+        return {c: _Branch(rows[c], k[c], v[c], mask[c]) for c in BRANCHES}, block_indices
+
+    def attended(self, branches: dict[str, _Branch]) -> dict[str, np.ndarray]:
+        empty_row = self.semantics.empty_row._asdict()
+        return {c: attend(*branches[c], empty_row=empty_row[c]).out for c in BRANCHES}
+
+    def gates(self, h: np.ndarray) -> dict[str, np.ndarray]:
+        """g_c = sigmoid(gates(h)), one number a head and token: (batch, q_heads, len)."""
+        gates = _sigmoid(h @ self.weights["gates.weight"].T + self.weights["gates.bias"])
+        of_branch = np.split(gates, len(BRANCHES), axis=2)
+        return {branch: g.transpose(0, 2, 1) for branch, g in zip(BRANCHES, of_branch)}
+
+    def of_all_rows(
+        self, x: np.ndarray, block_indices: np.ndarray | None = None
+    ) -> tuple[_Tokens, dict[str, _Branch], np.ndarray]:
+        tokens = self.tokens(x)
+        return tokens, *self.branches(tokens, self.blocks(tokens), block_indices)
+
+    def out(self, h: np.ndarray, branches: dict[str, _Branch]) -> np.ndarray:
+        """Eq. 5, heads merged, projected if there is a projection."""
+        merged = _merged(self.gates(h), self.attended(branches))
+        if "to_out.weight" not in self.weights:
+            return merged
+        return merged @ self.weights["to_out.weight"].T
 
 
-def _gates(h: np.ndarray, weights: Mapping[str, np.ndarray], q_heads: int) -> dict[str, np.ndarray]:
-    """g_c = sigmoid(gates(h)), one number per branch, query head and token: (batch, heads, len)."""
-    gates = _sigmoid(h @ weights["gates.weight"].T + weights["gates.bias"])
-    of_branch = np.split(gates, len(BRANCHES), axis=2)
-    return {branch: g.transpose(0, 2, 1) for branch, g in zip(BRANCHES, of_branch)}
-
-
-def _combined(
-    gates: dict[str, np.ndarray], attended: dict[str, Attention], weights: Mapping[str, np.ndarray]
-) -> np.ndarray:
-    """Eq. 5, heads merged, projected if there is a projection."""
-    out = merge_heads(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
-    return out @ weights["to_out.weight"].T if "to_out.weight" in weights else out
+def _merged(gates: dict[str, np.ndarray], attended: dict[str, np.ndarray]) -> np.ndarray:
+    return merge_heads(sum(gates[c][..., None] * attended[c] for c in BRANCHES))
 
 
 # --- the layer ------------------------------------------------------------------------------------
@@ -327,7 +322,7 @@ def _combined(
 
 def layer(
     x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     *,
     sizes: Sizes,
     semantics: Semantics = PAPER,
@@ -368,17 +363,13 @@ def layer(
     G1, G2; arXiv 2502.11089, eq. 5
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens, branches = _of_all_rows(x, weights, sizes, semantics, block_indices)
-    attended = _attended(branches, semantics)
-    return _combined(_gates(tokens.h, weights, sizes.q_heads), attended, weights)
+    parts = _Parts(weights, sizes, semantics)
+    tokens, branches, _ = parts.of_all_rows(x, block_indices)
+    return parts.out(tokens.h, branches)
 
 
 def layer_block_indices(
-    x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    *,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    x: np.ndarray, weights: Weights, *, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """The blocks that `layer` selects: (batch, selection heads, seq_len, n) int64.
 
@@ -391,16 +382,12 @@ def layer_block_indices(
     I1 to I6
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    _, branches = _of_all_rows(x, weights, sizes, semantics)
-    return branches.block_indices
+    _, _, block_indices = _Parts(weights, sizes, semantics).of_all_rows(x)
+    return block_indices
 
 
 def selection_inputs(
-    x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    *,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    x: np.ndarray, weights: Weights, *, sizes: Sizes, semantics: Semantics = PAPER
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q, k_cmp and mem_k as the layer's selection sees them: rotated if the switch says so.
 
@@ -418,14 +405,14 @@ def selection_inputs(
     I1, G2
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    _, branches = _of_all_rows(x, weights, sizes, semantics)
-    mem_k, k_cmp = np.split(branches.k["compress"], [sizes.num_mem_kv], axis=2)
-    return branches.q["compress"], k_cmp, mem_k
+    _, branches, _ = _Parts(weights, sizes, semantics).of_all_rows(x)
+    mem_k, k_cmp = np.split(branches["compress"].k, [sizes.num_mem_kv], axis=2)
+    return branches["compress"].q, k_cmp, mem_k
 
 
 def layer_vjp(
     x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     d_out: np.ndarray,
     *,
     sizes: Sizes,
@@ -458,11 +445,11 @@ def layer_vjp(
     G1, A3, A4, C4; derived by hand from `layer`
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    tokens, branches = _of_all_rows(x, weights, sizes, semantics, block_indices)
-    attended = _attended(branches, semantics)
-    gates = _gates(tokens.h, weights, sizes.q_heads)
+    parts = _Parts(weights, sizes, semantics)
+    tokens, branches, _ = parts.of_all_rows(x, block_indices)
+    attended, gates = parts.attended(branches), parts.gates(tokens.h)
     d_out = as_float64("d_out", d_out)
-    check_shape("d_out", d_out.shape, _combined(gates, attended, weights).shape)
+    check_shape("d_out", d_out.shape, (*x.shape[:2], layer_width(sizes, semantics)))
     dtype = np.result_type(x, d_out, *weights.values())
     dweights = {name: np.zeros(weight.shape, dtype=dtype) for name, weight in weights.items()}
     dh = np.zeros(tokens.h.shape, dtype=dtype)
@@ -474,8 +461,8 @@ def layer_vjp(
 
     d_heads = d_out
     if "to_out.weight" in weights:
-        combined = merge_heads(sum(gates[c][..., None] * attended[c].out for c in BRANCHES))
-        dweights["to_out.weight"] += np.einsum("bto,bti->oi", d_out, combined)
+        merged = _merged(gates, attended)
+        dweights["to_out.weight"] += np.einsum("bto,bti->oi", d_out, merged)
         d_heads = d_out @ weights["to_out.weight"]
     d_heads = split_heads(d_heads, sizes.q_heads)
 
@@ -483,19 +470,14 @@ def layer_vjp(
     dq = np.zeros(tokens.q.shape, dtype=dtype)
     p = np.arange(x.shape[1])
     for branch in BRANCHES:
-        g, out = gates[branch], attended[branch].out
-        dg = (d_heads * out).sum(axis=3)
+        g = gates[branch]
+        dg = (d_heads * attended[branch]).sum(axis=3)
         d_logits.append((dg * g * (1 - g)).transpose(0, 2, 1))
-        dq_c, dk_c, dv_c = attend_vjp(
-            branches.q[branch],
-            branches.k[branch],
-            branches.v[branch],
-            branches.mask[branch],
-            g[..., None] * d_heads,
-            empty_row=getattr(semantics.empty_row, branch),
-        )
+        empty_row = getattr(semantics.empty_row, branch)
+        dO = g[..., None] * d_heads
+        dq_c, dk_c, dv_c = attend_vjp(*branches[branch], dO, empty_row=empty_row)
         if branch == "compress":
-            dk_c, dv_c = _through_pool(dk_c, dv_c, tokens, weights, sizes, semantics, dweights)
+            dk_c, dv_c = parts.through_pool(dk_c, dv_c, tokens, dweights)
         elif is_rotated(semantics, branch):
             dk_c = rotate(dk_c, -p)
         dq += rotate(dq_c, -p) if is_rotated(semantics, branch) else dq_c
@@ -515,42 +497,11 @@ def layer_vjp(
     return dx, dweights
 
 
-def _through_pool(
-    dk: np.ndarray,
-    dv: np.ndarray,
-    tokens: _Tokens,
-    weights: Mapping[str, np.ndarray],
-    sizes: Sizes,
-    semantics: Semantics,
-    dweights: dict[str, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of the tokens from those of the compress branch's columns: memory, then blocks."""
-    memory = sizes.num_mem_kv
-    dweights["mem_k"] += dk[:, :, :memory].sum(axis=0)
-    dweights["mem_v"] += dv[:, :, :memory].sum(axis=0)
-    dk_cmp, dv_cmp = dk[:, :, memory:], dv[:, :, memory:]
-    if semantics.rotary == "all":
-        i = np.arange(dk_cmp.shape[2])
-        dk_cmp = rotate(dk_cmp, -i * sizes.compress_block_sliding_stride)
-    k, v = _turned_tokens(tokens.k["compress"], semantics), tokens.v["compress"]
-    found = []
-    for kind, of_tokens, d_cmp in (("k", k, dk_cmp), ("v", v, dv_cmp)):
-        d_tokens, d_map = pool_vjp(of_tokens, map_weights(weights, kind), d_cmp, sizes, semantics)
-        for name, gradient in d_map.items():
-            dweights[f"compress_{kind}.{name}"] += gradient
-        found.append(d_tokens)
-    return _turned_tokens(found[0], semantics, back=True), found[1]
-
-
 # --- decoding, and batches of sequences -----------------------------------------------------------
 
 
 def decode(
-    x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    *,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    x: np.ndarray, weights: Weights, *, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """The same rows as `layer`, one token after the other through a cache.
 
@@ -583,44 +534,25 @@ def decode(
 
     k = dict.fromkeys(BRANCHES, none(sizes.head_dim))
     v = dict.fromkeys(BRANCHES, none(sizes.value_dim))
-    k_cmp, v_cmp = none(sizes.head_dim), none(sizes.value_dim)
+    blocks = {"k": none(sizes.head_dim), "v": none(sizes.value_dim)}
     out = np.zeros((batch, seq_len, layer_width(sizes, semantics)), dtype=dtype)
+    parts = _Parts(weights, sizes, semantics)
     for t in range(seq_len):
-        new = _tokens(x[:, t : t + 1], weights, sizes, semantics)
+        new = parts.tokens(x[:, t : t + 1])
         k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
         v = {c: np.concatenate([v[c], new.v[c]], axis=2) for c in BRANCHES}
-        if num_compress_blocks(t + 1, sizes, semantics) > k_cmp.shape[2]:
-            turned = _turned_tokens(k["compress"], semantics)
-            new_k = _last_window(turned, weights, "k", sizes, semantics)
-            new_v = _last_window(v["compress"], weights, "v", sizes, semantics)
-            k_cmp = np.concatenate([k_cmp, new_k], axis=2)
-            v_cmp = np.concatenate([v_cmp, new_v], axis=2)
         cache = _Tokens(new.h, new.q, k, v)
-        branches = _branches(new.q, cache, k_cmp, v_cmp, weights, sizes, semantics, None)
-        attended = _attended(branches, semantics)
-        out[:, t : t + 1] = _combined(_gates(new.h, weights, sizes.q_heads), attended, weights)
+        if num_compress_blocks(t + 1, sizes, semantics) > blocks["k"].shape[2]:
+            last = parts.last_block(cache)
+            blocks = {kind: np.concatenate([blocks[kind], last[kind]], axis=2) for kind in blocks}
+        branches, _ = parts.branches(cache, blocks, None)
+        out[:, t : t + 1] = parts.out(new.h, branches)
     return out
-
-
-def _last_window(
-    tokens: np.ndarray,
-    weights: Mapping[str, np.ndarray],
-    kind: str,
-    sizes: Sizes,
-    semantics: Semantics,
-) -> np.ndarray:
-    """The one block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
-    size = sizes.compress_block_size
-    missing = max(0, size - tokens.shape[2])
-    window = np.pad(tokens, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
-    # l tokens are one window that starts at the first of them, whatever the alignment was
-    semantics = dataclasses.replace(semantics, compress_alignment="start")
-    return _pooled(window, weights, kind, sizes, semantics)
 
 
 def varlen(
     x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     cu_seqlens: np.ndarray,
     *,
     sizes: Sizes,
@@ -646,18 +578,15 @@ def varlen(
     """
     x = as_float64("x", x)
     check_shape("x", x.shape, ("total tokens", sizes.model_dim))
-    offsets = check_cu_seqlens(cu_seqlens, x.shape[0])
-    rows = [
-        layer(x[None, start:stop], weights, sizes=sizes, semantics=semantics)[0]
-        for start, stop in itertools.pairwise(offsets)
-    ]
-    none = layer(x[None, :0], weights, sizes=sizes, semantics=semantics)[0]
-    return np.concatenate([none, *rows], axis=0)
+    # without a sequence, the rows of no token have the width and the checks of `layer`
+    spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
+    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
+    return np.concatenate([layer(x[None, i:j], weights, **how)[0] for i, j in spans])
 
 
 def varlen_vjp(
     x: np.ndarray,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     cu_seqlens: np.ndarray,
     d_out: np.ndarray,
     *,
@@ -688,23 +617,18 @@ def varlen_vjp(
     x, d_out = as_float64("x", x), as_float64("d_out", d_out)
     check_shape("x", x.shape, ("total tokens", sizes.model_dim))
     check_shape("d_out", d_out.shape, (x.shape[0], "out_dim"))
-    offsets = check_cu_seqlens(cu_seqlens, x.shape[0])
+    spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
-    none, total = layer_vjp(x[None, :0], weights, d_out[None, :0], **how)
-    rows = [none[0]]
-    for start, stop in itertools.pairwise(offsets):
-        dx, dweights = layer_vjp(x[None, start:stop], weights, d_out[None, start:stop], **how)
-        rows.append(dx[0])
-        total = {name: total[name] + dweights[name] for name in total}
-    return np.concatenate(rows, axis=0), total
+    each = [layer_vjp(x[None, i:j], weights, d_out[None, i:j], **how) for i, j in spans]
+    rows, dweights = zip(*each)
+    total = {name: np.sum([dw[name] for dw in dweights], axis=0) for name in dweights[0]}
+    return np.concatenate([dx[0] for dx in rows]), total
 
 
 def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
-    """The offsets as a list, if they start at 0, never decrease and end at `tokens`.
+    """The offsets, if they are integers that start at 0, never decrease and end at `tokens`.
 
-    Raises
-    ------
-    ValueError, TypeError : otherwise
+    Raises ValueError or TypeError otherwise.
     """
     array = np.asarray(cu_seqlens)
     check_shape("cu_seqlens", array.shape, ("sequences + 1",))
@@ -713,8 +637,12 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
         check_integer("cu_seqlens", offset)
     rising = all(start <= stop for start, stop in itertools.pairwise(offsets))
     if not offsets or offsets[0] != 0 or offsets[-1] != tokens or not rising:
+        # six of either end at most, so that a long batch leaves the message readable
+        shown = np.array2string(
+            array, 1000, threshold=12, edgeitems=6, separator=", ", formatter={"all": str}
+        )
         raise ValueError(
-            f"cu_seqlens={offsets} must start at 0, never decrease and end at the number of "
+            f"cu_seqlens={shown} must start at 0, never decrease and end at the number of "
             f"tokens, {tokens}."
         )
     return offsets
@@ -723,12 +651,7 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
 def layer_arguments(
     x: ArrayLike, weights: Mapping[str, ArrayLike], sizes: Sizes, semantics: Semantics
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """x and the weights as float64.
-
-    Raises
-    ------
-    ValueError, TypeError : as `layer`
-    """
+    """x and the weights as float64; what fits nothing is refused as by `layer`."""
     shapes = layer_weight_shapes(sizes, semantics)
     x = as_float64("x", x)
     check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))

@@ -289,6 +289,7 @@ PACKED = {"x": np.zeros((7, 2)), "cu_seqlens": np.array([0, 7])}
                 (ValueError, "must start at 0, never decrease", [0, 5, 4, 7]),
                 (ValueError, "end at the number of tokens, 7", [0, 6]),
                 (ValueError, "cu_seqlens=[] must start at 0", []),
+                (ValueError, "=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] must", range(1, 16)),
                 (TypeError, "cu_seqlens=0.0 must be an integer", [0.0, 7.0]),
                 (ValueError, "cu_seqlens has shape (1, 2)", [[0, 7]]),
             )
