@@ -15,13 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import (
-    as_float64,
-    check_at_least,
-    check_multiple,
-    check_one_of,
-    check_shape,
-)
+from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_one_of, check_shape
 
 
 class Attention(NamedTuple):
@@ -178,12 +172,7 @@ def attend_vjp(
 def attention_arguments(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: ArrayLike, scale: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """The arguments that `attend` and `attend_vjp` share: float64, mask broadcast, scale set.
-
-    Raises
-    ------
-    ValueError, TypeError : as `attend`
-    """
+    """What `attend` and `attend_vjp` share and check: float64, mask broadcast, scale set."""
     q, k, v, mask = as_float64("q", q), as_float64("k", k), as_float64("v", v), np.asarray(mask)
     check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
@@ -192,13 +181,8 @@ def attention_arguments(
     _, kv_heads, columns, _ = k.shape
     check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
     check_at_least("kv_heads (axis 1 of k)", kv_heads, 1)
-    check_multiple(
-        "q_heads (axis 1 of q)",
-        q_heads,
-        "kv_heads (axis 1 of k)",
-        kv_heads,
-        why="query head h reads kv head h // (q_heads // kv_heads)",
-    )
+    why = "query head h reads kv head h // (q_heads // kv_heads)"
+    check_multiple("q_heads (axis 1 of q)", q_heads, "kv_heads (axis 1 of k)", kv_heads, why=why)
     if mask.dtype.kind not in "iub":
         raise TypeError(
             f"mask has dtype {mask.dtype}; it must be integer or bool: how often each key counts."

@@ -104,11 +104,7 @@ def compress_mask(
 
 
 def fine_mask(
-    q_len: int,
-    kv_len: int,
-    block_indices: np.ndarray,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    q_len: int, kv_len: int, block_indices: np.ndarray, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """Keys that each query reads in the fine branch: the tokens of its selected blocks.
 
@@ -145,13 +141,8 @@ def fine_mask(
     check_block_indices(block_indices, q_len)
     batch, heads, _, _ = block_indices.shape
     check_at_least("heads (axis 1 of block_indices)", heads, 1)
-    check_multiple(
-        "q_heads",
-        sizes.q_heads,
-        "heads (axis 1 of block_indices)",
-        heads,
-        why="query heads share a choice of blocks in equal groups",
-    )
+    why = "query heads share a choice of blocks in equal groups"
+    check_multiple("q_heads", sizes.q_heads, "heads (axis 1 of block_indices)", heads, why=why)
     group = sizes.q_heads // heads
     size = sizes.selection_block_size
 

@@ -140,15 +140,10 @@ def shared_strides(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> n
     I2; arXiv 2502.11089, eq. 9
     """
     windows = compress_windows(kv_len, sizes, semantics)
-    d, size = sizes.compress_block_sliding_stride, sizes.selection_block_size
-    check_multiple(
-        "compress_block_size",
-        sizes.compress_block_size,
-        "compress_block_sliding_stride",
-        d,
-        why="eq. 9 counts the overlap of windows and blocks in whole strides",
-    )
-    num_blocks = num_selection_blocks(kv_len, sizes)
+    length, d = sizes.compress_block_size, sizes.compress_block_sliding_stride
+    why = "eq. 9 counts the overlap of windows and blocks in whole strides"
+    check_multiple("compress_block_size", length, "compress_block_sliding_stride", d, why=why)
+    size, num_blocks = sizes.selection_block_size, num_selection_blocks(kv_len, sizes)
     count = np.zeros((len(windows), num_blocks), dtype=np.int64)
     for i, (start, stop) in enumerate(windows):
         for block in range(num_blocks):

@@ -74,17 +74,9 @@ class Semantics:
     output_projection: bool = False
 
     def __post_init__(self) -> None:
-        for switch in (
-            "causal",
-            "window_closed",
-            "compress_strict",
-            "share_selection",
-            "own_block_extra",
-            "kv_per_branch",
-            "input_norm",
-            "output_projection",
-        ):
-            check_bool(switch, getattr(self, switch))
+        for field in dataclasses.fields(Semantics):
+            if field.type == "bool":
+                check_bool(field.name, getattr(self, field.name))
         check_one_of("compress_alignment", self.compress_alignment, ("start", "end"))
         check_one_of("importance", self.importance, ("overlap", "logit_mean"))
         check_one_of("duplicates", self.duplicates, ("set", "multiset"))
@@ -131,11 +123,9 @@ class Semantics:
         values = dict(fields)
         for name in ("empty_row", "empty_lse"):
             rows = values[name]
-            if not isinstance(rows, dict) or set(rows) != set(PerBranch._fields):
-                raise ValueError(
-                    f"{name}={rows!r} must have one value for each of "
-                    f"{', '.join(PerBranch._fields)}."
-                )
+            if not isinstance(rows, dict) or set(rows) != set(BRANCHES):
+                listed = ", ".join(BRANCHES)
+                raise ValueError(f"{name}={rows!r} must have one value for each of {listed}.")
         lse = {b: _number_from_json("empty_lse", x) for b, x in values["empty_lse"].items()}
         values["empty_row"] = PerBranch(**values["empty_row"])
         values["empty_lse"] = PerBranch(**lse)
@@ -182,10 +172,7 @@ LUCIDRAINS = Semantics(
 )
 
 LUCIDRAINS_FLEX = dataclasses.replace(
-    LUCIDRAINS,
-    score_floor=None,
-    duplicates="set",
-    empty_row=PerBranch("zero", "zero", "zero"),
+    LUCIDRAINS, score_floor=None, duplicates="set", empty_row=PerBranch("zero", "zero", "zero")
 )
 
 FLA = Semantics(

@@ -6,11 +6,21 @@ l' = selection_block_size, n = num_selected_blocks, w = sliding_window_size.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
 
 COMPRESS_MAPS = ("mean", "linear", "linear_per_head", "mlp")
+
+#: These may be 0; every other size is at least 1.
+MAY_BE_ZERO = (
+    "num_selected_blocks",
+    "num_initial_blocks",
+    "num_local_blocks",
+    "sliding_window_size",
+    "num_mem_kv",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,36 +52,15 @@ class Sizes:
     model_dim: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("q_heads", 1),
-            ("kv_heads", 1),
-            ("head_dim", 1),
-            ("value_dim", 1),
-            ("compress_block_size", 1),
-            ("compress_block_sliding_stride", 1),
-            ("selection_block_size", 1),
-            ("num_selected_blocks", 0),
-            ("num_initial_blocks", 0),
-            ("num_local_blocks", 0),
-            ("sliding_window_size", 0),
-            ("num_mem_kv", 0),
-            ("model_dim", 1),
-        ):
-            check_at_least(name, getattr(self, name), least)
-        check_multiple(
-            "q_heads",
-            self.q_heads,
-            "kv_heads",
-            self.kv_heads,
-            why="every kv head serves a group of equally many query heads",
-        )
-        check_multiple(
-            "selection_block_size",
-            self.selection_block_size,
-            "compress_block_sliding_stride",
-            self.compress_block_sliding_stride,
-            why="eq. 9 counts the overlap of blocks in whole strides",
-        )
+        for field in dataclasses.fields(Sizes):
+            if field.type == "int":
+                least = 0 if field.name in MAY_BE_ZERO else 1
+                check_at_least(field.name, getattr(self, field.name), least)
+        why = "every kv head serves a group of equally many query heads"
+        check_multiple("q_heads", self.q_heads, "kv_heads", self.kv_heads, why=why)
+        size, d = self.selection_block_size, self.compress_block_sliding_stride
+        why = "eq. 9 counts the overlap of blocks in whole strides"
+        check_multiple("selection_block_size", size, "compress_block_sliding_stride", d, why=why)
         check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
         check_bool("compress_positions", self.compress_positions)
 
