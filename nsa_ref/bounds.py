@@ -154,11 +154,8 @@ def rounded_attention(
 
     Source: NUMERICS 2; the quantities are those of A1 and A3
     """
-    shapes = (
-        (*q.value.shape[:3], v.value.shape[3]),
-        q.value.shape[:3],
-        *(x.value.shape for x in (q, k, v)),
-    )
+    rows = q.value.shape[:3]
+    shapes = (*rows, v.value.shape[3]), rows, *(x.value.shape for x in (q, k, v))
     found = RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes))
     for b, g, heads, x in groups(q, k, v, d_out, mask=mask, d_lse=d_lse, scale=scale):
         places: tuple[slice | int, ...] = (heads, heads, heads, g, g)
@@ -258,7 +255,7 @@ class Group:
             return
         self.d_lse = d_lse.reshape(rows, 1) * ~empty
         self.dp = np.where(visible, d_out_ @ v_.T, 0.0)
-        self.delta = np.sum(d_out_ * self.out, axis=1, keepdims=True)
+        self.delta = _over_keys(d_out_ * self.out)
         self.r = np.where(visible, self.dp - self.delta + self.d_lse, 0.0)
         self.ds = self.p * self.r
         self.dq, self.dk = scale * self.ds @ k_, scale * self.ds.T @ q_
@@ -293,6 +290,11 @@ class Group:
             seen = np.where(self.visible[part, :, None], deviation, 0.0)
             furthest[part] = np.max(seen, axis=1, initial=0.0)
         return total, furthest
+
+
+def _over_keys(terms: Array) -> Array:
+    """The sum of a row: (rows, 1)."""
+    return np.sum(terms, axis=1, keepdims=True)
 
 
 def _group_bounds(x: Group, row: Numerics, form: str) -> list[Rounded]:
@@ -386,7 +388,7 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
         + x.moved  # q and k that are off already
     ) * x.visible
     pe = _weight_error(x, d, c_exp)
-    z = _smallest_total(d, np.sum(x.p * (-np.expm1(-d) + c_exp), axis=1, keepdims=True), c_exp)
+    z = _smallest_total(d, _over_keys(x.p * (-np.expm1(-d) + c_exp)), c_exp)
     acc = row.accumulate(x.n + x.blocks)  # acc(n'): one more rounding per rescaling
     u_v = row.u_p + row.u_operands  # P and v as P V reads them
 
@@ -405,7 +407,7 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
 
     log_terms = row.u_lse + C_SCALE * u_e * (np.abs(x.m) + np.abs(x.lse) + 2.0 * x.moved_row)
     from_weights = (
-        np.maximum(np.log1p(np.sum(pe, axis=1, keepdims=True)), -np.log(z))
+        np.maximum(np.log1p(_over_keys(pe)), -np.log(z))
         + acc  # adding the weights up
         + c_exp * (x.blocks + 1)  # one exp per rescaling
     )
@@ -438,7 +440,7 @@ def _statistical_forward(x: Group, row: Numerics) -> _Forward:
     d *= x.visible
     pe = _weight_error(x, d, c_exp)
     common = C_SCALE * u_e
-    spread = LAMBDA * np.sqrt(np.sum(pe**2, axis=1, keepdims=True))
+    spread = LAMBDA * np.sqrt(_over_keys(pe**2))
     z = _smallest_total(d, spread, c_exp)
     acc = row.accumulate(x.n + x.blocks, "statistical")
     u_v = row.u_p + row.u_operands
@@ -447,7 +449,7 @@ def _statistical_forward(x: Group, row: Numerics) -> _Forward:
     size = x.p @ x.v.size
     core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v.value**2) + (acc * size) ** 2) / z
     ps = x.p * x.s
-    mean_s = ps.sum(axis=1, keepdims=True)
+    mean_s = _over_keys(ps)
     core += common * np.abs(ps @ x.v.value - mean_s * x.out)  # the common factor, signed
     cap = furthest + (u_v + acc) * np.maximum(size, np.abs(x.out) + furthest)
     error = np.minimum(core, cap)
@@ -514,7 +516,7 @@ def _not_one(x: Group, row: Numerics, pb: Array) -> Array:
     error = pb * (each * (1.0 + C_EXP * u_e) - 1.0)
     if row.rounds_every_operation:
         error = error + row.u_p * pb + row.eta * x.visible
-    return np.sum(error, axis=1, keepdims=True)
+    return _over_keys(error)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -542,29 +544,23 @@ def _deterministic_backward(
         moved = x.d_out.error @ x.v.size.T + np.abs(x.d_out.value) @ x.v.error.T
         ddp += (1.0 + row.u_dp) * moved * visible
     # delta as dO . O, from the stored O
-    through_out = np.sum(d_out * forward.out, axis=1, keepdims=True)
-    d_delta = through_out + row.accumulate(value_dim) * np.sum(
-        d_out * (np.abs(x.out) + forward.out), axis=1, keepdims=True
-    )
+    through_out = _over_keys(d_out * forward.out)
+    sizes = _over_keys(d_out * (np.abs(x.out) + forward.out))
+    d_delta = through_out + row.accumulate(value_dim) * sizes
     deviation = np.abs(x.dp - x.delta) * visible
     if x.perturbed:
         # errors of the logits are large here, and move O by sum P e (v - o): dO of that is
         # sum P e (dP - D), which is less than dO of its size
-        less = np.sum(d_out * forward.by_logits, axis=1, keepdims=True)
-        moved = np.sum(forward.pe * deviation, axis=1, keepdims=True) / forward.z
-        moved += np.sum(x.d_out.error * forward.by_logits, axis=1, keepdims=True)
+        less = _over_keys(d_out * forward.by_logits)
+        moved = _over_keys(forward.pe * deviation) / forward.z
+        moved += _over_keys(x.d_out.error * forward.by_logits)
         d_delta -= np.maximum(less - moved, 0.0)
-        d_delta += np.sum(x.d_out.error * np.abs(x.out), axis=1, keepdims=True)
+        d_delta += _over_keys(x.d_out.error * np.abs(x.out))
     # delta as sum P dP (autograd's softmax): (P^ - P) (dP - D) + D (sum P^ - 1) + P (dP^ - dP)
-    by_p = np.sum(
-        pe * (deviation + np.abs(x.delta))
-        + pb * ddp
-        + row.accumulate(x.n) * pb * (np.abs(x.dp) + ddp),
-        axis=1,
-        keepdims=True,
-    )
+    by_p = pe * (deviation + np.abs(x.delta)) + pb * ddp
+    by_p = _over_keys(by_p + row.accumulate(x.n) * pb * (np.abs(x.dp) + ddp))
     if x.perturbed:  # whatever the logits, P sums to 1 but for rounding
-        too_much = np.sum(pe, axis=1, keepdims=True) - _not_one(x, row, pb)
+        too_much = _over_keys(pe) - _not_one(x, row, pb)
         by_p -= np.maximum(too_much, 0.0) * np.abs(x.delta)
     d_delta = np.maximum(d_delta, by_p)
     d_delta += row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse) + d_delta)  # stored
@@ -585,23 +581,31 @@ def _deterministic_backward(
     dq += (abs_ds + through_delta) @ x.k.error
     dq += row.accumulate(x.n) * ((abs_ds + ds + through_delta) @ abs_k)
     dq += x.n * row.eta_accumulate
-    dq = _store(x.scale * dq, x.dq, row)
     # dk, dv: summed over the queries and the heads of the group
     acc = row.accumulate(x.n_col)
     dk = ds_all.T @ abs_q + acc * ((abs_ds + ds_all).T @ abs_q)
     dk += abs_ds.T @ x.q.error
     dk += x.n_col * row.eta_accumulate
-    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row)
     dv = pe_dv.T @ d_out + acc * ((x.p + pe_dv).T @ d_out)
     dv += x.p.T @ x.d_out.error
-    dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate  # P underflows
-    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out.value), row)
-    return dq, dk, dv, ds_all
+    return *_stored_gradients(x, row, dq, dk, dv), ds_all
 
 
 def _eta_ds(x: Group, row: Numerics) -> float:
     """Underflow of dS: stored before the scale, after it, or (eager) both."""
     return row.eta * (1.0 + (1.0 / x.scale if x.scale else 0.0))
+
+
+def _stored_gradients(
+    x: Group, row: Numerics, dq: Array, dk: Array, dv: Array
+) -> tuple[Array, Array, Array]:
+    """The errors of dq and dk before the scale, and of dv before P underflows: once stored."""
+    lost = row.eta * (x.multiplicity.T @ x.d_out.size) + x.n_col * row.eta_accumulate
+    return (
+        _store(x.scale * dq, x.dq, row),
+        _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row),
+        _store_group(dv + lost, x.dv, x.by_head(x.p, x.d_out.value), row),
+    )
 
 
 def _store(error: Array, reference: Array, row: Numerics) -> Array:
@@ -647,28 +651,24 @@ def _statistical_backward(
     )
     ddp = (ddp + value_dim * row.eta_accumulate) * visible
     acc = row.accumulate(x.n + x.blocks, "statistical")
-    size = np.sum(d_out * np.abs(x.out), axis=1, keepdims=True)
-
-    def over_keys(terms: Array) -> Array:
-        return np.sum(terms, axis=1, keepdims=True)
-
+    size = _over_keys(d_out * np.abs(x.out))
     r_out = x.r - x.d_lse * visible  # dP - D: what O's errors reach delta through
     by_out = (  # delta as dO . O
-        row.u_store**2 * over_keys((x.d_out.value * x.out) ** 2)  # O as stored
-        + over_keys((pe * r_out) ** 2)  # logits and exp
-        + (acc * over_keys(d_out * (x.p @ x.v.size))) ** 2  # P V
+        row.u_store**2 * _over_keys((x.d_out.value * x.out) ** 2)  # O as stored
+        + _over_keys((pe * r_out) ** 2)  # logits and exp
+        + (acc * _over_keys(d_out * (x.p @ x.v.size))) ** 2  # P V
         + (row.accumulate(value_dim, "statistical") * size) ** 2  # dO . O
         + (C_DIV * u_e * size) ** 2  # the row total
     )
     by_p = (  # delta as sum P dP: here P need not add up to 1, and lse's error meets delta
-        over_keys((pe * x.dp) ** 2)
+        _over_keys((pe * x.dp) ** 2)
         + (s_lse * x.delta) ** 2
-        + over_keys((x.p * ddp) ** 2)
-        + (acc * over_keys(x.p * np.abs(x.dp))) ** 2
+        + _over_keys((x.p * ddp) ** 2)
+        + (acc * _over_keys(x.p * np.abs(x.dp))) ** 2
     )
     s_delta = np.sqrt(
         np.maximum(by_out, by_p)
-        + u_v**2 * over_keys((x.p * x.dp) ** 2)  # P as P V or P dP reads it
+        + u_v**2 * _over_keys((x.p * x.dp) ** 2)  # P as P V or P dP reads it
         + (row.u_delta * (np.abs(x.delta) + np.abs(x.d_lse))) ** 2  # delta as stored
         + (4.0 * u_e * x.d_lse) ** 2  # ln 2, and d_lse joins delta or dP
     )
@@ -678,7 +678,7 @@ def _statistical_backward(
     )
     eta_ds, dss = _eta_ds(x, row), x.ds * x.s
     # the common factor c of all logits: P moves by c s (and by the lse), delta by c sum dS s
-    delta_common = np.abs(over_keys(x.p * r_out * x.s))
+    delta_common = np.abs(_over_keys(x.p * r_out * x.s))
 
     abs_k, abs_q = x.k.size, x.q.size
     dq = LAMBDA * np.sqrt(
@@ -689,22 +689,18 @@ def _statistical_backward(
     )
     dq += common * (2.0 * np.abs(dss @ k) + delta_common * np.abs(x.p @ k))
     dq += eta_ds * (x.multiplicity @ abs_k) + x.n * row.eta_accumulate
-    dq = _store(x.scale * dq, x.dq, row)
 
     acc = row.accumulate(x.n_col, "statistical")
     shared = (x.p * s_delta) ** 2 + (x.ds * s_lse) ** 2
     dk = LAMBDA * np.sqrt((s_ds**2 + shared).T @ q**2 + (acc * (np.abs(x.ds).T @ abs_q)) ** 2)
     dk += common * ((2.0 * np.abs(dss) + x.p * delta_common).T @ abs_q)
     dk += eta_ds * (x.multiplicity.T @ abs_q) + x.n_col * row.eta_accumulate
-    dk = _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row)
 
     dv = LAMBDA * np.sqrt(
         (pe_dv**2 + (x.p * s_lse) ** 2).T @ d_out**2 + (acc * (x.p.T @ d_out)) ** 2
     )
     dv += 2.0 * common * ((x.p * np.abs(x.s)).T @ d_out)
-    dv += row.eta * (x.multiplicity.T @ d_out) + x.n_col * row.eta_accumulate
-    dv = _store_group(dv, x.dv, x.by_head(x.p, x.d_out.value), row)
-    return dq, dk, dv, LAMBDA * np.sqrt(s_ds**2 + shared)
+    return *_stored_gradients(x, row, dq, dk, dv), LAMBDA * np.sqrt(s_ds**2 + shared)
 
 
 class Slope(NamedTuple):
