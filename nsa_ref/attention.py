@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_one_of, check_shape
+from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_one_of
 
 
 class Attention(NamedTuple):
@@ -139,12 +139,9 @@ def attend_vjp(
     check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
     batch, q_heads, q_len, columns = mask.shape
     group = q_heads // k.shape[1]
-    d_out = as_float64("d_out", d_out)
-    check_shape("d_out", d_out.shape, (batch, q_heads, q_len, v.shape[3]))
-    if d_lse is None:
-        d_lse = np.zeros((batch, q_heads, q_len))
-    d_lse = as_float64("d_lse", d_lse)
-    check_shape("d_lse", d_lse.shape, (batch, q_heads, q_len))
+    rows = batch, q_heads, q_len
+    d_out = as_float64("d_out", d_out, (*rows, v.shape[3]))
+    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse, rows)
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
@@ -173,16 +170,16 @@ def attention_arguments(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: ArrayLike, scale: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
     """What `attend` and `attend_vjp` share and check: float64, mask broadcast, scale set."""
-    q, k, v, mask = as_float64("q", q), as_float64("k", k), as_float64("v", v), np.asarray(mask)
-    check_shape("q", q.shape, ("batch", "q_heads", "q_len", "head_dim"))
+    q = as_float64("q", q, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
     check_at_least("head_dim (axis 3 of q)", head_dim, 1)
-    check_shape("k", k.shape, (batch, "kv_heads", "columns", head_dim))
+    k = as_float64("k", k, (batch, "kv_heads", "columns", head_dim))
     _, kv_heads, columns, _ = k.shape
-    check_shape("v", v.shape, (batch, kv_heads, columns, "value_dim"))
+    v = as_float64("v", v, (batch, kv_heads, columns, "value_dim"))
     check_at_least("kv_heads (axis 1 of k)", kv_heads, 1)
     why = "query head h reads kv head h // (q_heads // kv_heads)"
     check_multiple("q_heads (axis 1 of q)", q_heads, "kv_heads (axis 1 of k)", kv_heads, why=why)
+    mask = np.asarray(mask)
     if mask.dtype.kind not in "iub":
         raise TypeError(
             f"mask has dtype {mask.dtype}; it must be integer or bool: how often each key counts."

@@ -109,8 +109,7 @@ def attention_bounds(
         raise ValueError("d_lse was given without d_out: pass zeros for d_out.")
     if d_out is not None:
         check_shape("d_out", inputs["d_out"].value.shape, (*rows, of_v.shape[3]))
-    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse)
-    check_shape("d_lse", d_lse.shape, rows)
+    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse, rows)
     off = [name for name, x in inputs.items() if x.error.any()]
     if off and form != "deterministic":
         raise ValueError(f"{off[0]} is off, and form={form!r} takes exact inputs.")
@@ -738,12 +737,10 @@ def slope_test(
     ------
     NUMERICS 2, "Slope test"
     """
-    error, reference, bound, shared = (
-        np.asarray(x, dtype=np.float64) for x in (error, reference, statistical_bound, shared_bound)
-    )
-    check_shape("error", error.shape, reference.shape)
-    check_shape("statistical_bound", bound.shape, reference.shape)
-    check_shape("shared_bound", shared.shape, reference.shape)
+    reference = as_float64("reference", reference)
+    error = as_float64("error", error, reference.shape)
+    bound = as_float64("statistical_bound", statistical_bound, reference.shape)
+    shared = as_float64("shared_bound", shared_bound, reference.shape)
     size = np.max(np.abs(reference), initial=0.0)
     if size == 0.0 or not np.all(np.isfinite(bound + shared)):
         return Slope(0.0, math.inf)

@@ -58,12 +58,14 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ..
         raise ValueError(f"{name} has shape {tuple(shape)}; it must be ({wanted}).")
 
 
-def as_float64(name: str, x: object) -> np.ndarray:
-    """The numbers of x as float64, or complex128 where they are complex.
+def as_float64(name: str, x: object, shape: tuple[int | str, ...] | None = None) -> np.ndarray:
+    """The numbers of x as float64, or complex128 where they are complex; of this shape, if given.
 
-    Raises TypeError, with the argument's name, for what holds no numbers.
+    Raises TypeError, with the argument's name, for what holds no numbers, and as `check_shape`.
     """
     array = np.asarray(x)
+    if shape is not None:
+        check_shape(name, array.shape, shape)
     if array.dtype.kind == "c":
         return array.astype(np.complex128)
     try:
@@ -86,8 +88,4 @@ def as_weights(
             f"weights lacks {missing} and has the unknown names {unknown}; it must have "
             f"{sorted(shapes)}."
         )
-    checked = {}
-    for name, shape in shapes.items():
-        checked[name] = as_float64(f"weights[{name!r}]", weights[name])
-        check_shape(f"weights[{name!r}]", checked[name].shape, shape)
-    return checked
+    return {n: as_float64(f"weights[{n!r}]", weights[n], shape) for n, shape in shapes.items()}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import as_float64, as_weights, check_at_least, check_shape
+from nsa_ref.checks import as_float64, as_weights, check_at_least
 from nsa_ref.semantics import PAPER, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, check_sizes
 
@@ -199,8 +199,7 @@ def pool_vjp(
     batch, kv_heads, kv_len, dim = x.shape
     windows = compress_windows(kv_len, sizes, semantics)
     size, compress_map = sizes.compress_block_size, sizes.compress_map
-    d_out = as_float64("d_out", d_out)
-    check_shape("d_out", d_out.shape, (batch, kv_heads, len(windows), dim))
+    d_out = as_float64("d_out", d_out, (batch, kv_heads, len(windows), dim))
     dtype = np.result_type(x, d_out, *weights.values())
     dx = np.zeros(x.shape, dtype=dtype)
     dweights = {name: np.zeros(weight.shape, dtype=dtype) for name, weight in weights.items()}
@@ -247,6 +246,5 @@ def pool_arguments(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """x and the weights as float64, of the right names and shapes."""
     check_sizes(sizes)
-    x = as_float64("x", x)
-    check_shape("x", x.shape, ("batch", sizes.kv_heads, "kv_len", "dim"))
+    x = as_float64("x", x, ("batch", sizes.kv_heads, "kv_len", "dim"))
     return x, as_weights(weights, pool_weight_shapes(sizes, x.shape[3]))

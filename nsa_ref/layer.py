@@ -116,9 +116,9 @@ def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     ------
     G2; RoFormer, arXiv 2104.09864, eq. 34
     """
-    x, positions = as_float64("x", x), as_float64("positions", positions)
+    x = as_float64("x", x)
     length, dim = x.shape[-2:]
-    check_shape("positions", positions.shape, (length,))
+    positions = as_float64("positions", positions, (length,))
     if dim % 2:
         raise ValueError(
             f"head_dim={dim} must be even: rotary embedding turns pairs of features. Try {dim + 1}."
@@ -448,8 +448,7 @@ def layer_vjp(
     parts = _Parts(weights, sizes, semantics)
     tokens, branches, _ = parts.of_all_rows(x, block_indices)
     attended, gates = parts.attended(branches), parts.gates(tokens.h)
-    d_out = as_float64("d_out", d_out)
-    check_shape("d_out", d_out.shape, (*x.shape[:2], layer_width(sizes, semantics)))
+    d_out = as_float64("d_out", d_out, (*x.shape[:2], layer_width(sizes, semantics)))
     dtype = np.result_type(x, d_out, *weights.values())
     dweights = {name: np.zeros(weight.shape, dtype=dtype) for name, weight in weights.items()}
     dh = np.zeros(tokens.h.shape, dtype=dtype)
@@ -576,8 +575,7 @@ def varlen(
     ------
     G4
     """
-    x = as_float64("x", x)
-    check_shape("x", x.shape, ("total tokens", sizes.model_dim))
+    x = as_float64("x", x, ("total tokens", sizes.model_dim))
     # without a sequence, the rows of no token have the width and the checks of `layer`
     spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
@@ -614,9 +612,8 @@ def varlen_vjp(
     ------
     G4; G1, A3, A4, C4 for each sequence
     """
-    x, d_out = as_float64("x", x), as_float64("d_out", d_out)
-    check_shape("x", x.shape, ("total tokens", sizes.model_dim))
-    check_shape("d_out", d_out.shape, (x.shape[0], "out_dim"))
+    x = as_float64("x", x, ("total tokens", sizes.model_dim))
+    d_out = as_float64("d_out", d_out, (x.shape[0], "out_dim"))
     spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
     each = [layer_vjp(x[None, i:j], weights, d_out[None, i:j], **how) for i, j in spans]
@@ -653,6 +650,5 @@ def layer_arguments(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """x and the weights as float64; what fits nothing is refused as by `layer`."""
     shapes = layer_weight_shapes(sizes, semantics)
-    x = as_float64("x", x)
-    check_shape("x", x.shape, ("batch", "seq_len", sizes.model_dim))
+    x = as_float64("x", x, ("batch", "seq_len", sizes.model_dim))
     return x, as_weights(weights, shapes)

@@ -106,8 +106,7 @@ def layer_bounds(
     masks = branch_masks(seq_len, seq_len, block_indices, sizes, semantics)
     check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
     if d_out is not None:
-        d_out = as_float64("d_out", d_out)
-        check_shape("d_out", d_out.shape, (batch, seq_len, layer_width(sizes, semantics)))
+        d_out = as_float64("d_out", d_out, (batch, seq_len, layer_width(sizes, semantics)))
 
     rows = NUMERICS[numerics], NUMERICS["fp64"]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref import rounded
-from nsa_ref.checks import as_float64, check_one_of, check_shape
+from nsa_ref.checks import as_float64, check_one_of
 from nsa_ref.compress import compress_windows, num_compress_blocks, pool_arguments
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import Rounded, exact
@@ -62,8 +62,7 @@ def pool_bounds(
     g = None
     if d_out is not None:
         blocks = num_compress_blocks(x.shape[2], sizes, semantics)
-        g = exact(as_float64("d_out", d_out))
-        check_shape("d_out", g.value.shape, (*x.shape[:2], blocks, x.shape[3]))
+        g = exact(as_float64("d_out", d_out, (*x.shape[:2], blocks, x.shape[3])))
     rows = NUMERICS[numerics], NUMERICS["fp64"]
     of_kernel, of_oracle = (rounded_pool(exact(x), w, g, sizes, semantics, row) for row in rows)
     out = of_kernel.out.error + of_oracle.out.error

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.checks import as_float64, check_shape
+from nsa_ref.checks import as_float64
 from nsa_ref.layer import NORM_EPS, ROTARY_BASE
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, C_TRIG, Array, Numerics
 
@@ -61,9 +61,8 @@ def as_rounded(name: str, x: ArrayLike | Rounded) -> Rounded:
     """
     if not isinstance(x, Rounded):
         return exact(as_float64(name, x))
-    pair = Rounded(as_float64(name, x.value), as_float64(f"the error of {name}", x.error))
-    check_shape(f"the error of {name}", pair.error.shape, pair.value.shape)
-    return pair
+    value = as_float64(name, x.value)
+    return Rounded(value, as_float64(f"the error of {name}", x.error, value.shape))
 
 
 def concatenated(parts: Sequence[Rounded], axis: int) -> Rounded:

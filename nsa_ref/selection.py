@@ -468,19 +468,16 @@ def selection_arguments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays as float64, if their shapes are those of the sizes."""
     blocks = num_compress_blocks(kv_len, sizes, semantics)
-    q, k_cmp, mem_k = as_float64("q", q), as_float64("k_cmp", k_cmp), as_float64("mem_k", mem_k)
-    check_shape("q", q.shape, ("batch", sizes.q_heads, "q_len", sizes.head_dim))
+    q = as_float64("q", q, ("batch", sizes.q_heads, "q_len", sizes.head_dim))
     of_keys = q.shape[0], sizes.kv_heads
-    check_shape("k_cmp", k_cmp.shape, (*of_keys, blocks, sizes.head_dim))
-    check_shape("mem_k", mem_k.shape, (*of_keys, sizes.num_mem_kv, sizes.head_dim))
-    return q, k_cmp, mem_k
+    k_cmp = as_float64("k_cmp", k_cmp, (*of_keys, blocks, sizes.head_dim))
+    return q, k_cmp, as_float64("mem_k", mem_k, (*of_keys, sizes.num_mem_kv, sizes.head_dim))
 
 
 def check_scored(blocks: Scored, semantics: Semantics) -> Scored:
     """The scores as float64, candidates and forced as bool, of fitting shapes; else raise."""
     check_semantics(semantics)
-    scores = as_float64("scores", blocks.scores).real
-    check_shape("scores", scores.shape, ("batch", "heads", "q_len", "blocks"))
+    scores = as_float64("scores", blocks.scores, ("batch", "heads", "q_len", "blocks")).real
     candidates, forced = np.asarray(blocks.candidates), np.asarray(blocks.forced)
     for name, array in (("candidates", candidates), ("forced", forced)):
         if array.dtype != bool:
