@@ -167,18 +167,18 @@ def packed_weight_bounds(
             raise ValueError(f"{name} has {len(given)} entries; it must have {len(lengths)}.")
     windows = [num_compress_blocks(length, sizes, semantics) for length in lengths]
     of_all = {}
-    for name in layer_weight_shapes(sizes, semantics):
+    for name, shape in layer_weight_shapes(sizes, semantics).items():
         terms = windows if name.startswith("compress_") else lengths
+        total = sum(terms)
         each = [
             Rounded(
-                np.asarray(gradient[name], dtype=np.float64),
-                np.asarray(bound[name], dtype=np.float64) * (sum(terms) / count),
+                np.asarray(value[name], float), np.asarray(error[name], float) * (total / count)
             )
-            for gradient, bound, count in zip(dweights, bounds, terms)
+            for value, error, count in zip(dweights, bounds, terms)
             if count  # without a term the gradient is 0, and so is its bound
         ]
         if not each:
-            of_all[name] = np.zeros(layer_weight_shapes(sizes, semantics)[name])
+            of_all[name] = np.zeros(shape)
             continue
         of_oracle = rounded.total([exact(part.value) for part in each], NUMERICS["fp64"])
         of_all[name] = rounded.total(each, NUMERICS[numerics]).error + of_oracle.error
@@ -273,7 +273,7 @@ class RoundedLayer:
 
         q = self._heads("to_q.weight", sizes.q_heads)
         turned = rounded.rotated(q, self.turn, row)
-        self.branch_q = {c: turned if is_rotated(semantics, c) else q for c in BRANCHES}
+        q_of = {c: turned if is_rotated(semantics, c) else q for c in BRANCHES}
         k, v = (
             {c: self._heads(projection_name(kind, c, semantics), sizes.kv_heads) for c in BRANCHES}
             for kind in ("k", "v")
@@ -283,10 +283,11 @@ class RoundedLayer:
             k[branch] = rounded.rotated(k[branch], self.turn, row)
         if semantics.rotary == "before_pooling":
             self.to_pool["k"] = rounded.rotated(k["compress"], self.turn, row)
-        self.q = self.branch_q["compress"]
+        self.q = q_of["compress"]
         self.k_cmp = rounded.rotated(self._pool("k").out, self.block_turn, row)
-        self.branch_k = k | {"compress": self._with_memory("mem_k", self.k_cmp)}
-        self.branch_v = v | {"compress": self._with_memory("mem_v", self._pool("v").out)}
+        k["compress"] = self._with_memory("mem_k", self.k_cmp)
+        v["compress"] = self._with_memory("mem_v", self._pool("v").out)
+        self.inputs = {c: (q_of[c], k[c], v[c]) for c in BRANCHES}
 
         self.attended = {c: self._attend(c).out for c in BRANCHES}
         # a gate is one number of a head: (batch, 3 q_heads, seq_len, 1), branch by branch
@@ -373,15 +374,9 @@ class RoundedLayer:
         return rounded.concatenated([every, blocks], axis=2)
 
     def _attend(self, branch: str, d_out: Rounded | None = None) -> RoundedAttention:
-        return rounded_branch(
-            self.branch_q[branch],
-            self.branch_k[branch],
-            self.branch_v[branch],
-            d_out,
-            mask=self.masks[branch],
-            empty_row=getattr(self.semantics.empty_row, branch),
-            row=self.row,
-        )
+        mask, empty_row = self.masks[branch], getattr(self.semantics.empty_row, branch)
+        given = *self.inputs[branch], d_out
+        return rounded_branch(*given, mask=mask, empty_row=empty_row, row=self.row)
 
     def _combined(self) -> Rounded:
         """sum_c g_c out_c; a matrix product, or products and sums of their own."""

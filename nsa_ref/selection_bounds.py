@@ -113,11 +113,8 @@ def _logit_mean_bounds(
     q: Rounded, k_cmp: Rounded, kv_len: int, sizes: Sizes, semantics: Semantics, of_kernel: Numerics
 ) -> Array:
     batch, q_heads, q_len, head_dim = q.value.shape
-    share, group, strides = (
-        semantics.share_selection,
-        sizes.group_size,
-        sizes.strides_per_selection_block,
-    )
+    share, group = semantics.share_selection, sizes.group_size
+    strides = sizes.strides_per_selection_block
     visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :] > 0
     heads = np.arange(q_heads) // group
     k = k_cmp.map(lambda part: np.swapaxes(part[:, heads], 2, 3))
@@ -128,12 +125,10 @@ def _logit_mean_bounds(
     terms = strides * (group if share else 1)
 
     def mean(per_logit: Array) -> Array:
-        kept = per_logit[..., : complete * strides]
-        kept = kept.reshape(batch, q_heads, q_len, complete, strides)
-        kept = (kept / terms).sum(axis=-1)
-        if not share:
-            return kept
-        return kept.reshape(batch, sizes.kv_heads, group, q_len, complete).sum(axis=2)
+        kept = per_logit[..., : complete * strides] / terms
+        kept = kept.reshape(batch, q_heads, q_len, complete, strides).sum(axis=-1)
+        by_group = kept.reshape(batch, sizes.kv_heads, group, q_len, complete)
+        return by_group.sum(axis=2) if share else kept
 
     total = mean(moved)
     for row in (of_kernel, NUMERICS["fp64"]):
