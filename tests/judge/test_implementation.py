@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nsa_ref.attention import attend_vjp
-from nsa_ref.bounds import attention_bounds
+from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, SLIDING, Raised
 from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.implementation import NotOffered, TorchImplementation
+from nsa_ref.testing.properties import PROPERTIES
 
 torch = pytest.importorskip("torch", reason="TorchImplementation hands out tensors")
 
 SHAPE = (3, 2, 5, 4)
 BRANCHES_AND_POOL = ("sliding", "compress", "fine", "pool")
+GRADIENTS = PROPERTIES["A3_sliding_gradients"]
+EVERY_KEY = dataclasses.replace(PAPER, causal=False)
 
 
 class Dense(TorchImplementation):
     """Attention without a mask, and what `run` was handed."""
 
+    numerics = MappingProxyType({"float64": "fp64"})
     seen: list[Any]
 
     def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
@@ -37,24 +42,11 @@ class WithoutLse(Dense):
         return Attention(super().sliding(case, q, k, v).out, None)  # type: ignore[arg-type]
 
 
-def a_case(layout: str = "contiguous", dtype: str = "float64") -> Case:
+def a_case(layout: str = "contiguous", dtype: str = "float64", seed: int = 0) -> Case:
     return Case(
-        batch=3, q_heads=2, kv_heads=2, q_len=5, kv_len=5, head_dim=4, value_dim=4,
-        sliding_window_size=5, dtype=dtype, layout=layout,
+        semantics=EVERY_KEY, batch=3, q_heads=2, kv_heads=2, q_len=5, kv_len=5, head_dim=4,
+        value_dim=4, sliding_window_size=5, dtype=dtype, layout=layout, seed=seed,
     )  # fmt: skip
-
-
-def check_gradients(port: Implementation, case: Case, d_out: np.ndarray, d_lse: np.ndarray) -> None:
-    """They are the definition's, up to what float64 may do on this case."""
-    found = port.run_vjp("sliding", case, *case.qkv(), d_out, d_lse)
-    given = *case.qkv(), np.ones((5, 5), int), d_out, d_lse
-    expected = attend_vjp(*given, scale=case.scale)
-    how = {"numerics": "fp64", "form": "deterministic"}
-    bound = attention_bounds(*given, **how, scale=case.scale)
-    assert isinstance(found, tuple)
-    for have, want, limit in zip(found, expected, (bound.dq, bound.dk, bound.dv)):
-        assert have.shape == want.shape
-        assert (np.abs(have - want) <= limit).all()
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -157,8 +149,7 @@ def test_run_hands_out_tensors_and_gives_arrays_back(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_come_from_autograd(layout: str) -> None:
     """Of every input on its own, in any layout: an expanded q has a gradient per batch entry."""
-    case = a_case(layout)
-    check_gradients(Dense(), case, *case.upstream_gradients())
+    GRADIENTS.run(Dense(), a_case(layout, seed=1))
 
 
 def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
@@ -174,12 +165,12 @@ def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
 
 
 def test_without_lse_there_are_gradients_of_out_alone() -> None:
+    """A gradient arrives through lse in cases of odd seeds."""
     case = a_case()
-    d_out, d_lse = case.upstream_gradients()
     assert WithoutLse().run("sliding", case, *case.qkv()).lse is None
-    check_gradients(WithoutLse(), case, d_out, 0 * d_lse)
+    GRADIENTS.run(WithoutLse(), case)
     with pytest.raises(NotOffered, match="lse of sliding"):
-        WithoutLse().run_vjp("sliding", case, *case.qkv(), d_out, d_lse)
+        GRADIENTS.run(WithoutLse(), a_case(seed=1))
 
 
 def test_weights_are_a_dict_and_so_are_their_gradients() -> None:

@@ -148,10 +148,9 @@ class Kernel(DenseMasks, RoundedImplementation):
         return Inputs(self.read(mask), q, k[:, of_keys], v[:, of_values])
 
     def forward(self, case: Case, r: Rounding, x: Inputs) -> Forward:
-        return (self._fused if self.way.fused else self._unfused)(case, r, x)
-
-    def _fused(self, case: Case, r: Rounding, x: Inputs) -> Forward:
         """Block by block, with what there is so far rescaled when the peak rises."""
+        if not self.way.fused:
+            return self._unfused(case, r, x)
         rows, columns = x.mask.shape[:3], x.mask.shape[3]
         block = self.way.block or max(1, columns)
         peak, total = np.full((*rows, 1), -np.inf, r.wide), np.zeros((*rows, 1), r.wide)
