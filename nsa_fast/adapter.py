@@ -7,6 +7,7 @@ follows more conventions than its branches; and the Triton kernels run in Triton
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import multiprocessing
 import os
 import threading
@@ -21,7 +22,6 @@ from torch import Tensor
 import nsa_fast
 from nsa_fast import block_masks, flex, interpreter, layouts
 from nsa_fast.crowded import visible_cells
-from nsa_fast.layer import Layer
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, XUNHAO, Semantics
 from nsa_ref.testing.case import Case
@@ -140,58 +140,34 @@ class NsaFast(TorchImplementation):
     # branches
 
     def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
-        size = {"sliding_window_size": case.sliding_window_size}
-        return self._attend(nsa_fast.sliding_attention, case, q, k, v, **size)
+        return self._attend(nsa_fast.sliding_attention, case, q, k, v)
 
     def compress(
         self, case: Case, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, mem_k: Tensor, mem_v: Tensor
     ) -> Attention:
-        tensors, sizes = (q, k_cmp, v_cmp, mem_k, mem_v), compress_sizes(case)
-        return self._attend(
-            nsa_fast.compress_attention, case, *tensors, kv_len=case.kv_len, **sizes
-        )
+        return self._attend(nsa_fast.compress_attention, case, q, k_cmp, v_cmp, mem_k, mem_v)
 
     def fine(self, case: Case, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Attention:
-        size = {"selection_block_size": case.selection_block_size}
-        return self._attend(nsa_fast.fine_attention, case, q, k, v, block_indices, **size)
+        return self._attend(nsa_fast.fine_attention, case, q, k, v, block_indices)
 
-    def _attend(
-        self, attention: Callable[..., Any], case: Case, *tensors: Tensor, **sizes: int
-    ) -> Attention:
-        how: dict[str, Any] = {"semantics": case.semantics, "backend": self.backend}
-        return Attention(*attention(*tensors, **sizes, **how))
+    def _attend(self, attention: Callable[..., Any], case: Case, *tensors: Tensor) -> Attention:
+        return Attention(*attention(*tensors, **keywords(attention, case), backend=self.backend))
 
     # compression and selection
 
     def pool(self, case: Case, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        return nsa_fast.compress_pool(
-            x,
-            weights,
-            **compress_sizes(case),
-            compress_map=case.compress_map,
-            semantics=case.semantics,
-        )
+        return nsa_fast.compress_pool(x, weights, **keywords(nsa_fast.compress_pool, case))
 
     def select(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> Tensor:
-        return nsa_fast.select_blocks(
-            q,
-            k_cmp,
-            mem_k,
-            kv_len=case.kv_len,
-            **compress_sizes(case),
-            selection_block_size=case.selection_block_size,
-            num_selected_blocks=case.num_selected_blocks,
-            num_initial_blocks=case.num_initial_blocks,
-            num_local_blocks=case.num_local_blocks,
-            semantics=case.semantics,
-        )
+        return nsa_fast.select_blocks(q, k_cmp, mem_k, **keywords(nsa_fast.select_blocks, case))
 
 
-def compress_sizes(case: Case) -> dict[str, int]:
-    return {
-        "compress_block_size": case.compress_block_size,
-        "compress_block_sliding_stride": case.compress_block_sliding_stride,
-    }
+def keywords(function: Callable[..., Any], case: Case) -> dict[str, Any]:
+    """What a function of nsa_fast takes by keyword and a case has under the same name."""
+    of_case = {field.name for field in dataclasses.fields(Case)}
+    taken = inspect.signature(function).parameters.values()
+    names = {one.name for one in taken if one.kind is one.KEYWORD_ONLY}
+    return {name: getattr(case, name) for name in names & of_case}
 
 
 class NsaFastEager(NsaFast):
@@ -286,9 +262,8 @@ class NsaFastLayer(TorchImplementation):
                 case, semantics=dataclasses.replace(semantics, duplicates="set")
             )
         # by the function: a module takes no blocks
-        return nsa_fast.native_sparse_attention(
-            x, weights, **layer_arguments(case), block_indices=block_indices
-        )
+        run = nsa_fast.native_sparse_attention
+        return run(x, weights, **keywords(run, case), block_indices=block_indices)
 
     def decode(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Token by token through a cache, from the first one on."""
@@ -309,19 +284,9 @@ class NsaFastLayer(TorchImplementation):
         return method != "decode" and super().offers_vjp(method)
 
 
-def layer_arguments(case: Case) -> dict[str, Any]:
-    """As the layer takes them, as a module and as a function."""
-    names = {field.name for field in dataclasses.fields(Layer)} - {"backend"}
-    return {name: getattr(case, name) for name in names}
-
-
 def _module(case: Case) -> nsa_fast.NativeSparseAttention:
-    return nsa_fast.NativeSparseAttention(
-        case.model_dim,
-        **layer_arguments(case),
-        compress_positions=case.compress_positions,
-        num_mem_kv=case.num_mem_kv,
-    )
+    make = nsa_fast.NativeSparseAttention
+    return make(case.model_dim, **keywords(make, case))
 
 
 def _of_module(
@@ -425,11 +390,7 @@ def _end_with_the_judge() -> None:
 
 
 def _interpreted(
-    make: Callable[[str], NsaFast],
-    call: str,
-    method: str,
-    case: Case,
-    arguments: tuple[Any, ...],
+    make: Callable[[str], NsaFast], call: str, method: str, case: Case, arguments: tuple[Any, ...]
 ) -> Any:
     """In the process: NumPy in and out; a mask is read out here, where its tensors are."""
     found = getattr(make("cpu"), call)(method, case, *arguments)

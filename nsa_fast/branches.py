@@ -64,12 +64,7 @@ def sliding_attention(
     backend = flex.resolve_backend(backend, q, k, v)
     scale = default_scale(scale, q)
     block_mask = block_masks.sliding_block_mask(
-        q.shape[2],
-        k.shape[2],
-        window,
-        semantics,
-        device=q.device,
-        q_lists=flex.wants_grad(q, k, v),
+        q.shape[2], k.shape[2], window, semantics, device=q.device, q_lists=flex.wants_grad(q, k, v)
     )
     return flex.attend("sliding", q, k, v, block_mask, backend=backend, scale=scale)
 
@@ -102,7 +97,7 @@ def compress_attention(
     check_semantics(semantics, "compress")
     kv_len = check_length("kv_len", kv_len)
     windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
-    check_qkv(q, k_cmp, v_cmp, names=("q", "k_cmp", "v_cmp"))
+    check_qkv(q, k_cmp, v_cmp, suffix="_cmp")
     batch, kv_heads = k_cmp.shape[:2]
     blocks = windows.count(kv_len)
     check_tensor("k_cmp", k_cmp, (batch, kv_heads, blocks, q.shape[3]))
@@ -184,16 +179,14 @@ def default_scale(scale: float | None, q: Tensor) -> float:
     return q.shape[3] ** -0.5 if scale is None else check_finite("scale", scale)
 
 
-def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
-) -> int:
-    """Fitting shapes, dtypes and devices; the group size G."""
-    q_name, k_name, v_name = names
-    check_tensor(q_name, q, ("batch", "q_heads", "q_len", "head_dim"))
-    check_tensor(k_name, k, (q.shape[0], "kv_heads", "kv_len", q.shape[3]))
-    check_tensor(v_name, v, (*k.shape[:3], "value_dim"))
-    for name, tensor in ((q_name, q), (k_name, k), (v_name, v)):
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, suffix: str = "") -> None:
+    """Fitting shapes, dtypes and devices; `suffix` ends the names of k and v."""
+    named = {"q": q, f"k{suffix}": k, f"v{suffix}": v}
+    check_tensor("q", q, ("batch", "q_heads", "q_len", "head_dim"))
+    check_tensor(f"k{suffix}", k, (q.shape[0], "kv_heads", "kv_len", q.shape[3]))
+    check_tensor(f"v{suffix}", v, (*k.shape[:3], "value_dim"))
+    for name, tensor in named.items():
         check_size(f"the last axis of {name}", tensor.shape[3], 1)
         check_length(f"the length of {name}", tensor.shape[2])
-    check_alike(**{q_name: q, k_name: k, v_name: v})
-    return check_group(q.shape[1], k.shape[1])
+    check_alike(**named)
+    check_group(q.shape[1], k.shape[1])

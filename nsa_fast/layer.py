@@ -81,6 +81,11 @@ class Layer:
     semantics: Semantics
     backend: str | None
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Layer:
+        """From the arguments of a function that takes every field by name, and others beside."""
+        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_dim"):
             check_size(name, getattr(self, name), 1)
@@ -146,10 +151,6 @@ class Layer:
     def arguments(self) -> dict[str, Any]:
         """Its fields by name, as `native_sparse_attention` takes them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @property
-    def selection_heads(self) -> int:
-        return self.kv_heads if self.semantics.share_selection else self.q_heads
 
     @property
     def suffixes(self) -> list[str]:
@@ -253,22 +254,7 @@ def native_sparse_attention(
         the cache is then what it was
     TypeError : dtypes or kinds that do not fit
     """
-    layer = Layer(
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        compress_block_size=compress_block_size,
-        compress_block_sliding_stride=compress_block_sliding_stride,
-        compress_map=compress_map,
-        selection_block_size=selection_block_size,
-        num_selected_blocks=num_selected_blocks,
-        num_initial_blocks=num_initial_blocks,
-        num_local_blocks=num_local_blocks,
-        sliding_window_size=sliding_window_size,
-        semantics=semantics,
-        backend=backend,
-    )
+    layer = Layer.of(locals())
     model_dim = _check_weights(weights, layer)
     layer = layer.as_run(weights["mem_k"].shape[1], own_choice=block_indices is None)
     packed = cu_seqlens is not None
@@ -279,7 +265,7 @@ def native_sparse_attention(
     if packed:
         x = x[None]
     if block_indices is not None:
-        shape = (layer.selection_heads, x.shape[1], "n")
+        shape = (kv_heads if semantics.share_selection else q_heads, x.shape[1], "n")
         check_indices("block_indices", block_indices, shape if packed else (x.shape[0], *shape))
         check_device("block_indices", block_indices, "x", x)
         block_indices = block_indices[None] if packed else block_indices
@@ -306,8 +292,7 @@ def _parallel(
     for start, stop in spans:
         part = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
         for kind in ("k", "v"):
-            pooled = _pool(kind, part[layer.name(kind, "compress")], weights, layer)
-            part[f"{kind}_cmp"] = _rotated_blocks(kind, pooled, 0, layer)
+            part[f"{kind}_cmp"] = _pool(kind, part[layer.name(kind, "compress")], weights, layer)
         indices = None if block_indices is None else block_indices[:, :, start:stop]
         parts.append(_attend(part, weights, layer, indices))
     return _combined(h, [torch.cat(outs, dim=2) for outs in zip(*parts)], weights, layer)
@@ -333,7 +318,6 @@ def _appended(
     for kind in ("k", "v"):
         seen = tokens[layer.name(kind, "compress")]
         pooled = _pool(kind, seen, weights, layer, skip=old) if new > old else seen[:, :, :0]
-        pooled = _rotated_blocks(kind, pooled, old, layer)
         tokens[f"{kind}_cmp"] = cache.write(f"{kind}_cmp", old, pooled)
     out = _combined(h, _attend(tokens, weights, layer, block_indices), weights, layer)
     cache.commit(after, key)
@@ -384,7 +368,10 @@ def _project(
 def _pool(
     kind: str, tokens: Tensor, weights: Mapping[str, Tensor], layer: Layer, *, skip: int = 0
 ) -> Tensor:
-    """Compressed keys or values from block `skip` on (C1, C4)."""
+    """Compressed keys or values from block `skip` on (C1, C4).
+
+    Rotary "all" rotates key i by i d (G2).
+    """
     prefix = f"compress_{kind}."
     own = {
         name.removeprefix(prefix): weight.to(tokens.dtype)
@@ -392,20 +379,16 @@ def _pool(
         if name.startswith(prefix)
     }
     # the first window that is left begins with the first token that is left
-    return compress_pool(
+    pooled = compress_pool(
         from_token(tokens, layer.windows.first_token(skip)),
         own,
         **layer.compress_sizes,
         compress_map=layer.compress_map,
         semantics=dataclasses.replace(layer.semantics, compress_alignment="start"),
     )
-
-
-def _rotated_blocks(kind: str, pooled: Tensor, first: int, layer: Layer) -> Tensor:
-    """Compressed keys or values from block `first` on; rotary "all" rotates key i by i d (G2)."""
     if kind == "v" or layer.semantics.rotary != "all":
         return pooled
-    block = torch.arange(first, first + pooled.shape[2], device=pooled.device)
+    block = torch.arange(skip, skip + pooled.shape[2], device=pooled.device)
     return rotate(pooled, block * layer.compress_block_sliding_stride)
 
 
@@ -453,12 +436,9 @@ def _attend(
     oldest = 0  # key that a window reaches back to
     if layer.semantics.causal:
         oldest = max(0, kv_len - q.shape[2] - layer.sliding_window_size)
+    k_recent, v_recent = k[2][:, :, oldest:], v[2][:, :, oldest:]
     sliding = sliding_attention(
-        q,
-        k[2][:, :, oldest:],
-        v[2][:, :, oldest:],
-        sliding_window_size=layer.sliding_window_size,
-        **run,
+        q, k_recent, v_recent, sliding_window_size=layer.sliding_window_size, **run
     )
     return [compressed.out, fine.out, sliding.out]
 

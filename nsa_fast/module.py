@@ -77,24 +77,9 @@ class NativeSparseAttention(nn.Module):
         self.model_dim = check_size("model_dim", model_dim, 1)
         self.compress_positions = check_flag("compress_positions", compress_positions)
         self.num_mem_kv = check_size("num_mem_kv", num_mem_kv, 0)
-        self.layer = Layer(
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            value_dim=head_dim if value_dim is None else value_dim,
-            compress_block_size=compress_block_size,
-            compress_block_sliding_stride=compress_block_sliding_stride,
-            compress_map=compress_map,
-            selection_block_size=selection_block_size,
-            num_selected_blocks=num_selected_blocks,
-            num_initial_blocks=num_initial_blocks,
-            num_local_blocks=num_local_blocks,
-            sliding_window_size=sliding_window_size,
-            semantics=semantics,
-            backend=backend,
-        )
-        self.layer.as_run(self.num_mem_kv, own_choice=True)
-        layer = self.layer
+        value_dim = head_dim if value_dim is None else value_dim
+        self.layer = layer = Layer.of(locals())
+        layer.as_run(self.num_mem_kv, own_choice=True)
         # at once, instead of at the first selection
         check_stride_divides("selection_block_size", selection_block_size, layer.windows.stride)
         if semantics.importance == "overlap":
@@ -102,7 +87,7 @@ class NativeSparseAttention(nn.Module):
         if semantics.input_norm:
             self.norm = nn.RMSNorm(model_dim, eps=NORM_EPS)
         self.to_q = nn.Linear(model_dim, q_heads * head_dim, bias=False)
-        for kind, dim in (("k", head_dim), ("v", layer.value_dim)):
+        for kind, dim in (("k", head_dim), ("v", value_dim)):
             for suffix in layer.suffixes:
                 projection = nn.Linear(model_dim, kv_heads * dim, bias=False)
                 self.add_module(f"to_{kind}{suffix}", projection)
@@ -111,7 +96,7 @@ class NativeSparseAttention(nn.Module):
             self.add_module(f"compress_{kind}", _CompressMap(layer, dim, compress_positions))
         self.gates = nn.Linear(model_dim, len(BRANCHES) * q_heads)
         if semantics.output_projection:
-            self.to_out = nn.Linear(q_heads * layer.value_dim, model_dim, bias=False)
+            self.to_out = nn.Linear(q_heads * value_dim, model_dim, bias=False)
         self._names = [name for name, _ in self.named_parameters()]
         self.reset_parameters()
 

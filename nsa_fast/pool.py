@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_fast.checks import check_choice, check_kind, check_tensor, without_autocast
+from nsa_fast.checks import check_alike, check_choice, check_kind, check_tensor, without_autocast
 from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import PAPER, Semantics
 
@@ -131,9 +131,5 @@ def _checked_weights(
     shapes = map_shapes(compress_map, heads, size, dim, hidden)
     for name, weight in weights.items():
         check_tensor(f"weights[{name!r}]", weight, shapes[name])
-        if weight.dtype != x.dtype:
-            raise TypeError(
-                f"weights[{name!r}] has dtype {weight.dtype} and x {x.dtype}; "
-                "they must be the same."
-            )
+    check_alike(x=x, **{f"weights[{name!r}]": weight for name, weight in weights.items()})
     return weights

@@ -163,19 +163,14 @@ def flex_semantics(causal: Any) -> Semantics:
 
 def default_device(device: torch.device | str | None) -> torch.device:
     """`device`, or the current accelerator, or the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        return accelerator
-    return torch.device("cpu")
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return torch.device(device)
 
 
 def printable(block_mask: BlockMask) -> BlockMask:
     """Lists as wide as there are blocks: FlexAttention cannot print narrower ones."""
     columns = count_blocks(block_mask.seq_lengths[1], block_mask.BLOCK_SIZE[1])
-    block_mask.kv_indices = padded(block_mask.kv_indices, 3, columns)
-    assert block_mask.full_kv_indices is not None
-    block_mask.full_kv_indices = padded(block_mask.full_kv_indices, 3, columns)
+    for name in ("kv_indices", "full_kv_indices"):
+        setattr(block_mask, name, padded(getattr(block_mask, name), 3, columns))
     return block_mask

@@ -177,8 +177,8 @@ def test_the_command_finds_and_replays(place: Path, monkeypatch: pytest.MonkeyPa
 class KeepsItsMemory(nsa_fast.NativeSparseAttention):
     """Reads the memory that it was made with: right after `load_state_dict`, which writes there."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         self.kept = [self.mem_k]
 
     def forward(self, x: Any, cache: Any = None, *, cu_seqlens: Any = None) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nsa_fast
 from nsa_fast import NativeSparseAttention, native_sparse_attention
-from nsa_fast.adapter import layer_arguments
+from nsa_fast.adapter import keywords
 from nsa_ref.layer import layer as oracle
 from nsa_ref.layer import layer_block_indices
 from nsa_ref.layer_bounds import layer_bounds
@@ -106,7 +106,7 @@ class Layer:
         return both
 
     def __call__(self, x: Tensor, cache: nsa_fast.Cache | None = None, **how: Any) -> Tensor:
-        how = layer_arguments(self.case) | how
+        how = keywords(native_sparse_attention, self.case) | how
         return native_sparse_attention(x, self.weights, **how, cache=cache)
 
     def assert_right(self, x: Tensor, blocks: Tensor | None = None, **found: Tensor) -> None:
