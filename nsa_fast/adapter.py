@@ -47,7 +47,6 @@ SEMANTICS = (
 )
 SHARED_SELECTION = tuple(semantics for semantics in SEMANTICS if semantics.share_selection)
 
-
 #: Few graphs, for groups of 1, 4 and 16; each is compiled for every branch and dtype.
 TRITON_LIMITS: Mapping[str, Collection[Any]] = {
     "batch": (0, 2),

@@ -99,26 +99,17 @@ def sliding_block_mask(
     first, last, real = _positions(q_len, block_size[0], offset, device)
     # rows with p < 0 see nothing; those that are left see an interval that moves by one a row
     seeing = real & (last >= 0) & (oldest >= newest)
-    earliest = first.clamp(min=0)
-    nothing = torch.zeros_like(first)
-    some = (
-        torch.where(seeing, (earliest - oldest).clamp(0, kv_len), nothing),
-        torch.where(seeing, (last - newest + 1).clamp(0, kv_len), nothing),
-    )
-    all_see = seeing & (first >= 0)
-    every = (
-        torch.where(all_see, (last - oldest).clamp(0, kv_len), nothing),
-        torch.where(all_see, (first - newest + 1).clamp(0, kv_len), nothing),
-    )
+
+    def interval(seeing: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        start, stop = (torch.where(seeing, end.clamp(0, kv_len), 0) for end in (start, stop))
+        return start, stop
+
+    some = interval(seeing, first.clamp(min=0) - oldest, last - newest + 1)
+    every = interval(seeing & (first >= 0), last - oldest, first - newest + 1)
     reach = max(0, oldest - newest) + block_size[0]  # columns that a row block can see
     slots = min(count_blocks(kv_len, block_size[1]), -(-reach // block_size[1]) + 1)
     lists = block_lists.interval_lists(
-        some,
-        every,
-        kv_len=kv_len,
-        kv_block_size=block_size[1],
-        slots=slots,
-        partial_slots=slots,
+        some, every, kv_len=kv_len, kv_block_size=block_size[1], slots=slots, partial_slots=slots
     )
     mask_mod = sliding_mask_mod(
         f"sliding_{sliding_window_size}",
@@ -269,14 +260,9 @@ def named_mask_mod(
     A token's lists say which blocks it has, and no kernel asks about others: nothing here grows
     with tokens x blocks.
     """
-    offset_, ahead_, block_size_, columns_per_block_, rows_per_token_, kv_len_ = _scalars(
-        device,
-        offset,
-        ahead,
-        layout.block_size,
-        layout.columns_per_block,
-        layout.rows_per_token,
-        kv_len,
+    offset_, ahead_, kv_len_ = _scalars(device, offset, ahead, kv_len)
+    rows_per_token_, block_size_, columns_per_block_ = _scalars(
+        device, layout.rows_per_token, layout.block_size, layout.columns_per_block
     )
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

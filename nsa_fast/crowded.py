@@ -41,11 +41,7 @@ def with_crowded_columns(
 class _Crowded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        crowded: Crowded,
-        block_mask: BlockMask,
-        scale: float,
-        *tensors: Tensor,
+        ctx: Any, crowded: Crowded, block_mask: BlockMask, scale: float, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.crowded, ctx.block_mask, ctx.scale = crowded, block_mask, scale
         ctx.save_for_backward(*tensors)
@@ -123,12 +119,8 @@ def _visible(block_mask: BlockMask, b: int, h: int, rows: Tensor, columns: slice
 
 def visible_cells(crowded: Crowded, block_mask: BlockMask) -> Tensor:
     """What is counted here: int64 (batch, heads, rows, columns), for small masks."""
-    batch, heads = block_mask.kv_num_blocks.shape[:2]
-    cells = torch.zeros(
-        (batch, heads, *block_mask.seq_lengths),
-        dtype=torch.int64,
-        device=crowded.left_out.device,
-    )
+    shape = (*block_mask.kv_num_blocks.shape[:2], *block_mask.seq_lengths)
+    cells = torch.zeros(shape, dtype=torch.int64, device=crowded.left_out.device)
     size = block_mask.BLOCK_SIZE[0]
     for (b, h, block), rows in zip(crowded.places, crowded.rows):
         columns = _columns(block_mask, block)

@@ -123,10 +123,10 @@ class Layer:
         """
         semantics, n = self.semantics, self.num_selected_blocks
         own_block = semantics.causal and semantics.own_block_extra
-        some_block = n > 0 and semantics.importance == "overlap" and semantics.score_floor is None
+        full_choice = semantics.importance == "overlap" and semantics.score_floor is None
         never_empty = PerBranch(
             compress=num_mem_kv > 0,
-            fine=own_block or some_block,
+            fine=own_block or (full_choice and n > 0),
             sliding=semantics.window_closed or self.sliding_window_size > 0,
         )
         rows = ["zero" if never else row for never, row in zip(never_empty, semantics.empty_row)]
@@ -137,7 +137,7 @@ class Layer:
             empty_lse=PAPER.empty_lse,
         )
         remedy = {"compress": "num_mem_kv=1"}
-        if n == 0 and semantics.importance == "overlap" and semantics.score_floor is None:
+        if full_choice and n == 0:
             remedy["fine"] = "num_selected_blocks=1"
         for branch, row in zip(BRANCHES, rows):
             if row != "zero" and branch in remedy:

@@ -27,11 +27,7 @@ MOST_PRINTABLE = 2**28
 
 
 def create_sliding_mask(
-    seq_len: int,
-    window_size: int,
-    causal: bool = True,
-    *,
-    device: torch.device | str | None = None,
+    seq_len: int, window_size: int, causal: bool = True, *, device: torch.device | str | None = None
 ) -> BlockMask:
     """The own key and the `window_size` before it: window_size + 1 keys (W1, W2).
 

@@ -16,6 +16,20 @@ from torch import Tensor
 from nsa_fast.checks import check_tensor
 from nsa_ref.semantics import LUCIDRAINS, Semantics
 
+#: The layer's sizes, and upstream's attributes that hold them.
+SIZES = {
+    "q_heads": "heads",
+    "kv_heads": "kv_heads",
+    "head_dim": "dim_head",
+    "value_dim": "dim_head",
+    "compress_block_size": "compress_block_size",
+    "compress_block_sliding_stride": "compress_block_sliding_stride",
+    "selection_block_size": "selection_block_size",
+    "num_selected_blocks": "num_selected_blocks",
+    "sliding_window_size": "sliding_window_size",
+    "num_mem_kv": "num_mem_compress_kv",
+}
+
 #: Upstream's compression network, by its places in the Sequential.
 COMPRESS_NETWORK = {
     "1.weight": "weight_in",
@@ -63,20 +77,7 @@ def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
     ValueError : use_diff_topk, or weights that `upstream_weights` refuses
     TypeError : a module without the attributes of a `SparseAttention`
     """
-    sizes: dict[str, Any] = {}
-    for ours, theirs in (
-        ("q_heads", "heads"),
-        ("kv_heads", "kv_heads"),
-        ("head_dim", "dim_head"),
-        ("value_dim", "dim_head"),
-        ("compress_block_size", "compress_block_size"),
-        ("compress_block_sliding_stride", "compress_block_sliding_stride"),
-        ("selection_block_size", "selection_block_size"),
-        ("num_selected_blocks", "num_selected_blocks"),
-        ("sliding_window_size", "sliding_window_size"),
-        ("num_mem_kv", "num_mem_compress_kv"),
-    ):
-        sizes[ours] = _attribute(module, theirs)
+    sizes = {ours: _attribute(module, theirs) for ours, theirs in SIZES.items()}
     if _attribute(module, "use_diff_topk"):
         raise ValueError(
             "use_diff_topk=True has no switch: it lets a gradient through the top-n choice, which "
@@ -158,8 +159,14 @@ def upstream_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (kv_heads, "compress_block_size", head_dim),
     )
     size = positions.shape[1]
-    for side in "kv":
-        _check_expansion(side, given[f"{side}_compress.1.weight"], size * head_dim)
+    flat = size * head_dim
+    for name in ("k_compress.1.weight", "v_compress.1.weight"):
+        hidden = check_tensor(name, given[name], ("hidden", flat)).shape[0]
+        if hidden != flat:
+            raise ValueError(
+                f"{name} has {hidden} rows; there must be l * head_dim={flat}: a "
+                "compress_mlp_expand_factor other than 1 is not supported."
+            )
     for name, shape in _shapes(model_dim, q_heads, kv_heads, head_dim, size).items():
         if name in given:
             check_tensor(name, given[name], shape)
@@ -222,15 +229,6 @@ def _check_names(given: Mapping[str, Tensor]) -> None:
         f"SparseAttention of native-sparse-attention-pytorch 0.2.3{': ' if reasons else ''}"
         f"{' and '.join(reasons)}."
     )
-
-
-def _check_expansion(side: str, weight: Tensor, flat: int) -> None:
-    check_tensor(f"{side}_compress.1.weight", weight, ("hidden", flat))
-    if weight.shape[0] != flat:
-        raise ValueError(
-            f"{side}_compress.1.weight has {weight.shape[0]} rows; there must be l * head_dim="
-            f"{flat}: a compress_mlp_expand_factor other than 1 is not supported."
-        )
 
 
 def _check_rotary(freqs: Tensor, head_dim: int) -> None:

@@ -57,13 +57,6 @@ def test_fine_mask_of_1024_tokens_mostly_in_the_first_blocks() -> None:
     assert_equal_in_every_bit(block_mask, expected)
 
 
-def test_the_selected_pair_is_two_blocks_and_no_range() -> None:
-    selected = torch.tensor([0, 4]).expand(1, 1, 1024, 2)
-    block_mask = create_fine_mask(1024, 64)(selected)
-    row = block_mask_readings(block_mask, 1024, 1024)["kv lists"][0, 0, 1000]
-    assert sorted(set(np.flatnonzero(row) // 64)) == [0, 4, 1000 // 64]
-
-
 def test_sliding_mask_of_1024_tokens_shows_33_keys() -> None:
     block_mask = create_sliding_mask(1024, 32)
     expected = sliding_mask(1024, 1024, Sizes(sliding_window_size=32), LUCIDRAINS_FLEX)
