@@ -16,7 +16,7 @@ from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.verdicts import Inconclusive, Raised
+from nsa_ref.testing.verdicts import NoAnswer, Raised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def call(method: Any, *arguments: Any) -> Any:
     """Call the implementation; what it raises becomes `Raised`."""
     try:
         return method(*arguments)
-    except (NotOffered, Inconclusive, Raised):
+    except (NotOffered, NoAnswer, Raised):
         raise
     except Exception as error:
         raise Raised(f"{type(error).__name__}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,6 @@ from nsa_ref.selection import (
 )
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes
-from nsa_ref.testing.wording import numbers
 
 VALID = "valid"
 AMBIGUOUS = "ambiguous"
@@ -32,18 +32,31 @@ Rule = Literal[
 ]
 
 
-class Reason(NamedTuple):
-    """Why a row is not VALID.
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """Why a row is not VALID; `wording.choice` makes a sentence of it.
 
     verdict : AMBIGUOUS or INVALID
     clause : what is broken; I5 where the bounds leave it open
-    sentence : blocks, scores and bounds
+    block : which one breaks the rule, where it is one
+    count, n : how often it, or how many blocks, are named; how many may be
+    candidates : of the row
+    floor : `score_floor`, where there is one
+    worse, scores, bound : what was taken in the block's place, the scores of the two, and the sum
+        of their bounds
     """
 
-    verdict: str
-    clause: str
+    verdict: str = INVALID
+    clause: str = "I4"
     rule: Rule
-    sentence: str
+    block: int | None = None
+    count: int = 0
+    n: int = 0
+    candidates: tuple[int, ...] = ()
+    floor: float | None = None
+    worse: int | None = None
+    scores: tuple[float, ...] = ()
+    bound: float = 0.0
 
 
 class SelectionVerdict(NamedTuple):
@@ -56,12 +69,9 @@ class SelectionVerdict(NamedTuple):
     verdict: np.ndarray
     reasons: dict[tuple[int, int, int], Reason]
 
-    def first_invalid(self) -> str | None:
-        """The first INVALID row in words, or None: "I4 at batch 0, head 1, row 5: ..."."""
-        for (b, g, t), reason in self.reasons.items():
-            if reason.verdict == INVALID:
-                return f"{reason.clause} at batch {b}, head {g}, row {t}: {reason.sentence}"
-        return None
+    def first_invalid(self) -> tuple[tuple[int, int, int], Reason] | None:
+        """Where the first INVALID row stands, and why it is; None if there is none."""
+        return next((item for item in self.reasons.items() if item[1].verdict == INVALID), None)
 
 
 def valid_selection(
@@ -111,7 +121,7 @@ def valid_selection(
     block_indices = np.asarray(block_indices)
     check_block_indices(block_indices, q_len)
     check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
-    known = _Known.of(blocks, score_bounds, semantics)
+    known = _ScoreRanges.of(blocks, score_bounds, semantics)
 
     verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
     reasons: dict[tuple[int, int, int], Reason] = {}
@@ -124,11 +134,7 @@ def valid_selection(
 
 
 def undecided_rows(
-    blocks: Scored,
-    score_bounds: np.ndarray,
-    *,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    blocks: Scored, score_bounds: np.ndarray, *, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
     """Rows for which more than one choice of blocks is valid, given the scores' bounds.
 
@@ -151,7 +157,7 @@ def undecided_rows(
     I5
     """
     blocks = check_scored(blocks, semantics)
-    known = _Known.of(blocks, score_bounds, semantics)
+    known = _ScoreRanges.of(blocks, score_bounds, semantics)
     ranked, bounds, floor = known.ranked, known.rank_bounds, semantics.score_floor
     chosen = top_blocks(blocks, sizes, dataclasses.replace(semantics, score_floor=None))
     undecided = np.zeros(blocks.scores.shape[:3], dtype=bool)
@@ -171,7 +177,7 @@ def undecided_rows(
     return undecided
 
 
-class _Known(NamedTuple):
+class _ScoreRanges(NamedTuple):
     """What is known of the scores: all but the last two (batch, heads, q_len, blocks).
 
     ranked, rank_bounds : what top-n ranks, and its largest error
@@ -188,7 +194,7 @@ class _Known(NamedTuple):
     forced: np.ndarray
 
     @classmethod
-    def of(cls, blocks: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _Known:
+    def of(cls, blocks: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _ScoreRanges:
         bounds = _whole_bounds(score_bounds, blocks)
         low, high = _floored_range(blocks, bounds, semantics)
         return cls(
@@ -203,7 +209,7 @@ class _Known(NamedTuple):
 
 
 def _judge_row(
-    named: list[int], known: _Known, row: tuple[int, int, int], n: int, semantics: Semantics
+    named: list[int], known: _ScoreRanges, row: tuple[int, int, int], n: int, semantics: Semantics
 ) -> Reason | None:
     """What is wrong with one row, or what may be; None if it is valid."""
     ranked, bounds = known.ranked[row], known.rank_bounds[row]
@@ -213,59 +219,50 @@ def _judge_row(
     left = [block for block in range(num_blocks) if candidate[block] and block not in taken]
     doubt: Reason | None = None
 
-    def invalid(rule: Rule, sentence: str, clause: str = "I4") -> Reason:
-        return Reason(INVALID, clause, rule, sentence)
-
     for block in taken:
         if taken.count(block) > 1:
-            return invalid("named once", f"block {block} is named {taken.count(block)} times.")
+            return Reason(rule="named once", block=block, count=taken.count(block))
         if not candidate[block]:
-            listed = numbers(np.flatnonzero(candidate).tolist())
-            why = f"block {block} is no candidate; candidates are {listed}."
-            return invalid("candidates", why)
+            listed = tuple(np.flatnonzero(candidate).tolist())
+            return Reason(rule="candidates", block=block, candidates=listed)
     if len(taken) > n:
-        return invalid("at most n", f"{len(taken)} blocks are named, num_selected_blocks={n}.")
+        return Reason(rule="at most n", count=len(taken), n=n)
     if math.isinf(semantics.forced_score):
-        for block in np.flatnonzero(forced)[:n]:
+        for block in np.flatnonzero(forced)[:n].tolist():
             if block not in taken:
-                return invalid("forced", f"block {block} is forced and was left out.")
+                return Reason(rule="forced", block=block)
 
     low, middle, high = known.low[row], known.floored[row], known.high[row]
     floor = semantics.score_floor
+    at_floor = Reason(verdict=AMBIGUOUS, clause="I5", rule="floor", floor=floor)
     if len(taken) < min(n, len(taken) + len(left)):
         for block in left:
             if floor is None or low[block] > floor:
-                above = "" if floor is None else f", and its score is above score_floor={floor}"
-                why = f"block {block} was left out with a slot to spare{above}."
-                return invalid("all candidates", why, clause="I6")
+                return Reason(clause="I6", rule="all candidates", block=block, floor=floor)
             if middle[block] > floor:
-                doubt = _within_bound_of_floor(block, floor)
+                doubt = dataclasses.replace(at_floor, block=block)
     for block in taken:
         if floor is not None and high[block] <= floor:
-            why = f"block {block} was taken, and its score is not above score_floor={floor}."
-            return invalid("floor", why)
+            return Reason(rule="floor", block=block, floor=floor)
         if floor is not None and middle[block] <= floor:
-            doubt = _within_bound_of_floor(block, floor)
+            doubt = dataclasses.replace(at_floor, block=block)
 
     for worse in taken:
         for better in left:
             if not ranked[better] > ranked[worse]:
                 continue
-            gap, bound = ranked[better] - ranked[worse], bounds[better] + bounds[worse]
-            what = (
-                f"block {better} (score {ranked[better]:.17g}) was left out and block {worse} "
-                f"(score {ranked[worse]:.17g}) taken: the gap {gap:.3g}"
+            scores, bound = (ranked[better], ranked[worse]), bounds[better] + bounds[worse]
+            gap = Reason(
+                rule="order",
+                block=better,
+                worse=worse,
+                scores=tuple(map(float, scores)),
+                bound=float(bound),
             )
-            if gap > bound:
-                return invalid("order", f"{what} is larger than the bound {bound:.3g} of the two.")
-            within = f"{what} is within the bound {bound:.3g} of the two."
-            doubt = Reason(AMBIGUOUS, "I5", "order", within)
+            if scores[0] - scores[1] > bound:
+                return gap
+            doubt = dataclasses.replace(gap, verdict=AMBIGUOUS, clause="I5")
     return doubt
-
-
-def _within_bound_of_floor(block: int, floor: float) -> Reason:
-    sentence = f"block {block}: score_floor={floor} is within its bound."
-    return Reason(AMBIGUOUS, "I5", "floor", sentence)
 
 
 def _whole_bounds(score_bounds: np.ndarray, blocks: Scored) -> np.ndarray:

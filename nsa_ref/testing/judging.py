@@ -20,7 +20,7 @@ from nsa_ref.testing.loading import one_line
 from nsa_ref.testing.properties import masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
-from nsa_ref.testing.verdicts import Broken, Failure, Inconclusive, Raised
+from nsa_ref.testing.verdicts import Broken, Failure, NoAnswer, Raised
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
 
@@ -37,12 +37,12 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
 
     Raises
     ------
-    Broken, Inconclusive, NotOffered
+    Broken, Inconclusive, NotTried, NotOffered
     WrongDeclaration : the implementation answers `supports` with no text
     """
     try:
         return _ask(prop, implementation, case)
-    except (Broken, NotOffered, Inconclusive, WrongDeclaration):
+    except (Broken, NotOffered, NoAnswer, WrongDeclaration):
         raise
     except Raised as error:
         cause = error.__cause__
@@ -71,8 +71,7 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
         if outcome.suspicion:
             again = [prop.run(implementation, fresh) for fresh in fresh_seeds(case, 3)]
             if all(fresh.suspicion for fresh in again):
-                note = "With 3 fresh seeds it is the same."
-                raise Broken(prop.clause, outcome.suspicion, notes=(note,))
+                raise Broken(prop.clause, outcome.suspicion, notes=(("fresh seeds", len(again)),))
             outcome = dataclasses.replace(outcome, budget=None, suspicion=None)
         return outcome
     except Broken as broken:
@@ -87,7 +86,7 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
     about_the_mask = dataclasses.replace(prop, clause=prop.the_branch.mask_clause(case))
     try:
         masks.read_forward(about_the_mask, implementation, case)
-    except (Raised, Inconclusive, NotOffered):
+    except (Raised, NoAnswer, NotOffered):
         return
 
 
@@ -95,7 +94,7 @@ def _oracle_can(prop: Property, case: Case) -> bool:
     """True if the property gets to an answer when it asks the definition itself."""
     try:
         _ask(prop, OracleImplementation(), case)
-    except (Broken, NotOffered, Inconclusive, Raised):
+    except (Broken, NotOffered, NoAnswer, Raised):
         return True
     except Exception:
         return False

@@ -17,7 +17,7 @@ from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.findings import Finding, finite, grouped
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import message, reasons
+from nsa_ref.testing.wording import message, reasons, remark
 
 SCHEMA = "nsa-ref-report-1"
 
@@ -128,7 +128,7 @@ def _total(clause: str, records: Sequence[Record]) -> Record:
         total.not_tried += record.not_tried
         if record.finding is not None and record.finding["clause"] != clause:
             # what another clause is to blame for says nothing about this one
-            total.inconclusive[f"{record.name}: see {record.finding['clause']}"] += 1
+            total.inconclusive["see", record.name, record.finding["clause"]] += 1
             continue
         total.cases += record.cases
         if record.budget_used is not None:
@@ -253,12 +253,12 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
                 for what, count in sorted(absent.items())
             )
             lines.append(f"not offered by {name}: {'; '.join(counted)}")
-        if untried := dict.fromkeys(why for record in own for why in record.not_tried):
+        if untried := dict.fromkeys(remark(why) for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
         if clause.verdict == "inconclusive":
-            why = "; ".join([*clause.unfinished, *clause.total.inconclusive])
+            why = "; ".join([*clause.unfinished, *map(remark, clause.total.inconclusive)])
             lines.append(f"{clause.id} inconclusive: {why}")
     return lines

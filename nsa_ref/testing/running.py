@@ -24,7 +24,7 @@ from nsa_ref.testing.lattice import case_edges
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
-from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Record
+from nsa_ref.testing.verdicts import Broken, Inconclusive, NoAnswer, NotTried, Record
 
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
@@ -93,7 +93,7 @@ class _Trials:
         try:
             with announced(self.prop, self.implementation, self.options, case):
                 outcome = judge(self.prop, self.implementation, case)
-        except (NotOffered, Inconclusive) as reason:
+        except (NotOffered, NoAnswer) as reason:
             if counting:
                 self.count_refused(reason, case)
         except Broken as broken:
@@ -109,14 +109,14 @@ class _Trials:
     def count_refused(self, reason: Exception, case: Case | None = None) -> None:
         """Count a case that was not decided, or that the property was not asked at all."""
         match reason:
-            case NotTried():
-                self.record.not_tried[str(reason)] += 1
+            case NotTried(args=why):
+                self.record.not_tried[why] += 1
+            case Inconclusive(args=why):
+                self.record.inconclusive[why] += 1
             case NotOffered():
                 self.record.not_offered[str(reason)] += 1
-            case Inconclusive():
-                self.record.inconclusive[str(reason)] += 1
-        if case is not None and isinstance(reason, NotOffered):
-            self.record.refused_edges.update(case_edges(self.prop, case))
+                if case is not None:
+                    self.record.refused_edges.update(case_edges(self.prop, case))
 
     def _count(self, case: Case, outcome: Outcome) -> None:
         record = self.record
@@ -126,7 +126,7 @@ class _Trials:
             return
         record.cases += 1
         if outcome.powerless:
-            record.inconclusive["the bound of one tensor admits any value"] += 1
+            record.inconclusive["powerless tensor",] += 1
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(case_edges(self.prop, case))
@@ -139,7 +139,7 @@ class _Trials:
         _drop_tensors(broken)
         if fault:
             self.shrink_until = -math.inf  # nothing runs here any more, smaller or not
-            broken = broken.noted(f"The device does not answer any more in this process: {fault}")
+            broken = broken.noted(("device fault", fault))
             if worker_id() is not None:
                 end_worker(self._finding(case, broken), self.options)
             _lost_devices[self.implementation.device] = fault
@@ -152,7 +152,7 @@ class _Trials:
     def keep_flaky(self) -> None:
         """The smallest broken case did not break again: say so in its finding."""
         case, broken = list(self.broken.items())[-1]
-        flaky = broken.noted("Not every time: the same case also passed.")
+        flaky = broken.noted(("flaky",))
         self.record.finding = save_finding(self._finding(case, flaky), self.options.findings)
 
     def _finding(self, case: Case, broken: Broken) -> Finding:
@@ -186,12 +186,11 @@ def is_asked(prop: Property, implementation: Implementation, options: Options) -
 def _check_asked(prop: Property, implementation: Implementation, options: Options) -> None:
     """Raise NotOffered or NotTried if the property is not tried at all."""
     if fault := _lost_devices.get(implementation.device):
-        worker = "-n 1 -p nsa_ref.testing.plugin goes on in a fresh process"
-        raise NotTried(f"{implementation.device} was lost to this process ({fault}); {worker}")
-    if reason := prop.why_not_offered(implementation):
-        raise NotOffered(reason)
+        raise NotTried("lost device", implementation.device, fault)
+    if what := prop.why_not_offered(implementation):
+        raise NotOffered(what)
     if reason := prop.why_not_tried(implementation):
-        raise NotTried(reason)
+        raise NotTried(*reason)
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
         raise NotOffered(", ".join(options.dtypes))
     case = options.case

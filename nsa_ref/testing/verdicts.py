@@ -8,9 +8,27 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
+from nsa_ref.testing.choices import Reason
 from nsa_ref.testing.pictures import Excerpt
+
+# fmt: off
+#: Why a case could not tell, why a property was not tried, and what else was seen of a fault.
+RemarkName = Literal[
+    "no hidden key", "never all visible", "empty rows", "nothing to cut", "no choice",
+    "uniform rows", "no visible key", "no head without empty rows", "rounded sums", "NaN rows",
+    "narrow model", "no linear map", "no visible block", "no empty row", "not zero", "powerless",
+    "powerless tensor", "see",
+    "determinism unstated", "short limits", "not causal", "small limits", "little memory",
+    "lost device",
+    "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
+    "gates", "maybe A4",
+]
+# fmt: on
+
+#: A remark, and the values that its sentence names (see `wording.REMARKS`).
+Remark: TypeAlias = tuple[RemarkName, *tuple[Any, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +127,7 @@ class WrongChoice:
     """A row chose blocks that are no valid top-n.
 
     head : kv head, or query head where each chooses
-    rule, reason : what was broken (see `choices`)
+    reason : what was broken
     scores : (block, score) of the candidates around the cutoff, the best one first
     """
 
@@ -120,8 +138,7 @@ class WrongChoice:
     row: int
     position: int
     chosen: tuple[int, ...]
-    rule: str
-    reason: str
+    reason: Reason
     scores: tuple[tuple[int, float], ...]
 
 
@@ -165,7 +182,7 @@ class Broken(AssertionError):
 
     clause, fault : which, and what is wrong
     convention : what would explain it, if the implementation declared it
-    notes : sentences about what else was tried
+    notes : what else was tried
     """
 
     def __init__(
@@ -174,7 +191,7 @@ class Broken(AssertionError):
         fault: Fault,
         *,
         convention: Convention | None = None,
-        notes: tuple[str, ...] = (),
+        notes: tuple[Remark, ...] = (),
     ) -> None:
         super().__init__(f"{clause}: {fault}")
         self.clause = clause
@@ -182,7 +199,9 @@ class Broken(AssertionError):
         self.convention = convention
         self.notes = notes
 
-    def noted(self, *notes: str, clause: str = "", convention: Convention | None = None) -> Broken:
+    def noted(
+        self, *notes: Remark, clause: str = "", convention: Convention | None = None
+    ) -> Broken:
         """The same fault with more notes, and another clause or convention if one is given."""
         return Broken(
             clause or self.clause,
@@ -208,11 +227,18 @@ class Raised(Exception):
     """The implementation under test raised; the judge's own mistakes are never this."""
 
 
-class Inconclusive(Exception):
+class NoAnswer(Exception):
+    """There is no answer, and `args` is the `Remark` that says why."""
+
+    def __init__(self, name: RemarkName, *values: object) -> None:
+        super().__init__(name, *values)
+
+
+class Inconclusive(NoAnswer):
     """The check had no power on this case; counted and shown, never a pass."""
 
 
-class NotTried(Exception):
+class NotTried(NoAnswer):
     """The property is not asked here: the port may have what it is about."""
 
 
@@ -235,11 +261,11 @@ class Record:
     clause: str
     implementation: str = ""
     cases: int = 0
-    inconclusive: Counter[str] = field(default_factory=Counter)
+    inconclusive: Counter[Remark] = field(default_factory=Counter)
     ambiguous: int = 0
     undecided: int = 0
     not_offered: Counter[str] = field(default_factory=Counter)
-    not_tried: Counter[str] = field(default_factory=Counter)
+    not_tried: Counter[Remark] = field(default_factory=Counter)
     budget_used: float | None = None
     edges: Counter[str] = field(default_factory=Counter)
     refused_edges: Counter[str] = field(default_factory=Counter)
@@ -250,7 +276,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain data, which can cross processes."""
         return {
-            name: dict(value) if isinstance(value, Counter) else value
+            name: list(value.items()) if isinstance(value, Counter) else value
             for name, value in vars(self).items()
         }
 
@@ -259,6 +285,7 @@ class Record:
         """The inverse of `to_json`."""
         record = cls(**data)
         for name, value in data.items():
-            if isinstance(value, dict) and name != "finding":
-                setattr(record, name, Counter(value))
+            if isinstance(value, list):
+                counts = ((tuple(k) if isinstance(k, list) else k, count) for k, count in value)
+                setattr(record, name, Counter(dict(counts)))
         return record

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.choices import INVALID, Reason
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.pictures import side_by_side
 from nsa_ref.testing.verdicts import (
@@ -14,6 +16,8 @@ from nsa_ref.testing.verdicts import (
     Failure,
     Fault,
     Record,
+    Remark,
+    RemarkName,
     WrongChoice,
     WrongElement,
     WrongFactor,
@@ -26,6 +30,51 @@ LONGEST_TEXT = 6000
 
 #: A sentence names at most so many numbers of a list.
 MOST_NUMBERS = 12
+
+_NUMBER = r"(?:[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+|nan|inf)|True|False)"
+_MANY_NUMBERS = re.compile(rf"{_NUMBER}(?:[\s,\[\]()]+{_NUMBER}){{{MOST_NUMBERS},}}")
+
+#: The sentence of every remark, with a place for each of its values.
+REMARKS: dict[RemarkName, str] = {
+    # why a case could not tell
+    "no hidden key": "every key is visible to every row",
+    "never all visible": "the declared limits leave no case in which everything is visible",
+    "empty rows": "rows before the first key follow empty_row",
+    "nothing to cut": "nothing to cut off",
+    "no choice": "no row has more blocks than it may choose",
+    "uniform rows": "the mean over all columns knows how many are to come",
+    "no visible key": "none of the drawn rows sees a key",
+    "no head without empty rows": "none of the drawn rows sees a key in every head",
+    "rounded sums": "every sum is too large for the rounding of this dtype",
+    "NaN rows": "no gradient is defined for a NaN row",
+    "narrow model": "model_dim={} is no feature for each token and head",
+    "no linear map": "compressed values are read through a linear map",
+    "no visible block": "no row with a visible key",
+    "no empty row": "no row without a visible key",
+    "not zero": "gradients through such a row are 0 only for empty_row='zero'",
+    "powerless": "the bounds admit any value: too ill-conditioned for this dtype",
+    "powerless tensor": "the bound of one tensor admits any value",
+    "see": "{}: see {}",
+    # why a property was not tried
+    "determinism unstated": "whether it is deterministic, which it does not state",
+    "short limits": "long sequences, which its limits exclude",
+    "not causal": "long sequences, which are causal ones, and it declares none",
+    "small limits": "tensors beyond 2^{} elements, which its limits exclude",
+    "little memory": "tensors beyond 2^{} elements, which take a GPU with {:.3g} GiB free",
+    "lost device": "{} was lost to this process ({}); -n 1 -p nsa_ref.testing.plugin goes on in a "
+    "fresh process",
+    # what else was seen of a fault
+    "fresh seeds": "With {} fresh seeds it is the same.",
+    "device fault": "The device does not answer any more in this process: {}",
+    "flaky": "Not every time: the same case also passed.",
+    "no layer": "layer is not offered: a mistake of {} cannot be told from one of the layer itself",
+    "no layer gradients": "gradients of layer are not offered: a mistake of {} cannot be told from "
+    "one of the layer itself",
+    "right without q": "with to_q = 0, which neither rotation nor scale changes, the same rows are "
+    "right: rotation, or else the scale or the heads of q and k",
+    "maybe A4": "layer_with_blocks is not offered: this may be A4, a gradient of the choice",
+    "gates": "with one gate open at a time, {} wrong, {} right",
+}
 
 
 def message(finding: Mapping[str, Any]) -> str:
@@ -64,7 +113,56 @@ def convention(explains: Convention) -> str:
 
 def describe(broken: Broken) -> str:
     """What was seen: the fault and the notes."""
-    return "\n".join([sentence(broken.fault), *broken.notes])
+    return "\n".join([sentence(broken.fault), *map(remark, broken.notes)])
+
+
+def remark(said: Remark) -> str:
+    """Why there is no answer, or what else was seen, in a sentence."""
+    name, *values = said
+    return _gates(*values) if name == "gates" else REMARKS[name].format(*values)
+
+
+def _gates(wrong: Sequence[str], right: Sequence[str], handed: bool | None) -> str:
+    """handed : whether the fine branch is right with the choice of blocks handed in"""
+    if not wrong:
+        return "each branch is right with its gate alone open: the gates, their order or their sum"
+    if not right:
+        return "all branches are wrong with their gate alone open: look at what they have in common"
+    both = (" and ".join(some) + (" is" if len(some) == 1 else " are") for some in (wrong, right))
+    line = REMARKS["gates"].format(*both)
+    if handed is not None:
+        seen = "all are right: it chooses others" if handed else "it is wrong as well"
+        line += f"; with the choice of blocks handed in, {seen}"
+    return line
+
+
+def choice(reason: Reason) -> str:
+    """What is wrong with a choice of blocks, or what may be."""
+    block, floor = f"block {reason.block}", f"score_floor={reason.floor}"
+    match reason.rule:
+        case "named once":
+            return f"{block} is named {reason.count} times."
+        case "candidates":
+            return f"{block} is no candidate; candidates are {numbers(reason.candidates)}."
+        case "at most n":
+            return f"{reason.count} blocks are named, num_selected_blocks={reason.n}."
+        case "forced":
+            return f"{block} is forced and was left out."
+        case "all candidates":
+            above = "" if reason.floor is None else f", and its score is above {floor}"
+            return f"{block} was left out with a slot to spare{above}."
+        case "floor" if reason.verdict == INVALID:
+            return f"{block} was taken, and its score is not above {floor}."
+        case "floor":
+            return f"{block}: {floor} is within its bound."
+        case "order":
+            better, worse = reason.scores
+            how = "larger than" if reason.verdict == INVALID else "within"
+            return (
+                f"{block} (score {better:.17g}) was left out and block {reason.worse} (score "
+                f"{worse:.17g}) taken: the gap {better - worse:.3g} is {how} the bound "
+                f"{reason.bound:.3g} of the two."
+            )
 
 
 def sentence(fault: Fault) -> str:
@@ -89,11 +187,11 @@ def sentence(fault: Fault) -> str:
             scores = ", ".join(f"{block}: {score:.5g}" for block, score in fault.scores)
             return (
                 f"select at batch {fault.batch}, head {fault.head}, row t={fault.row} "
-                f"(p={fault.position}) chose {numbers(fault.chosen)}: {fault.reason}\n"
+                f"(p={fault.position}) chose {numbers(fault.chosen)}: {choice(fault.reason)}\n"
                 f"scores around the cutoff, by block: {scores}"
             )
         case Failure():
-            lines = [f"the implementation failed: {fault.what}"]
+            lines = [f"the implementation failed: {without_arrays(fault.what)}"]
             return "\n  at ".join([*lines, *fault.where])
 
 
@@ -141,11 +239,22 @@ def numbers(listed: Sequence[int]) -> str:
     return f"[{shown}, and {more} more]" if more > 0 else f"[{shown}]"
 
 
+def without_arrays(text: str) -> str:
+    """The text without the middle of any long run of numbers, as printed arrays have."""
+
+    def shortened(run: re.Match[str]) -> str:
+        found, half = list(re.finditer(_NUMBER, run[0])), MOST_NUMBERS // 2
+        start, stop = found[half - 1].end(), found[-half].start()
+        return f"{run[0][:start]} ... {len(found) - 2 * half} more ... {run[0][stop:]}"
+
+    return _MANY_NUMBERS.sub(shortened, text)
+
+
 def reasons(record: Record) -> list[str]:
     """Why cases were not decided."""
     return [
         *(f"not offered: {what}" for what in record.not_offered),
-        *(f"not tried: {why}" for why in record.not_tried),
-        *(f"inconclusive: {why}" for why in record.inconclusive),
+        *(f"not tried: {remark(why)}" for why in record.not_tried),
+        *(f"inconclusive: {remark(why)}" for why in record.inconclusive),
         *(["ambiguous: every row may be chosen either way"] if record.undecided else []),
     ]

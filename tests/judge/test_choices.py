@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_ref import FLA, LUCIDRAINS, PAPER, Scored, Semantics, Sizes
-from nsa_ref.testing.choices import AMBIGUOUS, INVALID, VALID, undecided_rows, valid_selection
+from nsa_ref.testing.choices import (
+    AMBIGUOUS,
+    INVALID,
+    VALID,
+    Reason,
+    undecided_rows,
+    valid_selection,
+)
+from nsa_ref.testing.wording import choice
 from tables import scored_row
 
 FLOOR = dataclasses.replace(PAPER, score_floor=0.25)
@@ -43,7 +51,7 @@ def judge(
     if reason is None:
         return str(verdict[0, 0, 0]), None, ""
     assert reason.verdict == verdict[0, 0, 0]
-    return reason.verdict, reason.clause, reason.sentence
+    return reason.verdict, reason.clause, choice(reason)
 
 
 def test_i4_the_top_n_is_valid_in_any_order_with_minus_one_in_any_slot():
@@ -56,6 +64,11 @@ def test_i4_a_block_that_is_beaten_is_invalid_and_the_reason_names_both():
     assert (verdict, clause) == (INVALID, "I4")
     assert "block 3 (score 0.2999" in sentence and "block 2 (score 0.2000" in sentence
     assert "larger than the bound 0 of the two" in sentence
+    _, _, sentence = judge([1, 2], [0.1, 0.4, 0.2, 0.25], 2, bound=0.25)
+    assert sentence == (
+        "block 3 (score 0.25) was left out and block 2 (score 0.20000000000000001) taken: the gap "
+        "0.05 is within the bound 0.5 of the two."
+    )
 
 
 def test_i4_what_is_no_candidate_may_not_be_taken():
@@ -112,7 +125,9 @@ def test_i4_the_floor_takes_what_is_at_or_below_it_and_nothing_else():
     assert judge([0, 2, 1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I4")
     assert judge([0, -1, -1], scores, 3, semantics=FLOOR)[:2] == (INVALID, "I6")
     assert judge([0, 2, 1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
-    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.125)[:2] == (AMBIGUOUS, "I5")
+    assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.125) == (
+        AMBIGUOUS, "I5", "block 2: score_floor=0.25 is within its bound.",
+    )  # fmt: skip
     assert judge([0, -1, -1], scores, 3, semantics=FLOOR, bound=0.124)[:2] == (INVALID, "I6")
 
 
@@ -139,11 +154,8 @@ def test_the_first_invalid_row_is_told_with_its_place_and_clause():
     blocks = Scored(scores, candidates, forced=np.zeros((2, 3), bool))
     result = valid_selection(indices, blocks, np.zeros(scores.shape), sizes=Sizes())
     assert result.verdict.tolist() == [[[VALID, VALID], [INVALID, INVALID]]]
-    assert result.first_invalid() == (
-        "I4 at batch 0, head 1, row 0: block 2 (score 1) was left out and block 0 (score 0) "
-        "taken: the gap 1 is larger than the bound 0 of the two."
-    )
-    assert result.reasons[0, 1, 0].rule == "order"
+    better = Reason(rule="order", block=2, worse=0, scores=(1.0, 0.0))
+    assert result.first_invalid() == ((0, 1, 0), better)
     assert result._replace(reasons={}).first_invalid() is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,12 +22,14 @@ from nsa_ref.testing.verdicts import (
     Convention,
     Failure,
     Fault,
+    Record,
+    RemarkName,
     WrongElement,
     WrongFactor,
     WrongMask,
     WrongReader,
 )
-from nsa_ref.testing.wording import convention, describe, sentence
+from nsa_ref.testing.wording import REMARKS, convention, describe, remark, sentence, without_arrays
 from port_zoo import OneKeyFewer
 
 ELEMENT: dict[str, Any] = {"tensor": "sliding out", "index": (0, 1), "actual": 3.0, "expected": 1.0}
@@ -88,9 +90,26 @@ MASK: dict[str, Any] = {
 )
 def test_every_fault_has_its_sentence(fault: Fault, words: str) -> None:
     assert sentence(fault) == words
-    described = Broken("A1", fault, notes=("And so on.",))
-    assert describe(described) == f"{words}\nAnd so on."
+    described = Broken("A1", fault, notes=(("fresh seeds", 3),))
+    assert describe(described) == f"{words}\nWith 3 fresh seeds it is the same."
     json.dumps(broken_data(described), allow_nan=False)
+
+
+def test_every_remark_has_its_sentence() -> None:
+    assert set(REMARKS) == set(get_args(RemarkName))
+    assert remark(("narrow model", 7)) == "model_dim=7 is no feature for each token and head"
+    one_gate = "with one gate open at a time, fine is wrong, compress and sliding are right"
+    gates: Any = ("gates", ["fine"], ["compress", "sliding"])
+    assert remark((*gates, None)) == one_gate
+    handed = f"{one_gate}; with the choice of blocks handed in, it is wrong as well"
+    assert remark((*gates, False)) == handed
+
+
+def test_a_record_keeps_its_remarks_on_its_way_to_another_process() -> None:
+    record = Record(name="W1", clause="W1")
+    record.inconclusive["narrow model", 7] += 2
+    record.not_offered["lse"] += 1
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 @pytest.mark.parametrize(
@@ -155,6 +174,21 @@ def test_a_finding_never_prints_an_array(tmp_path: Path) -> None:
     for listed in [*re.findall(r"\[(.*?)\]", lines[0]), lines[1].partition("block: ")[2]]:
         assert listed.count(",") <= 12, listed
     assert len(found["fault"]["scores"]) == 12
+
+
+@pytest.mark.parametrize(
+    "of", [np.arange(40), np.eye(7), np.ones((5, 8), bool)], ids=["i", "f", "b"]
+)
+def test_an_exception_shows_no_array(of: np.ndarray) -> None:
+    """As NumPy prints it, or a list; what stands around it is kept."""
+    for printed in (repr(of), str(of), repr(of.tolist())):
+        what = f"IndexError: at {printed}: no row 9 at (1, 2)"
+        shown = sentence(Failure(kind="exception", tensor="fine", what=what))
+        listed = shown.removeprefix("the implementation failed: IndexError: at ")
+        assert listed.endswith(": no row 9 at (1, 2)") and f" {of.size - 12} more " in listed
+        assert len(re.findall(r"[\d.]+|True", listed)) <= 12 + 6  # 9, 1, 2, how many more, and dots
+    short = f"ValueError: {list(range(12))} and 1e-5, 7 words"
+    assert without_arrays(short) == short
 
 
 def test_a_picture_shows_where_the_masks_differ() -> None:

@@ -17,7 +17,7 @@ from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
-from nsa_ref.testing.verdicts import Inconclusive, WrongElement, WrongFactor
+from nsa_ref.testing.verdicts import Inconclusive, Remark, WrongElement, WrongFactor
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Property:
     by_dtype : whether lots of cases go by dtype and kind of input, or by shape
     extent : "far" or "large" if it is asked on such cases alone; their masks are too large to hold
     semantics : which of the implementation's semantics it can be asked about
-    why_not_tried : why the judge does not try it on an implementation, or nothing
+    why_not_tried : why the judge does not try it on an implementation, or None
     adjust : brings about what it is about (see adjust.py)
     inputs, indices, head_dims : what cases are drawn from; all there are, if empty
     populated : whether its cases have a batch entry, two rows and two keys at least
@@ -73,7 +73,7 @@ class Property:
     by_dtype: bool = False
     extent: str = ""
     semantics: Callable[[Semantics], bool] = lambda semantics: True
-    why_not_tried: Callable[[Implementation], str] = lambda implementation: ""
+    why_not_tried: Callable[[Implementation], Remark | None] = lambda implementation: None
     adjust: Adjust | None = None
     inputs: Sequence[str] = ()
     indices: Sequence[str] = ()
@@ -249,7 +249,7 @@ def compare_all(
 def settle(comparisons: Sequence[Comparison]) -> Outcome:
     """Several tensors' comparisons in one."""
     if comparisons and all(c.powerless for c in comparisons):
-        raise Inconclusive("the bounds admit any value: too ill-conditioned for this dtype")
+        raise Inconclusive("powerless")
     return Outcome(
         budget=max((c.budget for c in comparisons if not c.powerless), default=None),
         powerless=sum(c.powerless for c in comparisons),

@@ -17,10 +17,18 @@ from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_exact, first_at
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, compare_all
 from nsa_ref.testing.strategies import far_lengths, large_sizes
-from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongMask
+from nsa_ref.testing.verdicts import (
+    Broken,
+    Inconclusive,
+    NotTried,
+    Raised,
+    Remark,
+    WrongElement,
+    WrongMask,
+)
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
@@ -124,9 +132,9 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
                     ),
                 )
     if not seen:
-        raise Inconclusive("none of the drawn rows sees a key")
+        raise Inconclusive("no visible key")
     if not told:
-        raise Inconclusive("every sum is too large for the rounding of this dtype")
+        raise Inconclusive("rounded sums")
     return Outcome()
 
 
@@ -186,7 +194,7 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
                 ),
             )
     if not told:
-        raise Inconclusive("none of the drawn rows sees a key")
+        raise Inconclusive("no visible key")
     return Outcome()
 
 
@@ -204,7 +212,7 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     # in an empty row A2 speaks
     kept = [i for i, mask in enumerate(masks) if mask.any(-1).all()]
     if not kept:
-        raise Inconclusive("none of the drawn rows sees a key in every head")
+        raise Inconclusive("no head without empty rows")
     rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
     few = dataclasses.replace(case, q_len=len(rows))
     asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
@@ -237,7 +245,7 @@ def large(prop: Property, implementation: Implementation, case: Case) -> Outcome
     that wraps reads, or writes, another entry. The first entry is held to its bounds.
     """
     if reason := no_large_tensors(implementation):  # others may hold the memory by now
-        raise NotOffered(reason)
+        raise NotTried(*reason)
     branch = prop.the_branch
     alone = dataclasses.replace(case, batch=1)
     once = branch.inputs(alone)
@@ -330,29 +338,27 @@ def _first_entry(
         first = (dq, np.concatenate([dmem_k, dk], 2), np.concatenate([dmem_v, dv], 2))
     empty = not mask.any(-1).all()
     if prop.backward and empty and branch.empty_row(alone) == "nan":
-        raise Inconclusive("no gradient is defined for a NaN row")
+        raise Inconclusive("NaN rows")
     definition = branch.attend_vjp if prop.backward else branch.attend
     expected = definition(alone, mask, once, *gradients)
     bounds = bounds_of(branch, implementation, alone, once, mask, *gradients)
     return compare_all(prop, first, expected, [bounds])
 
 
-def no_long_sequences(implementation: Implementation) -> str:
+def no_long_sequences(implementation: Implementation) -> Remark | None:
     """Why long sequences are not tried, if they are not."""
     if not far_lengths(implementation):
-        return "long sequences, which its limits exclude"
-    if not any(semantics.causal for semantics in implementation.semantics):
-        return "long sequences, which are causal ones, and it declares none"
-    return ""
+        return ("short limits",)
+    causal = any(semantics.causal for semantics in implementation.semantics)
+    return None if causal else ("not causal",)
 
 
-def no_large_tensors(implementation: Implementation) -> str:
+def no_large_tensors(implementation: Implementation) -> Remark | None:
     """Why tensors of more than 2^31 elements are not tried, if they are not."""
     device = device_of(implementation.device)
-    what = f"tensors beyond 2^{device.offset_limit.bit_length() - 1} elements, which"
+    exponent, need = device.offset_limit.bit_length() - 1, 32 * device.offset_limit
     if large_sizes(implementation) is None:
-        return f"{what} its limits exclude"
-    need = 32 * device.offset_limit
+        return "small limits", exponent
     if device.free_memory() < need:
-        return f"{what} take a GPU with {need / 2**30:.3g} GiB free"
-    return ""
+        return "little memory", exponent, need / 2**30
+    return None

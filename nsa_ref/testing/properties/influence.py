@@ -29,7 +29,7 @@ def _plant_canary(
     group = case.group_size
     hidden = np.argwhere(mask == 0)
     if not len(hidden):
-        raise Inconclusive("every key is visible to every row")
+        raise Inconclusive("no hidden key")
     b, h, t, j = (int(i) for i in hidden[rng.integers(len(hidden))])
     kv_head = h // group
     direction = inputs.q[b, h, t].astype(np.float64)

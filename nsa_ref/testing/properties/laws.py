@@ -20,7 +20,7 @@ from nsa_ref.testing.properties.common import (
     settle,
 )
 from nsa_ref.testing.properties.values import upstream
-from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongElement
+from nsa_ref.testing.verdicts import Broken, Inconclusive, Remark, WrongElement
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -51,11 +51,11 @@ def full_causal(prop: Property, implementation: Implementation, case: Case) -> O
     """Where everything is visible, a branch is full causal attention."""
     branch = prop.the_branch
     if not _covers_everything(branch, case):
-        raise Inconclusive("the declared limits leave no case in which everything is visible")
+        raise Inconclusive("never all visible")
     inputs = branch.inputs(case)
     expected, mask = _full_causal_attention(case, inputs)
     if branch.empty_row(case) != "zero" and (mask.sum(-1) == 0).any():
-        raise Inconclusive("rows before the first key follow empty_row")
+        raise Inconclusive("empty rows")
     actual = branch.forward(implementation, case, inputs).out
     hard = bounds_of(branch, implementation, case, inputs, mask)
     source = "full causal attention"
@@ -106,7 +106,7 @@ def permutation(prop: Property, implementation: Implementation, case: Case) -> O
 def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """Causality: taking the last tokens away leaves the rows before them as they are."""
     if min(case.q_len, case.kv_len) < 2:
-        raise Inconclusive("nothing to cut off")
+        raise Inconclusive("nothing to cut")
     branch, inputs, mask = set_up(prop, case)
     for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
         q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
@@ -171,8 +171,6 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
     return Outcome()
 
 
-def unstated(implementation: Implementation) -> str:
+def unstated(implementation: Implementation) -> Remark | None:
     """Why determinism is not tried."""
-    if implementation.deterministic:
-        return ""
-    return "whether it is deterministic, which it does not state"
+    return None if implementation.deterministic else ("determinism unstated",)

@@ -137,7 +137,7 @@ def settle_rows(comparisons: Sequence[Comparison], undecided: np.ndarray) -> Out
 def check_scores_decide(case: Case) -> None:
     """Inconclusive where every block is chosen, whatever the scores are."""
     if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
-        raise Inconclusive("no row has more blocks than it may choose")
+        raise Inconclusive("no choice")
 
 
 # The output
@@ -148,7 +148,7 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     clause = "G3" if prop.method == "decode" else "G1"
     some_empty = not case.num_mem_kv or not case.num_selected_blocks
     if clause == "G3" and some_empty and "uniform" in case.semantics.empty_row:
-        raise Inconclusive("the mean over all columns knows how many are to come")
+        raise Inconclusive("uniform rows")
     return check_output(Asked.about(implementation, prop.method, case), clause)
 
 
@@ -184,9 +184,7 @@ def check_output(asked: Asked, clause: str) -> Outcome:
 
 def hinted(broken: Broken, method: str, *, backward: bool = False) -> Broken:
     """The finding, and that it may lie in what `method` has in common with `layer`."""
-    what = "gradients of layer are" if backward else "layer is"
-    hint = f"{what} not offered: a mistake of {method} cannot be told from one of the layer itself"
-    return broken.noted(hint)
+    return broken.noted(("no layer gradients" if backward else "no layer", method))
 
 
 def _blame_the_rotation(asked: Asked) -> None:
@@ -231,11 +229,7 @@ def _blame_the_rotation(asked: Asked) -> None:
     flat = {**weights, "to_q.weight": np.zeros_like(weights["to_q.weight"])}
     found = wrong("G2", weights)
     if found is not None and wrong("G1", flat) is None:
-        hint = (
-            "with to_q = 0, which neither rotation nor scale changes, the same rows are right: "
-            "rotation, or else the scale or the heads of q and k"
-        )
-        raise found.noted(hint)
+        raise found.noted(("right without q",))
 
 
 def _with_blocks(asked: Asked) -> Asked | None:
@@ -254,20 +248,10 @@ def _located(broken: Broken, asked: Asked) -> Broken:
 
     wrong = [b for b in BRANCHES if not alone(asked, b).is_right()]
     right = [b for b in BRANCHES if b not in wrong]
-    if not wrong:
-        hint = "each branch is right with its gate alone open: the gates, their order or their sum"
-    elif not right:
-        hint = "all branches are wrong with their gate alone open: look at what they have in common"
-    else:
-        verb = "is" if len(wrong) == 1 else "are"
-        hint = f"with one gate open at a time, {' and '.join(wrong)} {verb} wrong"
-        hint += f", {' and '.join(right)} {'is' if len(right) == 1 else 'are'} right"
-        with_blocks = _with_blocks(asked)
-        if wrong == ["fine"] and with_blocks is not None:
-            handed = alone(with_blocks, "fine").is_right()
-            hint += "; with the choice of blocks handed in, "
-            hint += "all are right: it chooses others" if handed else "it is wrong as well"
-    return broken.noted(hint)
+    handed, with_blocks = None, _with_blocks(asked)
+    if wrong == ["fine"] and with_blocks is not None:
+        handed = alone(with_blocks, "fine").is_right()
+    return broken.noted(("gates", wrong, right, handed))
 
 
 def with_gates(case: Case, weights: Weights, opened: Iterable[bool]) -> Weights:
@@ -320,8 +304,7 @@ def check_gradients(asked: Asked, clause: str) -> Outcome:
         # a wrong choice has wrong gradients, too
         check_output(dataclasses.replace(asked, method="layer"), "G1")
         if not asked.implementation.offers_vjp("layer_with_blocks"):
-            hint = "layer_with_blocks is not offered: this may be A4, a gradient of the choice"
-            raise broken.noted(hint, clause="G1") from None
+            raise broken.noted(("maybe A4",), clause="G1") from None
         # wrong with the choice handed in, too: nothing to do with the choice
         check_gradients(dataclasses.replace(asked, method="layer_with_blocks"), "G1")
         raise

@@ -38,7 +38,7 @@ class _Row:
         near = ranked[start : start + SCORES]
         return tuple((int(block), float(self.scores[block])) for block in near)
 
-    def at_fault(self, reason: Reason) -> str:
+    def clause_to_blame(self, reason: Reason) -> str:
         """The clause to blame, more closely than top-n as such (I4); "order" if scores are."""
         if reason.clause != "I4":
             return reason.clause
@@ -57,8 +57,8 @@ def valid_choice(prop: Property, implementation: Implementation, case: Case) -> 
     if "order" in found:
         found[_whose_order(implementation, case)] = found.pop("order")
     if found:
-        at_fault = prop.clause if prop.clause in found else next(iter(found))
-        raise Broken(at_fault, found[at_fault])
+        clause = prop.clause if prop.clause in found else next(iter(found))
+        raise Broken(clause, found[clause])
     rows = case.batch * case.selection_heads * case.q_len
     return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
 
@@ -98,15 +98,14 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
         scores, candidate = of_blocks.scores[b, g, t], of_blocks.candidates[t]
         chosen = _Row(indices[b, g, t], scores, candidate, case.num_selected_blocks)
         found.setdefault(
-            chosen.at_fault(reason),
+            chosen.clause_to_blame(reason),
             WrongChoice(
                 batch=b,
                 head=g,
                 row=t,
                 position=t + case.kv_len - case.q_len,
                 chosen=tuple(chosen.named.tolist()),
-                rule=reason.rule,
-                reason=reason.sentence,
+                reason=reason,
                 scores=chosen.around_the_cutoff(),
             ),
         )

@@ -92,12 +92,12 @@ def mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     check_pairs(case)
     width = case.q_heads * case.value_dim if case.semantics.output_projection else 0
     if max(case.kv_len, width) > case.model_dim:
-        raise Inconclusive(f"model_dim={case.model_dim} is no feature for each token and head")
+        raise Inconclusive("narrow model", case.model_dim)
     if branch is COMPRESS and case.compress_map not in ("linear", "linear_per_head"):
-        raise Inconclusive("compressed values are read through a linear map")
+        raise Inconclusive("no linear map")
     expected = oracle_mask(branch, case)
     if branch is COMPRESS and not expected.any():
-        raise Inconclusive("no row with a visible key")
+        raise Inconclusive("no visible block")
     through = OneBranch(implementation)
     # input_norm rounds its weight, a quotient and a product; all else is exact on such inputs
     roundings = 5 if case.semantics.input_norm else 2
