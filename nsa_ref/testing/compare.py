@@ -8,8 +8,10 @@ which counts only if fresh seeds show it again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +42,7 @@ def compare(
     *,
     part: str = "",
     source: str = "the definition",
+    why: str = "",
     rows: Sequence[int] | None = None,
 ) -> Comparison:
     """Compare float64 arrays of one shape; non-finite expected values must be met exactly.
@@ -48,7 +51,7 @@ def compare(
 
     statistical, shared : bounds of those forms, or None on structured data, where roundings are
         not independent
-    tensor, part, source : as in `WrongElement`
+    tensor, part, source, why : as in `WrongElement`
     rows : where the rows (axis 2) stand in the whole tensor, if these are some of them
 
     Raises
@@ -58,27 +61,19 @@ def compare(
     if expected.size == 0:
         return Comparison(0.0, None, False)
 
-    def wrong_element(
-        index: tuple[int, ...], form: str, bound: float = 0.0, used: float = np.inf
+    def wrong(
+        at: tuple[int, ...], form: str, bound: float = 0, used: float = np.inf
     ) -> WrongElement:
-        place = index if rows is None else (*index[:2], rows[index[2]], *index[3:])
-        return WrongElement(
-            tensor=tensor,
-            part=part,
-            index=place,
-            actual=float(actual[index]),
-            expected=float(expected[index]),
-            bound=float(bound),
-            budget_used=float(used),
-            form=form,
-            source=source,
-        )
+        place = at if rows is None else (*at[:2], rows[at[2]], *at[3:])
+        budget = {"bound": float(bound), "budget_used": float(used), "form": form}
+        said = {"part": part, "source": source, "why": why}
+        found = wrong_element(tensor, at, actual, expected, **budget, **said)
+        return dataclasses.replace(found, index=place)
 
     same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
     must_match = ~np.isfinite(expected)
-    wrong = must_match & ~same
-    if wrong.any():
-        raise Broken(clause, wrong_element(first_at(wrong), "exact"))
+    if (must_match & ~same).any():
+        raise Broken(clause, wrong(first_at(must_match & ~same), "exact"))
 
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.where(same, 0.0, np.abs(actual - expected))
@@ -91,8 +86,7 @@ def compare(
     hard = np.where(must_match, 0.0, hard)
     index = _largest(hard)
     if hard[index] > 1:
-        broken = wrong_element(index, "deterministic", deterministic[index], hard[index])
-        raise Broken(clause, broken)
+        raise Broken(clause, wrong(index, "deterministic", deterministic[index], hard[index]))
 
     budget = float(hard[index])
     suspicion: WrongElement | WrongFactor | None = None
@@ -105,7 +99,7 @@ def compare(
         index = _largest(soft)
         budget = float(soft[index])
         if budget > 1:
-            suspicion = wrong_element(index, "statistical", statistical[index], budget)
+            suspicion = wrong(index, "statistical", statistical[index], budget)
         else:
             tensors = (actual, expected, statistical, shared)
             have, want, *limits = (np.where(must_match, 0.0, x) for x in tensors)
@@ -113,6 +107,14 @@ def compare(
             if slope > limit:
                 suspicion = WrongFactor(tensor=tensor, slope=float(slope), limit=float(limit))
     return Comparison(budget, suspicion, powerless)
+
+
+def wrong_element(
+    tensor: str, at: tuple[int, ...], actual: np.ndarray, expected: np.ndarray, **more: Any
+) -> WrongElement:
+    """The element at an index of both arrays; more : as in `WrongElement`."""
+    have, want = float(actual[at]), float(expected[at])
+    return WrongElement(tensor=tensor, index=at, actual=have, expected=want, **more)
 
 
 def first_at(wrong: np.ndarray) -> tuple[int, ...]:
@@ -147,15 +149,5 @@ def check_exact(
     expected = np.broadcast_to(expected, actual.shape)
     wrong = where & (actual != expected) & ~(np.isnan(actual) & np.isnan(expected))
     if wrong.any():
-        at = first_at(wrong)
-        raise Broken(
-            clause,
-            WrongElement(
-                tensor=tensor,
-                index=at,
-                actual=float(actual[at]),
-                expected=float(expected[at]),
-                why=why,
-            ),
-            convention=convention,
-        )
+        fault = wrong_element(tensor, first_at(wrong), actual, expected, why=why)
+        raise Broken(clause, fault, convention=convention)

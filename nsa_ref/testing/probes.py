@@ -21,10 +21,22 @@ from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.verdicts import Raised
 
 
-def chunks(length: int, width: int) -> Iterator[slice]:
-    """Slices of at most `width` that cover range(length)."""
-    for start in range(0, length, width):
-        yield slice(start, min(start + width, length))
+def one_hot(blank: np.ndarray, heads: Any = slice(None)) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """Arrays that tell all tokens of these heads apart, as many tokens each as there are features.
+
+    Each comes with the slice of its tokens and their number: token `start + c` has a 1 at feature
+    c, and all else is 0.
+
+    Shapes
+    ------
+    blank : (batch, heads, len, dim), and so is each array
+    """
+    length, dim = blank.shape[2:]
+    for start in range(0, length, dim):
+        width = min(dim, length - start)
+        array = np.zeros_like(blank)
+        array[:, heads, start : start + width, :width] = np.eye(width, dtype=array.dtype)
+        yield slice(start, start + width), width, array
 
 
 def zeros(case: Case, branch: Branch) -> Inputs:
@@ -58,17 +70,13 @@ def forward_mask(
     roundings : how often a weight is rounded to the dtype on its way: P and out, if no more
     """
     inputs = zeros(case, branch)
-    columns = branch.columns(case)
     weights = np.zeros(expected.shape)
-    for chunk in chunks(columns, case.value_dim):
-        width = chunk.stop - chunk.start
-        v = np.zeros_like(inputs.v)
-        v[:, :, chunk, :width] = np.eye(width, dtype=v.dtype)
+    for chunk, width, v in one_hot(inputs.v):
         out = branch.forward(implementation, case, dataclasses.replace(inputs, v=v)).out
         weights[..., chunk] = out[..., :width]
 
     total = expected.sum(-1, keepdims=True)
-    alike = (weights == weights[..., :1]).all(-1, keepdims=True) if columns else True
+    alike = (weights == weights[..., :1]).all(-1, keepdims=True)
     nothing = ((total == 0) & alike) | np.isnan(weights).all(-1, keepdims=True)
     weights = np.where(nothing, 0.0, weights)
 
@@ -126,64 +134,48 @@ def backward_patterns(
     in every dtype, and a pair is decided where |dP - D| >= 1: at most 16 in size, D is off by less
     than 1/2 even if every step is rounded to bf16. dk: k = 0 and one-hot queries, likewise.
     """
-    rows, columns, group = case.q_len, branch.columns(case), case.group_size
-    dtype = DTYPES[case.dtype]
+    group, blank, visible = case.group_size, zeros(case, branch), mask != 0
     rng = case.generator("backward_patterns")
-    # one-hot rows are sent for some heads of a group; more would only repeat them
-    heads = sorted(rng.permutation(group)[: device_of(implementation.device).heads_probed])
-    blank = zeros(case, branch)
-    visible = mask != 0
-    d_lse = np.zeros((case.batch, case.q_heads, rows), dtype)
-
-    def grouped(array: np.ndarray) -> np.ndarray:
-        """(batch, q_heads, ...) seen as (batch, kv_heads, G, ...)."""
-        return array.reshape(case.batch, case.kv_heads, group, *array.shape[2:])
-
-    probed = np.zeros((case.batch, case.kv_heads, group, rows, columns), bool)
-    probed[:, :, heads] = True
-    probed = probed.reshape(visible.shape)
+    # one-hot rows are sent for some heads of every group; more would only repeat them
+    members = sorted(rng.permutation(group)[: device_of(implementation.device).heads_probed])
+    heads = [np.arange(case.kv_heads) * group + member for member in members]
+    rows = (case.batch, case.q_heads, case.q_len)
+    d_lse = np.zeros(rows, blank.q.dtype)
+    d_out = np.zeros((*rows, case.value_dim), blank.q.dtype)
 
     # where an empty row is no zero, neither are its gradients
-    plain = branch.empty_row(case) == "zero"
-    probed &= plain | visible.any(-1, keepdims=True)
+    plain = (branch.empty_row(case) == "zero") | visible.any(-1, keepdims=True)
+    probed = np.zeros(visible.shape, bool)
+    probed[:, np.concatenate(heads)] = True
+    probed &= plain
 
     seen_dv = np.zeros(visible.shape, bool)
-    for head in heads:
-        for chunk in chunks(rows, case.value_dim):
-            width = chunk.stop - chunk.start
-            d_out = np.zeros((case.batch, case.q_heads, rows, case.value_dim), dtype)
-            grouped(d_out)[:, :, head, chunk, :width] = np.eye(width, dtype=dtype)
-            _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
-            grouped(seen_dv)[:, :, head, chunk] = dv[..., :width].swapaxes(-1, -2) != 0
+    for some in heads:
+        for chunk, width, one_hot_d_out in one_hot(d_out, some):
+            _, _, dv = branch.backward(implementation, case, blank, one_hot_d_out, d_lse)
+            seen_dv[:, some, chunk] = dv[..., :width].swapaxes(-1, -2) != 0
 
     # q = 0 or k = 0: all visible keys weigh mult / total, dP is an integer, D their mean
     v = blank.v.copy()
     v[..., 0] = rng.integers(-16, 17, v.shape[:-1])
-    d_out = np.zeros((case.batch, case.q_heads, rows, case.value_dim), dtype)
     d_out[..., 0] = 1
     dp = np.repeat(v[..., 0].astype(np.float64), group, axis=1)[:, :, None, :]
     share = mask / np.maximum(mask.sum(-1, keepdims=True), 1)
     decided = ~visible | (np.abs(dp - (share * dp).sum(-1, keepdims=True)) >= 1)
-    decided &= plain | visible.any(-1, keepdims=True)
+    decided &= plain
 
     seen_dq = np.zeros(visible.shape, bool)
-    for chunk in chunks(columns, case.head_dim):
-        width = chunk.stop - chunk.start
-        k = np.zeros_like(blank.k)
-        k[:, :, chunk, :width] = np.eye(width, dtype=dtype)
+    for chunk, width, k in one_hot(blank.k):
         inputs = dataclasses.replace(blank, k=k, v=v)
         dq, _, _ = branch.backward(implementation, case, inputs, d_out, d_lse)
         seen_dq[..., chunk] = dq[..., :width] != 0
 
     seen_dk = np.zeros(visible.shape, bool)
-    for head in heads:
-        for chunk in chunks(rows, case.head_dim):
-            width = chunk.stop - chunk.start
-            q = np.zeros_like(blank.q)
-            grouped(q)[:, :, head, chunk, :width] = np.eye(width, dtype=dtype)
+    for some in heads:
+        for chunk, width, q in one_hot(blank.q, some):
             inputs = dataclasses.replace(blank, q=q, v=v)
             _, dk, _ = branch.backward(implementation, case, inputs, d_out, d_lse)
-            grouped(seen_dk)[:, :, head, chunk] = dk[..., :width].swapaxes(-1, -2) != 0
+            seen_dk[:, some, chunk] = dk[..., :width].swapaxes(-1, -2) != 0
 
     return [
         Pattern("dv", seen_dv, visible, probed),

@@ -19,10 +19,8 @@ def windows(prop: Property, implementation: Implementation, case: Case) -> Outco
     """C1: one-hot tokens through the mean show which tokens a window holds, and their weight."""
     weights = case.pool_weights()
     comparisons = []
-    for chunk in probes.chunks(case.kv_len, case.head_dim):
-        width = chunk.stop - chunk.start
-        x = np.zeros((case.batch, case.kv_heads, case.kv_len, case.head_dim), DTYPES[case.dtype])
-        x[:, :, chunk, :width] = np.eye(width, dtype=x.dtype)
+    tokens = (case.batch, case.kv_heads, case.kv_len, case.head_dim)
+    for chunk, _, x in probes.one_hot(np.zeros(tokens, DTYPES[case.dtype])):
         actual, expected, bound = _pooled(implementation, case, x, weights)
         wrong = (actual != 0) != (expected != 0)
         if wrong.any():

@@ -15,20 +15,13 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import check_exact, first_at
+from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, compare_all
+from nsa_ref.testing.properties.masks import wrong_cell
 from nsa_ref.testing.strategies import far_lengths, large_sizes
-from nsa_ref.testing.verdicts import (
-    Broken,
-    Inconclusive,
-    NotTried,
-    Raised,
-    Remark,
-    WrongElement,
-    WrongMask,
-)
+from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Raised, Remark
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
@@ -85,72 +78,46 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
     signs = case.generator("signs").integers(0, 2, blank.v.shape) * 2.0 - 1
     inputs = dataclasses.replace(blank, v=signs.astype(blank.v.dtype))
     out, lse = branch.forward(implementation, case, inputs)
-    rounds = NUMERICS[implementation.numerics[case.dtype]]
-    seen = told = 0
-    for t in _some_rows(case):
+    rounds, rows = NUMERICS[implementation.numerics[case.dtype]], _some_rows(case)
+    heads = (case.batch, case.kv_heads, case.group_size)
+    n, total = [], []
+    for t in rows:
         row = _row(branch, case, blank.block_indices, t).astype(np.float64)
-        for b, g in np.ndindex(case.batch, case.kv_heads):
-            heads = slice(g * case.group_size, (g + 1) * case.group_size)
-            n = row[b, heads].sum(-1, keepdims=True)
-            total = row[b, heads] @ signs[b, g]  # whole numbers: exact
-            # P = 1 / n, if it is stored, may underflow, and n of it are added
-            slack = (rounds.u_p + rounds.u_store + 2.0**-20) * np.abs(total) + rounds.eta * n**2
-            off = np.abs(out[b, heads, t] * n - total)
-            wrong = (n > 0) & ~(off <= slack + 0.25)
-            seen += int((n > 0).sum())
-            told += int(((n > 0) & (slack < 0.25)).sum())
-            if wrong.any():
-                h, c = first_at(wrong)
-                head = heads.start + h
-                raise Broken(
-                    prop.clause,
-                    _wrong_sum(
-                        f"{branch.name} out times the number of visible keys",
-                        (b, head, t, c),
-                        out[b, head, t, c] * n[h, 0],
-                        total[h, c],
-                        slack[h, c] + 0.25,
-                        "q = k = 0, and the values of the keys that the row sees add up to that",
-                    ),
-                )
-            if lse is None:
-                continue
-            with np.errstate(over="ignore"):
-                count = np.exp(lse[b, heads, t])[:, None]
-            wrong = (n > 0) & ~(np.abs(count - n) <= 0.25 + 2.0**-17 * n)
-            if wrong.any():
-                h, _ = first_at(wrong)
-                raise Broken(
-                    prop.clause,
-                    _wrong_sum(
-                        f"exp({branch.name} lse)",
-                        (b, heads.start + h, t),
-                        count[h, 0],
-                        n[h, 0],
-                        0.25 + 2.0**-17 * n[h, 0],
-                        "q = k = 0, and the row sees so many keys",
-                    ),
-                )
-    if not seen:
+        n.append(row.sum(-1))
+        # whole numbers: exact
+        total.append((row.reshape(*heads, row.shape[-1]) @ signs).reshape(*row.shape[:2], -1))
+    count, sums = np.stack(n, axis=2), np.stack(total, axis=2)
+    squares = count[..., None] ** 2
+    # P = 1 / n, if it is stored, may underflow, and n of it are added
+    slack = (rounds.u_p + rounds.u_store + 2.0**-20) * np.abs(sums) + rounds.eta * squares
+    sees = count > 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        summed = out[:, :, rows] * count[..., None]
+        counted = None if lse is None else np.exp(lse[:, :, rows])
+    compare(
+        prop.clause,
+        f"{branch.name} out times the number of visible keys",
+        summed,
+        sums,
+        np.where(sees[..., None], slack + 0.25, np.inf),
+        why="q = k = 0, and the values of the keys that the row sees add up to that",
+        rows=rows,
+    )
+    if counted is not None:
+        compare(
+            prop.clause,
+            f"exp({branch.name} lse)",
+            counted,
+            count,
+            np.where(sees, 0.25 + 2.0**-17 * count, np.inf),
+            why="q = k = 0, and the row sees so many keys",
+            rows=rows,
+        )
+    if not sees.any():
         raise Inconclusive("no visible key")
-    if not told:
+    if not (sees[..., None] & (slack < 0.25)).any():
         raise Inconclusive("rounded sums")
     return Outcome()
-
-
-def _wrong_sum(
-    tensor: str, index: tuple[int, ...], actual: float, expected: float, bound: float, why: str
-) -> WrongElement:
-    return WrongElement(
-        tensor=tensor,
-        index=index,
-        actual=float(actual),
-        expected=float(expected),
-        bound=float(bound),
-        budget_used=float(abs(actual - expected) / bound),
-        form="deterministic",
-        why=why,
-    )
 
 
 def long_backward_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -177,22 +144,10 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
             visible = np.where(visible.any(-1, keepdims=True), visible, seen)
         if (visible != seen).any():
             b, g, j = first_at(visible != seen)
-            raise Broken(
-                "A3",
-                WrongMask(
-                    tensor=f"{branch.name} dv",
-                    reading=f"{branch.name}, backward of a long sequence, read out by one-hot rows",
-                    gradient="dv",
-                    batch=b,
-                    query_head=int(heads[g]),
-                    row=t,
-                    position=t + case.kv_len - case.q_len,
-                    column=j,
-                    expected=int(visible[b, g, j]),
-                    actual=int(seen[b, g, j]),
-                    columns=branch.columns(case),
-                ),
-            )
+            counts = int(visible[b, g, j]), int(seen[b, g, j])
+            reading = f"{branch.name}, backward of a long sequence, read out by one-hot rows"
+            fault = wrong_cell(branch, case, (b, int(heads[g]), t, j), *counts, reading, "dv")
+            raise Broken("A3", fault)
     if not told:
         raise Inconclusive("no visible key")
     return Outcome()
@@ -285,11 +240,7 @@ def large(prop: Property, implementation: Implementation, case: Case) -> Outcome
 
 
 def _check_entries(
-    prop: Property,
-    name: str,
-    tensor: np.ndarray,
-    f: np.ndarray,
-    g: np.ndarray,
+    prop: Property, name: str, tensor: np.ndarray, f: np.ndarray, g: np.ndarray
 ) -> None:
     """Broken if an entry is not what its factors make of the first one."""
     once = tensor[0].astype(np.float32)
@@ -304,22 +255,19 @@ def _check_entries(
         alike = np.where(finite, near, (other == once) | (np.isnan(other) & np.isnan(once)))
         if not alike.all():
             at = first_at(~alike)
-            expected = factor * float(once[at])
             bound = factor * size / 8 if finite[at] else 0.0
-            raise Broken(
-                prop.clause,
-                WrongElement(
-                    tensor=f"{prop.the_branch.name} {name}",
-                    index=(b, *at),
-                    actual=float(other[at]),
-                    expected=expected,
-                    bound=float(bound),
-                    budget_used=abs(float(other[at]) - expected) / bound if bound else np.inf,
-                    form="deterministic",
-                    why=f"batch entry {b} must be {factor:g} times entry 0, of {tensor.size} "
-                    "elements",
-                ),
+            used = abs(other[at] - factor * once[at]) / bound if bound else np.inf
+            fault = wrong_element(
+                f"{prop.the_branch.name} {name}",
+                at,
+                other,
+                factor * once,
+                bound=float(bound),
+                budget_used=float(used),
+                form="deterministic",
+                why=f"batch entry {b} must be {factor:g} times entry 0, of {tensor.size} elements",
             )
+            raise Broken(prop.clause, dataclasses.replace(fault, index=(b, *at)))
 
 
 def _first_entry(

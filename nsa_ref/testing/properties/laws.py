@@ -8,7 +8,7 @@ import numpy as np
 
 from nsa_ref.testing.branches import FINE, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare, first_at
+from nsa_ref.testing.compare import compare, first_at, wrong_element
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
     GRADIENTS,
@@ -20,7 +20,7 @@ from nsa_ref.testing.properties.common import (
     settle,
 )
 from nsa_ref.testing.properties.values import upstream
-from nsa_ref.testing.verdicts import Broken, Inconclusive, Remark, WrongElement
+from nsa_ref.testing.verdicts import Broken, Inconclusive, Remark
 
 
 def _full_causal_attention(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -155,19 +155,11 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
             continue
         differs = one.view(np.int64) != other.view(np.int64)
         if differs.any():
-            at = first_at(differs)
-            raise Broken(
-                prop.clause,
-                WrongElement(
-                    tensor=f"{branch.name} {name}",
-                    part="of the same call again",
-                    index=at,
-                    actual=float(other[at]),
-                    expected=float(one[at]),
-                    why=f"`deterministic` is stated, and {differs.sum()} of {differs.size} "
-                    "elements differ",
-                ),
-            )
+            many = f"{differs.sum()} of {differs.size} elements"
+            why = f"`deterministic` is stated, and {many} differ"
+            tensor, part = f"{branch.name} {name}", "of the same call again"
+            fault = wrong_element(tensor, first_at(differs), other, one, part=part, why=why)
+            raise Broken(prop.clause, fault)
     return Outcome()
 
 

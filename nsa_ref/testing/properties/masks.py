@@ -18,6 +18,35 @@ from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
 from nsa_ref.testing.verdicts import Broken, Convention, Raised, WrongMask
 
 
+def wrong_cell(
+    branch: Branch,
+    case: Case,
+    at: tuple[int, ...],
+    expected: int,
+    actual: int,
+    reading: str,
+    gradient: str = "",
+) -> WrongMask:
+    """The cell at (batch, query head, row, column), and how often it must be and is seen.
+
+    reading, gradient : as in `WrongMask`
+    """
+    b, h, t, j = at
+    return WrongMask(
+        tensor=f"{branch.name} {gradient or 'mask'}",
+        reading=reading,
+        gradient=gradient,
+        batch=b,
+        query_head=h,
+        row=t,
+        position=t + case.kv_len - case.q_len,
+        column=j,
+        expected=int(expected),
+        actual=int(actual),
+        columns=branch.columns(case),
+    )
+
+
 def wrong_mask(
     branch: Branch,
     clause: str,
@@ -32,26 +61,13 @@ def wrong_mask(
 
     is_list : a list beside a predicate that was found right, which follows no convention
     """
-    b, h, t, j = first_at(expected != actual)
-    memory = case.num_mem_kv if branch is COMPRESS else 0
-    return Broken(
-        clause,
-        WrongMask(
-            tensor=f"{branch.name} mask",
-            reading=reading,
-            batch=b,
-            query_head=h,
-            row=t,
-            position=t + case.kv_len - case.q_len,
-            column=j,
-            expected=int(expected[b, h, t, j]),
-            actual=int(actual[b, h, t, j]),
-            columns=branch.columns(case),
-            block=j - memory if branch is COMPRESS and j >= memory else None,
-            masks=excerpt(expected[b, h], actual[b, h]),
-        ),
-        convention=None if is_list else _convention(branch, case, actual),
-    )
+    at = b, h, _, j = first_at(expected != actual)
+    block = j - case.num_mem_kv if branch is COMPRESS and j >= case.num_mem_kv else None
+    masks = excerpt(expected[b, h], actual[b, h])
+    counts = expected[at], actual[at]
+    fault = wrong_cell(branch, case, at, *counts, reading)
+    fault = dataclasses.replace(fault, block=block, masks=masks)
+    return Broken(clause, fault, convention=None if is_list else _convention(branch, case, actual))
 
 
 def _convention(branch: Branch, case: Case, actual: np.ndarray) -> Convention | None:
@@ -127,25 +143,12 @@ def read_backward(prop: Property, implementation: Implementation, case: Case) ->
         wrong = pattern.wrong()
         if not wrong.any():
             continue
-        b, h, t, j = first_at(wrong)
-        expected = pattern.visible[b, h].astype(int)
-        seen = np.where(pattern.decided[b, h], pattern.seen[b, h], expected).astype(int)
-        raise Broken(
-            "A3",
-            WrongMask(
-                tensor=f"{branch.name} {pattern.gradient}",
-                reading=f"{branch.name}, backward read out",
-                gradient=pattern.gradient,
-                batch=b,
-                query_head=h,
-                row=t,
-                position=t + case.kv_len - case.q_len,
-                column=j,
-                expected=int(pattern.visible[b, h, t, j]),
-                actual=int(pattern.seen[b, h, t, j]),
-                columns=branch.columns(case),
-                but="the forward is right",
-                masks=excerpt(expected, seen),
-            ),
-        )
+        at = first_at(wrong)
+        expected = pattern.visible[at[:2]].astype(int)
+        seen = np.where(pattern.decided[at[:2]], pattern.seen[at[:2]], expected).astype(int)
+        counts = pattern.visible[at], pattern.seen[at]
+        how = f"{branch.name}, backward read out"
+        fault = wrong_cell(branch, case, at, *counts, how, pattern.gradient)
+        masks, but = excerpt(expected, seen), "the forward is right"
+        raise Broken("A3", dataclasses.replace(fault, but=but, masks=masks))
     return Outcome()
