@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.attention import Attention, attend, attend_vjp
+from nsa_ref.attention import Attention
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.verdicts import NoAnswer, Raised
 
 
@@ -88,22 +88,15 @@ class Branch:
 
     def attend(self, case: Case, mask: np.ndarray, inputs: Inputs) -> Attention:
         """The oracle's out and lse, float64."""
-        return attend(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            mask,
-            scale=case.scale,
-            empty_row=self.empty_row(case),
-            empty_lse=getattr(case.semantics.empty_lse, self.name),
-        )
+        arrays = inputs.q, inputs.k, inputs.v
+        return OracleImplementation().attend(case, self.name, mask, *arrays)
 
     def attend_vjp(
         self, case: Case, mask: np.ndarray, inputs: Inputs, d_out: np.ndarray, d_lse: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The oracle's dq, dk, dv, float64."""
-        arrays = inputs.q, inputs.k, inputs.v, mask, d_out, d_lse
-        return attend_vjp(*arrays, scale=case.scale, empty_row=self.empty_row(case))
+        arrays = inputs.q, inputs.k, inputs.v, d_out, d_lse
+        return OracleImplementation().attend_vjp(case, self.name, mask, *arrays)
 
     # the implementation under test
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Attention", "Implementation", "OracleImplementation", "TorchImplementation"]
 
+#: One flat dict of arrays; of a layer, with the names and shapes of `nsa_ref.layer_weight_shapes`.
+Weights = dict[str, Any]
+Gradients = tuple[Any, Weights]
+
 
 class NotOffered(Exception):
     """The implementation does not have this; counted and shown, never a pass."""
@@ -120,51 +124,44 @@ class Implementation:
 
     # compression and selection
 
-    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> Any:
+    def pool(self, case: Case, x: Any, weights: Weights) -> Any:
         raise NotOffered("pool")
 
-    def pool_vjp(
-        self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
-    ) -> tuple[Any, dict[str, Any]]:
+    def pool_vjp(self, case: Case, x: Any, weights: Weights, d_out: Any) -> Gradients:
         raise NotOffered("pool_vjp")
 
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> Any:
         raise NotOffered("select")
 
-    # the whole layer: weights is one flat dict, with the names and shapes of
-    # `nsa_ref.layer_weight_shapes`; x and what comes back are (batch, kv_len, ...)
+    # the whole layer: x and what comes back are (batch, kv_len, ...)
 
-    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+    def layer(self, case: Case, weights: Weights, x: Any) -> Any:
         """All rows in parallel."""
         raise NotOffered("layer")
 
-    def layer_with_blocks(
-        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
-    ) -> Any:
+    def layer_with_blocks(self, case: Case, weights: Weights, x: Any, block_indices: Any) -> Any:
         """The same with a choice of blocks that is handed in, in place of its own."""
         raise NotOffered("layer_with_blocks")
 
-    def decode(self, case: Case, weights: dict[str, Any], x: Any) -> Any:
+    def decode(self, case: Case, weights: Weights, x: Any) -> Any:
         """All rows, one token after the other through a cache."""
         raise NotOffered("decode")
 
-    def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> Any:
+    def varlen(self, case: Case, weights: Weights, x: Any, cu_seqlens: Any) -> Any:
         """Sequences one behind the other: x (tokens, model_dim), cu_seqlens (sequences + 1,)."""
         raise NotOffered("varlen")
 
-    def layer_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
-    ) -> tuple[Any, dict[str, Any]]:
+    def layer_vjp(self, case: Case, weights: Weights, x: Any, d_out: Any) -> Gradients:
         raise NotOffered("layer_vjp")
 
     def layer_with_blocks_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
-    ) -> tuple[Any, dict[str, Any]]:
+        self, case: Case, weights: Weights, x: Any, block_indices: Any, d_out: Any
+    ) -> Gradients:
         raise NotOffered("layer_with_blocks_vjp")
 
     def varlen_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
-    ) -> tuple[Any, dict[str, Any]]:
+        self, case: Case, weights: Weights, x: Any, cu_seqlens: Any, d_out: Any
+    ) -> Gradients:
         """dx (tokens, model_dim); dweights summed over the sequences."""
         raise NotOffered("varlen_vjp")
 
@@ -179,7 +176,7 @@ class Implementation:
         if not self.offers(method):
             raise NotOffered(method)
         # copies: what is written into them is nothing that the judge goes by
-        return getattr(self, method)(case, *map(_own, arguments))
+        return getattr(self, method)(case, *map(_copied, arguments))
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
         """Gradients of `method`: arguments as for it, then d_out (and d_lse for a branch)."""
@@ -210,12 +207,12 @@ def refusal(implementation: Implementation, case: Case) -> str | None:
     )
 
 
-def _own(argument: Any) -> Any:
+def _copied(argument: Any) -> Any:
     """A copy of an array, or of a dict of arrays; tensors are their implementation's already."""
     if isinstance(argument, np.ndarray):
         return argument.copy()
     if isinstance(argument, dict):
-        return {name: _own(item) for name, item in argument.items()}
+        return {name: _copied(item) for name, item in argument.items()}
     return argument
 
 
@@ -429,45 +426,41 @@ class OracleImplementation(Implementation):
         memory = case.num_mem_kv
         return dq, dk[:, :, memory:], dv[:, :, memory:], dk[:, :, :memory], dv[:, :, :memory]
 
-    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+    def pool(self, case: Case, x: Any, weights: Weights) -> np.ndarray:
         return _stored(case, pool(x, weights, **case.geometry))
 
-    def pool_vjp(
-        self, case: Case, x: Any, weights: dict[str, Any], d_out: Any
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def pool_vjp(self, case: Case, x: Any, weights: Weights, d_out: Any) -> Gradients:
         return _stored(case, pool_vjp(x, weights, d_out, **case.geometry))
 
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         return select(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
 
-    def layer(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
+    def layer(self, case: Case, weights: Weights, x: Any) -> np.ndarray:
         return _stored(case, layer(x, weights, **case.geometry))
 
     def layer_with_blocks(
-        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any
+        self, case: Case, weights: Weights, x: Any, block_indices: Any
     ) -> np.ndarray:
         return _stored(case, layer(x, weights, block_indices=block_indices, **case.geometry))
 
-    def decode(self, case: Case, weights: dict[str, Any], x: Any) -> np.ndarray:
+    def decode(self, case: Case, weights: Weights, x: Any) -> np.ndarray:
         return _stored(case, decode(x, weights, **case.geometry))
 
-    def varlen(self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any) -> np.ndarray:
+    def varlen(self, case: Case, weights: Weights, x: Any, cu_seqlens: Any) -> np.ndarray:
         return _stored(case, varlen(x, weights, cu_seqlens, **case.geometry))
 
-    def layer_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, d_out: Any
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def layer_vjp(self, case: Case, weights: Weights, x: Any, d_out: Any) -> Gradients:
         return _stored(case, layer_vjp(x, weights, d_out, **case.geometry))
 
     def layer_with_blocks_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, block_indices: Any, d_out: Any
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self, case: Case, weights: Weights, x: Any, block_indices: Any, d_out: Any
+    ) -> Gradients:
         found = layer_vjp(x, weights, d_out, block_indices=block_indices, **case.geometry)
         return _stored(case, found)
 
     def varlen_vjp(
-        self, case: Case, weights: dict[str, Any], x: Any, cu_seqlens: Any, d_out: Any
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self, case: Case, weights: Weights, x: Any, cu_seqlens: Any, d_out: Any
+    ) -> Gradients:
         return _stored(case, varlen_vjp(x, weights, cu_seqlens, d_out, **case.geometry))
 
 
