@@ -46,6 +46,7 @@ from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.report import compiled, graphs, show, to_json
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import reasons
@@ -92,21 +93,20 @@ class Collector:
         """One property is done, or died with its worker."""
         properties: Any = dict(report.user_properties)
         if "nsa_ref_warm" in properties and report.when == "call":
-            self._idle_deaths = 0
             self.warmed.append(Record.from_json(properties["nsa_ref_warm"]))
-            self._progress.update(self._task, advance=1, description="compiling what will be run")
-            return
-        if "nsa_ref_mutant" in properties and report.when == "call":
-            self._idle_deaths = 0
-            trial = Trial(**properties["nsa_ref_mutant"])
-            self.trials.append(trial)
-            self._progress.update(self._task, advance=1, description=trial.name)
-            return
-        if "nsa_ref" in properties and report.when in ("call", "???"):
+            self._advance("compiling what will be run")
+        elif "nsa_ref_mutant" in properties and report.when == "call":
+            self.trials.append(Trial(**properties["nsa_ref_mutant"]))
+            self._advance(self.trials[-1].name)
+        elif "nsa_ref" in properties and report.when in ("call", "???"):
             record = Record.from_json(properties["nsa_ref"])
+            self.records.append(record)
             if record.lost:
                 self.errors.append(report.longreprtext)
-            self._add(record)
+            if record.finding is not None:
+                self.findings.append(record.finding)
+            broken = f", {len(self.findings)} broken" if self.findings else ""
+            self._advance(f"{record.name}{broken}")
         elif report.failed:
             name = report.nodeid.rpartition("::test_")[2]
             self.errors.append(f"{name}: {_error_line(report)}")
@@ -137,13 +137,9 @@ class Collector:
             # a worker that is busy with a case does not hear that the session is over
             NodeManager.EXIT_TIMEOUT = 1
 
-    def _add(self, record: Record) -> None:
+    def _advance(self, description: str) -> None:
         self._idle_deaths = 0
-        self.records.append(record)
-        if record.finding is not None:
-            self.findings.append(record.finding)
-        broken = f", {len(self.findings)} broken" if self.findings else ""
-        self._progress.update(self._task, advance=1, description=f"{record.name}{broken}")
+        self._progress.update(self._task, advance=1, description=description)
 
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -160,37 +156,30 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started = time.monotonic()
     if arguments.json:
-        _check_writable(Path(arguments.json))
+        _check_writable(arguments.json)
     _check_folder(Path(arguments.findings))
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
     declared = {dtype for one in chosen for dtype in one["numerics"]}
-    for dtype in arguments.dtype or ():
+    wanted, dtypes = arguments.branch or (), arguments.dtype or ()
+    for dtype in dtypes:
         if dtype not in declared:
-            raise CannotRun(
-                f"--dtype {dtype}: {names} on {device} declares {', '.join(sorted(declared))}"
-            )
+            known = ", ".join(sorted(declared))
+            raise CannotRun(f"--dtype {dtype}: {names} on {device} declares {known}")
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"
     _say(console, f"nsa-ref judges {names} on {where}, {level}")
-    wanted = arguments.branch or ()
     properties = [p for p in PROPERTIES.values() if not wanted or p.part in wanted]
     options = [
         f"--level={arguments.level}",
         f"--seed={arguments.seed}",
         f"--case-timeout={arguments.case_timeout}",
         *(f"--branch={branch}" for branch in wanted),
-        *(f"--dtype={dtype}" for dtype in arguments.dtype or ()),
+        *(f"--dtype={dtype}" for dtype in dtypes),
     ]
-    run = functools.partial(
-        _run,
-        console,
-        arguments.implementation,
-        device,
-        workers=arguments.n,
-        findings=Path(arguments.findings),
-    )
+    asked = console, arguments.implementation, device
+    run = functools.partial(_run, *asked, workers=arguments.n, findings=Path(arguments.findings))
     warmed: list[Record] = []
     if arguments.warm:
         warming = run(total=None, options=[*options, "--nsa-warm"])
@@ -204,8 +193,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             _say(console, f"while warming up workers died {len(warming.errors)} times")
     collector = run(total=len(properties) * len(chosen), options=options)
     seconds = time.monotonic() - started
-    asked_for = Counter({p.clause: 0 for p in properties})
-    asked_for.update(p.clause for p in properties for _ in chosen)
+    asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     if arguments.json:
         report = to_json(
@@ -222,8 +210,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             complete=not collector.interrupted and not collector.errors,
             asked_for=asked_for,
         )
-        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        Path(arguments.json).write_text(text)
+        Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     title = f"{names} on {where}"
     code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
     if code == HOLDS and arguments.level == "thorough":
@@ -272,15 +259,12 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
     case, data = _read(path)
     spec = arguments.implementation or data.get("spec")
     if not spec:
-        raise CannotRun(
-            f"{path} does not say what it was found in. Try nsa-ref replay {path} MODULE:OBJECT"
-        )
+        remedy = f"Try nsa-ref replay {path} MODULE:OBJECT"
+        raise CannotRun(f"{path} does not say what it was found in. {remedy}")
     name = data.get("property", "")
     if name and name not in PROPERTIES:
-        raise CannotRun(
-            f"{path} was found by {name!r}, which is no property of this version, "
-            f"{own_version()}. Try the version that found it"
-        )
+        what = f"no property of this version, {own_version()}. Try the version that found it"
+        raise CannotRun(f"{path} was found by {name!r}, which is {what}")
     try:
         timeout = parse_seconds(data.get("timeout", 120.0))
     except argparse.ArgumentTypeError as error:
@@ -324,7 +308,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     if layers and importlib.util.find_spec("torch") is None:
         raise CannotRun(f"{layers[0]} needs torch, which is not installed here")
     if arguments.json:
-        _check_writable(Path(arguments.json))
+        _check_writable(arguments.json)
     suite = Path(__file__).parent / "mutants" / "suite.py"
     tests = [f"{suite}::test_mutant_is_killed_by_its_clause[{name}]" for name in names]
     with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
@@ -357,16 +341,12 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     case, _ = _read(path)
     if not case.batch:
         raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
-    masks = {}
-    for branch in BRANCHES:
-        indices = case.block_indices() if branch.name == "fine" else None
-        masks[branch.name] = branch.mask(case, indices)[0, 0]
+    masks = {branch.name: oracle_mask(branch, case)[0, 0] for branch in BRANCHES}
     _say(console, case)
     if arguments.png:
-        picture = Path(arguments.png)
-        _check_writable(picture)
-        draw_png(masks, picture)
-        _say(console, f"wrote {picture}")
+        _check_writable(arguments.png)
+        draw_png(masks, Path(arguments.png))
+        _say(console, f"wrote {arguments.png}")
         return HOLDS
     for name, mask in masks.items():
         rows, columns = mask.shape
@@ -471,12 +451,12 @@ def _read(path: Path) -> tuple[Case, Finding]:
         raise CannotRun(f"{path} holds no case: {error}") from None
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(file: str) -> None:
     """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
+    path = Path(file)
     existed = path.exists()
     try:
-        with path.open("a"):
-            pass
+        path.open("a").close()
     except OSError as error:
         raise CannotRun(f"cannot write {path}: {error.strerror}. Try another path") from None
     if not existed:
@@ -488,14 +468,12 @@ def _check_folder(path: Path) -> None:
     existed = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
         if not existed:
             path.rmdir()
     except OSError as error:
-        raise CannotRun(
-            f"cannot write into the folder {path}: {error.strerror}. Try --findings DIR"
-        ) from None
+        why = f"{error.strerror}. Try --findings DIR"
+        raise CannotRun(f"cannot write into the folder {path}: {why}") from None
 
 
 def _parse_workers(text: str) -> str:
@@ -517,18 +495,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("verify", help="judge an implementation, clause by clause")
-    command.add_argument(
-        "implementation",
-        nargs="?",
-        default="nsa_fast",
-        help=f"package.module:object, or {', '.join(SHORT_NAMES)} (default nsa_fast)",
-    )
+    what = f"package.module:object, or {', '.join(SHORT_NAMES)} (default nsa_fast)"
+    command.add_argument("implementation", nargs="?", default="nsa_fast", help=what)
     for name, about in SHARED_OPTIONS.items():
         command.add_argument(name, **about)
     command.add_argument("--json", metavar="FILE", help="write the report as data")
-    command.add_argument(
-        "--warm", action="store_true", help="first fill the compiler's cache, each graph once"
-    )
+    warm = "first fill the compiler's cache, each graph once"
+    command.add_argument("--warm", action="store_true", help=warm)
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
     command.set_defaults(run=verify)
 

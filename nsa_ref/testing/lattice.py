@@ -56,6 +56,7 @@ BLOCKS = ("kv_len", "selection_block_size")
 CHOICE = ("num_selected_blocks", *BLOCKS)
 REACH = ("sliding_window_size", "kv_len")
 GROUP = ("q_heads", "kv_heads")
+HEADS = {*GROUP, "group_size"}
 
 
 def _count(kv_len: int, block: int) -> int:
@@ -146,16 +147,13 @@ def excused_edges(records: Sequence[Record], limits: Collection[Collection[str]]
     asked = {PROPERTIES[record.name].about for record in records if record.cases}
     for name in unmet_edges(records):
         edge = EDGES[name]
-        if limits and all(_widened(fields) & set(edge.reads) for fields in limits):
+        reads = set(edge.reads)
+        if HEADS & reads:
+            reads |= HEADS  # a limit on any of the three fields of heads is a limit on all
+        if limits and all(reads & set(fields) for fields in limits):
             excused[name] = "outside of the declared limits"
         elif name in refused:
             excused[name] = "every such case was refused"
         elif not any(map(edge.can_be_met, asked)):
             excused[name] = "nothing that was asked reads it"
     return excused
-
-
-def _widened(limited: Collection[str]) -> set[str]:
-    """A limit on any of the three fields of heads is a limit on all."""
-    heads = {"q_heads", "kv_heads", "group_size"}
-    return set(limited) | (heads if heads & set(limited) else set())

@@ -79,11 +79,9 @@ def load(spec: str, device: str) -> list[Implementation]:
     """
     path = SHORT_NAMES.get(spec, spec)
     module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
-        raise CannotRun(
-            f"{spec!r} names no implementation: write package.module:object, or one of "
-            f"{', '.join(SHORT_NAMES)}"
-        )
+    if not (colon and module_name and attribute):
+        known = f"package.module:object, or one of {', '.join(SHORT_NAMES)}"
+        raise CannotRun(f"{spec!r} names no implementation: write {known}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # an import that calls sys.exit is as wrong as one that raises
@@ -93,17 +91,13 @@ def load(spec: str, device: str) -> list[Implementation]:
         wanted = error.name or ""
         if module_name.endswith(".py"):
             name = module_name.removesuffix(".py").replace("/", ".")
-            raise CannotRun(
-                f"{module_name!r} is a file: name the module, {name}:{attribute}"
-            ) from error
-        if wanted and f"{module_name}.".startswith(f"{wanted}."):
-            raise CannotRun(
-                f"there is no module {wanted!r}, neither installed nor in {os.getcwd()}. Install "
-                "it, or go to where it lies"
-            ) from error
-        raise CannotRun(
-            f"importing {module_name} failed: it needs {wanted!r}, which is not installed"
-        ) from error
+            why = f"{module_name!r} is a file: name the module, {name}:{attribute}"
+        elif wanted and f"{module_name}.".startswith(f"{wanted}."):
+            why = f"there is no module {wanted!r}, neither installed nor in {os.getcwd()}. "
+            why += "Install it, or go to where it lies"
+        else:
+            why = f"importing {module_name} failed: it needs {wanted!r}, which is not installed"
+        raise CannotRun(why) from error
     except (Exception, SystemExit) as error:
         raise CannotRun(f"importing {module_name} failed: {one_line(error)}") from error
     if not hasattr(module, attribute):
@@ -219,7 +213,7 @@ def _call(make: Any, device: str) -> Any:
     try:
         parameters = inspect.signature(make).parameters.values()
     except (TypeError, ValueError):
-        parameters = {}.values()
+        return make()
     takes_device = any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
     return make(device) if takes_device else make()
 

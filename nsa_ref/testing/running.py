@@ -37,9 +37,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
     smallest case found.
     """
     trials = _Trials(prop, implementation, options)
-    try:
-        _check_asked(prop, implementation, options)
-    except (NotOffered, NotTried) as reason:
+    if reason := _why_not_asked(prop, implementation, options):
         trials.count_refused(reason)
         return trials.record
 
@@ -176,32 +174,30 @@ _lost_devices: dict[str, str] = {}
 
 def is_asked(prop: Property, implementation: Implementation, options: Options) -> bool:
     """Whether the property is tried on the implementation at all."""
-    try:
-        _check_asked(prop, implementation, options)
-    except (NotOffered, NotTried):
-        return False
-    return True
+    return _why_not_asked(prop, implementation, options) is None
 
 
-def _check_asked(prop: Property, implementation: Implementation, options: Options) -> None:
-    """Raise NotOffered or NotTried if the property is not tried at all."""
+def _why_not_asked(
+    prop: Property, implementation: Implementation, options: Options
+) -> NotOffered | NotTried | None:
     if fault := _lost_devices.get(implementation.device):
-        raise NotTried("lost device", implementation.device, fault)
+        return NotTried("lost device", implementation.device, fault)
     if what := prop.why_not_offered(implementation):
-        raise NotOffered(what)
+        return NotOffered(what)
     if reason := prop.why_not_tried(implementation):
-        raise NotTried(*reason)
+        return NotTried(*reason)
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
-        raise NotOffered(", ".join(options.dtypes))
+        return NotOffered(", ".join(options.dtypes))
     case = options.case
     if case is None:
-        return
+        return None
     if case.dtype not in implementation.numerics:
-        raise NotOffered(case.dtype)
+        return NotOffered(case.dtype)
     if case.semantics not in implementation.semantics:
-        raise NotOffered("the case's semantics are not declared")
+        return NotOffered("the case's semantics are not declared")
     if options.any_property and not prop.could_draw(case):
-        raise NotOffered(f"{prop.name} is about other cases")
+        return NotOffered(f"{prop.name} is about other cases")
+    return None
 
 
 def generate(

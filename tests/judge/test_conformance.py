@@ -21,7 +21,7 @@ from nsa_ref.testing import Case, Implementation, conformance_suite, judging, la
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
 from nsa_ref.testing.mutants.masks import WindowPlusOne
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.profiles import LEVELS, level_settings, profile_name
+from nsa_ref.testing.profiles import LEVELS
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.verdicts import Record
@@ -319,5 +319,3 @@ def test_a_profile_keeps_its_settings_where_ci_is_true(level: str) -> None:
         for value in ("", "true")
     }
     assert answers == {f"{7 * LEVELS[level]} None None True False\n"}
-    assert hypothesis.settings.get_profile(profile_name(level)).deadline is None
-    assert level_settings(level, 7).max_examples == 7 * LEVELS[level]
