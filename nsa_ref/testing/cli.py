@@ -196,20 +196,15 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     if arguments.json:
-        report = to_json(
-            records,
-            findings,
-            implementation=names,
-            device=device,
-            device_name=found["device_name"],
-            warmed=warmed,
-            versions=found["versions"],
-            seed=arguments.seed,
-            level=arguments.level,
-            seconds=seconds,
-            complete=not collector.interrupted and not collector.errors,
-            asked_for=asked_for,
-        )
+        about = {
+            "implementation": names,
+            **{name: found[name] for name in ("device", "device_name", "versions")},
+            "seed": arguments.seed,
+            "level": arguments.level,
+            "seconds": round(seconds, 1),
+            "complete": not collector.interrupted and not collector.errors,
+        }
+        report = to_json(about, records, findings, warmed=warmed, asked_for=asked_for)
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     title = f"{names} on {where}"
     code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)

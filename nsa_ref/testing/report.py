@@ -137,32 +137,21 @@ def _total(clause: str, records: Sequence[Record]) -> Record:
 
 
 def to_json(
+    about: Mapping[str, Any],
     records: Sequence[Record],
     findings: Sequence[Finding],
     *,
-    implementation: str,
-    device: str,
-    device_name: str = "",
     warmed: Sequence[Record] = (),
-    versions: dict[str, str],
-    seed: int,
-    level: str,
-    seconds: float,
-    complete: bool = True,
     asked_for: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The report of `--json`: JSON values only, numbers that are not finite as strings."""
+    """The report of `--json`: JSON values only, numbers that are not finite as strings.
+
+    about : what else is known of the run: who was judged, where and how
+    """
     report = {
         "schema": SCHEMA,
         "spec_version": SPEC_VERSION,
-        "implementation": implementation,
-        "device": device,
-        "device_name": device_name,
-        "versions": versions,
-        "seed": seed,
-        "level": level,
-        "seconds": round(seconds, 1),
-        "complete": complete,
+        **about,
         "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
         "findings": [{name: f[name] for name in REPORTED} for f in findings],
         "unmet_edges": unmet_edges(records),
@@ -229,9 +218,8 @@ def show(
         console.rule(Text(f"finding {number} of {len(groups)}"), style="red")
         console.print(Text(message(first)), soft_wrap=True)
         for other in others:
-            console.print(
-                Text(f"the same by {other['property']}: {other['replay']}"), soft_wrap=True
-            )
+            same = f"the same by {other['property']}: {other['replay']}"
+            console.print(Text(same), soft_wrap=True)
     verdicts = Counter(clause.verdict.replace("_", " ") for clause in rows)
     summary = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
     cases = sum(clause.total.cases for clause in rows)

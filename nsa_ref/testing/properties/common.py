@@ -228,22 +228,13 @@ def compare_all(
 
     part, rows : as in `compare`; dk and dv have no such rows
     """
-    names = GRADIENTS if prop.backward else ("out", "lse")
-    return settle(
-        [
-            compare(
-                prop.clause,
-                f"{prop.the_branch.name} {name}",
-                have,
-                want,
-                *(getattr(bound, name) for bound in bounds),
-                part=part,
-                rows=None if name in ("dk", "dv") else rows,
-            )
-            for name, have, want in zip(names, found, expected)
-            if have is not None
-        ]
-    )
+    comparisons = []
+    for name, *tensors in zip(GRADIENTS if prop.backward else ("out", "lse"), found, expected):
+        if tensors[0] is not None:
+            tensors += [getattr(bound, name) for bound in bounds]
+            which, some = f"{prop.the_branch.name} {name}", None if name in ("dk", "dv") else rows
+            comparisons.append(compare(prop.clause, which, *tensors, part=part, rows=some))
+    return settle(comparisons)
 
 
 def settle(comparisons: Sequence[Comparison]) -> Outcome:

@@ -25,15 +25,9 @@ def windows(prop: Property, implementation: Implementation, case: Case) -> Outco
         wrong = (actual != 0) != (expected != 0)
         if wrong.any():
             _, _, i, c = first_at(wrong)
-            raise Broken(
-                "C1",
-                WrongReader(
-                    tensor="pool",
-                    reader=("compressed block", i),
-                    read=("token", chunk.start + c),
-                    reads=bool(actual[wrong][0] != 0),
-                ),
-            )
+            block, token = ("compressed block", i), ("token", chunk.start + c)
+            reads = bool(actual[wrong][0] != 0)
+            raise Broken("C1", WrongReader(tensor="pool", reader=block, read=token, reads=reads))
         part = f"of one-hot tokens from {chunk.start} on"
         comparisons.append(compare("C1", "pool", actual, expected, bound, part=part))
     return settle(comparisons)
@@ -54,20 +48,18 @@ def pooled_gradients(prop: Property, implementation: Implementation, case: Case)
     dx, dweights = call(implementation.run_vjp, "pool", case, x, weights, d_out)
     want_dx, want_dweights = pool_vjp(x, weights, d_out, **case.geometry)
     if set(dweights) != set(want_dweights):
-        raise Raised(
-            f"pool_vjp gave gradients of {sorted(dweights)}; the weights are "
-            f"{sorted(want_dweights)}"
-        )
+        wanted = f"the weights are {sorted(want_dweights)}"
+        raise Raised(f"pool_vjp gave gradients of {sorted(dweights)}; {wanted}")
     numerics = implementation.numerics[case.dtype]
     bounds = pool_bounds(x, weights, d_out, **case.geometry, numerics=numerics)
     assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
-    which = f"pool ({case.compress_map})"
-    comparisons = [
-        compare("C4", f"{which} dx", checked_result("dx", dx, x.shape), want_dx, bounds.dx)
-    ]
-    for name, want in want_dweights.items():
-        have = checked_result(f"d{name}", dweights[name], want.shape)
-        comparisons.append(compare("C4", f"{which} d{name}", have, want, bounds.dweights[name]))
+    comparisons = []
+    for name, have, want, bound in [
+        ("dx", dx, want_dx, bounds.dx),
+        *((f"d{n}", dweights[n], want, bounds.dweights[n]) for n, want in want_dweights.items()),
+    ]:
+        have = checked_result(name, have, want.shape)
+        comparisons.append(compare("C4", f"pool ({case.compress_map}) {name}", have, want, bound))
     return settle(comparisons)
 
 

@@ -209,14 +209,12 @@ def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome
                 enough = repeatable and rows[head] >= needs
                 if bool(seen[head]) == (owner == kv_head) or not (seen[head] or enough):
                     continue
-                raise Broken(
-                    "A1",
-                    WrongReader(
-                        tensor=branch.name,
-                        reader=("query head", head),
-                        read=(f"the {what} of kv head", kv_head),
-                        reads=bool(seen[head]),
-                        why=f"h // G with G={case.group_size} is {owner}",
-                    ),
+                fault = WrongReader(
+                    tensor=branch.name,
+                    reader=("query head", head),
+                    read=(f"the {what} of kv head", kv_head),
+                    reads=bool(seen[head]),
+                    why=f"h // G with G={case.group_size} is {owner}",
                 )
+                raise Broken("A1", fault)
     return Outcome()

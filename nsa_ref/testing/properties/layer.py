@@ -174,17 +174,12 @@ def check_output(asked: Asked, clause: str) -> Outcome:
             # what is wrong in parallel as well is not this clause's
             check_output(dataclasses.replace(asked, method="layer"), "G1")
         elif clause != "G1" and isinstance(error, Broken):
-            raise hinted(error, asked.method) from None
+            raise error.noted(("no layer", asked.method)) from None
         if clause == "G1" and isinstance(error, Broken):
             _blame_the_rotation(asked)
             raise _located(error, asked) from None
         raise error
     return settle_rows([compared], asked.undecided(asked.truth))
-
-
-def hinted(broken: Broken, method: str, *, backward: bool = False) -> Broken:
-    """The finding, and that it may lie in what `method` has in common with `layer`."""
-    return broken.noted(("no layer gradients" if backward else "no layer", method))
 
 
 def _blame_the_rotation(asked: Asked) -> None:
@@ -242,15 +237,15 @@ def _with_blocks(asked: Asked) -> Asked | None:
 def _located(broken: Broken, asked: Asked) -> Broken:
     """The finding, and which branches are wrong by themselves: one gate open, the others shut."""
 
-    def alone(asked: Asked, branch: str) -> Asked:
+    def right_alone(asked: Asked, branch: str) -> bool:
         weights = with_gates(asked.case, asked.weights, (b == branch for b in BRANCHES))
-        return dataclasses.replace(asked, weights=weights)
+        return dataclasses.replace(asked, weights=weights).is_right()
 
-    wrong = [b for b in BRANCHES if not alone(asked, b).is_right()]
+    wrong = [b for b in BRANCHES if not right_alone(asked, b)]
     right = [b for b in BRANCHES if b not in wrong]
     handed, with_blocks = None, _with_blocks(asked)
     if wrong == ["fine"] and with_blocks is not None:
-        handed = alone(with_blocks, "fine").is_right()
+        handed = right_alone(with_blocks, "fine")
     return broken.noted(("gates", wrong, right, handed))
 
 

@@ -22,7 +22,6 @@ from nsa_ref.testing.properties.layer import (
     check_pairs,
     check_scores_decide,
     compare_weights,
-    hinted,
     run_vjp,
     settle_rows,
 )
@@ -56,11 +55,10 @@ class Packed:
         cu_seqlens = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
         rows = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
         x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
-        one = dataclasses.replace(case, batch=1)
-        asked = Asked(implementation, "varlen", one, x, one.layer_weights())
+        one, weights = dataclasses.replace(case, batch=1), case.layer_weights()
+        asked = Asked(implementation, "varlen", one, x, weights)
         truths = [
-            Truth.of(implementation, each, x[None, r], asked.weights)
-            for each, r in zip(alone, rows)
+            Truth.of(implementation, each, x[None, r], weights) for each, r in zip(alone, rows)
         ]
         return cls(asked, case.batch, cu_seqlens, rows, truths)
 
@@ -71,7 +69,7 @@ class Packed:
         return np.concatenate([none, *(truth.undecided[0] for truth in self.truths)])
 
     def blame(self, broken: Broken, *, backward: bool) -> Broken:
-        """The finding, with a hint if nobody can tell whether the layer itself is right.
+        """The finding, noted if nobody can tell whether the layer itself is right.
 
         Raises
         ------
@@ -80,7 +78,7 @@ class Packed:
         implementation = self.asked.implementation
         offers = implementation.offers_vjp if backward else implementation.offers
         if not offers("layer"):
-            return hinted(broken, "varlen", backward=backward)
+            return broken.noted(("no layer gradients" if backward else "no layer", "varlen"))
         for truth, rows in zip(self.truths, self.rows):
             batch = 1 if is_declared(implementation, truth.case) else self.batch
             alone = dataclasses.replace(truth.case, batch=batch)
@@ -97,9 +95,8 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     """G4: sequences one behind the other are what each is by itself."""
     packed = Packed.of(implementation, case)
     asked = packed.asked
-    found = call(
-        implementation.run, "varlen", asked.case, asked.weights, asked.x, packed.cu_seqlens
-    )
+    arguments = asked.weights, asked.x, packed.cu_seqlens
+    found = call(implementation.run, "varlen", asked.case, *arguments)
     actual = checked_result("varlen", found, (len(asked.x), case.layer_width))
     compared = []
     try:
