@@ -69,10 +69,6 @@ class SelectionVerdict(NamedTuple):
     verdict: np.ndarray
     reasons: dict[tuple[int, int, int], Reason]
 
-    def first_invalid(self) -> tuple[tuple[int, int, int], Reason] | None:
-        """Where the first INVALID row stands, and why it is; None if there is none."""
-        return next((item for item in self.reasons.items() if item[1].verdict == INVALID), None)
-
 
 def valid_selection(
     block_indices: np.ndarray,

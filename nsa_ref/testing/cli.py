@@ -489,7 +489,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nsa-ref {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("verify", help="judge an implementation, clause by clause")
+    def add(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("verify", verify, "judge an implementation, clause by clause")
     what = f"package.module:object, or {', '.join(SHORT_NAMES)} (default nsa_fast)"
     command.add_argument("implementation", nargs="?", default="nsa_fast", help=what)
     for name, about in SHARED_OPTIONS.items():
@@ -498,24 +503,20 @@ def _parser() -> argparse.ArgumentParser:
     warm = "first fill the compiler's cache, each graph once"
     command.add_argument("--warm", action="store_true", help=warm)
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
-    command.set_defaults(run=verify)
 
-    command = commands.add_parser("replay", help="run one saved case again")
+    command = add("replay", replay, "run one saved case again")
     command.add_argument("case", metavar="CASE.json")
     command.add_argument("implementation", nargs="?", help="default: the one it was found in")
     command.add_argument("--device", choices=DEVICES, help="default: the one it was found on")
-    command.set_defaults(run=replay)
 
-    command = commands.add_parser("mutants", help="judge the judge: every mutant must be found")
+    command = add("mutants", mutants, "judge the judge: every mutant must be found")
     command.add_argument("mutant", nargs="*", help="default: all")
     command.add_argument("--json", metavar="FILE", help="write the table as data")
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
-    command.set_defaults(run=mutants)
 
-    command = commands.add_parser("show", help="draw a case's masks")
+    command = add("show", show_case, "draw a case's masks")
     command.add_argument("case", metavar="CASE.json")
     command.add_argument("--png", metavar="FILE", help="into a picture (needs matplotlib)")
-    command.set_defaults(run=show_case)
     return parser
 
 

@@ -27,7 +27,7 @@ from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import scored, select, selection_probability, top_blocks
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch
-from nsa_ref.testing.choices import valid_selection
+from nsa_ref.testing.choices import INVALID, valid_selection
 from nsa_ref.testing.compare import compare
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -473,7 +473,7 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     of_scores = found.bounds().scores
     assert of_scores is not None
     verdict = valid_selection(taken, blocks, of_scores, **how)
-    assert verdict.first_invalid() is None, verdict.first_invalid()
+    assert INVALID not in verdict.verdict, verdict.reasons
     all_slots = dataclasses.replace(sizes, num_selected_blocks=taken.shape[-1])
     expected = top_blocks(blocks, all_slots, semantics)
     another = (np.sort(taken, axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)

@@ -14,14 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_ref import FLA, LUCIDRAINS, PAPER, Scored, Semantics, Sizes
-from nsa_ref.testing.choices import (
-    AMBIGUOUS,
-    INVALID,
-    VALID,
-    Reason,
-    undecided_rows,
-    valid_selection,
-)
+from nsa_ref.testing.choices import AMBIGUOUS, INVALID, VALID, undecided_rows, valid_selection
 from nsa_ref.testing.wording import choice
 from tables import scored_row
 
@@ -146,7 +139,7 @@ def test_i4_the_floor_of_logit_mean_is_about_probabilities():
     )  # fmt: skip
 
 
-def test_the_first_invalid_row_is_told_with_its_place_and_clause():
+def test_an_invalid_row_is_told_with_its_place_and_rule():
     scores = np.zeros((1, 2, 2, 3))
     scores[..., 2] = 1
     indices = np.array([[[2], [-1]], [[0], [2]]])[None]
@@ -154,9 +147,8 @@ def test_the_first_invalid_row_is_told_with_its_place_and_clause():
     blocks = Scored(scores, candidates, forced=np.zeros((2, 3), bool))
     result = valid_selection(indices, blocks, np.zeros(scores.shape), sizes=Sizes())
     assert result.verdict.tolist() == [[[VALID, VALID], [INVALID, INVALID]]]
-    better = Reason(rule="order", block=2, worse=0, scores=(1.0, 0.0))
-    assert result.first_invalid() == ((0, 1, 0), better)
-    assert result._replace(reasons={}).first_invalid() is None
+    rules = {place: (why.clause, why.rule, why.block) for place, why in result.reasons.items()}
+    assert rules == {(0, 1, 0): ("I4", "order", 2), (0, 1, 1): ("I4", "candidates", 2)}
 
 
 def valid_sets(scores, candidates, forced, n, semantics) -> set[frozenset[int]]:

@@ -17,7 +17,7 @@ from nsa_ref.testing.findings import broken_data
 from nsa_ref.testing.implementation import NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.properties import PROPERTIES, Outcome, Property
-from nsa_ref.testing.verdicts import Broken, Inconclusive, Raised, WrongElement, WrongFactor
+from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongElement, WrongFactor
 from nsa_ref.testing.wording import describe, sentence
 
 #: 6 rows of 4: the last axis is the value_dim.
@@ -36,7 +36,7 @@ def refused(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> Wron
     """The element for which `compare` breaks the clause."""
     with pytest.raises(Broken) as caught:
         compare("A1", "out", actual, expected, bound)
-    assert isinstance(caught.value.fault, WrongElement)
+    assert caught.value.clause == "A1" and isinstance(caught.value.fault, WrongElement)
     json.dumps(broken_data(caught.value), allow_nan=False)
     return caught.value.fault
 
@@ -45,7 +45,9 @@ def refused(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> Wron
 
 
 def test_equal_arrays_use_nothing_of_the_budget() -> None:
+    """Nor do empty ones."""
     assert compare("A1", "out", EXPECTED, EXPECTED, BOUND) == Comparison(0.0, None, False)
+    assert compare("A1", "out", *[np.zeros((1, 0, 3))] * 5) == Comparison(0.0, None, False)
 
 
 @given(share=st.floats(2.0**-20, 1))
@@ -59,16 +61,10 @@ def test_budget_is_the_largest_share_of_a_bound(share: float) -> None:
 @given(share=st.floats(2.0**-20, 2.0**20))
 def test_more_than_the_bound_is_broken(share: float) -> None:
     actual = off_by(2.0**-10 * (1 + share))
-    with pytest.raises(Broken) as caught:
-        compare("A3", "sliding dq", actual, EXPECTED, BOUND)
-    assert caught.value.clause == "A3"
-    fault = caught.value.fault
-    assert isinstance(fault, WrongElement)
-    assert (fault.tensor, fault.index, fault.form) == ("sliding dq", (0, 1, 2, 3), "deterministic")
+    fault = refused(actual, EXPECTED, BOUND)
+    assert (fault.tensor, fault.index, fault.form) == ("out", (0, 1, 2, 3), "deterministic")
     assert fault.actual == actual[0, 1, 2, 3] and fault.expected == EXPECTED[0, 1, 2, 3]
     assert fault.bound == 2.0**-10 and fault.budget_used > 1
-    words = sentence(fault)
-    assert words.startswith("sliding dq[0, 1, 2, 3] is ") and words.endswith("times the budget")
 
 
 def test_the_last_admissible_value_is_right() -> None:
@@ -91,11 +87,6 @@ def test_the_worst_element_is_the_one_named() -> None:
     actual = off_by(2.0**-9)
     actual[0, 0, 0, 0] += 2.0**-20
     assert refused(actual, EXPECTED, bound).index == (0, 0, 0, 0)
-
-
-def test_nothing_to_compare_is_no_error() -> None:
-    empty = np.zeros((1, 0, 3))
-    assert compare("A1", "out", empty, empty, empty, empty, empty) == Comparison(0.0, None, False)
 
 
 # --- exact patterns -------------------------------------------------------------------------------
@@ -244,14 +235,6 @@ def test_any_other_answer_is_drawn_once() -> None:
     prop, asked = property_that(Outcome(budget=0.5))
     assert judge(prop, OracleImplementation(), Case()) == Outcome(budget=0.5)
     assert asked == [Case()]
-
-
-def test_what_the_implementation_raises_breaks_the_clause_of_the_property() -> None:
-    prop, _ = property_that(Raised("IndexError: 3"))
-    with pytest.raises(Broken) as caught:
-        judge(prop, OracleImplementation(), Case())
-    assert caught.value.clause == "I4"
-    assert describe(caught.value) == "the implementation failed: IndexError: 3"
 
 
 def test_a_case_that_is_refused_is_not_offered() -> None:

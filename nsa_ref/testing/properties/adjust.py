@@ -12,6 +12,8 @@ from nsa_ref.testing.strategies import Drawn
 
 #: Maps whose weights are l dim^2 numbers, or that many for each head, at most.
 SMALL_MAPS = ("linear", "mean", "linear_per_head")
+ONE_SMALL_HEAD = {"batch": 1, "q_heads": 1, "kv_heads": 1, "compress_map": "mean"}
+BLOCK_SIZES = ("compress_block_sliding_stride", "compress_block_size", "selection_block_size")
 
 # Windows
 
@@ -217,13 +219,9 @@ def layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
 def many_tokens(draw: st.DrawFn, sizes: Drawn) -> None:
     """G3: far more tokens than a window, a block or a chunk of a cache holds; one small head."""
     affordable_layer(draw, sizes)
-    sizes |= {
-        "batch": 1,
-        "q_heads": 1,
-        "kv_heads": 1,
+    sizes |= ONE_SMALL_HEAD | {
         "compress_block_size": 32,
         "compress_block_sliding_stride": 16,
-        "compress_map": "mean",
         "selection_block_size": 16 * draw(st.integers(1, 2)),
         "num_selected_blocks": draw(st.integers(3, 4)),
         "sliding_window_size": draw(st.integers(20, 64)),
@@ -234,13 +232,9 @@ def many_tokens(draw: st.DrawFn, sizes: Drawn) -> None:
 def many_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
     """More than 128 selection blocks of two tokens, forced ones among those that are chosen."""
     affordable_layer(draw, sizes)
-    sizes |= {
-        "batch": 1,
-        "q_heads": 1,
-        "kv_heads": 1,
+    sizes |= ONE_SMALL_HEAD | {
         "compress_block_size": 4,
         "compress_block_sliding_stride": 2,
-        "compress_map": "mean",
         "selection_block_size": 2,
         "num_initial_blocks": 1,
         "num_local_blocks": 2,
@@ -252,11 +246,7 @@ def many_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
 def rows_that_rotation_changes(draw: st.DrawFn, sizes: Drawn) -> None:
     """G2: rows that see several keys, and compressed blocks further apart than tokens."""
     if sizes["compress_block_sliding_stride"] == 1:
-        for size in (
-            "compress_block_sliding_stride",
-            "compress_block_size",
-            "selection_block_size",
-        ):
+        for size in BLOCK_SIZES:
             sizes[size] *= 2
     affordable_layer(draw, sizes)
     sizes["sliding_window_size"] = max(2, sizes["sliding_window_size"])

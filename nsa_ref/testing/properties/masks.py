@@ -17,6 +17,15 @@ from nsa_ref.testing.pictures import excerpt
 from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
 from nsa_ref.testing.verdicts import Broken, Convention, Raised, WrongMask
 
+#: The switches that change a branch's mask, and the other value that such a switch can have.
+SWITCHES = {
+    "sliding": ("window_closed", "causal"),
+    "compress": ("compress_strict", "compress_alignment", "causal"),
+    "fine": ("duplicates", "own_block_extra", "causal"),
+}
+OTHER: dict[Any, Any] = {True: False, False: True, "start": "end", "end": "start"}
+OTHER |= {"set": "multiset", "multiset": "set"}
+
 
 def wrong_cell(
     branch: Branch,
@@ -78,25 +87,10 @@ def _convention(branch: Branch, case: Case, actual: np.ndarray) -> Convention | 
         return mask.shape == actual.shape and bool((mask == actual).all())
 
     indices = case.block_indices() if branch is FINE else None
-    switches: dict[str, dict[str, tuple[Any, ...]]] = {
-        "sliding": {"window_closed": (True, False), "causal": (True, False)},
-        "compress": {
-            "compress_strict": (True, False),
-            "compress_alignment": ("start", "end"),
-            "causal": (True, False),
-        },
-        "fine": {
-            "duplicates": ("set", "multiset"),
-            "own_block_extra": (True, False),
-            "causal": (True, False),
-        },
-    }
-    for switch, values in switches[branch.name].items():
-        for value in values:
-            if value != getattr(case.semantics, switch) and explains(
-                dataclasses.replace(case.semantics, **{switch: value})
-            ):
-                return Convention(switch, value)
+    for switch in SWITCHES[branch.name]:
+        value = OTHER[getattr(case.semantics, switch)]
+        if explains(dataclasses.replace(case.semantics, **{switch: value})):
+            return Convention(switch, value)
     for name, preset in PRESETS.items():
         # a preset's own duplicates, alignment and strictness, all at once
         if preset.causal == case.semantics.causal and explains(preset):
