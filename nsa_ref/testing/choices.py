@@ -247,14 +247,9 @@ def _judge_row(
         for better in left:
             if not ranked[better] > ranked[worse]:
                 continue
-            scores, bound = (ranked[better], ranked[worse]), bounds[better] + bounds[worse]
-            gap = Reason(
-                rule="order",
-                block=better,
-                worse=worse,
-                scores=tuple(map(float, scores)),
-                bound=float(bound),
-            )
+            scores = float(ranked[better]), float(ranked[worse])
+            bound = float(bounds[better] + bounds[worse])
+            gap = Reason(rule="order", block=better, worse=worse, scores=scores, bound=bound)
             if scores[0] - scores[1] > bound:
                 return gap
             doubt = dataclasses.replace(gap, verdict=AMBIGUOUS, clause="I5")
@@ -280,8 +275,7 @@ def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
     """
     if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
         return np.zeros((*bounds.shape[:3], 1))
-    largest: np.ndarray = bounds.max(axis=3, keepdims=True, initial=0)
-    return largest
+    return np.max(bounds, axis=3, keepdims=True, initial=0)
 
 
 def _floored_range(

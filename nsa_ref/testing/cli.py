@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -306,7 +307,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
         _check_writable(arguments.json)
     suite = Path(__file__).parent / "mutants" / "suite.py"
     tests = [f"{suite}::test_mutant_is_killed_by_its_clause[{name}]" for name in names]
-    with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
+    with _temporary_folder() as folder:
         collector = _run(
             console,
             "",
@@ -418,23 +419,22 @@ def _run(
     return collector
 
 
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True)
+
+
 @contextlib.contextmanager
 def _own_pytest() -> Iterator[None]:
     """Ignore the user's pytest options and plugins, which may change the run.
 
     Hypothesis keeps its caches out of the user's folder, too.
     """
-    before = dict(os.environ)
-    os.environ.pop("PYTEST_ADDOPTS", None)
-    os.environ.pop("PYTEST_PLUGINS", None)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
+    with _temporary_folder() as folder, mock.patch.dict(os.environ):
+        os.environ.pop("PYTEST_ADDOPTS", None)
+        os.environ.pop("PYTEST_PLUGINS", None)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        yield
 
 
 def _read(path: Path) -> tuple[Case, Finding]:

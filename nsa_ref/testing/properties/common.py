@@ -58,6 +58,7 @@ class Property:
     semantics : which of the implementation's semantics it can be asked about
     why_not_tried : why the judge does not try it on an implementation, or None
     adjust : brings about what it is about (see adjust.py)
+    precondition : raises Inconclusive for a case that cannot show it
     inputs, indices, head_dims : what cases are drawn from; all there are, if empty
     populated : whether its cases have a batch entry, two rows and two keys at least
     examples : at the quick level
@@ -75,6 +76,7 @@ class Property:
     semantics: Callable[[Semantics], bool] = lambda semantics: True
     why_not_tried: Callable[[Implementation], Remark | None] = lambda implementation: None
     adjust: Adjust | None = None
+    precondition: Callable[[Case], None] = lambda case: None
     inputs: Sequence[str] = ()
     indices: Sequence[str] = ()
     head_dims: Sequence[int] = ()
@@ -104,6 +106,7 @@ class Property:
         ------
         Broken, Raised, Inconclusive, NotOffered
         """
+        self.precondition(case)
         return self.check(self, implementation, case)
 
     def why_not_offered(self, implementation: Implementation) -> str:

@@ -134,7 +134,7 @@ def settle_rows(comparisons: Sequence[Comparison], undecided: np.ndarray) -> Out
     return dataclasses.replace(settled, ambiguous=rows, decided=not rows or rows < undecided.size)
 
 
-def check_scores_decide(case: Case) -> None:
+def scores_decide(case: Case) -> None:
     """Inconclusive where every block is chosen, whatever the scores are."""
     if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
         raise Inconclusive("no choice")
@@ -150,14 +150,6 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     if clause == "G3" and some_empty and "uniform" in case.semantics.empty_row:
         raise Inconclusive("uniform rows")
     return check_output(Asked.about(implementation, prop.method, case), clause)
-
-
-def output_where_scores_decide(
-    prop: Property, implementation: Implementation, case: Case
-) -> Outcome:
-    """The same, of cases in which a choice shows."""
-    check_scores_decide(case)
-    return output(prop, implementation, case)
 
 
 def check_output(asked: Asked, clause: str) -> Outcome:
@@ -265,14 +257,6 @@ def with_gates(case: Case, weights: Weights, opened: Iterable[bool]) -> Weights:
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G1: gradients of x and of every weight with the choice handed in; A4: with its own."""
     return check_gradients(Asked.about(implementation, prop.method, case), prop.clause)
-
-
-def gradients_where_scores_decide(
-    prop: Property, implementation: Implementation, case: Case
-) -> Outcome:
-    """The same, of cases in which a choice shows."""
-    check_scores_decide(case)
-    return gradients(prop, implementation, case)
 
 
 def check_gradients(asked: Asked, clause: str) -> Outcome:

@@ -20,7 +20,6 @@ from nsa_ref.testing.properties.layer import (
     check_gradients,
     check_output,
     check_pairs,
-    check_scores_decide,
     compare_weights,
     run_vjp,
     settle_rows,
@@ -107,14 +106,6 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     except Broken as broken:
         raise packed.blame(broken, backward=False) from None
     return settle_rows(compared, packed.undecided)
-
-
-def output_where_scores_decide(
-    prop: Property, implementation: Implementation, case: Case
-) -> Outcome:
-    """The same, of sequences in which a choice shows."""
-    check_scores_decide(case)
-    return output(prop, implementation, case)
 
 
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
