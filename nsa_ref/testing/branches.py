@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
-from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.verdicts import NoAnswer, Raised
@@ -51,20 +49,11 @@ class Branch:
         indices = case.block_indices() if self.name == "fine" else None
         return Inputs(q=q, k=k, v=v, block_indices=indices)
 
-    def mask(
-        self, case: Case, block_indices: np.ndarray | None, semantics: Semantics | None = None
-    ) -> np.ndarray:
+    def mask(self, case: Case, block_indices: np.ndarray | None) -> np.ndarray:
         """The oracle's multiplicities, (batch, q_heads, q_len, columns)."""
-        semantics = semantics or case.semantics
-        shape = (case.batch, case.q_heads, case.q_len)
-        if self.name == "sliding":
-            mask = sliding_mask(case.q_len, case.kv_len, case, semantics)
-        elif self.name == "compress":
-            mask = compress_mask(case.q_len, case.kv_len, case, semantics)
-        else:
-            assert block_indices is not None
-            mask = fine_mask(case.q_len, case.kv_len, block_indices, case, semantics)
-        return np.broadcast_to(mask, (*shape, mask.shape[-1]))
+        given = (block_indices,) if self.name == "fine" else ()
+        mask = getattr(OracleImplementation(), f"{self.name}_mask")(case, *given)
+        return np.broadcast_to(mask, (case.batch, case.q_heads, case.q_len, mask.shape[-1]))
 
     def mask_clause(self, case: Case) -> str:
         """The clause that a wrong mask breaks on this case, if nothing more special is known."""

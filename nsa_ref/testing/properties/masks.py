@@ -83,7 +83,7 @@ def _convention(branch: Branch, case: Case, actual: np.ndarray) -> Convention | 
     """The single switch, or the preset, that would explain what was seen."""
 
     def explains(semantics: Semantics) -> bool:
-        mask = branch.mask(case, indices, semantics)
+        mask = branch.mask(dataclasses.replace(case, semantics=semantics), indices)
         return mask.shape == actual.shape and bool((mask == actual).all())
 
     indices = case.block_indices() if branch is FINE else None
