@@ -6,6 +6,7 @@ comes back from an implementation is checked for shape here and turned into floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.verdicts import NoAnswer, Raised
 
+GRADIENTS = ("dq", "dk", "dv")
+ArrayChange = Callable[[np.ndarray], np.ndarray]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -25,6 +29,12 @@ class Inputs:
     k: np.ndarray
     v: np.ndarray
     block_indices: np.ndarray | None
+
+    def changed(self, of_rows: ArrayChange, of_columns: ArrayChange) -> Inputs:
+        """q and the block indices changed by one function, k and v by another."""
+        indices = None if self.block_indices is None else of_rows(self.block_indices)
+        q, k, v = of_rows(self.q), of_columns(self.k), of_columns(self.v)
+        return Inputs(q=q, k=k, v=v, block_indices=indices)
 
 
 @dataclass(frozen=True)
@@ -113,15 +123,10 @@ class Branch:
         return Attention(out, lse)
 
     def backward(
-        self,
-        implementation: Implementation,
-        case: Case,
-        inputs: Inputs,
-        d_out: np.ndarray,
-        d_lse: np.ndarray,
+        self, implementation: Implementation, case: Case, inputs: Inputs, *d: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The implementation's dq, dk, dv over all columns, float64."""
-        arguments = (*self.arguments(case, inputs), d_out, d_lse)
+        """The implementation's dq, dk, dv over all columns, float64; d : d_out and d_lse."""
+        arguments = (*self.arguments(case, inputs), *d)
         found = call(implementation.run_vjp, self.name, case, *arguments)
         expected = 5 if self.name == "compress" else 3
         if not isinstance(found, tuple) or len(found) != expected:
@@ -136,6 +141,15 @@ class Branch:
             checked_result("dk", dk, inputs.k.shape),
             checked_result("dv", dv, inputs.v.shape),
         )
+
+    def tensors(
+        self, implementation: Implementation, case: Case, inputs: Inputs, *d: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """By name: out, and lse if there is one; with d_out and d_lse, dq, dk and dv."""
+        if d:
+            return dict(zip(GRADIENTS, self.backward(implementation, case, inputs, *d)))
+        found = self.forward(implementation, case, inputs)._asdict()
+        return {name: x for name, x in found.items() if x is not None}
 
 
 SLIDING, COMPRESS, FINE = Branch("sliding"), Branch("compress"), Branch("fine")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nsa_ref.attention import Attention
 from nsa_ref.bounds import AttentionBounds, attention_bounds
 from nsa_ref.semantics import Semantics
-from nsa_ref.testing.branches import FINE, Branch, Inputs
+from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
@@ -35,8 +35,6 @@ class Outcome:
     powerless: int = 0
     suspicion: WrongElement | WrongFactor | None = None
 
-
-GRADIENTS = ("dq", "dk", "dv")
 
 #: What the cases of a method are about; those of all others are about its branch.
 ABOUT_OF = {"pool": "pool", "select": "selection"} | dict.fromkeys(

@@ -13,12 +13,12 @@ import numpy as np
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call
+from nsa_ref.testing.branches import COMPRESS, GRADIENTS, Branch, Inputs, call
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, compare_all
+from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, compare_all
 from nsa_ref.testing.properties.masks import wrong_cell
 from nsa_ref.testing.strategies import far_lengths, large_sizes
 from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Raised, Remark
@@ -213,13 +213,7 @@ def large(prop: Property, implementation: Implementation, case: Case) -> Outcome
             x = x * factor.astype(x.dtype)[:, None, None, None]
         return np.broadcast_to(x, (case.batch, *x.shape[1:]))
 
-    indices = once.block_indices
-    inputs = Inputs(
-        q=spread(once.q),
-        k=spread(once.k),
-        v=spread(once.v, f),
-        block_indices=None if indices is None else spread(indices),
-    )
+    inputs = dataclasses.replace(once.changed(spread, spread), v=spread(once.v, f))
     arguments = branch.arguments(case, inputs)
     names: tuple[str, ...] = ("out", "lse")
     gradients: tuple[np.ndarray, ...] = ()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
 from nsa_ref.bounds import AttentionBounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import Branch, Inputs
+from nsa_ref.testing.branches import GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import check_exact, compare
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import GRADIENTS, Outcome, Property, bounds_of, set_up
+from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, set_up
 from nsa_ref.testing.properties.values import upstream
 from nsa_ref.testing.verdicts import Broken, Inconclusive, WrongReader
 
@@ -144,28 +145,17 @@ def canary(prop: Property, implementation: Implementation, case: Case) -> Outcom
         d_out = np.where(silent[..., None], 0, d_out).astype(d_out.dtype)
         d = d_out, np.where(silent, 0, d_lse).astype(d_lse.dtype)
 
-    def run(some: Inputs) -> Tensors:
-        if prop.backward:
-            return dict(zip(GRADIENTS, branch.backward(implementation, case, some, *d)))
-        with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
-            result = branch.forward(implementation, case, some)
-        return {name: x for name, x in result._asdict().items() if x is not None}
-
-    base = run(inputs)
+    run = partial(branch.tensors, implementation, case)
+    again = partial(run, inputs, *d)
+    base = again()
+    bounds = partial(bounds_of, branch, implementation, case, inputs, mask, *d)
     for what, other in _plants(implementation, planted, where):
         finite = np.isfinite(other.v[where].astype(np.float64)).all()
         if prop.backward and sees.any() and not finite:
             continue  # a row that sees it is NaN, and so is all that it reaches
-        found = run(other)
-        _check_unchanged(
-            branch,
-            what,
-            base,
-            found,
-            compared,
-            lambda: run(inputs),
-            lambda: bounds_of(branch, implementation, case, inputs, mask, *d),
-        )
+        with np.errstate(invalid="ignore"):  # rows that see inf are NaN, rightly
+            found = run(other, *d)
+        _check_unchanged(branch, what, base, found, compared, again, bounds)
         for name in ("dk", "dv") if prop.backward else ():
             here = np.zeros(found[name].shape, bool)
             here[where] = True

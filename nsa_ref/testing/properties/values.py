@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.testing.branches import Branch, Inputs
+from nsa_ref.testing.branches import GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import check_exact, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
-    GRADIENTS,
     Outcome,
     Property,
     all_bounds,
