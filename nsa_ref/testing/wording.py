@@ -32,7 +32,7 @@ LONGEST_TEXT = 6000
 MOST_NUMBERS = 12
 
 _NUMBER = r"(?:[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+|nan|inf)|True|False)"
-_MANY_NUMBERS = re.compile(rf"{_NUMBER}(?:[\s,\[\]()]+{_NUMBER}){{{MOST_NUMBERS},}}")
+_MANY_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:[\s,\[\]()]+{_NUMBER}){{{MOST_NUMBERS},}}")
 
 #: The sentence of every remark, with a place for each of its values.
 REMARKS: dict[RemarkName, str] = {

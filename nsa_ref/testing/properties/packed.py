@@ -13,17 +13,9 @@ from nsa_ref.testing.branches import call, checked_result
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.properties import layer
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
-from nsa_ref.testing.properties.layer import (
-    Asked,
-    Truth,
-    check_gradients,
-    check_output,
-    check_pairs,
-    compare_weights,
-    run_vjp,
-    settle_rows,
-)
+from nsa_ref.testing.properties.layer import Asked, Truth
 from nsa_ref.testing.verdicts import Broken
 
 
@@ -46,7 +38,7 @@ class Packed:
     @classmethod
     def of(cls, implementation: Implementation, case: Case) -> Packed:
         """The sequences of a case, of the lengths that are declared."""
-        check_pairs(case)
+        layer.check_pairs(case)
         # packed tokens have no batch, so that limits of it do not matter
         every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in case.sequence_lengths()]
         every = [each for each in every if is_declared(implementation, each)]
@@ -84,9 +76,9 @@ class Packed:
             x = np.repeat(self.asked.x[None, rows], batch, axis=0)
             asked = Asked(implementation, "layer", alone, x, self.asked.weights)
             if backward:
-                check_gradients(asked, "A4")
+                layer.check_gradients(asked, "A4")
             else:
-                check_output(asked, "G1")
+                layer.check_output(asked, "G1")
         return broken
 
 
@@ -105,7 +97,7 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
             compared.append(compare("G4", "varlen", *tensors, part=f"of sequence {i}"))
     except Broken as broken:
         raise packed.blame(broken, backward=False) from None
-    return settle_rows(compared, packed.undecided)
+    return layer.settle_rows(compared, packed.undecided)
 
 
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -114,7 +106,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     asked = packed.asked
     d_out = case.array("d_out", len(asked.x), case.layer_width)
     d_out = np.where(packed.undecided[:, None], 0, d_out).astype(d_out.dtype)
-    dx, dweights = run_vjp(asked, "G4", packed.cu_seqlens, d_out)
+    dx, dweights = layer.run_vjp(asked, "G4", packed.cu_seqlens, d_out)
     of_each, bounds_of_each, compared = [], [], []
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
@@ -133,7 +125,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
             **asked.case.geometry,
         )
         part = f"summed over {len(packed.rows)} sequences"
-        compared += compare_weights("G4", dweights, summed, bounds_of_sum, part)
+        compared += layer.compare_weights("G4", dweights, summed, bounds_of_sum, part)
     except Broken as broken:
         raise packed.blame(broken, backward=True) from None
-    return settle_rows(compared, packed.undecided)
+    return layer.settle_rows(compared, packed.undecided)
