@@ -45,22 +45,13 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     except (Broken, NotOffered, NoAnswer, WrongDeclaration):
         raise
     except Raised as error:
-        cause = error.__cause__
-        failure = Failure(
-            kind="result" if cause is None else "exception",
-            tensor=prop.method,
-            what=str(error),
-            where=() if cause is None else _where(cause),
-        )
-        raise Broken(prop.clause, failure) from error
+        raise Broken(prop.clause, _failure(prop, str(error), error.__cause__)) from error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not ignores_ctrl_c():
             raise  # the user's
         if isinstance(error, Exception) and not _oracle_can(prop, case):
             raise
-        what, where = one_line(error), _where(error)
-        failure = Failure(kind="exception", tensor=prop.method, what=what, where=where)
-        raise Broken(prop.clause, failure) from error
+        raise Broken(prop.clause, _failure(prop, one_line(error), error)) from error
 
 
 def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -106,9 +97,12 @@ def ignores_ctrl_c() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def _where(error: BaseException) -> tuple[str, ...]:
-    """The line of the adapter that raised, and the innermost one."""
+def _failure(prop: Property, what: str, error: BaseException | None) -> Failure:
+    """What came of the call, with the line of the adapter that raised, and the innermost one."""
+    if error is None:
+        return Failure(kind="result", tensor=prop.method, what=what)
     here = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
     lines = [f"{f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
-    return tuple(dict.fromkeys([*lines[:1], *lines[-1:]]))
+    where = tuple(dict.fromkeys([*lines[:1], *lines[-1:]]))
+    return Failure(kind="exception", tensor=prop.method, what=what, where=where)
