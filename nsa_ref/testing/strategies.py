@@ -285,14 +285,8 @@ def large_sizes(implementation: Implementation) -> Drawn | None:
     length = many // (batch * row) + 1
     if any(length not in limits.get(field, (length,)) for field in ("q_len", "kv_len")):
         return None
-    return {
-        "batch": batch,
-        "q_heads": q_heads,
-        "kv_heads": max(kv_heads),
-        "head_dim": head_dim,
-        "q_len": length,
-        "kv_len": length,
-    }
+    heads = {"q_heads": q_heads, "kv_heads": max(kv_heads), "head_dim": head_dim}
+    return heads | {"batch": batch, "q_len": length, "kv_len": length}
 
 
 def fresh_seeds(case: Case, count: int) -> list[Case]:

@@ -17,7 +17,7 @@ from nsa_ref.testing.pictures import Excerpt
 #: Why a case could not tell, why a property was not tried, and what else was seen of a fault.
 RemarkName = Literal[
     "no hidden key", "never all visible", "empty rows", "nothing to cut", "no choice",
-    "uniform rows", "no visible key", "no head without empty rows", "rounded sums", "NaN rows",
+    "uniform rows", "no visible key", "empty in some head", "rounded sums", "NaN rows",
     "narrow model", "no linear map", "no visible block", "no empty row", "not zero", "powerless",
     "powerless tensor", "see",
     "determinism unstated", "short limits", "not causal", "small limits", "little memory",

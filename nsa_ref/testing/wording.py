@@ -44,7 +44,7 @@ REMARKS: dict[RemarkName, str] = {
     "no choice": "no row has more blocks than it may choose",
     "uniform rows": "the mean over all columns knows how many are to come",
     "no visible key": "none of the drawn rows sees a key",
-    "no head without empty rows": "none of the drawn rows sees a key in every head",
+    "empty in some head": "none of the drawn rows sees a key in every head",
     "rounded sums": "every sum is too large for the rounding of this dtype",
     "NaN rows": "no gradient is defined for a NaN row",
     "narrow model": "model_dim={} is no feature for each token and head",

@@ -167,7 +167,7 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     # in an empty row A2 speaks
     kept = [i for i, mask in enumerate(masks) if mask.any(-1).all()]
     if not kept:
-        raise Inconclusive("no head without empty rows")
+        raise Inconclusive("empty in some head")
     rows, mask = [rows[i] for i in kept], np.stack([masks[i] for i in kept], axis=2)
     few = dataclasses.replace(case, q_len=len(rows))
     asked = Inputs(q=inputs.q[:, :, rows], k=inputs.k, v=inputs.v, block_indices=None)
