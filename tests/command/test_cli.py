@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from nsa_ref.testing.verdicts import Record
 from port_zoo import SlidingMask
 
 NO_MODULE = "port_that_is_not_there"
+TEXTS = ("spec", "property", "implementation", "device")
 
 
 def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -77,10 +79,7 @@ def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["replay", "right.json"], "MODULE:OBJECT"),
         (["replay", "old.json"], "'W9'"),
         (["replay", "hasty.json"], "timeout="),
-        *(
-            (["replay", f"{field}.json"], f"{field}=['a'] must be a text")
-            for field in ("spec", "property", "implementation", "device")
-        ),
+        *((["replay", f"{field}.json"], f"{field}=['a'] must be a text") for field in TEXTS),
     ],
 )
 def test_one_line_says_what_is_wrong_and_what_would_be_right(
@@ -92,19 +91,18 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     case = Case().to_json()
+    kept = {"case": case, "spec": "oracle"}
     for name, data in {
-        "list.json": [1],
-        "other.json": {"colour": "red"},
-        "wrong.json": case | {"q_heads": 3, "kv_heads": 2},
-        "empty-batch.json": case | {"batch": 0},
-        "right.json": case,
-        "old.json": {"case": case, "spec": "oracle", "property": "W9"},
-        "hasty.json": {"case": case, "spec": "oracle", "timeout": -1},
+        "list": [1],
+        "other": {"colour": "red"},
+        "wrong": case | {"q_heads": 3, "kv_heads": 2},
+        "empty-batch": case | {"batch": 0},
+        "right": case,
+        "old": kept | {"property": "W9"},
+        "hasty": kept | {"timeout": -1},
+        **{field: kept | {field: ["a"]} for field in TEXTS},
     }.items():
-        (place / name).write_text(json.dumps(data))
-    for field in ("spec", "property", "implementation", "device"):
-        data = {"case": case, "spec": "oracle", field: ["a"]}
-        (place / f"{field}.json").write_text(json.dumps(data))
+        (place / f"{name}.json").write_text(json.dumps(data))
     (place / "a-file").write_text("no JSON")
     before = sorted(place.iterdir())
     assert words in could_not_run(capsys, *arguments)
@@ -147,9 +145,7 @@ def test_an_adapter_that_hangs_while_it_is_loaded_is_one_line(
 # --- what runs ------------------------------------------------------------------------------------
 
 
-def test_crashes_hangs_and_exits_are_findings_and_everything_else_is_still_judged(
-    place: Path,
-) -> None:
+def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(place: Path) -> None:
     """The whole of a hostile run: message, table, JSON, files, and replays that fail alike."""
     done = nsa_ref(
         *("verify", "port_zoo:hostile", "--device=cpu", "--branch=sliding", "-n", "2"),
@@ -189,9 +185,8 @@ def test_crashes_hangs_and_exits_are_findings_and_everything_else_is_still_judge
         assert {"clause", "case", "worst", "replay"} <= set(finding)
         command = finding["replay"].split()
         assert command[:2] == ["nsa-ref", "replay"]
-        if finding["clause"] == "W3" and command[2].endswith(
-            ("-hang.json", "segfaults-crash.json")
-        ):
+        last = "-hang.json", "segfaults-crash.json"
+        if finding["clause"] == "W3" and command[2].endswith(last):
             again = nsa_ref(*command[1:])
             assert again.returncode == BROKEN and again.stderr == "", again
             assert finding["text"].splitlines()[0] in again.stdout
@@ -248,11 +243,7 @@ def test_a_seed_is_the_cases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "branch", "words"),
     [
-        (
-            "port_zoo:SlidingMask",
-            "selection",
-            "nothing of mask could be judged: not offered: s",
-        ),
+        ("port_zoo:SlidingMask", "selection", "nothing of mask could be judged: not offered: s"),
         ("port_zoo:Refuses", "sliding", "it is Sunday"),
         ("port_zoo:DiesInWorkers", "sliding", "not in the workers"),
         ("port_zoo:SupportsAnswers", "sliding", "supports(case) returned True; it must"),
@@ -261,14 +252,12 @@ def test_a_seed_is_the_cases(tmp_path: Path) -> None:
 def test_a_run_that_decides_nothing_is_no_pass(
     adapter: str, branch: str, words: str, place: Path
 ) -> None:
-    done = nsa_ref(
-        "verify", adapter, "--device=cpu", f"--branch={branch}", "-n", "1", "--json=r.json"
-    )
+    options = ("--device=cpu", f"--branch={branch}", "-n", "1", "--json=r.json")
+    done = nsa_ref("verify", adapter, *options)
     assert done.returncode == COULD_NOT_RUN, done
     assert words in done.stderr and done.stderr.count("\n") == 1
-    assert not any(
-        c["verdict"] == "pass" for c in json.loads(Path("r.json").read_text())["clauses"]
-    )
+    clauses = json.loads((place / "r.json").read_text())["clauses"]
+    assert "pass" not in {clause["verdict"] for clause in clauses}
     assert not (place / "nsa-ref-findings").exists()
 
 
@@ -283,18 +272,10 @@ def test_a_replay_that_decides_nothing_is_no_pass(place: Path) -> None:
 
 def test_a_finding_of_an_older_version_is_replayed(place: Path) -> None:
     """Of what it says, only the property, the case and the implementation are needed."""
-    case = Case(q_len=2, kv_len=2).to_json()
-    needed = {
-        "property": "W1_sliding_mask_as_exposed",
-        "case": case,
-        "spec": "port_zoo:OneKeyFewer",
-    }
+    needed = {"property": "W1_sliding_mask_as_exposed", "spec": "port_zoo:OneKeyFewer"}
+    needed["case"] = Case(q_len=2, kv_len=2).to_json()
     older = {"clause": "W1", "implementation": "window [w]", "device": "cpu", "timeout": 120.0}
-    older |= {
-        "text": "sliding_mask as exposed: ...\nThis may be a ...",
-        "worst": {},
-        "file": "x.json",
-    }
+    older |= {"text": "sliding_mask: ...\nThis may be a ...", "worst": {}, "file": "x.json"}
     for finding in (needed, needed | older):
         (place / "finding.json").write_text(json.dumps(finding))
         done = nsa_ref("replay", "finding.json", "--device=cpu")
@@ -302,9 +283,7 @@ def test_a_finding_of_an_older_version_is_replayed(place: Path) -> None:
         assert "window_closed=False would explain it" in done.stdout
 
 
-def test_a_case_of_ones_own_is_tried_on_the_properties_that_are_about_such_cases(
-    place: Path,
-) -> None:
+def test_a_case_of_ones_own_is_tried_on_properties_about_such_cases(place: Path) -> None:
     """W3 speaks of windows that cover everything; a window of 1 does not break it."""
     case = Case(q_len=5, kv_len=5, sliding_window_size=1, head_dim=8, value_dim=8)
     (place / "case.json").write_text(json.dumps(case.to_json()))
@@ -338,19 +317,13 @@ def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
 
 
 def test_what_is_not_offered_names_the_method_and_the_implementation() -> None:
-    text = shown(
-        [
-            record(cases=0, not_offered={"gradients of fine": 1}),
-            record(not_offered={"lse of fine": 2}, inconclusive={("powerless",): 1}),
-            record(implementation="other", not_tried={("not causal",): 1}),
-        ]
-    )
+    lse = record(not_offered={"lse of fine": 2}, inconclusive={("powerless",): 1})
+    other = record(implementation="other", not_tried={("not causal",): 1})
+    text = shown([record(cases=0, not_offered={"gradients of fine": 1}), lse, other])
     assert "not offered by port [0, 0]: gradients of fine; lse of fine (2 cases)\n" in text
     assert "by other" not in text
-    assert (
-        "not tried with other: long sequences, which are causal ones, and it declares none\n"
-        in text
-    )
+    why = "long sequences, which are causal ones, and it declares none"
+    assert f"not tried with other: {why}\n" in text
 
 
 def test_properties_that_came_to_no_end_are_no_pass() -> None:
@@ -363,7 +336,7 @@ def test_properties_that_came_to_no_end_are_no_pass() -> None:
 
 
 def test_the_report_is_json_whatever_is_in_it() -> None:
-    data = report.to_json({"seconds": float("inf")}, [record(budget_used=float("nan"))], [])
+    data = report.to_json({"seconds": math.inf}, [record(budget_used=math.nan)], [])
     json.dumps(data, allow_nan=False)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
+from commands import python
 from nsa_ref.testing import plugin
 
 ROOM = plugin.GPU_MEMORY_PER_WORKER
@@ -28,14 +29,9 @@ def stranger(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(*arguments: str) -> CompletedProcess[str]:
     """pytest on what lies here."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "--rootdir=.", "-p", "no:cacheprovider", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return python("-m", "pytest", "--rootdir=.", "-p", "no:cacheprovider", *arguments)
 
 
 PLUGIN = ("-p", "nsa_ref.testing.plugin")
@@ -90,18 +86,10 @@ def test_options_are_checked(option: str, words: str) -> None:
 
 
 def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path) -> None:
-    class Config:
-        option = object()
-
-        def getoption(self, name: str) -> object:
-            return {
-                "--nsa-implementation": "nowhere",
-                "--device": "cpu",
-                "--findings": str(tmp_path),
-            }.get(name)
-
+    options = {"--nsa-implementation": "nowhere", "--device": "cpu", "--findings": str(tmp_path)}
+    config = SimpleNamespace(option=object(), getoption=options.get)
     with pytest.raises(pytest.UsageError, match=r"package\.module:object"):
-        plugin.pytest_configure(Config())  # type: ignore[arg-type]
+        plugin.pytest_configure(config)  # type: ignore[arg-type]
 
 
 # --- workers and GPUs -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`nsa-ref` in a process of its own."""
+"""Python, and `nsa-ref`, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HELPERS = Path(__file__).parent
 
 
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS`, in the present directory and environment unless the options say else."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
 def nsa_ref(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
     """`nsa-ref ARGUMENTS`, in the present directory and environment."""
-    return subprocess.run(
-        [sys.executable, "-m", "nsa_ref.testing.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"COLUMNS": str(columns)},
-    )
+    environment = os.environ | {"COLUMNS": str(columns)}
+    return python("-m", "nsa_ref.testing.cli", *arguments, env=environment)

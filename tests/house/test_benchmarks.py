@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +12,32 @@ import pytest
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from benchmarks import cost  # noqa: E402
+from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from pages import ROOT  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = interpreter.missing()
 TRITON = importlib.util.find_spec("triton") is not None
+pytestmark = pytest.mark.usefixtures("place")
 
 
-def constants(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("benchmarks.hardware_constants", *arguments)
-
-
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
-    )
+def report_of(script: str, *arguments: str, says: str = "") -> dict[str, Any]:
+    """What a script writes, run as a process of its own, once it has said something."""
+    done = python("-m", f"benchmarks.{script}", *arguments, "--output=report.json")
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    report: dict[str, Any] = json.loads(Path("report.json").read_text())
+    return report
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
-def test_the_constants_of_the_interpreter_are_those_of_numpy(tmp_path: Path) -> None:
+def test_the_constants_of_the_interpreter_are_those_of_numpy() -> None:
     """Every kernel of the script runs; in NumPy's float32 everything is rounded to nearest."""
-    output = tmp_path / "constants.json"
-    done = constants("--device=interpreter", "--size=2048", f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(output.read_text())
+    report = report_of("hardware_constants", "--device=interpreter", "--size=2048")
     assert "no hardware" in report["device"]
     assert {"torch", "triton", "python"} <= set(report["versions"])
-    measured: dict[str, Any] = report["measured"]
+    measured = report["measured"]
     assert measured["functions"]["exp2(0)"] == 1
     assert 0 < measured["functions"]["exp2, relative error in units of 2^-24"] < 4
     for row in ("fp32, tiles of 16", "fp32, tiles of 64", "bf16, tiles of 64"):
@@ -56,14 +49,10 @@ def test_the_constants_of_the_interpreter_are_those_of_numpy(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
-def test_what_the_kernels_graphs_allocate_grows_with_the_tokens(tmp_path: Path) -> None:
+def test_what_the_kernels_graphs_allocate_grows_with_the_tokens() -> None:
     """Without a kernel being executed; eager attention would hold all scores at once."""
-    output = tmp_path / "memory.json"
-    arguments = ("--device=interpreter", "--tokens", "1024", "2048", f"--output={output}")
-    done = run("benchmarks.kernel_memory", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "forward and backward" in done.stdout
-    report = json.loads(output.read_text())
+    arguments = ("--device=interpreter", "--tokens", "1024", "2048")
+    report = report_of("kernel_memory", *arguments, says="forward and backward")
     assert "no kernel executed" in report["device"]
     for figures in report["measured"].values():
         less, more = (found["MiB"] for found in figures["tokens"].values())
@@ -74,7 +63,7 @@ def test_what_the_kernels_graphs_allocate_grows_with_the_tokens(tmp_path: Path) 
 @pytest.mark.skipif(not TRITON, reason="the script needs triton")
 @pytest.mark.parametrize("script", ["hardware_constants", "kernel_memory"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
-    done = run(f"benchmarks.{script}")
+    done = python("-m", f"benchmarks.{script}")
     assert done.returncode == 1
     assert done.stderr.endswith(
         "there is no GPU here. Try --device interpreter, which shows how the script works\n"
@@ -83,7 +72,7 @@ def test_without_a_gpu_it_says_so(script: str) -> None:
 
 @pytest.mark.skipif(TRITON, reason="triton is here")
 def test_without_triton_it_says_so() -> None:
-    done = constants()
+    done = python("-m", "benchmarks.hardware_constants")
     assert done.returncode == 1
     assert done.stderr == "triton is not installed here, and this script is about its kernels\n"
 
@@ -103,15 +92,11 @@ def test_an_exponent_is_the_slope_from_8k_on() -> None:
     assert cost.exponent({2**13: 0.0, 2**14: 1.0}) is None
 
 
-def test_costs_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
-    output = tmp_path / "cost.json"
-    arguments = ("--tokens", "256", "--what", "lists and transposes")
-    done = run("benchmarks.cost", *arguments, f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    assert "lists and transposes" in done.stdout
-    report = json.loads(output.read_text())
+def test_costs_are_measured_in_processes_of_their_own() -> None:
+    what = "lists and transposes"
+    report = report_of("cost", "--tokens", "256", "--what", what, says=what)
     assert report["device"] and {"torch", "python"} <= set(report["versions"])
-    figures = report["measured"]["lists and transposes"]
+    figures = report["measured"][what]
     (found,) = figures["tokens"].values()
     assert found["seconds"] > 0 and found["MiB"] >= 0
     assert figures["exponents"] == {"seconds": None, "MiB": None}

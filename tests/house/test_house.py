@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import nsa_ref
+from commands import python
 from nsa_ref import bounds, layer_bounds, map_bounds, rounded, selection_bounds
 from pages import ROOT
 
@@ -77,10 +78,10 @@ def graph(package: str) -> dict[str, set[str]]:
     names = {module_name(path) for path in files(package)}
     found: dict[str, set[str]] = {}
     for path in files(package):
-        wanted = set()
-        for name in imports(path, lazy=False):
-            # "from package.module import thing" names the thing, or a module
-            wanted.add(name if name in names else name.rpartition(".")[0])
+        # "from package.module import thing" names the thing, or a module
+        wanted = {
+            name if name in names else name.rpartition(".")[0] for name in imports(path, lazy=False)
+        }
         found[module_name(path)] = wanted & names - {module_name(path)}
     return found
 
@@ -129,25 +130,15 @@ def test_the_fast_path_shares_no_code_with_the_definition(path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["nsa_ref", "nsa_fast"])
 def test_no_import_goes_in_a_circle(package: str) -> None:
-    left = graph(package)
-    while left:
-        ready = {name for name, wanted in left.items() if not wanted & set(left)}
-        assert ready, f"these import each other: {left}"
-        left = {name: wanted for name, wanted in left.items() if name not in ready}
+    graphlib.TopologicalSorter(graph(package)).prepare()
 
 
 # --- what importing costs -------------------------------------------------------------------------
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-
-
 def test_importing_the_definition_loads_numpy_and_little_else() -> None:
     """Neither torch nor hypothesis, and under 0.3 s beside NumPy's own."""
-    done = python("-X", "importtime", "-c", "import nsa_ref")
+    done = python("-X", "importtime", "-c", "import nsa_ref", cwd=ROOT, check=True)
     lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)", done.stderr)
     loaded = {name.partition(".")[0] for _, _, name in lines}
     assert {"numpy", "nsa_ref"} <= loaded
@@ -159,7 +150,7 @@ def test_importing_the_definition_loads_numpy_and_little_else() -> None:
 def test_loading_the_judge_loads_no_torch() -> None:
     names = [module_name(path) for path in files("nsa_ref/testing")]
     code = f"import sys, importlib; [importlib.import_module(n) for n in {names}]"
-    done = python("-c", f"{code}; print(*sys.modules)")
+    done = python("-c", f"{code}; print(*sys.modules)", cwd=ROOT, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert {"hypothesis", "ml_dtypes"} <= loaded
     assert not loaded & {"torch", "matplotlib", "nsa_fast"}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +15,6 @@ from nsa_ref import (
     LUCIDRAINS,
     LUCIDRAINS_FLEX,
     PAPER,
-    Scored,
     Semantics,
     Sizes,
     compress_probabilities,
@@ -34,6 +31,7 @@ from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing import Case
 from nsa_ref.testing.choices import INVALID, VALID, valid_selection
 from nsa_ref.testing.mutants.selection import Selector
+from refusals import refusal_test
 from small_cases import cases
 from tables import rows, scored_row, strides
 
@@ -327,57 +325,36 @@ def test_the_oracles_own_choice_is_valid_and_one_from_scores_within_the_bounds_n
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
-SIZES = strides(2, 2, q_heads=2, head_dim=2)
-GOOD = {"q": Q, "k_cmp": K, "mem_k": NONE, "kv_len": 6, "sizes": SIZES}
+SIZES, ROW = strides(2, 2, q_heads=2, head_dim=2), scored_row([0.0, 0.0])
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (ValueError, "q has shape (1, 1, 3, 2); it must be (batch, 2, q_len, 2)", {"q": Q[:, :1]}),
-        (ValueError, "k_cmp has shape (1, 1, 2, 2); it must be (1, 1, 3", {"k_cmp": K[:, :, 1:]}),
-        (ValueError, "mem_k has shape (1, 1, 0, 1); it must be (1, 1, 0", {"mem_k": NONE[..., 1:]}),
-        (ValueError, "kv_len=-1 must be at least 0", {"kv_len": -1}),
-        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
-        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
-    ],
+def asked(q=Q, k_cmp=K, mem_k=NONE, **how):
+    return lambda: importance(q, k_cmp, mem_k, **{"kv_len": 6, "sizes": SIZES} | how)
+
+
+test_selection_refuses_what_does_not_fit_and_says_what_would = refusal_test(
+    {
+        "q has shape (1, 1, 3, 2); it must be (batch, 2, q_len, 2)": asked(q=Q[:, :1]),
+        "k_cmp has shape (1, 1, 2, 2); it must be (1, 1, 3, 2)": asked(k_cmp=K[:, :, 1:]),
+        "mem_k has shape (1, 1, 0, 1); it must be (1, 1, 0, 2)": asked(mem_k=NONE[..., 1:]),
+        "kv_len=-1 must be at least 0": asked(kv_len=-1),
+        "q_len=-1 must be at least 0": lambda: forced_blocks(-1, 2, SIZES),
+        "compress_block_size=3 must be a positive multiple of compress_block_sliding_stride=2: "
+        "eq. 9 counts": lambda: shared_strides(6, strides(3, 2)),
+        "scores holds NaN at a candidate": lambda: top_blocks(scored_row([math.nan]), SIZES),
+        "forced has shape (2, 2); it must be (1, 2)": (
+            lambda: top_blocks(ROW._replace(forced=np.eye(2) > 0), SIZES)
+        ),
+    },
+    {
+        "candidates has dtype float64; it must be": (
+            lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), SIZES)
+        ),
+        "sizes=None must be a nsa_ref.Sizes": asked(sizes=None),
+        "sizes=0 must be a nsa_ref.Sizes": lambda: selection_candidates(2, 2, 0),
+        "sizes=1 must be a nsa_ref.Sizes": lambda: top_blocks(ROW, 1),
+        "semantics=None must be a Semantics": asked(semantics=None),
+        "semantics=0 must be a Semantics": lambda: selection_candidates(2, 2, SIZES, 0),
+        "semantics=1 must be a Semantics": lambda: top_blocks(ROW, SIZES, 1),
+    },
 )
-def test_importance_refuses_what_does_not_fit_and_says_what_would(error, message, change):
-    with pytest.raises(error, match=re.escape(message)):
-        importance(**(GOOD | change))
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (ValueError, "q_len=-1 must be at least 0", {"q_len": -1}),
-        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
-        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
-    ],
-)
-def test_candidates_of_no_length_or_sizes_are_refused(error, message, change):
-    with pytest.raises(error, match=message):
-        forced_blocks(**{"q_len": 2, "kv_len": 2, "sizes": SIZES} | change)
-
-
-def test_i2_eq_9_wants_windows_of_whole_strides():
-    rule = "compress_block_size=3 must be a positive multiple of compress_block_sliding_stride=2"
-    with pytest.raises(ValueError, match=f"{rule}: eq. 9 counts .* Try 2 or 4"):
-        shared_strides(6, strides(3, 2))
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (ValueError, "scores holds NaN at a candidate", {"scores": np.full((1, 1, 1, 2), np.nan)}),
-        (ValueError, "forced has shape (2, 2); it must be (1, 2)", {"forced": np.eye(2) > 0}),
-        (TypeError, "candidates has dtype float64; it must be", {"candidates": np.ones((1, 2))}),
-        (TypeError, "sizes=None must be a nsa_ref.Sizes", {"sizes": None}),
-        (TypeError, "semantics=None must be a Semantics", {"semantics": None}),
-    ],
-)
-def test_top_n_refuses_what_does_not_fit_and_says_what_would(error, message, change):
-    row = scored_row([0.0, 0.0])._asdict() | {"sizes": Sizes(), "semantics": PAPER} | change
-    sizes, semantics = row.pop("sizes"), row.pop("semantics")
-    with pytest.raises(error, match=re.escape(message)):
-        top_blocks(Scored(**row), sizes, semantics)
