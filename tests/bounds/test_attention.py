@@ -123,8 +123,7 @@ def test_worst_cases_of_one_or_two_keys_stay_within_their_bounds(row: str) -> No
         x = drawn(kind, row, rng, 1, group, 1, columns, head_dim, value_dim)
         way = draw_way(rng, row)
         tensors = computed(x, row, way), exact_attention(x), bounds(x, row)
-        for name, *each in zip(NAMES, *tensors):
-            budgets.add(name, *each, where=f"{row}, {kind}, seed {seed}, {way}")
+        budgets.add_all(*(y._asdict() for y in tensors), where=f"{kind}, seed {seed}, {way}")
     budgets.print(f"right kernels of one or two keys, {row}")
 
 
@@ -157,10 +156,8 @@ def test_any_structure_is_within_the_deterministic_bound(
     kv_heads, group, q_len, columns = sizes
     rng = generator(12, seed)
     x = draw_inputs(kind, row, rng, sizes=(kv_heads, group, q_len, columns, head_dim, value_dim))
-    got, right = computed(x, row, draw_way(rng, row)), exact_attention(x)
-    limits = bounds(x, row)
-    for name, *each in zip(NAMES, got, right, limits):
-        assert budget_used(*each) <= 1, name
+    got, right, limits = computed(x, row, draw_way(rng, row)), exact_attention(x), bounds(x, row)
+    Budgets().add_all(*(y._asdict() for y in (got, right, limits)))
     empty = ~x.mask.any(axis=-1)
     unseen = ~x.mask.any(axis=2).reshape(1, kv_heads, group, columns).any(axis=2)
     for bound, nothing in zip(limits, (empty, empty, empty, unseen, unseen)):
@@ -262,8 +259,7 @@ def test_multiplicity_two_is_the_same_key_twice() -> None:
     mask[..., 6] = 2
     twice = np.r_[0:7, 6]
     y = x._replace(k=x.k[:, :, twice], v=x.v[:, :, twice], mask=np.ones((1, 2, 5, 8), np.int64))
-    once = bounds(x._replace(mask=mask), "bf16")
-    spread = bounds(y, "bf16")
+    once, spread = bounds(x._replace(mask=mask), "bf16"), bounds(y, "bf16")
     for mine, other in zip(once[:3], spread[:3]):
         # both are float64 sums of the same terms in another order
         assert np.max(np.abs(mine - other) / other) < 2.0**-40
@@ -289,9 +285,8 @@ def test_sums_of_three_tenths_are_within_fp64_of_the_exact_rational() -> None:
     q, k = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, columns, 2))
     exact = sum((Fraction(float(y)) for y in v.ravel()), Fraction(0)) / columns
     mine = float(v.mean())
-    bound = attention_bounds(
-        q, k, v, np.ones((1, 1, 1, columns), int), numerics="fp64", form="deterministic"
-    )
+    mask = np.ones((1, 1, 1, columns), int)
+    bound = attention_bounds(q, k, v, mask, numerics="fp64", form="deterministic")
     assert bound.dq is None and bound.dk is None and bound.dv is None
     assert abs(Fraction(mine) - exact) <= Fraction(float(bound.out.item()))
 
@@ -368,10 +363,13 @@ def test_what_a_dtype_cannot_hold_has_no_bound(large: str) -> None:
 INPUTS = ("q", "k", "v", "d_out")
 
 
+def with_errors(x: Inputs, errors: list[Array]) -> Inputs:
+    return x._replace(**{n: Rounded(getattr(x, n), e) for n, e in zip(INPUTS, errors)})
+
+
 def between(x: Inputs, y: Inputs) -> Inputs:
     """x, and how far each input of y is from it."""
-    off = {n: np.abs(getattr(y, n) - getattr(x, n)) for n in INPUTS}
-    return x._replace(**{n: Rounded(getattr(x, n), error) for n, error in off.items()})
+    return with_errors(x, [np.abs(getattr(y, n) - getattr(x, n)) for n in INPUTS])
 
 
 @pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16", "bf16-eager"])
@@ -394,9 +392,8 @@ def test_bounds_hold_for_inputs_that_are_off(row: str) -> None:
             signs = rng.choice([-1.0, 1.0, 0.5], exact.shape)
             moved[name] = rounded(exact + kept[name] * np.abs(exact) * signs, row)
         y, way = x._replace(**moved), draw_way(rng, row)
-        limits = bounds(between(x, y), row)
-        for name, *each in zip(NAMES, computed(y, row, way), exact_attention(x), limits):
-            budgets.add(name, *each, where=f"{kind}, seed {seed}, {way}")
+        tensors = computed(y, row, way), exact_attention(x), bounds(between(x, y), row)
+        budgets.add_all(*(z._asdict() for z in tensors), where=f"{kind}, seed {seed}, {way}")
     budgets.print(f"kernels of inputs that are off, {row}")
 
 
@@ -432,12 +429,7 @@ def test_errors_next_to_nothing_change_nothing_but_the_second_order() -> None:
     """And errors of 0 change nothing."""
     x = draw_inputs("randn", "bf16", generator(50))
     nothing, little = (
-        bounds(
-            x._replace(
-                **{n: Rounded(y, size * np.abs(y)) for n, y in x._asdict().items() if n in INPUTS}
-            ),
-            "bf16",
-        )
+        bounds(with_errors(x, [size * np.abs(getattr(x, n)) for n in INPUTS]), "bf16")
         for size in (0.0, 2.0**-60)
     )
     for exact, same, other in zip(bounds(x, "bf16"), nothing, little):

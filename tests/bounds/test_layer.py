@@ -101,9 +101,8 @@ def test_right_layers_that_pool_turned_keys_stay_within_their_bounds(row: str) -
 def test_the_layer_that_is_bounded_is_the_definition(rotary: str, compress_map: str) -> None:
     """G1, G2, C4: the analysis in float64 has the oracle's values, within its own errors."""
     semantics = dataclasses.replace(LUCIDRAINS, rotary=rotary)
-    case = draw_case(
-        generator(55), "fp64", semantics, seq_len=12, head_dim=4, compress_map=compress_map
-    )
+    sizes: dict[str, Any] = {"seq_len": 12, "head_dim": 4, "compress_map": compress_map}
+    case = draw_case(generator(55), "fp64", semantics, **sizes)
     how: dict[str, Any] = {"sizes": case.sizes, "semantics": semantics}
     masks = branch_masks(12, 12, case.block_indices, case.sizes, semantics)
     found = RoundedLayer(case.x, case.weights, masks, case.sizes, semantics, NUMERICS["fp64"])
@@ -224,9 +223,8 @@ def test_what_a_dtype_cannot_hold_has_no_bound() -> None:
 
 def test_scores_are_none_where_the_sizes_have_none() -> None:
     """I2 counts whole strides: l = 3 and d = 2 have no scores by overlap."""
-    case = draw_case(
-        generator(46), "fp32", PAPER, compress_block_size=3, compress_block_sliding_stride=2
-    )
+    windows = {"compress_block_size": 3, "compress_block_sliding_stride": 2}
+    case = draw_case(generator(46), "fp32", PAPER, **windows)
     assert bounds_of(case, "fp32").scores is None
 
 
@@ -284,20 +282,21 @@ FLAT = draw_case(generator(58), "fp32", PAPER, num_mem_kv=1)
 FLAT_SHAPES = layer_weight_shapes(FLAT.sizes, PAPER)
 
 
-def of_bias(gradient: Array, bound: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """No gradient but this one of the gates' biases, and its bound."""
+def bias_bounds(
+    lengths: list[int], gradients: Any, bounds: Any, row: str = "fp32"
+) -> dict[str, Array]:
+    """Of sequences whose only gradients are these of the gates' biases, with these bounds."""
     zeros = {name: np.zeros(shape) for name, shape in FLAT_SHAPES.items()}
-    return zeros | {"gates.bias": gradient}, zeros | {"gates.bias": bound}
+    given, errors = ([zeros | {"gates.bias": y} for y in each] for each in (gradients, bounds))
+    how: dict[str, Any] = {"sizes": FLAT.sizes, "semantics": PAPER, "numerics": row}
+    return packed_weight_bounds(lengths, given, errors, **how)
 
 
 def test_gradients_that_are_added_up_in_a_coarse_dtype_are_rounded_every_time() -> None:
     """Four gradients without an error, added in bfloat16 in any order."""
     rng, shape = generator(59), (64 * FLAT_SHAPES["gates.bias"][0],)
     each = rounded(rng.standard_normal((4, *shape)), "bf16")
-    wide = dataclasses.replace(FLAT.sizes, q_heads=64 * FLAT.sizes.q_heads)
-    given, exact = zip(*(of_bias(gradient, 0.0 * gradient) for gradient in each))
-    how: dict[str, Any] = {"sizes": wide, "semantics": PAPER, "numerics": "bf16"}
-    bound = packed_weight_bounds([3, 1, 9, 2], given, exact, **how)["gates.bias"]
+    bound = bias_bounds([3, 1, 9, 2], each, 0.0 * each, "bf16")["gates.bias"]
     largest = 0.0
     for order in itertools.permutations(range(4)):
         total = each[order[0]]
@@ -314,39 +313,27 @@ def test_terms_that_are_lost_in_the_sum_over_all_sequences_are_within_its_bound(
     """
     small = np.float32(0.9 * 2.0**-24)
     terms = [np.ones((1, 1, 1)), np.full((1, 1000, 1), small, dtype=np.float64)]
-    shape = FLAT_SHAPES["gates.bias"]
-    fp32 = NUMERICS["fp32"]
-    each = [
-        of_bias(
-            np.broadcast_to(part.sum(axis=(0, 1)), shape),
-            np.broadcast_to(summed(exact(part), (0, 1), fp32).error, shape),
-        )
-        for part in terms
-    ]
-    given, alone = zip(*each)
-    how: dict[str, Any] = {"sizes": FLAT.sizes, "semantics": PAPER, "numerics": "fp32"}
-    bound = packed_weight_bounds([1, 1000], given, alone, **how)["gates.bias"]
+    alone = [summed(exact(part), (0, 1), NUMERICS["fp32"]) for part in terms]
+    bound = bias_bounds([1, 1000], *zip(*alone))["gates.bias"]
     in_one = np.float32(0.0)
     for term in np.concatenate(terms, axis=1).ravel():
         in_one += np.float32(term)
     error = abs(float(in_one) - sum(part.sum() for part in terms))
-    assert in_one == 1 and (error > 100 * sum(each["gates.bias"] for each in alone)).all()
+    assert in_one == 1 and (error > 100 * sum(each.error for each in alone)).all()
     assert (error <= bound).all()
 
 
 def test_sequences_without_a_term_are_nothing_in_the_sum() -> None:
     """G4: neither their bounds nor their number counts; without any, 0 is exact."""
-    ones, some = np.ones(FLAT_SHAPES["gates.bias"]), of_bias
-    how: dict[str, Any] = {"sizes": FLAT.sizes, "semantics": PAPER, "numerics": "fp32"}
-    one = packed_weight_bounds([3], *zip(some(ones, ones)), **how)
-    given, bounds = zip(some(ones, ones), some(0 * ones, ones), some(0 * ones, ones))
-    three = packed_weight_bounds([3, 0, 0], given, bounds, **how)
+    ones = np.ones(FLAT_SHAPES["gates.bias"])
+    one = bias_bounds([3], [ones], [ones])
+    three = bias_bounds([3, 0, 0], [ones, 0 * ones, 0 * ones], [ones] * 3)
     assert all(np.array_equal(one[name], three[name]) for name in FLAT_SHAPES)
-    none = packed_weight_bounds([], [], [], **how)
+    none = bias_bounds([], [], [])
     assert {name: bound.shape for name, bound in none.items()} == FLAT_SHAPES
     assert not any(bound.any() for bound in none.values())
     with pytest.raises(ValueError, match=r"bounds has 2 entries; it must have 3"):
-        packed_weight_bounds([3, 0, 0], given, bounds[:2], **how)
+        bias_bounds([3, 0, 0], [ones] * 3, [ones] * 2)
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "d_out"])
@@ -365,16 +352,14 @@ def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
     moved = {
         name: y + rng.choice([-1.0, 1.0], y.shape) * errors[name] for name, y in arrays.items()
     }
-    q, k, v, d_out = (Rounded(arrays[name], errors[name]) for name in arrays)
-    how: dict[str, Any] = {"mask": mask, "empty_row": "uniform", "row": NUMERICS["fp64"]}
-    found = rounded_branch(q, k, v, d_out, **how)
-    right, got = (
-        (
-            attend(y["q"], y["k"], y["v"], mask, empty_row="uniform").out,
-            *attend_vjp(y["q"], y["k"], y["v"], mask, y["d_out"], empty_row="uniform"),
-        )
-        for y in (arrays, moved)
-    )
+    given = {name: Rounded(y, errors[name]) for name, y in arrays.items()}
+    how: dict[str, Any] = {"mask": mask, "empty_row": "uniform"}
+    found = rounded_branch(**given, **how, row=NUMERICS["fp64"])
+
+    def results(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
+        return attend(q, k, v, **how).out, *attend_vjp(q, k, v, d_out=d_out, **how)
+
+    got, right = results(**moved), results(**arrays)
     for name, mine, other in zip(("out", "dq", "dk", "dv"), got, right):
         bound = getattr(found, name)
         assert budget_used(mine, other, bound.error) <= 1, name
@@ -403,8 +388,6 @@ def test_bad_arguments_are_named() -> None:
     named(r"block_indices has shape", block_indices=case.block_indices.repeat(2, axis=0))
     named("d_out has shape", d_out=case.d_out[:, :0])
     odd = dataclasses.replace(case.sizes, head_dim=3)
-    weights = {
-        name: np.zeros(shape) for name, shape in layer_weight_shapes(odd, LUCIDRAINS).items()
-    }
+    shapes = layer_weight_shapes(odd, LUCIDRAINS)
+    weights = {name: np.zeros(shape) for name, shape in shapes.items()}
     named("head_dim=3 must be a positive multiple of 2", sizes=odd, weights=weights)
-    assert set(ROWS) <= set(NUMERICS)
