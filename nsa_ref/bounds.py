@@ -109,20 +109,32 @@ def attention_bounds(
         raise ValueError("d_lse was given without d_out: pass zeros for d_out.")
     if d_out is not None:
         check_shape("d_out", inputs["d_out"].value.shape, (*rows, of_v.shape[3]))
-    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse, rows)
+    d_lse = 0.0 if d_lse is None else as_float64("d_lse", d_lse, rows)
     off = [name for name, x in inputs.items() if x.error.any()]
     if off and form != "deterministic":
         raise ValueError(f"{off[0]} is off, and form={form!r} takes exact inputs.")
 
-    how: dict[str, Any] = {"mask": mask, "d_lse": d_lse, "scale": scale, "form": form}
-    of_kernel = rounded_attention(**inputs, **how, row=NUMERICS[numerics])
+    how: dict[str, Any] = {"mask": mask, "scale": scale, "d_lse": d_lse}
+    of_kernel = rounded_attention(AttentionInputs(**inputs, **how), NUMERICS[numerics], form)
     # the reference is float64 arithmetic too, and may err by its own bound
     of_oracle = of_kernel
     if numerics != "fp64" or off:
         inputs = {name: exact(x.value) for name, x in inputs.items()}
-        of_oracle = rounded_attention(**inputs, **how, row=NUMERICS["fp64"])
+        of_oracle = rounded_attention(AttentionInputs(**inputs, **how), NUMERICS["fp64"], form)
     both = [x.error + y.error for x, y in zip(of_kernel, of_oracle)]
     return AttentionBounds(*both[:2], *(both[2:] if d_out is not None else (None, None, None)))
+
+
+class AttentionInputs(NamedTuple):
+    """What attention is given, checked; the gradients are 0 without d_out."""
+
+    q: Rounded
+    k: Rounded
+    v: Rounded
+    mask: Array
+    scale: float
+    d_out: Rounded | None = None
+    d_lse: Array | float = 0.0
 
 
 class RoundedAttention(NamedTuple):
@@ -136,27 +148,17 @@ class RoundedAttention(NamedTuple):
 
 
 def rounded_attention(
-    q: Rounded,
-    k: Rounded,
-    v: Rounded,
-    d_out: Rounded | None = None,
-    *,
-    mask: Array,
-    d_lse: Array | None = None,
-    scale: float,
-    row: Numerics,
-    form: str = "deterministic",
+    given: AttentionInputs, row: Numerics, form: str = "deterministic"
 ) -> RoundedAttention:
-    """`attention_bounds` of one row of numerics alone, and of arguments that are checked.
-
-    The gradients are 0 without d_out.
+    """`attention_bounds` of one row of numerics alone.
 
     Source: NUMERICS 2; the quantities are those of A1 and A3
     """
+    q, k, v, *_ = given
     rows = q.value.shape[:3]
     shapes = (*rows, v.value.shape[3]), rows, *(x.value.shape for x in (q, k, v))
     found = RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes))
-    for b, g, heads, x in groups(q, k, v, d_out, mask=mask, d_lse=d_lse, scale=scale):
+    for b, g, heads, x in groups(given):
         places: tuple[slice | int, ...] = (heads, heads, heads, g, g)
         for whole, part, at in zip(found, _group_bounds(x, row, form), places):
             shape = whole.value[b, at].shape
@@ -165,29 +167,20 @@ def rounded_attention(
     return found
 
 
-def groups(
-    q: Rounded,
-    k: Rounded,
-    v: Rounded,
-    d_out: Rounded | None = None,
-    *,
-    mask: Array,
-    d_lse: Array | None = None,
-    scale: float,
-) -> Iterator[tuple[int, int, slice, Group]]:
+def groups(given: AttentionInputs) -> Iterator[tuple[int, int, slice, Group]]:
     """Batch entry, kv head, its query heads, and the quantities of their attention.
 
     Source: A1, A3
     """
+    q, k, v, mask, scale, d_out, d_lse = given
     batch, kv_heads = k.value.shape[:2]
     size = q.value.shape[1] // kv_heads
-    if d_lse is None:
-        d_lse = np.zeros(q.value.shape[:3])
+    d_lse = np.broadcast_to(d_lse, q.value.shape[:3])
     for b, g in np.ndindex(batch, kv_heads):
         heads = slice(g * size, (g + 1) * size)
         of_d_out = None if d_out is None else d_out.at(b, heads)
-        inputs = q.at(b, heads), k.at(b, g), v.at(b, g), of_d_out
-        yield b, g, heads, Group(*inputs, mask[b, heads], d_lse[b, heads], scale)
+        of_keys = q.at(b, heads), k.at(b, g), v.at(b, g), mask[b, heads]
+        yield b, g, heads, Group(AttentionInputs(*of_keys, scale, of_d_out, d_lse[b, heads]))
 
 
 class Group:
@@ -202,16 +195,8 @@ class Group:
     are such errors, else 0: it multiplies what is of second order where inputs are exact.
     """
 
-    def __init__(
-        self,
-        q: Rounded,
-        k: Rounded,
-        v: Rounded,
-        d_out: Rounded | None,
-        mask: Array,
-        d_lse: Array,
-        scale: float,
-    ) -> None:
+    def __init__(self, given: AttentionInputs) -> None:
+        q, k, v, mask, scale, d_out, d_lse = given
         self.size, q_len, head_dim = q.value.shape
         columns, value_dim = v.value.shape
         rows = self.size * q_len
@@ -252,7 +237,7 @@ class Group:
 
         if not self.backward:
             return
-        self.d_lse = d_lse.reshape(rows, 1) * ~empty
+        self.d_lse = np.reshape(d_lse, (rows, 1)) * ~empty
         self.dp = np.where(visible, d_out_ @ v_.T, 0.0)
         self.delta = _over_keys(d_out_ * self.out)
         self.r = np.where(visible, self.dp - self.delta + self.d_lse, 0.0)

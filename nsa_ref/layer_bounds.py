@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref import rounded
-from nsa_ref.bounds import RoundedAttention, rounded_attention
+from nsa_ref.bounds import AttentionInputs, RoundedAttention, rounded_attention
 from nsa_ref.checks import as_float64, check_multiple, check_one_of, check_shape
 from nsa_ref.compress import num_compress_blocks
 from nsa_ref.layer import (
@@ -212,30 +212,21 @@ def _scores(of_kernel: RoundedLayer, of_oracle: RoundedLayer, numerics: str) -> 
 # --- in one row of numerics -----------------------------------------------------------------------
 
 
-def rounded_branch(
-    q: Rounded,
-    k: Rounded,
-    v: Rounded,
-    d_out: Rounded | None = None,
-    *,
-    mask: Array,
-    empty_row: str,
-    row: Numerics,
-) -> RoundedAttention:
-    """One branch, with what its empty rows hold; the gradients are 0 without d_out.
+def rounded_branch(given: AttentionInputs, empty_row: str, row: Numerics) -> RoundedAttention:
+    """One branch, with what its empty rows hold.
 
     Source: A2; NUMERICS 2
     """
-    columns = k.value.shape[2]
-    mask = np.broadcast_to(mask, (*q.value.shape[:3], columns))
+    columns = given.k.value.shape[2]
+    mask = np.broadcast_to(given.mask, (*given.q.value.shape[:3], columns))
     empty = ~np.any(mask > 0, axis=-1)
     uniform = empty & (empty_row == "uniform") & (columns > 0)
     # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k
     mask = np.where(uniform[..., None], 1.0, mask)
-    q = q.map(lambda part: np.where(uniform[..., None], 0.0, part))
+    q = given.q.map(lambda part: np.where(uniform[..., None], 0.0, part))
     if row.rounds_every_operation:  # q may be scaled, and stored, on its own
         q = rounded.stored(q, row)
-    found = rounded_attention(q, k, v, d_out, mask=mask, scale=q.value.shape[3] ** -0.5, row=row)
+    found = rounded_attention(given._replace(q=q, mask=mask), row)
     if empty_row == "nan":
         found.out.error[empty] = np.inf
     dq = rounded.stored(found.dq, row) if row.rounds_every_operation else found.dq
@@ -258,8 +249,8 @@ class RoundedLayer:
         semantics: Semantics,
         row: Numerics,
     ) -> None:
-        self.x, self.weights, self.masks = x, weights, masks
-        self.sizes, self.semantics, self.row = sizes, semantics, row
+        self.x, self.weights, self.row = x, weights, row
+        self.sizes, self.semantics = sizes, semantics
         seq_len = x.shape[1]
         self.norm = rounded.normed(x, weights["norm.weight"], row) if semantics.input_norm else None
         self.h = exact(x) if self.norm is None else self.norm.out
@@ -287,7 +278,9 @@ class RoundedLayer:
         self.k_cmp = rounded.rotated(self._pool("k").out, self.block_turn, row)
         k["compress"] = self._with_memory("mem_k", self.k_cmp)
         v["compress"] = self._with_memory("mem_v", self._pool("v").out)
-        self.inputs = {c: (q_of[c], k[c], v[c]) for c in BRANCHES}
+        self.inputs = {
+            c: AttentionInputs(q_of[c], k[c], v[c], masks[c], sizes.scale) for c in BRANCHES
+        }
 
         self.attended = {c: self._attend(c).out for c in BRANCHES}
         # a gate is one number of a head: (batch, 3 q_heads, seq_len, 1), branch by branch
@@ -374,9 +367,8 @@ class RoundedLayer:
         return rounded.concatenated([every, blocks], axis=2)
 
     def _attend(self, branch: str, d_out: Rounded | None = None) -> RoundedAttention:
-        mask, empty_row = self.masks[branch], getattr(self.semantics.empty_row, branch)
-        given = *self.inputs[branch], d_out
-        return rounded_branch(*given, mask=mask, empty_row=empty_row, row=self.row)
+        empty_row = getattr(self.semantics.empty_row, branch)
+        return rounded_branch(self.inputs[branch]._replace(d_out=d_out), empty_row, self.row)
 
     def _combined(self) -> Rounded:
         """sum_c g_c out_c; a matrix product, or products and sums of their own."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.bounds import Group, groups, recomputed_p_error
+from nsa_ref.bounds import AttentionInputs, Group, groups, recomputed_p_error
 from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
@@ -75,15 +74,12 @@ def _overlap_bounds(
     terms = (counts > 0).sum(axis=0) * (group if share else 1)
     batch, q_heads, q_len, _ = q.value.shape
     visible = compress_mask(q_len, kv_len, sizes, semantics)
-    how: dict[str, Any] = {
-        "mask": np.broadcast_to(visible, (batch, q_heads, *visible.shape)),
-        "scale": sizes.scale,
-    }
+    mask = np.broadcast_to(visible, (batch, q_heads, *visible.shape))
     no_v = exact(np.zeros((*k.value.shape[:3], 0)))
-    of_kernel = groups(q, k, no_v, **how)
-    of_oracle = groups(exact(q.value), exact(k.value), no_v, **how)
+    of_kernel = AttentionInputs(q, k, no_v, mask, sizes.scale)
+    of_oracle = of_kernel._replace(q=exact(q.value), k=exact(k.value))
     result = np.zeros((batch, sizes.kv_heads if share else q_heads, q_len, counts.shape[1]))
-    for (b, g, heads, off), (*_, x) in zip(of_kernel, of_oracle):
+    for (b, g, heads, off), (*_, x) in zip(groups(of_kernel), groups(of_oracle)):
         bound = _overlap_bound(off, row, counts, terms)
         bound += _overlap_bound(x, NUMERICS["fp64"], counts, terms)
         bound = bound.reshape(group, q_len, counts.shape[1])

@@ -26,6 +26,7 @@ from layer_inputs import (
     with_semantics,
 )
 from nsa_ref.attention import attend, attend_vjp
+from nsa_ref.bounds import AttentionInputs
 from nsa_ref.layer import branch_masks, layer, layer_vjp, layer_weight_shapes, selection_inputs
 from nsa_ref.layer_bounds import (
     LayerBounds,
@@ -352,11 +353,12 @@ def test_a_branch_takes_the_errors_of_all_that_it_reads(which: str) -> None:
     moved = {
         name: y + rng.choice([-1.0, 1.0], y.shape) * errors[name] for name, y in arrays.items()
     }
-    given = {name: Rounded(y, errors[name]) for name, y in arrays.items()}
-    how: dict[str, Any] = {"mask": mask, "empty_row": "uniform"}
-    found = rounded_branch(**given, **how, row=NUMERICS["fp64"])
+    pairs = {name: Rounded(y, errors[name]) for name, y in arrays.items()}
+    given = AttentionInputs(**pairs, mask=mask, scale=3**-0.5)
+    found = rounded_branch(given, "uniform", NUMERICS["fp64"])
 
     def results(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
+        how: dict[str, Any] = {"mask": mask, "empty_row": "uniform"}
         return attend(q, k, v, **how).out, *attend_vjp(q, k, v, d_out=d_out, **how)
 
     got, right = results(**moved), results(**arrays)
