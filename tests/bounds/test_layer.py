@@ -44,15 +44,8 @@ from nsa_ref.testing.mutants import layers
 from nsa_ref.testing.mutants.layer import LayerInSteps
 
 CASES = 10  # per row, two of each preset; half of them as small as can be
-TINY = {
-    "seq_len": 3,
-    "model_dim": 1,
-    "q_heads": 1,
-    "kv_heads": 1,
-    "head_dim": 2,
-    "value_dim": 1,
-    "sliding_window_size": 1,
-}
+OF_ONE = ("model_dim", "q_heads", "kv_heads", "value_dim", "sliding_window_size")
+TINY = {"seq_len": 3, "head_dim": 2, **dict.fromkeys(OF_ONE, 1)}
 
 
 def bounds_of(case: LayerCase, row: str) -> LayerBounds:

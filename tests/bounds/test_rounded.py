@@ -78,10 +78,7 @@ ANGLE = 3 * math.exp(-EXPONENT)
 #: Operation -> what it finds, and the formula written out.
 FORMULAS: dict[str, tuple[Rounded, float]] = {
     "stored": (rounded.stored(X, ROW), store(3, 0.25)),
-    "stored twice": (
-        rounded.stored(X, ROW, times=2),
-        0.25 + ((1 + S) ** 2 - 1) * 3.25 + 2 * ETA,
-    ),
+    "stored twice": (rounded.stored(X, ROW, times=2), 0.25 + ((1 + S) ** 2 - 1) * 3.25 + 2 * ETA),
     "worse": (rounded.worse(X, Rounded(X.value, Y.error)), 0.5),
     "times": (rounded.times(X, Y, ROW), TIMES),
     "scaled": (rounded.scaled(X, -2.0, ROW), store(-6, 2 * (0.25 + 2 * E * 3.25))),
@@ -182,37 +179,18 @@ class Drawn:
 #: An operation: what a right implementation returns, the exact result, and its bound.
 Results = tuple[Tensor, Array, Rounded]
 
-#: Shapes of the inputs; the operation, on tensors and on arrays alike; its bound.
-SIMPLE: dict[str, tuple[list[tuple[int, ...]], Callable[..., Any], Callable[..., Rounded]]] = {
-    "times": ([(MANY,)] * 2, lambda a, b: a * b, rounded.times),
-    "scaled": ([(MANY,)], lambda a: a * 0.3, lambda x, row: rounded.scaled(x, 0.3, row)),
-    "plus": (
-        [(MANY,)],
-        lambda a: a + 0.75,
-        lambda x, row: rounded.plus(x, 0.75, row.u_accumulate, row),
-    ),
-    "total": ([(MANY,)] * 3, lambda a, b, c: a + b + c, lambda *x: rounded.total(x[:-1], x[-1])),
-    "inner": ([(MANY, 2)] * 2, lambda a, b: (a * b).sum(-1), rounded.inner),
-    "sum": ([(3, MANY)], lambda a: a.sum(0), lambda x, row: rounded.summed(x, (0,), row)),
-    "matmul": ([(MANY, 2), (2, 2)], lambda a, b: a @ b, rounded.matmul),
-    "weight gradient": (
-        [(2, MANY), (2, 2)],
-        lambda g, y: g.swapaxes(0, 1) @ y,
-        rounded.weight_gradient,
-    ),
-    "weight gradient of a head": (  # each of three batch entries by itself, one row in each
-        [(3, 1, 1, MANY), (3, 1, 1, 2)],
-        lambda g, y: (g.swapaxes(2, 3) @ y).sum(0),
-        rounded.weight_gradient_by_entry,
-    ),
-}
 
+def simple(
+    shapes: list[tuple[int, ...]], computes: Callable[..., Any], bound: Callable[..., Rounded]
+) -> Callable[[Drawn], Results]:
+    """An operation on inputs of these shapes, the same on tensors and on arrays."""
 
-def simple(d: Drawn, operation: str) -> Results:
-    shapes, computes, bound = SIMPLE[operation]
-    tensors, pairs = zip(*(d.normal(*shape) for shape in shapes))
-    right = computes(*(x.value.astype(wide) for x in pairs))
-    return computes(*tensors), right, bound(*pairs, d.numerics)
+    def results(d: Drawn) -> Results:
+        tensors, pairs = zip(*(d.normal(*shape) for shape in shapes))
+        right = computes(*(x.value.astype(wide) for x in pairs))
+        return computes(*tensors), right, bound(*pairs, d.numerics)
+
+    return results
 
 
 def projected(d: Drawn) -> Results:
@@ -323,7 +301,23 @@ def sigmoid_gradient(d: Drawn, *, by_hand: bool) -> Results:
 
 WAYS = ("wide", "divides", "inverse")
 OPERATIONS: dict[str, Callable[[Drawn], Results]] = {
-    **{name: lambda d, name=name: simple(d, name) for name in SIMPLE},
+    "times": simple([(MANY,)] * 2, lambda a, b: a * b, rounded.times),
+    "scaled": simple([(MANY,)], lambda a: a * 0.3, lambda x, row: rounded.scaled(x, 0.3, row)),
+    "plus": simple(
+        [(MANY,)], lambda a: a + 0.75, lambda x, row: rounded.plus(x, 0.75, row.u_accumulate, row)
+    ),
+    "total": simple(
+        [(MANY,)] * 3, lambda a, b, c: a + b + c, lambda *x: rounded.total(x[:-1], x[-1])
+    ),
+    "inner": simple([(MANY, 2)] * 2, lambda a, b: (a * b).sum(-1), rounded.inner),
+    "sum": simple([(3, MANY)], lambda a: a.sum(0), lambda x, row: rounded.summed(x, (0,), row)),
+    "matmul": simple([(MANY, 2), (2, 2)], lambda a, b: a @ b, rounded.matmul),
+    "weight gradient": simple([(2, MANY), (2, 2)], lambda g, y: g.T @ y, rounded.weight_gradient),
+    "weight gradient of a head": simple(  # each of three batch entries by itself, one row in each
+        [(3, 1, 1, MANY), (3, 1, 1, 2)],
+        lambda g, y: (g.swapaxes(2, 3) @ y).sum(0),
+        rounded.weight_gradient_by_entry,
+    ),
     "projected": projected,
     "projections apart": lambda d: common_input(d, fused=False),
     "projections as one": lambda d: common_input(d, fused=True),
