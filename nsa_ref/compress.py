@@ -161,11 +161,7 @@ def pool(x: np.ndarray, weights: Weights, sizes: Sizes, semantics: Semantics = P
 
 
 def pool_vjp(
-    x: np.ndarray,
-    weights: Weights,
-    d_out: np.ndarray,
-    sizes: Sizes,
-    semantics: Semantics = PAPER,
+    x: np.ndarray, weights: Weights, d_out: np.ndarray, sizes: Sizes, semantics: Semantics = PAPER
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Gradients of <d_out, pool(x, weights)> with respect to the tokens and every weight.
 

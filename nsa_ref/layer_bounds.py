@@ -304,7 +304,7 @@ class RoundedLayer:
             g = rounded.matmul(g, exact(self.weights["to_out.weight"]), row)
         g = g.map(lambda part: split_heads(part, self.sizes.q_heads))
         back = {c: self._attend(c, rounded.times(self.gate[c], g, row)) for c in BRANCHES}
-        dg = {c: rounded.inner(g, self.attended[c], row).map(rounded.as_column) for c in BRANCHES}
+        dg = {c: rounded.inner(g, self.attended[c], row).at(..., None) for c in BRANCHES}
         of_branches = [rounded.sigmoid_gradient(dg[c], self.gate[c], row) for c in BRANCHES]
         dz = rounded.concatenated(of_branches, axis=1).map(merge_heads)
         dw["gates.bias"] = rounded.summed(dz, (0, 1), row)

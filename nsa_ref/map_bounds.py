@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from nsa_ref import rounded
 from nsa_ref.checks import as_float64, check_one_of
-from nsa_ref.compress import compress_windows, num_compress_blocks, pool_arguments
+from nsa_ref.compress import Weights, compress_windows, num_compress_blocks, pool_arguments
 from nsa_ref.numerics import NUMERICS, Array, Numerics
 from nsa_ref.rounded import Rounded, exact
 from nsa_ref.semantics import PAPER, Semantics
@@ -81,12 +81,7 @@ class RoundedPool(NamedTuple):
 
 
 def rounded_pool(
-    x: Rounded,
-    w: Mapping[str, Array],
-    g: Rounded | None,
-    sizes: Sizes,
-    semantics: Semantics,
-    row: Numerics,
+    x: Rounded, w: Weights, g: Rounded | None, sizes: Sizes, semantics: Semantics, row: Numerics
 ) -> RoundedPool:
     """A compression map and, with the gradient g of its blocks, that of its tokens and weights.
 

@@ -267,7 +267,7 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
     Source: G1; NUMERICS 2, "The layer"
     """
     given, factor = exact(x), exact(weight)
-    mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).map(as_column)
+    mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).at(..., None)
     square = plus(mean, NORM_EPS, row.u_elementwise, row)
     t = np.minimum(square.error / square.value, 1.0)
     root = square.value**-0.5
@@ -276,11 +276,6 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
     r = stored(Rounded(root, error), row, times=2)  # the root, and its inverse
     normal, of_r = times(given, r, row), times(given, exact(root), row)
     return Normed(r, normal, times(normal, factor, row), times(of_r, factor, row))
-
-
-def as_column(part: Array) -> Array:
-    """(..., n) -> (..., n, 1). Source: NUMERICS 2; nothing is rounded."""
-    return part[..., None]
 
 
 def normed_gradient(
@@ -300,10 +295,10 @@ def normed_gradient(
     dweight = summed(times(g, norm.normal, row), (0, 1), row)
     dn = times(g, exact(weight), row)
     first = times(dn, norm.r, row)
-    by_normal = scaled(inner(dn, norm.normal, row), 1.0 / dim, row).map(as_column)
+    by_normal = scaled(inner(dn, norm.normal, row), 1.0 / dim, row).at(..., None)
     by_normal = times(times(norm.normal, by_normal, row), norm.r, row)
     cube = times(times(norm.r, norm.r, row), norm.r, row)
-    by_cube = times(inner(dn, given, row).map(as_column), cube, row)
+    by_cube = times(inner(dn, given, row).at(..., None), cube, row)
     by_cube = times(scaled(by_cube, 1.0 / dim, row), given, row)
     second = worse(by_normal, by_cube)
     return total([first, Rounded(-second.value, second.error)], row), dweight

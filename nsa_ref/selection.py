@@ -344,12 +344,8 @@ def scored(
     I1 to I4
     """
     scores = importance(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
-    lengths = scores.shape[2], kv_len
-    return Scored(
-        scores,
-        candidates=selection_candidates(*lengths, sizes, semantics),
-        forced=forced_blocks(*lengths, sizes, semantics),
-    )
+    of_blocks = scores.shape[2], kv_len, sizes, semantics
+    return Scored(scores, selection_candidates(*of_blocks), forced_blocks(*of_blocks))
 
 
 # --- top-n ----------------------------------------------------------------------------------------

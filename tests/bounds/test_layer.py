@@ -224,8 +224,7 @@ def test_scores_are_none_where_the_sizes_have_none() -> None:
 
 def test_without_d_out_there_are_no_gradients() -> None:
     case = draw_case(generator(47), "fp32", PAPER)
-    how: dict[str, Any] = {"sizes": case.sizes, "semantics": PAPER, "numerics": "fp32"}
-    found = layer_bounds(case.x, case.weights, case.block_indices, **how)
+    found = bounds_of(dataclasses.replace(case, d_out=None), "fp32")
     assert found.dx is None and found.dweights is None
     assert np.array_equal(found.out, bounds_of(case, "fp32").out)
 
