@@ -105,10 +105,8 @@ def test_right_kernels_stay_within_their_bounds(row: str) -> None:
             pytest.fail(f"four times over: {where}")
     print(f"\nbudget used by right kernels, {row}: largest of a case, max (99th percentile)")
     for form in ("deterministic", "statistical", "slope"):
-        cells = (largest[form, name] for name in NAMES)
-        line = "  ".join(
-            f"{name} {max(z):.3f} ({np.percentile(z, 99):.3f})" for name, z in zip(NAMES, cells)
-        )
+        cells = ((name, largest[form, name]) for name in NAMES)
+        line = "  ".join(f"{n} {max(z):.3f} ({np.percentile(z, 99):.3f})" for n, z in cells)
         print(f"  {form:13}  {line}")
 
 
@@ -299,15 +297,10 @@ def test_a_stored_delta_takes_d_lse_with_it() -> None:
     """
     rng, rows = generator(27), 4000
     d_lse = rng.uniform(1.0, 1.02, (1, 1, rows)).astype(np.float32).astype(np.float64)
-    x = Inputs(
-        q=np.zeros((1, 1, rows, 1)),
-        k=rounded(np.array([[[[1.37]]]]), "fp16"),
-        v=rounded(np.array([[[[0.7]]]]), "fp16"),
-        mask=np.ones((1, 1, rows, 1), np.int64),
-        d_out=rounded(rng.uniform(0.01, 0.02, (1, 1, rows, 1)), "fp16"),
-        d_lse=d_lse,
-        scale=1.0,
-    )
+    d_out = rounded(rng.uniform(0.01, 0.02, (1, 1, rows, 1)), "fp16")
+    k, v = (rounded(np.full((1, 1, 1, 1), each), "fp16") for each in (1.37, 0.7))
+    mask = np.ones((1, 1, rows, 1), np.int64)
+    x = Inputs(0.0 * d_out, k, v, mask, d_out, d_lse, scale=1.0)
     got, right = computed(x, "fp16", SEQUENTIAL), exact_attention(x)
     error, bound = np.abs(got.dq - right.dq), bounds(x, "fp16").dq
     assert (error <= bound).all()
@@ -341,12 +334,9 @@ def test_slope_is_the_relative_size_of_a_systematic_error() -> None:
 @pytest.mark.parametrize("large", ["logit", "dO.v"])
 def test_what_a_dtype_cannot_hold_has_no_bound(large: str) -> None:
     """q.k or dO.v of 90000, which eager float16 stores, in the first of two rows."""
-    q, k, v = np.ones((1, 1, 2, 1)), np.ones((1, 1, 3, 1)), np.ones((1, 1, 3, 1))
-    d_out = np.ones((1, 1, 2, 1))
-    if large == "logit":
-        q[0, 0, 0], k[0, 0, 0] = 300.0, 300.0
-    else:
-        d_out[0, 0, 0], v[0, 0, 0] = 300.0, 300.0
+    q, k, v, d_out = (np.ones((1, 1, length, 1)) for length in (2, 3, 3, 2))
+    for loud in (q, k) if large == "logit" else (d_out, v):
+        loud[0, 0, 0] = 300.0
     mask, sizes = np.ones((2, 3), int), {"form": "deterministic", "scale": 1e-4}
     found = attention_bounds(q, k, v, mask, d_out, numerics="fp16-eager", **sizes)
     assert np.isinf(found.dq[0, 0, 0]).all() and np.isinf(found.dk).all()
