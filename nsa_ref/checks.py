@@ -42,10 +42,10 @@ def check_one_of(name: str, value: object, allowed: Collection[object]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {listed}.")
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raise TypeError unless value is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be True or False, not {type(value).__name__}.")
+def check_kind(name: str, value: object, kind: type, wanted: str) -> None:
+    """Raise TypeError unless value is a `kind`; `wanted` is what the message calls it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} must be {wanted}, not {type(value).__name__}.")
 
 
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:

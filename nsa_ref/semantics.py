@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from nsa_ref.checks import check_bool, check_one_of
+from nsa_ref.checks import check_kind, check_one_of
 
 BRANCHES = ("compress", "fine", "sliding")
 
@@ -76,17 +76,14 @@ class Semantics:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Semantics):
             if field.type == "bool":
-                check_bool(field.name, getattr(self, field.name))
+                check_kind(field.name, getattr(self, field.name), bool, "True or False")
         check_one_of("compress_alignment", self.compress_alignment, ("start", "end"))
         check_one_of("importance", self.importance, ("overlap", "logit_mean"))
         check_one_of("duplicates", self.duplicates, ("set", "multiset"))
         check_one_of("rotary", self.rotary, ROTARY)
         for switch in ("empty_row", "empty_lse"):
-            value = getattr(self, switch)
-            if not isinstance(value, PerBranch):
-                raise TypeError(
-                    f"{switch}={value!r} must be a PerBranch(compress=, fine=, sliding=)."
-                )
+            wanted = "a PerBranch(compress=, fine=, sliding=)"
+            check_kind(switch, getattr(self, switch), PerBranch, wanted)
         for branch in BRANCHES:
             row, lse = getattr(self.empty_row, branch), getattr(self.empty_lse, branch)
             check_one_of(f"empty_row.{branch}", row, ("zero", "nan", "uniform"))
@@ -148,11 +145,7 @@ def _number_from_json(name: str, value: object) -> float:
 
 def check_semantics(semantics: object) -> None:
     """Raise TypeError unless semantics is a Semantics."""
-    if not isinstance(semantics, Semantics):
-        raise TypeError(
-            f"semantics={semantics!r} must be a Semantics, such as nsa_ref.PAPER, "
-            f"not {type(semantics).__name__}."
-        )
+    check_kind("semantics", semantics, Semantics, "a Semantics, such as nsa_ref.PAPER")
 
 
 PAPER = Semantics()

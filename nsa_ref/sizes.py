@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from nsa_ref.checks import check_at_least, check_bool, check_multiple, check_one_of
+from nsa_ref.checks import check_at_least, check_kind, check_multiple, check_one_of
 
 COMPRESS_MAPS = ("mean", "linear", "linear_per_head", "mlp")
 
@@ -62,7 +62,7 @@ class Sizes:
         why = "eq. 9 counts the overlap of blocks in whole strides"
         check_multiple("selection_block_size", size, "compress_block_sliding_stride", d, why=why)
         check_one_of("compress_map", self.compress_map, COMPRESS_MAPS)
-        check_bool("compress_positions", self.compress_positions)
+        check_kind("compress_positions", self.compress_positions, bool, "True or False")
 
     @property
     def group_size(self) -> int:
@@ -99,8 +99,5 @@ def num_selection_blocks(kv_len: int, sizes: Sizes) -> int:
 
 def check_sizes(sizes: object) -> None:
     """Raise TypeError unless sizes is a Sizes."""
-    if not isinstance(sizes, Sizes):
-        raise TypeError(
-            f"sizes={sizes!r} must be a nsa_ref.Sizes, such as nsa_ref.Sizes(q_heads=4), "
-            f"not {type(sizes).__name__}."
-        )
+    wanted = "a nsa_ref.Sizes, such as nsa_ref.Sizes(q_heads=4)"
+    check_kind("sizes", sizes, Sizes, wanted)
