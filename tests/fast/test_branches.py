@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 
 import nsa_fast  # noqa: E402
+from fast_layers import CASE as SMALL  # noqa: E402
 from nsa_fast import block_lists, block_masks, crowded, flex, layouts  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
 from nsa_fast.layouts import FineLayout  # noqa: E402
@@ -35,23 +36,9 @@ from refusals import Refusals, refusal_test  # noqa: E402
 BRANCHES = ("sliding", "compress", "fine")
 
 #: The heads and dims are those of the compiled graphs that the judge asks for.
-CASE = Case(
-    dtype="float64",
-    batch=2,
-    q_heads=4,
-    kv_heads=2,
-    q_len=37,
-    kv_len=37,
-    head_dim=16,
-    value_dim=16,
-    compress_block_size=6,
-    compress_block_sliding_stride=2,
-    selection_block_size=4,
-    num_selected_blocks=3,
-    num_mem_kv=1,
-    sliding_window_size=9,
-    indices="mixed",
-    seed=1,  # an odd one: gradients arrive through lse as well
+#: With an odd seed gradients arrive through lse as well.
+CASE = dataclasses.replace(
+    SMALL, q_len=37, kv_len=37, head_dim=16, value_dim=16, num_mem_kv=1, indices="mixed", seed=1
 )
 
 
@@ -104,22 +91,6 @@ EDGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_eager_out_lse_and_gradients_in_float64(branch: str, edge: str) -> None:
     assert_right(NsaFastEager(), branch, replace(**EDGES[edge]))
-
-
-def test_keys_that_nobody_sees_have_exactly_no_gradient_and_no_influence() -> None:
-    case = replace(num_selected_blocks=1, indices="few", kv_len=64, q_len=64)
-    inputs = FINE.inputs(case)
-    mask = FINE.mask(case, inputs.block_indices)
-    unseen = ~mask.reshape(2, 2, case.group_size, 64, 64).any((2, 3))
-    assert unseen.any()
-    d = case.upstream_gradients()
-    first = FINE.backward(NsaFastEager(), case, inputs, *d)
-    k, v = (np.where(unseen[..., None], 1e4, array) for array in (inputs.k, inputs.v))
-    changed = dataclasses.replace(inputs, k=k, v=v)
-    second = FINE.backward(NsaFastEager(), case, changed, *d)
-    for before, after in zip(first, second):
-        np.testing.assert_array_equal(before, after)
-    assert (first[1][unseen] == 0).all() and (first[2][unseen] == 0).all()
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -196,10 +167,7 @@ def test_compiled_kernels_are_never_run_eagerly() -> None:
     indices = torch.zeros(2, 2, 20, 1, dtype=torch.int64)
     sizes: dict[str, Any] = {"selection_block_size": 5, "backend": "compiled"}
     message = r"needs torch\.compile, which is switched off .* Switch it on, or take"
-    with (
-        torch.compiler.set_stance("force_eager"),
-        pytest.raises(RuntimeError, match=message),
-    ):
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=message):
         nsa_fast.fine_attention(*compiled_inputs(), indices, **sizes)
 
 

@@ -24,8 +24,7 @@ import pytest
 import nsa_ref
 from nsa_ref.layer import layer, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
-from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
-from nsa_ref.selection import scored, select, selection_probability, top_blocks
+from nsa_ref.selection import scored, selection_probability, top_blocks
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch
 from nsa_ref.testing.choices import INVALID, valid_selection
 from nsa_ref.testing.compare import compare
@@ -73,10 +72,9 @@ def upstream_state_dict(
         shapes["norm.weight"] = (5,)
     for side in "kv":
         shapes[f"{side}_intrablock_positions"] = (kv_heads, 3, head_dim)
-        shapes[f"{side}_compress.1.weight"] = (flat, flat)
-        shapes[f"{side}_compress.1.bias"] = (flat,)
-        shapes[f"{side}_compress.3.weight"] = (head_dim, flat)
-        shapes[f"{side}_compress.3.bias"] = (head_dim,)
+        for place, rows in ((1, flat), (3, head_dim)):
+            shapes[f"{side}_compress.{place}.weight"] = (rows, flat)
+            shapes[f"{side}_compress.{place}.bias"] = (rows,)
     counts = [math.prod(shape) for shape in shapes.values()]
     numbers = torch.arange(sum(counts)).double().split(counts)
     state = {name: part.reshape(shapes[name]) for name, part in zip(shapes, numbers)}
@@ -100,10 +98,10 @@ def back_to_upstream(weights: dict[str, Tensor], q_heads: int, head_dim: int) ->
         state[f"to_strategy_combine.0.{kind}"] = torch.stack(rows)
     for side in "kv":
         state[f"{side}_intrablock_positions"] = weights[f"compress_{side}.positions"]
-        state[f"{side}_compress.1.weight"] = weights[f"compress_{side}.weight_in"]
-        state[f"{side}_compress.1.bias"] = weights[f"compress_{side}.bias_in"]
-        state[f"{side}_compress.3.weight"] = weights[f"compress_{side}.weight_out"]
-        state[f"{side}_compress.3.bias"] = weights[f"compress_{side}.bias_out"]
+        for place, end in ((1, "in"), (3, "out")):
+            for kind in ("weight", "bias"):
+                ours = weights[f"compress_{side}.{kind}_{end}"]
+                state[f"{side}_compress.{place}.{kind}"] = ours
     return state
 
 
@@ -144,10 +142,7 @@ def with_(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
         (with_("v_intrablock_positions", 2, 4, 6), "it must be (2, 3, 6)"),
         (with_("rotary_emb.freqs", 2), "rotary_emb.freqs has shape (2,)"),
         (with_("rotary_emb.freqs", 3), "must be 10000^(-2i / 6)"),
-        (
-            lambda state: state["rotary_emb.freqs"].pow_(1.25),
-            "must be 10000^(-2i / 6)",
-        ),
+        (lambda state: state["rotary_emb.freqs"].pow_(1.25), "must be 10000^(-2i / 6)"),
     ],
 )
 def test_what_does_not_load_is_said(
@@ -245,46 +240,6 @@ def test_a_gradient_through_the_choice_has_no_switch() -> None:
 def test_another_module_is_named() -> None:
     with pytest.raises(TypeError, match=r"no attribute .heads.; .* not Linear"):
         from_upstream(torch.nn.Linear(2, 2))
-
-
-# --- the switches ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("seed", range(8))
-def test_switches_of_lucidrains_show_in_fine_rows_without_a_block_alone(
-    seed: int, causal: bool
-) -> None:
-    """F3, A2: no block counts twice, and no row is empty but there, which no causal one is."""
-    semantics = dataclasses.replace(LUCIDRAINS, causal=causal)
-    rng = np.random.default_rng(seed)
-    stride, kv_len = int(rng.integers(1, 4)), int(rng.integers(1, 24))
-    sizes = nsa_ref.Sizes(
-        q_heads=2,
-        kv_heads=2,
-        head_dim=4,
-        compress_block_size=stride + 1,
-        compress_block_sliding_stride=stride,
-        selection_block_size=stride * int(rng.integers(1, 4)),
-        num_selected_blocks=3,
-        sliding_window_size=1,
-        num_mem_kv=1,
-    )
-    q, k_cmp, mem_k = (
-        rng.standard_normal((1, 2, length, 4)) for length in (kv_len, kv_len // stride, 1)
-    )
-    chosen = select(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
-    fine = fine_mask(kv_len, kv_len, chosen, sizes, semantics)
-    once = dataclasses.replace(semantics, duplicates="set")
-    np.testing.assert_array_equal(fine, fine_mask(kv_len, kv_len, chosen, sizes, once))
-    empty = fine.sum(axis=-1) == 0
-    np.testing.assert_array_equal(empty, (chosen < 0).all(axis=-1) & (not causal))
-    others = (
-        compress_mask(kv_len, kv_len, sizes, semantics),
-        sliding_mask(kv_len, kv_len, sizes, semantics),
-    )
-    for mask in others:
-        assert (mask.sum(axis=-1) > 0).all()
 
 
 # --- upstream's module ----------------------------------------------------------------------------
@@ -419,28 +374,32 @@ def upstream_choice(module: torch.nn.Module, x: Tensor) -> Tensor:
 class Definition(NamedTuple):
     """The layer that upstream's module is to be, for the blocks that upstream chose.
 
+    how : sizes, semantics and blocks
     another : rows in which that choice is valid and not the definition's own
     """
 
-    geometry: dict[str, Any]
+    how: dict[str, Any]
     numerics: str
     weights: dict[str, np.ndarray]
     x: np.ndarray
-    block_indices: np.ndarray
     another: int = 0
 
     def __call__(self) -> np.ndarray:
-        blocks = {"block_indices": self.block_indices}
-        return layer(self.x, self.weights, **self.geometry, **blocks)
+        return layer(self.x, self.weights, **self.how)
 
     def gradients(self, d_out: np.ndarray) -> dict[str, np.ndarray]:
-        blocks = {"block_indices": self.block_indices}
-        dx, dweights = layer_vjp(self.x, self.weights, d_out, **self.geometry, **blocks)
+        dx, dweights = layer_vjp(self.x, self.weights, d_out, **self.how)
         return {"x": dx, **dweights}
 
     def bounds(self, d_out: np.ndarray | None = None) -> LayerBounds:
-        given = self.x, self.weights, self.block_indices, d_out
-        return layer_bounds(*given, **self.geometry, numerics=self.numerics)
+        how = self.how | {"numerics": self.numerics}
+        return layer_bounds(self.x, self.weights, d_out=d_out, **how)
+
+    def assert_right(self, **found: Tensor) -> None:
+        """Each of these is the definition's output, within its bound."""
+        expected, bound = self(), self.bounds().out
+        for who, out in found.items():
+            assert_within(out, expected, bound, f"{who}, {self.how['sizes']}: out")
 
 
 def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> Definition:
@@ -469,10 +428,8 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
         probability = np.take_along_axis(selection_probability(blocks.scores), taken, axis=-1)
         shown &= probability > semantics.score_floor
     taken = np.where(shown, taken, -1)
-    found = Definition(how, NUMERICS_OF[x.dtype], weights, tokens, taken)
-    of_scores = found.bounds().scores
-    assert of_scores is not None
-    verdict = valid_selection(taken, blocks, of_scores, **how)
+    found = Definition(how | {"block_indices": taken}, NUMERICS_OF[x.dtype], weights, tokens)
+    verdict = valid_selection(taken, blocks, found.bounds().scores, **how)
     assert INVALID not in verdict.verdict, verdict.reasons
     all_slots = dataclasses.replace(sizes, num_selected_blocks=taken.shape[-1])
     expected = top_blocks(blocks, all_slots, semantics)
@@ -488,7 +445,7 @@ def choice_of(definition: Definition) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if definition.another:
-            chosen = torch.from_numpy(definition.block_indices)
+            chosen = torch.from_numpy(definition.how["block_indices"])
             patch.setattr(nsa_fast.layer, "select_blocks", lambda *_, **__: chosen)
         yield
 
@@ -526,10 +483,9 @@ def test_upstream_and_the_layer_here_are_lucidrains(
     definition = valid_choice(module, x)
     record_property("rows_of_another_choice", definition.another)
     d_out = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-    expected = definition.gradients(d_out.double().numpy())
+    expected = {"out": definition(), **definition.gradients(d_out.double().numpy())}
     bounds = definition.bounds(d_out.double().numpy())
-    assert bounds.dweights is not None
-    bound_of = {"x": bounds.dx, **bounds.dweights}
+    bound_of = {"out": bounds.out, "x": bounds.dx, **bounds.dweights}
 
     x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     own = own_module(module)
@@ -540,16 +496,14 @@ def test_upstream_and_the_layer_here_are_lucidrains(
     # a gradient is laid out as its parameter, and the converter only lays out anew
     gradients = {name: gradient(p) for name, p in module.named_parameters()}
     gradients["rotary_emb.freqs"] = module.rotary_emb.freqs
-    found = {
-        "upstream": {"x": gradient(x_theirs), **upstream_weights(gradients)},
-        "here": {"x": gradient(x_ours), **{n: gradient(p) for n, p in own.named_parameters()}},
-    }
-    for who, out in (("upstream", theirs), ("here", ours)):
-        assert_within(out, definition(), bounds.out, f"{who}, {sizes}: out")
+    of_theirs = upstream_weights(gradients)
+    of_ours = {name: gradient(p) for name, p in own.named_parameters()}
+    for who, found in (
+        ("upstream", {"out": theirs, "x": gradient(x_theirs), **of_theirs}),
+        ("here", {"out": ours, "x": gradient(x_ours), **of_ours}),
+    ):
         for name, value in expected.items():
-            bound = bound_of[name]
-            assert bound is not None
-            assert_within(found[who][name], value, bound, f"{who}, {sizes}: d {name}")
+            assert_within(found[name], value, bound_of[name], f"{who}, {sizes}: {name}")
 
 
 def gradient(leaf: Tensor) -> Tensor:
@@ -588,8 +542,7 @@ def test_equal_scores_are_resolved_in_a_valid_way() -> None:
     assert definition.another
     with choice_of(definition):
         ours = own_module(module)(x)
-    for out in (module(x), ours):
-        assert_within(out, definition(), definition.bounds().out, "out")
+    definition.assert_right(upstream=module(x), here=ours)
 
 
 @pytest.fixture
@@ -613,7 +566,7 @@ def test_upstream_through_the_masks_here_is_lucidrains_flex(seed: int) -> None:
     sliding = create_sliding_mask(sizes.seq_len, sizes.sliding_window_size, causal=sizes.causal)
     with torch.no_grad():  # FlexAttention on a CPU
         theirs = module(x, fine_selection_flex_mask=fine, sliding_window_flex_mask=sliding)
-    assert_within(theirs, definition(), definition.bounds().out, str(sizes))
+    definition.assert_right(upstream=theirs)
 
 
 # --- where upstream departs from the definition ---------------------------------------------------
@@ -621,9 +574,9 @@ def test_upstream_through_the_masks_here_is_lucidrains_flex(seed: int) -> None:
 BRANCH = {"compress": 0, "fine": 1, "sliding": 2}
 
 
-def only_branch(sizes: UpstreamSizes, branch: str) -> tuple[torch.nn.Module, Tensor]:
+def only_branch(branch: str, **sizes: Any) -> tuple[torch.nn.Module, Tensor]:
     """A layer whose other two gates are exactly 0, and this one exactly 1."""
-    module, x = upstream_layer(sizes, 0)
+    module, x = upstream_layer(UpstreamSizes(**sizes), 0)
     gates = module.to_strategy_combine[0]
     with torch.no_grad():
         gates.weight.zero_()
@@ -642,83 +595,73 @@ def agree(found: Tensor, expected: Tensor) -> bool:
     return (found - expected).abs().max().item() <= np.spacing(np.float32(largest))
 
 
-def with_zero_tokens(x: Tensor, count: int) -> Tensor:
-    """Without a norm, their keys and values are zeros as well."""
-    return torch.nn.functional.pad(x, (0, 0, 0, count))
-
-
 def own_blocks(seq_len: int, block_size: int) -> Tensor:
     return (torch.arange(seq_len) // block_size)[None, None, :, None]
 
 
 @needs_upstream
+@pytest.mark.parametrize(
+    ("branch", "sizes"),
+    [("sliding", {"sliding_window_size": 2}), ("fine", {"selection_block_size": 2})],
+    ids=["W2", "F2"],
+)
 @pytest.mark.usefixtures("untraced")
-def test_a_short_last_window_reads_padding_where_not_causal() -> None:
-    """W2: one token and w = 2; a zero key takes part, as if the next token were zero."""
-    module, x = only_branch(
-        UpstreamSizes(seq_len=1, sliding_window_size=2, causal=False), "sliding"
-    )
-    assert not agree(module(x), own_layer(module, x))
-    assert agree(module(x), own_layer(module, with_zero_tokens(x, 1))[:, :1])
-    mask = create_sliding_mask(1, 2, causal=False)
-    assert agree(module(x, sliding_window_flex_mask=mask), own_layer(module, x))
+def test_padding_is_read_where_not_causal(branch: str, sizes: dict[str, int]) -> None:
+    """W2: one token and w = 2; F2: without a block to choose, one token and l' = 2.
+
+    A zero key takes part, as if the next token were zero; by a mask, none does.
+    """
+    module, x = only_branch(branch, seq_len=1, **sizes, causal=False)
+    alone = own_layer(module, x, block_indices=own_blocks(1, 2))
+    assert not agree(module(x), alone)
+    # without a norm, the keys and values of a zero token are zeros as well
+    longer = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    padded = own_layer(module, longer, block_indices=own_blocks(2, 2))
+    assert agree(module(x), padded[:, :1])
+    if branch == "sliding":
+        mask = create_sliding_mask(1, 2, causal=False)
+        assert agree(module(x, sliding_window_flex_mask=mask), alone)
 
 
 @needs_upstream
 def test_without_a_block_to_choose_the_own_one_is_read_where_not_causal() -> None:
     """F4, I4: two tokens, l' = 1 and n = 0."""
-    module, x = only_branch(UpstreamSizes(seq_len=2, num_selected_blocks=0, causal=False), "fine")
+    module, x = only_branch("fine", seq_len=2, num_selected_blocks=0, causal=False)
     assert agree(module(x), own_layer(module, x, block_indices=own_blocks(2, 1)))
     assert not own_layer(module, x).any()
 
 
 @needs_upstream
-def test_without_a_block_to_choose_padding_is_read_where_not_causal() -> None:
-    """F2: one token and l' = 2; the block's other key is a zero."""
-    module, x = only_branch(UpstreamSizes(seq_len=1, selection_block_size=2, causal=False), "fine")
-    assert not agree(module(x), own_layer(module, x, block_indices=own_blocks(1, 2)))
-    longer = own_layer(module, with_zero_tokens(x, 1), block_indices=own_blocks(2, 2))
-    assert agree(module(x), longer[:, :1])
+@pytest.mark.parametrize("seq_len", [2, 3])
+def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal(seq_len: int) -> None:
+    """A2: l' = 2, d = 1; block 0 has no candidate, and the mean is of its tokens.
 
-
-@needs_upstream
-def test_an_empty_row_is_uniform_over_what_was_gathered_where_not_causal() -> None:
-    """A2: three tokens, l' = 2, d = 1; block 0 has no candidate, and the mean is of its tokens."""
-    module, x = only_branch(UpstreamSizes(seq_len=3, selection_block_size=2, causal=False), "fine")
+    Of two tokens these are all, and LUCIDRAINS says that; zero is what runs here.
+    """
+    module, x = only_branch("fine", seq_len=seq_len, selection_block_size=2, causal=False)
     weights = upstream_weights(module.state_dict())
     v = x @ weights["to_v.weight"].T
     gathered, all_columns = (
-        v[:, :columns].mean(dim=1, keepdim=True).expand(-1, 2, -1) @ weights["to_out.weight"].T
-        for columns in (2, 3)
+        v[:, :columns].mean(dim=1) @ weights["to_out.weight"].T for columns in (2, seq_len)
     )
     theirs, ours = module(x), own_module(module)(x)
-    assert agree(theirs[:, :2], gathered)
-    assert not agree(theirs[:, :2], all_columns)
-    assert not ours[:, :2].any()
-    assert agree(theirs[:, 2:], ours[:, 2:])
-
-
-@needs_upstream
-def test_an_empty_row_is_lucidrains_where_all_tokens_were_gathered_and_not_causal() -> None:
-    """A2: two tokens, l' = 2, d = 1; LUCIDRAINS says uniform, and zero is what runs."""
-    module, x = only_branch(UpstreamSizes(seq_len=2, selection_block_size=2, causal=False), "fine")
-    theirs, weights = module(x), upstream_weights(module.state_dict())
-    uniform = (x @ weights["to_v.weight"].T).mean(dim=1, keepdim=True).expand(-1, 2, -1)
-    assert agree(theirs, uniform @ weights["to_out.weight"].T)
-    definition = valid_choice(module, x)
-    assert_within(theirs, definition(), definition.bounds().out, "upstream")
-    assert not own_module(module)(x).any()
+    for row in (0, 1):
+        assert agree(theirs[:, row], gathered)
+        assert agree(theirs[:, row], all_columns) == (seq_len == 2)
+        assert not ours[:, row].any()
+    if seq_len == 2:
+        valid_choice(module, x).assert_right(upstream=theirs)
+    else:
+        assert agree(theirs[:, 2:], ours[:, 2:])
 
 
 @needs_upstream
 @pytest.mark.usefixtures("untraced")
 def test_a_mask_shows_the_excluded_own_block_where_not_causal() -> None:
     """I3, LUCIDRAINS_FLEX: two tokens, l' = 2, d = 1; the top-k fills its slot all the same."""
-    module, x = only_branch(UpstreamSizes(seq_len=2, selection_block_size=2, causal=False), "fine")
-    mask = create_fine_mask(2, 2, causal=False)
-    found = module(x, fine_selection_flex_mask=mask)
-    forced = own_layer(module, x, flex=True, block_indices=own_blocks(2, 2))
-    assert agree(found, forced)
+    module, x = only_branch("fine", seq_len=2, selection_block_size=2, causal=False)
+    found = module(x, fine_selection_flex_mask=create_fine_mask(2, 2, causal=False))
+    assert agree(found, own_layer(module, x, flex=True, block_indices=own_blocks(2, 2)))
     assert not own_layer(module, x, flex=True).any()
 
 
@@ -764,13 +707,11 @@ def test_its_cache_gives_the_parallel_rows_once_a_block_is_compressed(seed: int)
 @needs_upstream
 def test_its_cache_forgets_memory_while_there_is_no_compressed_block() -> None:
     """C3, G3: the second of two tokens, d = 2; the compress branch is 0 and should be memory."""
-    module, x = only_branch(
-        UpstreamSizes(seq_len=2, compress_block_size=2, compress_block_sliding_stride=2,
-              selection_block_size=2),
-        "compress",
-    )  # fmt: skip
-    parallel = module(x)
-    own = own_module(module)
+    two = dict.fromkeys(
+        ("compress_block_size", "compress_block_sliding_stride", "selection_block_size"), 2
+    )
+    module, x = only_branch("compress", seq_len=2, **two)
+    parallel, own = module(x), own_module(module)
     cache = own.empty_cache(1)
     assert agree(torch.cat([own(x[:, t : t + 1], cache) for t in range(2)], dim=1), parallel)
     cached = decoded(module, x, 1)

@@ -7,7 +7,7 @@ the command starts, most of which need no torch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -61,12 +61,21 @@ devices.KINDS["standin"] = Standin
 
 
 class OnStandin(OracleImplementation):
-    """The definition, on that device."""
+    """The definition, on that device.
+
+    asked : the cases that the judge brought, for tests
+    """
 
     name = "on standin"
     device = "standin:0"
     semantics = (PAPER,)
     numerics: ClassVar[dict[str, str]] = {"float32": "fp32"}
+
+    def __init__(self) -> None:
+        self.asked: list[Case] = []
+
+    def supports(self, case: Case) -> None:
+        self.asked.append(case)
 
 
 class IllegalAccess(Implementation):
@@ -101,23 +110,29 @@ class OutOfMemory(OnStandin):
         return super().sliding(case, *arguments)
 
 
-class NarrowOffsets(OnStandin):
-    """Addresses q, and what has its shape, by an offset that wraps at 2^18 elements."""
+class Mistaken(OnStandin):
+    """Changes some of these: q, k and v as the forward reads them; out, lse, dq, dk and dv.
 
-    name = "narrow offsets"
+    change : of a case and the right array
+    """
 
-    def _wrapped(self, array: np.ndarray) -> np.ndarray:
-        if array.size <= Standin.offset_limit:
-            return array
-        flat = array.reshape(-1)
-        return flat[np.arange(flat.size) % Standin.offset_limit].reshape(array.shape)
+    def __init__(self, change: Callable[[Case, np.ndarray], np.ndarray], *names: str) -> None:
+        super().__init__()
+        self.change, self.names = change, names
+
+    def _changed(self, case: Case, **right: Any) -> list[Any]:
+        return [
+            self.change(case, np.asarray(array)) if name in self.names else array
+            for name, array in right.items()
+        ]
 
     def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
-        return super().sliding(case, self._wrapped(np.asarray(q)), k, v)
+        out, lse = super().sliding(case, *self._changed(case, q=q, k=k, v=v))
+        return Attention(*self._changed(case, out=out, lse=lse))
 
-    def sliding_vjp(self, case: Case, *arguments: Any) -> tuple[Any, ...]:
-        dq, dk, dv = super().sliding_vjp(case, *arguments)
-        return self._wrapped(np.asarray(dq)), dk, dv
+    def sliding_vjp(self, case: Case, *given: Any) -> tuple[Any, ...]:
+        dq, dk, dv = super().sliding_vjp(case, *given)
+        return tuple(self._changed(case, dq=dq, dk=dk, dv=dv))
 
 
 class Unwritten(TorchImplementation):
@@ -157,6 +172,7 @@ class CountsCompilations(OnStandin):
     }
 
     def __init__(self) -> None:
+        super().__init__()
         self.graphs: set[int] = set()
 
     def offers(self, method: str) -> bool:

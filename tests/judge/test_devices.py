@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from nsa_ref.testing.wording import remark  # noqa: E402
 from standin_gpu import (  # noqa: E402
     CountsCompilations,
     IllegalAccess,
-    NarrowOffsets,
+    Mistaken,
     OnStandin,
     OutOfMemory,
     Standin,
@@ -144,75 +145,56 @@ def test_before_each_run_memory_is_poisoned_and_the_numerics_are_set() -> None:
         ]
 
 
-class _Torch:
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     """As much of torch as `devices.Cuda` asks, without a GPU."""
-
-    def __init__(self) -> None:
-        self.uint8 = "uint8"
-        self.cuda = self
-        self.calls: list[str] = []
-        self.broken = ""
-        self.held = weakref.WeakSet[Any]()
-        self.most = 0
-
-    def is_available(self) -> bool:
-        return True
-
-    def synchronize(self, device: str) -> None:
-        if self.broken:
-            raise RuntimeError(self.broken)
-
-    def empty_cache(self) -> None:
-        self.calls.append("empty_cache")
-
-    def mem_get_info(self, device: str) -> tuple[int, int]:
-        return 2**37, 2**38
-
-    def get_device_name(self, device: str) -> str:
-        return f"GPU {device}"
-
-    def full(self, size: tuple[int], value: int, *, dtype: str, device: str) -> Any:
-        assert (value, dtype, device) == (0xFF, "uint8", "cuda:3")
-        held = _Held(size[0])
-        self.held.add(held)
-        self.most = max(self.most, sum(h.size for h in self.held))
-        return held
-
-    def set_float32_matmul_precision(self, precision: str) -> None:
-        self.calls.append(precision)
+    torch = mock.Mock(uint8="uint8")
+    torch.cuda.get_device_name = "GPU {}".format
+    torch.cuda.mem_get_info.return_value = 2**37, 2**38
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return torch
 
 
-class _Held:
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-
-def test_what_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = _Torch()
-    monkeypatch.setitem(sys.modules, "torch", fake)  # type: ignore[arg-type]
-    gpu = devices.device_of("cuda:3")
+def test_what_is_asked_of_torch(fake: mock.Mock) -> None:
+    gpu, calls = devices.device_of("cuda:3"), fake.method_calls
     assert isinstance(gpu, devices.Cuda)
     assert gpu.describe() == "GPU cuda:3"
     assert gpu.free_memory() == 2**37
-    assert fake.calls.pop() == "empty_cache"
+    assert calls[-2:] == [mock.call.cuda.empty_cache(), mock.call.cuda.mem_get_info("cuda:3")]
     assert gpu.fault() == ""
-    fake.broken = "CUDA error: device-side assert\nand more"
+    fake.cuda.synchronize.side_effect = RuntimeError("CUDA error: device-side assert\nand more")
     assert gpu.fault() == "CUDA error: device-side assert"
-    # twice what goes in, and small pieces, all held at once, after nothing old is left
-    gpu.poison([5 * 2**30, 0, 2**20])
-    assert fake.calls.pop() == "empty_cache"
-    small = sum(size * count for size, count in gpu.POISONED)
-    assert fake.most == small + 2 * (5 * 2**30 + 2**20)
-    assert not fake.held
-    fake.most = 0
-    gpu.poison([2**36])  # there is no room for twice as much
-    assert fake.most == small
-    fake.calls.clear()
+    fake.cuda.synchronize.assert_called_with("cuda:3")
     gpu.set_tf32(True)
     gpu.set_tf32(False)
-    assert fake.calls == ["high", "highest"]
+    precisions = [call.args for call in fake.set_float32_matmul_precision.call_args_list]
+    assert precisions == [("high",), ("highest",)]
     gpu.free_cache()
-    assert fake.calls.pop() == "empty_cache"
+    assert calls[-1] == mock.call.cuda.empty_cache()
+
+
+def test_what_is_poisoned(fake: mock.Mock) -> None:
+    """Twice what goes in, and small pieces, all held at once, after nothing old is left."""
+    held, in_all = weakref.WeakSet[Any](), []
+
+    class Piece:
+        def __init__(self, size: tuple[int], value: int, *, dtype: str, device: str) -> None:
+            assert (value, dtype, device) == (0xFF, "uint8", "cuda:3")
+            fake.cuda.empty_cache.assert_called_once()
+            (self.size,) = size
+            held.add(self)
+            in_all.append(sum(piece.size for piece in held))
+
+    fake.full = Piece
+    gpu = devices.Cuda("cuda:3")
+    small = sum(size * count for size, count in gpu.POISONED)
+    gpu.poison([5 * 2**30, 0, 2**20])
+    assert max(in_all) == small + 2 * (5 * 2**30 + 2**20)
+    assert not held
+    in_all.clear()
+    fake.cuda.empty_cache.reset_mock()
+    gpu.poison([2**36])  # there is no room for twice as much
+    assert max(in_all) == small
 
 
 def test_a_port_without_torch_is_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +213,12 @@ def test_a_port_without_torch_is_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["A1_sliding_large_tensors", "A3_sliding_large_tensors_backward"])
 def test_an_offset_that_wraps_is_found_by_large_tensors_alone(name: str, tmp_path: Path) -> None:
-    port = NarrowOffsets()
+    """Of q, and of what has its shape."""
+
+    def wrapped(case: Case, tensor: np.ndarray) -> np.ndarray:
+        return tensor.take(np.arange(tensor.size) % Standin.offset_limit).reshape(tensor.shape)
+
+    port = Mistaken(wrapped, "q", "dq")
     found = finding(name, port, tmp_path)
     assert found["clause"] == name[:2]
     assert "must be" in found["text"] and "times entry 0" in found["text"]
@@ -258,8 +245,7 @@ def test_the_definition_passes_large_tensors(
 def test_what_large_tensors_alone_show(name: str, wrong: str, tmp_path: Path) -> None:
     """Every tensor counts, in the first batch entry as in the others."""
 
-    def mistaken(tensor: Any, case: Case) -> Any:
-        tensor = np.asarray(tensor)
+    def mistaken(case: Case, tensor: np.ndarray) -> np.ndarray:
         if case.batch * case.q_heads * case.q_len * case.head_dim <= Standin.offset_limit:
             return tensor
         if wrong == "zero":
@@ -267,23 +253,10 @@ def test_what_large_tensors_alone_show(name: str, wrong: str, tmp_path: Path) ->
         # lse is the same in all entries: the heads move
         return np.roll(tensor, 1, axis=1 if name == "lse" else 0)
 
-    class Wrong(OnStandin):
-        def sliding(self, case: Case, *arguments: Any) -> Any:
-            found = super().sliding(case, *arguments)
-            if name not in ("out", "lse"):
-                return found
-            return found._replace(**{name: mistaken(getattr(found, name), case)})
-
-        def sliding_vjp(self, case: Case, *arguments: Any) -> Any:
-            found = dict(zip(("dq", "dk", "dv"), super().sliding_vjp(case, *arguments)))
-            if name in found:
-                found[name] = mistaken(found[name], case)
-            return tuple(found.values())
-
     asked = "A1_sliding_large_tensors"
     if name.startswith("d"):
         asked = "A3_sliding_large_tensors_backward"
-    assert f"sliding {name}" in finding(asked, Wrong(), tmp_path)["text"]
+    assert f"sliding {name}" in finding(asked, Mistaken(mistaken, name), tmp_path)["text"]
 
 
 @pytest.mark.parametrize(
@@ -302,13 +275,11 @@ def test_large_tensors_keep_to_the_limits(
 ) -> None:
     port = OnStandin()
     port.limits = limits
-    seen = []
-    port.supports = lambda case: seen.append(case)  # type: ignore
     judged = record("A1_sliding_large_tensors", port, tmp_path)
     assert judged.finding is None, judged.finding["text"]
     assert judged.cases == (not said)
     assert all(said in reason for reason in judged.not_tried)
-    for case in seen:
+    for case in port.asked:
         assert all(getattr(case, field) in allowed for field, allowed in limits.items())
 
 
@@ -327,12 +298,10 @@ def test_large_tensors_are_tried_once_and_alone(tmp_path: Path) -> None:
     assert record(name, OnStandin(), tmp_path, level="thorough").cases == 1
     assert Standin.done == ["exclusive", "free cache", "not exclusive"]
     # other data with another seed
-    seeds = set()
     port = OnStandin()
-    port.supports = lambda case: seeds.add(case.seed)  # type: ignore
     for seed in range(3):
         record(name, port, tmp_path, seed=seed)
-    assert len(seeds) == 3
+    assert len({case.seed for case in port.asked}) == 3
 
 
 def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
@@ -340,10 +309,8 @@ def test_one_worker_at_a_time_is_alone_on_a_gpu(place: Path) -> None:
     held = "import time; from nsa_ref.testing.devices import Cuda\n"
     held += "with Cuda('cuda:7').exclusive():\n    print('in', flush=True)\n    time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
     assert first.stdout.readline() == "in\n"
     second = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
-    assert second.stdout is not None
     try:
         with pytest.raises(subprocess.TimeoutExpired):
             second.wait(3)
@@ -360,7 +327,6 @@ def test_large_tensors_wait_for_a_gpu_with_room(tmp_path: Path) -> None:
     assert reason == ("little memory", 31, 64)
     for port in (OracleImplementation(), NsaFastCompiled("cuda")):
         sizes = large_sizes(port)
-        assert sizes is not None
         assert sizes["batch"] * sizes["q_heads"] * sizes["q_len"] * sizes["head_dim"] > 2**31
         assert sizes["q_len"] <= 1024  # the definition holds the mask of one entry
 
@@ -369,17 +335,11 @@ def test_large_tensors_wait_for_a_gpu_with_room(tmp_path: Path) -> None:
 
 
 def test_long_sequences_are_as_long_as_the_device_is_for(tmp_path: Path) -> None:
-    lengths = set()
-
-    class Watched(OnStandin):
-        def sliding(self, case: Any, *arguments: Any) -> Any:
-            lengths.add((case.q_len, case.kv_len))
-            return super().sliding(case, *arguments)
-
-    record("W1_sliding_mask_of_long_sequences", Watched(), tmp_path, level="thorough")
+    port = OnStandin()
+    record("W1_sliding_mask_of_long_sequences", port, tmp_path, level="thorough")
     # whole, a chunk, and decoding
-    assert {q_len for q_len, _ in lengths} == {1, 33, 38, 599, 600}
-    assert {kv_len for _, kv_len in lengths} == {599, 600}
+    assert {case.q_len for case in port.asked} == {1, 33, 38, 599, 600}
+    assert {case.kv_len for case in port.asked} == {599, 600}
     assert devices.Cuda.longest == 64 * 1024
 
 
@@ -411,49 +371,34 @@ def test_long_sequences_keep_to_the_limits(
         assert judged.not_tried == {("short limits",): 1}
 
 
-LONG = 300
+def forgotten(case: Case, v: np.ndarray) -> np.ndarray:
+    """By decoding: token 500 and those after it."""
+    return v if case.q_len > 33 else np.where(np.arange(v.shape[2])[:, None] < 500, v, 0)
 
-#: What is done to q, k and v beyond 300 tokens.
-MISTAKES: dict[str, Callable[[Case, Any, Any, Any], tuple[Any, Any, Any]]] = {
-    "row": lambda case, q, k, v: (np.roll(q, 1, axis=2), k, v),
-    "head": lambda case, q, k, v: (q, k[:, ::-1], v[:, ::-1]),
-    "entry": lambda case, q, k, v: (q, k[::-1], v[::-1]),
-    "decoding": lambda case, q, k, v: (
-        (q, k, v)
-        if case.q_len > 33
-        else (q, k, np.where(np.arange(v.shape[2])[:, None] < 500, v, 0))
-    ),
+
+#: What is done beyond 300 tokens, and to what.
+MISTAKES: dict[str, tuple[Callable[[Case, Any], Any], tuple[str, ...]]] = {
+    "row": (lambda case, q: np.roll(q, 1, axis=2), ("q",)),
+    "head": (lambda case, x: x[:, ::-1], ("k", "v")),
+    "entry": (lambda case, x: x[::-1], ("k", "v")),
+    "decoding": (forgotten, ("v",)),
+    "lse": (lambda case, lse: lse + 3, ("lse",)),
+    "dq": (lambda case, dq: 0 * dq, ("dq",)),
+    "dk": (lambda case, dk: 0 * dk, ("dk",)),
 }
 
 
-class WrongBeyond(OnStandin):
-    """Right up to 300 tokens."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-
-    def sliding(self, case: Case, *given: Any) -> Any:
-        if case.kv_len > LONG and self.what in MISTAKES:
-            given = MISTAKES[self.what](case, *(np.asarray(x) for x in given))
-        out, lse = super().sliding(case, *given)
-        return out, lse + 3 * (case.kv_len > LONG and self.what == "lse")
-
-    def sliding_vjp(self, case: Case, *given: Any) -> Any:
-        gradients = zip(("dq", "dk", "dv"), super().sliding_vjp(case, *given))
-        lost = self.what if case.kv_len > LONG else ""
-        return tuple(0 * gradient if name == lost else gradient for name, gradient in gradients)
-
-
-@pytest.mark.parametrize("what", [*MISTAKES, "lse", "dq", "dk"])
+@pytest.mark.parametrize("what", MISTAKES)
 def test_mistakes_of_long_sequences_are_found(what: str, tmp_path: Path) -> None:
     """By the properties that are about these, and by no others of the branch."""
+    change, names = MISTAKES[what]
+    port = Mistaken(lambda case, x: change(case, x) if case.kv_len > 300 else x, *names)
     found = {
         prop.name
         for prop in PROPERTIES.values()
         if prop.extent == "far"
         and prop.part == "sliding"
-        and record(prop.name, WrongBeyond(what), tmp_path, shrink=False).finding is not None
+        and record(prop.name, port, tmp_path, shrink=False).finding is not None
     }
     wanted = "A3_sliding_gradients_of_long" if what in ("dq", "dk") else "of_long_sequences"
     assert any(wanted in name for name in found)
