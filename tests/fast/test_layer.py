@@ -16,7 +16,6 @@ import pytest
 
 from nsa_ref.layer import layer_weight_shapes
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, Semantics
-from nsa_ref.testing.case import Case
 from nsa_ref.testing.properties import PROPERTIES
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
@@ -41,17 +40,14 @@ from nsa_fast.adapter import NsaFastLayer  # noqa: E402
 from refusals import Refusals, refusal_test  # noqa: E402
 
 
-def case_of(kind: str, seq_len: int) -> Case:
-    return dataclasses.replace(Layer(*KINDS[kind]).case, q_len=seq_len, kv_len=seq_len)
-
-
 @pytest.mark.parametrize("kind", UNJUDGED)
 @pytest.mark.parametrize("seq_len", [21, 3])
 def test_the_layer_and_its_gradients_are_the_definition(kind: str, seq_len: int) -> None:
-    """G1, G2: out, and the gradient of x and of every weight."""
-    case = case_of(kind, seq_len)
-    PROPERTIES["G1_layer_output_with_blocks"].run(NsaFastLayer(), case)
-    PROPERTIES["G1_layer_gradients_with_blocks"].run(NsaFastLayer(), case)
+    """G1, G2, G4: out, and the gradient of x and of every weight; packed sequences as well."""
+    case = dataclasses.replace(Layer(*KINDS[kind]).case, q_len=seq_len, kv_len=seq_len)
+    for name in ("G1_layer_output_with_blocks", "G1_layer_gradients_with_blocks",
+                 "G4_varlen", "G4_varlen_gradients"):  # fmt: skip
+        PROPERTIES[name].run(NsaFastLayer(), case)
 
 
 @pytest.mark.parametrize("kind", UNJUDGED)
@@ -98,13 +94,6 @@ def test_sizes_at_the_edge_are_the_definition_too(kind: str, edge: str) -> None:
 
 
 # --- variable lengths -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", UNJUDGED)
-def test_packed_sequences_and_their_gradients_are_the_definition(kind: str) -> None:
-    """G4, where a layer chooses its blocks."""
-    PROPERTIES["G4_varlen"].run(NsaFastLayer(), case_of(kind, 17))
-    PROPERTIES["G4_varlen_gradients"].run(NsaFastLayer(), case_of(kind, 17))
 
 
 @pytest.mark.parametrize("kind", ["LUCIDRAINS_FLEX", "rotary on all", "pooled once turned"])

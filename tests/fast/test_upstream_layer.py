@@ -408,12 +408,10 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     ReLU makes equal keys, and upstream's top-k promises no order of equal scores (I5).
     """
     parts = from_upstream(module)
-    preset = LUCIDRAINS_FLEX if flex else LUCIDRAINS
+    switches = ("causal", "share_selection", "input_norm")
     semantics = dataclasses.replace(
-        preset,
-        causal=parts.semantics.causal,
-        share_selection=parts.semantics.share_selection,
-        input_norm=parts.semantics.input_norm,
+        LUCIDRAINS_FLEX if flex else LUCIDRAINS,
+        **{name: getattr(parts.semantics, name) for name in switches},
     )
     sizes = nsa_ref.Sizes(**parts.sizes)
     weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
@@ -487,27 +485,28 @@ def test_upstream_and_the_layer_here_are_lucidrains(
     bounds = definition.bounds(d_out.double().numpy())
     bound_of = {"out": bounds.out, "x": bounds.dx, **bounds.dweights}
 
-    x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     own = own_module(module)
     with choice_of(definition):
-        theirs, ours = module(x_theirs), own(x_ours)
-    theirs.backward(d_out)
-    ours.backward(d_out)
+        theirs, ours = (forward_and_backward(each, x, d_out) for each in (module, own))
     # a gradient is laid out as its parameter, and the converter only lays out anew
-    gradients = {name: gradient(p) for name, p in module.named_parameters()}
-    gradients["rotary_emb.freqs"] = module.rotary_emb.freqs
-    of_theirs = upstream_weights(gradients)
-    of_ours = {name: gradient(p) for name, p in own.named_parameters()}
-    for who, found in (
-        ("upstream", {"out": theirs, "x": gradient(x_theirs), **of_theirs}),
-        ("here", {"out": ours, "x": gradient(x_ours), **of_ours}),
-    ):
+    of_weights = theirs.pop("weights") | {"rotary_emb.freqs": module.rotary_emb.freqs}
+    theirs |= upstream_weights(of_weights)
+    ours |= ours.pop("weights")
+    for who, found in (("upstream", theirs), ("here", ours)):
         for name, value in expected.items():
             assert_within(found[name], value, bound_of[name], f"{who}, {sizes}: {name}")
 
 
-def gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+def forward_and_backward(module: torch.nn.Module, x: Tensor, d_out: Tensor) -> dict[str, Any]:
+    """The output, and the gradients of x and of the weights."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(d_out)
+    weights = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in module.named_parameters()
+    }
+    return {"out": out, "x": x.grad, "weights": weights}
 
 
 def test_the_configurations_reach_the_corners() -> None:
