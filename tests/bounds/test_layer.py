@@ -54,7 +54,6 @@ def bounds_of(case: LayerCase, row: str) -> LayerBounds:
 
 
 def tensors(found: Results | LayerBounds) -> dict[str, Array]:
-    assert found.dx is not None and found.dweights is not None
     return {"out": found.out, "dx": found.dx, **found.dweights}
 
 

@@ -279,8 +279,7 @@ def pooled_once_turned(d: Drawn) -> Results:
     got = (got[:, :, 0::2] + got[:, :, 1::2]) / 2
     right = turned(given.value).reshape(1, 1, MANY // 2, 2, 4).mean(axis=3)
     keys = rounded.rotated(given, turn_of(d, 4), d.numerics)
-    pairs = {"compress_block_size": 2, "compress_block_sliding_stride": 2}
-    sizes = Sizes(**pairs, selection_block_size=2)
+    sizes = Sizes(compress_block_size=2, compress_block_sliding_stride=2, selection_block_size=2)
     return got, right, rounded_pool(keys, {}, None, sizes, PAPER, d.numerics).out
 
 
