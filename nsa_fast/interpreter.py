@@ -61,8 +61,7 @@ def install() -> None:
     a_driver_answers()
     triton_is_there()
     the_cpu_has_no_lowering_of_its_own()
-    gradients_are_not_refused()
-    lse_is_written()
+    flexattention_has_gradients_and_lse()
     tiles_are_a_gpus()
     scalars_stay_tensors()
     bfloat16_is_rounded()
@@ -129,48 +128,36 @@ def the_cpu_has_no_lowering_of_its_own() -> None:
     exec(compile(source.replace(branch, "False"), module.__file__, "exec"), vars(module))
 
 
-def gradients_are_not_refused() -> None:
-    """5. FlexAttention refuses inputs that want gradients on a CPU."""
+def flexattention_has_gradients_and_lse() -> None:
+    """5. On a CPU it refuses inputs that want gradients, and keeps no lse for a backward."""
     from torch.nn.attention import flex_attention as module
 
+    options = module._apply_kernel_options
     module._validate_device = lambda query, key, value: None
-
-
-def lse_is_written() -> None:
-    """6. FlexAttention switches lse off on a CPU, and the backward reads it."""
-    from torch.nn.attention import flex_attention as module
-
-    apply_options = module._apply_kernel_options
-
-    def with_lse(*args: Any, **kwargs: Any) -> Any:
-        return apply_options(*args, **kwargs) | {"OUTPUT_LOGSUMEXP": True}
-
-    module._apply_kernel_options = with_lse
+    module._apply_kernel_options = lambda *a, **kw: options(*a, **kw) | {"OUTPUT_LOGSUMEXP": True}
 
 
 def tiles_are_a_gpus() -> None:
-    """7. Inductor's heuristics for a CPU know no tiles of FlexAttention: sm_90's are used."""
+    """6. Inductor's heuristics for a CPU know no tiles of FlexAttention: sm_90's are used."""
     import torch
     from torch._inductor.choices import InductorChoices
 
     heuristics = InductorChoices.get_config_heuristics
-
-    def of_the_gpu(self: Any, device_type: str | None = "cuda") -> Any:
-        return heuristics(self, "cuda" if device_type == "cpu" else device_type)
-
-    InductorChoices.get_config_heuristics = of_the_gpu
+    InductorChoices.get_config_heuristics = lambda self, device_type="cuda": heuristics(
+        self, "cuda" if device_type == "cpu" else device_type
+    )
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
 
 
 def scalars_stay_tensors() -> None:
-    """8. Triton kernels get CPU tensors without axes as numbers, and FlexAttention's load them."""
+    """7. Triton kernels get CPU tensors without axes as numbers, and FlexAttention's load them."""
     from torch._inductor.graph import GraphLowering
 
     GraphLowering.is_unspec_arg = lambda self, name: False
 
 
 def bfloat16_is_rounded() -> None:
-    """9. To the interpreter bfloat16 is an integer of 16 bits: a cast cuts where a GPU rounds to
+    """8. To the interpreter bfloat16 is an integer of 16 bits: a cast cuts where a GPU rounds to
     nearest, and a dot multiplies the bits as they are.
     """
     import ml_dtypes
@@ -200,7 +187,7 @@ def bfloat16_is_rounded() -> None:
 
 
 def nothing_is_done_twice() -> None:
-    """10. Two things cost most of the interpreter's time, and no result depends on them.
+    """9. Two things cost most of the interpreter's time, and no result depends on them.
 
     It computes whether integers overflow, and asserts it in debug mode alone. And it replaces the
     functions of `triton.language` by its own at every call of a device function: at the launch of

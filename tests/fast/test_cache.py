@@ -191,14 +191,9 @@ def test_a_layer_that_made_a_cache_is_what_it_was() -> None:
 
 # --- what does not run says so, and changes nothing -----------------------------------------------
 
-LOGITS = replace(LUCIDRAINS_FLEX, compress_alignment="start")
-
 
 def calling(
-    x: Tensor,
-    semantics: Semantics = PAPER,
-    cu_seqlens: Tensor | None = None,
-    **sizes: Any,
+    x: Tensor, semantics: Semantics = PAPER, cu_seqlens: Tensor | None = None, **sizes: Any
 ) -> Callable[[Cache], object]:
     """The functional form, which knows a cache by its sizes and switches alone."""
     layer = module(semantics, **sizes).to(x.dtype)
@@ -207,48 +202,38 @@ def calling(
     return lambda cache: native_sparse_attention(x, weights, **how, cache=cache)
 
 
-#: what is said, and what is called with a cache of five tokens
-VALUE_ERRORS: list[tuple[str, Callable[[Cache], object]]] = [
-    ("x has batch 3; it must be 2, that of the cache", calling(tokens(3, 1))),
-    ("x has shape (2, 1, 9); it must be (batch, seq_len, 10)", calling(tokens(2, 1)[..., :9])),
-    (
-        "cu_seqlens and cache must not be given together",
-        calling(tokens(1, 4)[0], cu_seqlens=torch.tensor([0, 4])),
+#: What is said -> what is called with a cache of five tokens.
+VALUE_ERRORS: dict[str, Callable[[Cache], object]] = {
+    "x has batch 3; it must be 2, that of the cache": calling(tokens(3, 1)),
+    "x has shape (2, 1, 9); it must be (batch, seq_len, 10)": calling(tokens(2, 1)[..., :9]),
+    "cu_seqlens and cache must not be given together": calling(
+        tokens(1, 4)[0], cu_seqlens=torch.tensor([0, 4])
     ),
-    (
-        "semantics.causal=False does not run with a cache: a later token would change",
-        calling(tokens(2, 1), replace(PAPER, causal=False)),
+    "semantics.causal=False does not run with a cache: a later token would change": calling(
+        tokens(2, 1), replace(PAPER, causal=False)
     ),
-    (
-        "semantics.importance='logit_mean' runs with a cache only for compress_alignment='end'",
-        calling(tokens(2, 1), LOGITS),
+    "semantics.importance='logit_mean' runs with a cache only for compress_alignment='end'": (
+        calling(tokens(2, 1), replace(LUCIDRAINS_FLEX, compress_alignment="start"))
     ),
-    (
-        "cache holds keys of dtype torch.float64, and the new ones have dtype torch.float32",
-        calling(tokens(2, 1).float()),
+    "cache holds keys of dtype torch.float64, and the new ones have dtype torch.float32": calling(
+        tokens(2, 1).float()
     ),
-    (
-        "cache was filled by a layer with kv_heads=2, and this one has kv_heads=1",
-        calling(tokens(2, 1), kv_heads=1),
+    "cache was filled by a layer with kv_heads=2, and this one has kv_heads=1": calling(
+        tokens(2, 1), kv_heads=1
     ),
-    (
-        "cache was filled by a layer with semantics.rotary='none', and this one has",
-        calling(tokens(2, 1), replace(PAPER, rotary="all")),
+    "cache was filled by a layer with semantics.rotary='none', and this one has": calling(
+        tokens(2, 1), replace(PAPER, rotary="all")
     ),
-    (
-        "cache was filled by a layer with semantics.input_norm=False, and this one has",
-        calling(tokens(2, 1), replace(PAPER, input_norm=True)),
+    "cache was filled by a layer with semantics.input_norm=False, and this one has": calling(
+        tokens(2, 1), replace(PAPER, input_norm=True)
     ),
-    (
-        "length=6 must be at most 5, the tokens that the cache holds",
-        lambda cache: cache.truncate(6),
-    ),
-    ("length=-1 must be at least 0", lambda cache: cache.truncate(-1)),
-    ("batch=-1 must be at least 0", lambda cache: Cache(-1)),
-]
+    "length=6 must be at most 5, the tokens that the cache holds": lambda it: it.truncate(6),
+    "length=-1 must be at least 0": lambda it: it.truncate(-1),
+    "batch=-1 must be at least 0": lambda it: Cache(-1),
+}
 
 
-@pytest.mark.parametrize(("message", "wrong"), VALUE_ERRORS)
+@pytest.mark.parametrize(("message", "wrong"), VALUE_ERRORS.items())
 def test_what_does_not_run_says_what_does_and_the_cache_is_what_it_was(
     message: str, wrong: Callable[[Cache], object]
 ) -> None:
