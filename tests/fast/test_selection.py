@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ CASE = Case(
 def test_windows_that_overlap_touch_and_leave_gaps(compress_map: str, semantics: Semantics) -> None:
     """C1, C4: and sequences without a window, or with less than one."""
     for kv_len, size, stride in ((17, 6, 2), (5, 6, 2), (9, 2, 3), (1, 4, 2)):
-        case = dataclasses.replace(
+        case = replace(
             CASE,
             semantics=semantics,
             kv_len=kv_len,
@@ -88,20 +88,16 @@ def test_pool_under_autocast_is_what_it_is_without(compress_map: str) -> None:
 
 SELECTIONS = {
     "paper": PAPER,
-    "end": dataclasses.replace(PAPER, compress_alignment="end"),
-    "non-causal": dataclasses.replace(PAPER, causal=False),
-    "per head": dataclasses.replace(PAPER, share_selection=False),
-    "forced at 1": dataclasses.replace(PAPER, forced_score=1.0),
-    "floor": dataclasses.replace(PAPER, score_floor=0.1),
+    "end": replace(PAPER, compress_alignment="end"),
+    "non-causal": replace(PAPER, causal=False),
+    "per head": replace(PAPER, share_selection=False),
+    "forced at 1": replace(PAPER, forced_score=1.0),
+    "floor": replace(PAPER, score_floor=0.1),
     "logit mean": LUCIDRAINS,
-    "logit mean, per head, non-causal": dataclasses.replace(
-        LUCIDRAINS, share_selection=False, causal=False
-    ),
-    "logit mean, no floor, non-causal": dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
-    "logit mean, own block": dataclasses.replace(
-        PAPER, importance="logit_mean", compress_alignment="end"
-    ),
-    "strict": dataclasses.replace(PAPER, compress_strict=True),
+    "logit mean, per head, non-causal": replace(LUCIDRAINS, share_selection=False, causal=False),
+    "logit mean, no floor, non-causal": replace(LUCIDRAINS_FLEX, causal=False),
+    "logit mean, own block": replace(PAPER, importance="logit_mean", compress_alignment="end"),
+    "strict": replace(PAPER, compress_strict=True),
 }
 
 
@@ -124,7 +120,7 @@ def selections(semantics: Semantics) -> Iterator[Case]:
         )
     ):
         forced = {"num_initial_blocks": 1, "num_local_blocks": 2}
-        yield dataclasses.replace(CASE, semantics=semantics, seed=seed, **(forced | sizes))
+        yield replace(CASE, semantics=semantics, seed=seed, **(forced | sizes))
 
 
 def assert_the_oracles(case: Case, *, factor: int = 1) -> None:
@@ -144,7 +140,7 @@ def test_selection_in_float64_is_the_oracles(name: str) -> None:
 
 
 def test_equal_scores_go_to_the_lower_index() -> None:
-    assert_the_oracles(dataclasses.replace(CASE, num_selected_blocks=4), factor=0)
+    assert_the_oracles(replace(CASE, num_selected_blocks=4), factor=0)
 
 
 def test_selection_in_chunks_is_the_same_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +182,7 @@ def test_a_chunk_leaves_out_nothing_that_its_rows_can_choose(
     preset: Semantics, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few rows or all at once: the same choice, in a prefill, a later part, and before p = 0."""
-    semantics = dataclasses.replace(preset, causal=causal)
+    semantics = replace(preset, causal=causal)
     sizes = {"compress_block_size": 4, "selection_block_size": 6, "num_selected_blocks": 2}
     sizes |= {"num_initial_blocks": 0, "num_local_blocks": 0}
     generator = torch.Generator().manual_seed(0)
