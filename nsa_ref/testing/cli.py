@@ -57,7 +57,6 @@ HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
 
-
 #: A run ends when more workers than this died one after the other without judging anything.
 IDLE_DEATHS = 3
 
@@ -288,8 +287,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
             f"--case-timeout={timeout}",
         ],
     )
-    names = only or ", ".join(chosen)
-    seconds = time.monotonic() - started
+    names, seconds = only or ", ".join(chosen), time.monotonic() - started
     title = f"{names} on {found['device']}"
     return _show(console, collector, names, title=title, seconds=seconds, edges=False)
 

@@ -123,7 +123,10 @@ def remark(said: Remark) -> str:
 
 
 def _gates(wrong: Sequence[str], right: Sequence[str], handed: bool | None) -> str:
-    """handed : whether the fine branch is right with the choice of blocks handed in"""
+    """Which branches are wrong, each with its gate alone open.
+
+    handed : whether the fine branch is right with the choice of blocks handed in, if it was asked
+    """
     if not wrong:
         return "each branch is right with its gate alone open: the gates, their order or their sum"
     if not right:
@@ -180,9 +183,8 @@ def sentence(fault: Fault) -> str:
         case WrongReader():
             deed = "reads" if fault.reads else "does not read"
             reader, read = (" ".join(map(str, pair)) for pair in (fault.reader, fault.read))
-            return f"{fault.tensor}: {reader} {deed} {read}" + (
-                f"; {fault.why}" if fault.why else ""
-            )
+            why = f"; {fault.why}" if fault.why else ""
+            return f"{fault.tensor}: {reader} {deed} {read}{why}"
         case WrongChoice():
             scores = ", ".join(f"{block}: {score:.5g}" for block, score in fault.scores)
             return (

@@ -61,6 +61,8 @@ def full_when_all_are_chosen(semantics: Semantics) -> bool:
 # What all rows of a kind have in common
 read_row = partial(Property, inputs=RANDN, head_dims=PROBED_DIMS, examples=36)
 layer_row = partial(Property, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS)
+canary_row = partial(Property, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
+                     examples=15)
 long_row = partial(Property, extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
                    indices=MIXED, head_dims=PROBED_DIMS, populated=True, examples=4)
 large_row = partial(Property, extent="large", why_not_tried=extent.no_large_tensors,
@@ -149,12 +151,10 @@ ROWS = (
              backward=True, examples=24),
     Property("A3_compress_mask_as_read_backward", "A3", COMPRESS, "compress", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
-    Property("A5_compress_canary", "A5", COMPRESS, "compress", influence.canary,
-             semantics=causal, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
-             examples=15),
-    Property("A5_compress_canary_backward", "A5", COMPRESS, "compress", influence.canary,
-             backward=True, semantics=causal, adjust=adjust.entries_apart, inputs=CANARY_INPUTS,
-             populated=True, examples=15),
+    canary_row("A5_compress_canary", "A5", COMPRESS, "compress", influence.canary,
+               semantics=causal),
+    canary_row("A5_compress_canary_backward", "A5", COMPRESS, "compress", influence.canary,
+               backward=True, semantics=causal),
     Property("compress_rows_do_not_know_what_follows", "C2", COMPRESS, "compress", laws.prefix,
              semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
 
@@ -184,11 +184,8 @@ ROWS = (
              backward=True, examples=24),
     Property("A3_fine_mask_as_read_backward", "A3", FINE, "fine", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
-    Property("A5_fine_canary", "A5", FINE, "fine", influence.canary,
-             adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True, examples=15),
-    Property("A5_fine_canary_backward", "A5", FINE, "fine", influence.canary,
-             backward=True, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
-             examples=15),
+    canary_row("A5_fine_canary", "A5", FINE, "fine", influence.canary),
+    canary_row("A5_fine_canary_backward", "A5", FINE, "fine", influence.canary, backward=True),
     Property("fine_rows_do_not_know_what_follows", "F1", FINE, "fine", laws.prefix,
              semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
 
@@ -218,11 +215,9 @@ ROWS = (
              backward=True, examples=24),
     Property("A3_sliding_mask_as_read_backward", "A3", SLIDING, "sliding", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
-    Property("A5_sliding_canary", "A5", SLIDING, "sliding", influence.canary,
-             adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True, examples=15),
-    Property("A5_sliding_canary_backward", "A5", SLIDING, "sliding", influence.canary,
-             backward=True, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
-             examples=15),
+    canary_row("A5_sliding_canary", "A5", SLIDING, "sliding", influence.canary),
+    canary_row("A5_sliding_canary_backward", "A5", SLIDING, "sliding", influence.canary,
+               backward=True),
     Property("sliding_rows_do_not_know_what_follows", "W1", SLIDING, "sliding", laws.prefix,
              semantics=causal, adjust=adjust.key_for_every_row, populated=True, examples=10),
 
