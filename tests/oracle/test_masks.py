@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from nsa_ref import (
@@ -20,6 +20,7 @@ from nsa_ref import (
     sliding_mask,
 )
 from nsa_ref.testing import OracleImplementation
+from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.mutants.dense import DenseMasks
 from small_cases import cases
 from tables import rows, strides
@@ -167,6 +168,20 @@ def test_every_mask_is_that_of_its_second_definition(branch, data):
     )
     assert mask.dtype == np.int64
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("about", "edge"),
+    [
+        *(("selection", name) for name in ("partial last block", "kv_len < l", "kv_len < l'")),
+        *(("selection", name) for name in ("kv_len < q_len", "n = 0", "n > blocks", "memory 1")),
+        *(("pool", name) for name in ("l < d", "l no multiple of d", "G = 2", "batch 0")),
+    ],
+)
+def test_small_cases_stand_on_the_edge(about, edge):
+    """Narrowed, they would leave a second definition nothing to differ on."""
+    some = settings(database=None, max_examples=2000, phases=[Phase.generate])
+    find(cases(about), lambda case: EDGES[edge].met_by(case, np.zeros(0)), settings=some)
 
 
 # --- errors ---------------------------------------------------------------------------------------
