@@ -28,14 +28,9 @@ SCOPE: dict[str, Any] = {
     "Case": Case, "replace": replace, "PerBranch": PerBranch, "inf": math.inf, **PRESETS
 }  # fmt: skip
 
-
 ROWS = st.sampled_from(["zero", "nan", "uniform"])
 LSES = st.sampled_from([-math.inf, 0.0, math.inf])
-FLAGS = (
-    "causal", "window_closed", "compress_strict", "share_selection", "own_block_extra",
-    "kv_per_branch", "input_norm", "output_projection",
-)  # fmt: skip
-
+FLAGS = [field.name for field in dataclasses.fields(Semantics) if field.type == "bool"]
 SWITCHES = dict(
     compress_alignment=st.sampled_from(["start", "end"]),
     importance=st.sampled_from(["overlap", "logit_mean"]),

@@ -30,10 +30,6 @@ def finding(phases: Collection[Phase]) -> settings:
     return settings(quiet, max_examples=2000, phases=phases)
 
 
-def visible_keys(branch: Branch, case: Case) -> np.ndarray:
-    return (oracle_mask(branch, case) != 0).sum(-1)
-
-
 def sample(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
     """What a run would draw."""
     drawn: list[Case] = []
@@ -60,8 +56,8 @@ def test_an_edge_that_can_be_met_is_met(edge: Edge, branch: Branch) -> None:
     """What is not excused for a branch is found among its cases."""
 
     def stands_on_it(case: Case) -> bool:
-        none = np.zeros(0)
-        return edge.met_by(case, visible_keys(branch, case) if VISIBLE in edge.reads else none)
+        mask = oracle_mask(branch, case) if VISIBLE in edge.reads else np.zeros((0, 0))
+        return edge.met_by(case, (mask != 0).sum(-1))
 
     case = next(filter(stands_on_it, drawn_about(branch.name)), None)
     if case is None and edge.can_be_met(branch.name):  # a rare one

@@ -200,9 +200,6 @@ class NarrowQueries(Kernel):
     def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
         return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
 
-    def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
-        return self.for_keys(case, p)
-
 
 @mutant("A3", "states to be deterministic, and adds up dq in another order each time")
 class AnotherOrderBackward(Kernel):
@@ -239,9 +236,6 @@ class GroupGradientOnce(Kernel):
         first = np.arange(case.q_heads) % case.group_size == 0
         return np.where(first[:, None, None], ds, 0)
 
-    def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
-        return self.for_keys(case, p)
-
 
 @mutant("A3", "the last query is missing in dk")
 class QueryMissingInDk(Kernel):
@@ -249,6 +243,9 @@ class QueryMissingInDk(Kernel):
         ds = ds.copy()
         ds[:, :, -1:] = 0
         return ds
+
+    def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
+        return p
 
 
 @mutant("A3", "dq lacks the scale")

@@ -131,7 +131,7 @@ class Kernel(DenseMasks, RoundedImplementation):
         return ds
 
     def for_values(self, case: Case, p: np.ndarray) -> np.ndarray:
-        return p
+        return self.for_keys(case, p)
 
     def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
         return r.dot(ds, k.swapaxes(-1, -2))
