@@ -14,7 +14,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation, OracleImplementation, TorchImplementation, devices
+from nsa_ref.testing import Case, OracleImplementation, TorchImplementation, devices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,23 +78,19 @@ class OnStandin(OracleImplementation):
         self.asked.append(case)
 
 
-class IllegalAccess(Implementation):
+class IllegalAccess(OnStandin):
     """Its windows lose the context in cases of more than 8 keys; after that nothing works."""
 
     name = "illegal access"
-    device = "standin:0"
-    semantics = (PAPER,)
 
-    def sliding_mask(self, case: Case) -> np.ndarray:
-        if Standin.lost or case.kv_len > 8:
+    def offers(self, method: str) -> bool:
+        return method in ("sliding_mask", "compress_mask")
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        if Standin.lost or (method == "sliding_mask" and case.kv_len > 8):
             Standin.lost = "CUDA error: an illegal memory access was encountered"
             raise RuntimeError(f"{Standin.lost}\nCompile with TORCH_USE_CUDA_DSA ...")
-        return OracleImplementation().sliding_mask(case)
-
-    def compress_mask(self, case: Case) -> np.ndarray:
-        if Standin.lost:
-            raise RuntimeError(Standin.lost)
-        return OracleImplementation().compress_mask(case)
+        return super().run(method, case, *arguments)
 
 
 class OutOfMemory(OnStandin):
