@@ -115,12 +115,10 @@ class Layer:
         The definition makes a choice of blocks of its own if none are handed in.
         """
         weights = {name: weight.detach().numpy() for name, weight in self.weights.items()}
-        given = x.detach().numpy(), weights
-        chosen = (
-            layer_block_indices(*given, **self.case.geometry) if blocks is None else blocks.numpy()
-        )
-        right = oracle(*given, **self.case.geometry, block_indices=chosen)
-        bound = layer_bounds(*given, chosen, numerics="fp64", **self.case.geometry).out
+        given, how = (x.detach().numpy(), weights), self.case.geometry
+        chosen = layer_block_indices(*given, **how) if blocks is None else blocks.numpy()
+        right = oracle(*given, **how, block_indices=chosen)
+        bound = layer_bounds(*given, chosen, numerics="fp64", **how).out
         for name, rows in found.items():
             array, first = rows.detach().numpy(), x.shape[1] - rows.shape[1]
             assert array.dtype == np.float64, name
