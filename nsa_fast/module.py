@@ -135,12 +135,8 @@ class NativeSparseAttention(nn.Module):
         return cache
 
     def extra_repr(self) -> str:
-        sizes = {
-            "model_dim": self.model_dim,
-            **self.layer.arguments(),
-            "compress_positions": self.compress_positions,
-            "num_mem_kv": self.num_mem_kv,
-        }
+        own = ("model_dim", "num_mem_kv", "compress_positions")
+        sizes = {name: getattr(self, name) for name in own} | self.layer.arguments()
         semantics = sizes.pop("semantics")
         text = [f"{name}={value!r}" for name, value in sizes.items()]
         return ", ".join([*text, f"semantics={_described(semantics)}"])

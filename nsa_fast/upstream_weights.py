@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa_fast.checks import check_tensor
+from nsa_fast.pool import map_shapes
 from nsa_ref.semantics import LUCIDRAINS, Semantics
 
 #: The layer's sizes, and upstream's attributes that hold them.
@@ -30,12 +31,13 @@ SIZES = {
     "num_mem_kv": "num_mem_compress_kv",
 }
 
-#: Upstream's compression network, by its places in the Sequential.
-COMPRESS_NETWORK = {
-    "1.weight": "weight_in",
-    "1.bias": "bias_in",
-    "3.weight": "weight_out",
-    "3.bias": "bias_out",
+#: Upstream's compression of keys ("k") and values ("v"), and the names of `map_shapes`.
+COMPRESS_MAP = {
+    "{}_intrablock_positions": "positions",
+    "{}_compress.1.weight": "weight_in",
+    "{}_compress.1.bias": "bias_in",
+    "{}_compress.3.weight": "weight_out",
+    "{}_compress.3.bias": "bias_out",
 }
 
 
@@ -181,9 +183,8 @@ def upstream_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights[f"gates.{kind}"] = gates.transpose(0, 1).flatten(0, 1)
     weights["mem_k"], weights["mem_v"] = given["compress_mem_kv"]
     for side in "kv":
-        weights[f"compress_{side}.positions"] = given[f"{side}_intrablock_positions"]
-        for theirs, ours in COMPRESS_NETWORK.items():
-            weights[f"compress_{side}.{ours}"] = given[f"{side}_compress.{theirs}"]
+        for theirs, ours in COMPRESS_MAP.items():
+            weights[f"compress_{side}.{ours}"] = given[theirs.format(side)]
     weights["to_out.weight"] = given["combine_heads.weight"]
     return weights
 
@@ -192,7 +193,7 @@ def _shapes(
     model_dim: int, q_heads: int, kv_heads: int, head_dim: int, size: int
 ) -> dict[str, tuple[int | str, ...]]:
     """Upstream's names and shapes."""
-    flat = size * head_dim
+    of_map = map_shapes("mlp", kv_heads, size, head_dim, hidden=size * head_dim)
     shapes: dict[str, tuple[int | str, ...]] = {
         "norm.weight": (model_dim,),
         "to_qkv.weight": ((q_heads + 2 * kv_heads) * head_dim, model_dim),
@@ -203,11 +204,7 @@ def _shapes(
         "rotary_emb.freqs": (head_dim // 2,),
     }
     for side in "kv":
-        shapes[f"{side}_intrablock_positions"] = (kv_heads, size, head_dim)
-        shapes[f"{side}_compress.1.weight"] = (flat, flat)
-        shapes[f"{side}_compress.1.bias"] = (flat,)
-        shapes[f"{side}_compress.3.weight"] = (head_dim, flat)
-        shapes[f"{side}_compress.3.bias"] = (head_dim,)
+        shapes |= {theirs.format(side): of_map[ours] for theirs, ours in COMPRESS_MAP.items()}
     return shapes
 
 
