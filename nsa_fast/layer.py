@@ -81,11 +81,6 @@ class Layer:
     semantics: Semantics
     backend: str | None
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Layer:
-        """From the arguments of a function that takes every field by name, and others beside."""
-        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
-
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "value_dim"):
             check_size(name, getattr(self, name), 1)
@@ -254,7 +249,22 @@ def native_sparse_attention(
         the cache is then what it was
     TypeError : dtypes or kinds that do not fit
     """
-    layer = Layer.of(locals())
+    layer = Layer(
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        compress_block_size=compress_block_size,
+        compress_block_sliding_stride=compress_block_sliding_stride,
+        compress_map=compress_map,
+        selection_block_size=selection_block_size,
+        num_selected_blocks=num_selected_blocks,
+        num_initial_blocks=num_initial_blocks,
+        num_local_blocks=num_local_blocks,
+        sliding_window_size=sliding_window_size,
+        semantics=semantics,
+        backend=backend,
+    )
     model_dim = _check_weights(weights, layer)
     layer = layer.as_run(weights["mem_k"].shape[1], own_choice=block_indices is None)
     packed = cu_seqlens is not None

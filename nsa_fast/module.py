@@ -78,7 +78,22 @@ class NativeSparseAttention(nn.Module):
         self.compress_positions = check_flag("compress_positions", compress_positions)
         self.num_mem_kv = check_size("num_mem_kv", num_mem_kv, 0)
         value_dim = head_dim if value_dim is None else value_dim
-        self.layer = layer = Layer.of(locals())
+        self.layer = layer = Layer(
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            compress_block_size=compress_block_size,
+            compress_block_sliding_stride=compress_block_sliding_stride,
+            compress_map=compress_map,
+            selection_block_size=selection_block_size,
+            num_selected_blocks=num_selected_blocks,
+            num_initial_blocks=num_initial_blocks,
+            num_local_blocks=num_local_blocks,
+            sliding_window_size=sliding_window_size,
+            semantics=semantics,
+            backend=backend,
+        )
         layer.as_run(self.num_mem_kv, own_choice=True)
         # at once, instead of at the first selection
         check_stride_divides("selection_block_size", selection_block_size, layer.windows.stride)
