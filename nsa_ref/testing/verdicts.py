@@ -253,6 +253,8 @@ class Record:
     not_offered : what the implementation does not have, or why it refused a case -> how often
     not_tried : why the property was not tried on it -> how often
     edges, refused_edges : edges of the lattice -> how many decided, or refused, cases stood there
+    inside, outside : entry of the ledger about the property -> cases that it covers, and others
+    known, spared : entry -> cases that broke as it says, and cases that were not launched for it
     finding : see `findings`
     lost : its worker died outside of any case
     """
@@ -270,6 +272,10 @@ class Record:
     edges: Counter[str] = field(default_factory=Counter)
     refused_edges: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
+    inside: Counter[str] = field(default_factory=Counter)
+    outside: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    spared: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
     lost: bool = False
 

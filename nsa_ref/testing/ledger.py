@@ -1,0 +1,290 @@
+"""Known failures: the file in which a port keeps what it knows to be wrong with it.
+
+`nsa-ref-known.toml` stands beside the adapter. Each of its entries says which cases fail, of which
+clause, and why; those cases are no findings, and everything around them is judged as ever::
+
+    [[known]]
+    id = "short-last-block"
+    clause = "F2"
+    status = "tolerated"
+    why = "https://github.com/somebody/port/issues/12"
+    where = { kv_len_mod_selection_block_size = "!= 0", dtype = ["bfloat16", "float16"] }
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import operator
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsa_ref.checks import check_one_of
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.verdicts import Record
+
+FILE_NAME = "nsa-ref-known.toml"
+
+#: tolerated : judged, and expected to fail; quarantined : never launched, because it takes the
+#: process down
+STATUSES = ("tolerated", "quarantined")
+
+#: What a condition may read, each with a value that it might have: the fields of a case, sizes that
+#: follow from them, and the switches that are True or False or a word.
+FIELDS: dict[str, int | str] = {
+    name: value
+    for name, value in (
+        *((f.name, f.default) for f in dataclasses.fields(Case) if f.name != "seed"),
+        *dict.fromkeys(("group_size", "num_compress_blocks", "num_selection_blocks"), 1).items(),
+        *vars(PAPER).items(),
+    )
+    if isinstance(value, (int, str))
+}
+SWITCHES = frozenset(vars(PAPER))
+
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+class LedgerError(ValueError):
+    """An entry has no meaning; the message names the file, the entry, the value and the rule."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One line of an entry's `where`.
+
+    name : a field of the case, or two whose remainder is meant ("kv_len_mod_selection_block_size")
+    rule : a value; a list of values; "!= 0", "< 5", ">= q_len" (a number or a field); "2..8",
+        both ends included
+
+    Raises
+    ------
+    LedgerError : a name or a rule outside of this language
+    """
+
+    name: str
+    rule: Any
+
+    def __post_init__(self) -> None:
+        names = self.name.split("_mod_")
+        for name in names:
+            if name not in FIELDS:
+                listed = ", ".join(sorted(FIELDS))
+                raise LedgerError(f"{name!r} is no field of a case; there are {listed}")
+        if len(names) > 2 or (len(names) == 2 and not all(type(FIELDS[n]) is int for n in names)):
+            raise LedgerError(f"{self.name!r} must name two numbers, as kv_len_mod_q_len does")
+        compared, _ = self._read(Case())
+        for value in compared if isinstance(compared, list) else [compared]:
+            example = 0 if len(names) == 2 else FIELDS[self.name]
+            if type(value) is not type(example):
+                raise LedgerError(
+                    f"{self.name} = {self.rule!r} must compare with a value like {example!r}"
+                )
+            if isinstance(value, str):
+                _check_word(self.name, value)
+
+    def holds(self, case: Case) -> bool:
+        """Whether the case is meant."""
+        left, _, right = self.name.partition("_mod_")
+        value = value_of(case, left)
+        if right:
+            divisor = value_of(case, right)
+            if not divisor:
+                return False
+            value %= divisor
+        compared, compare = self._read(case)
+        return compare(value, compared)
+
+    def _read(self, case: Case) -> tuple[Any, Callable[[Any, Any], bool]]:
+        """What the rule compares the case's value with, and how."""
+        if isinstance(self.rule, list):
+            return self.rule, lambda value, allowed: value in allowed
+        if not isinstance(self.rule, str):
+            return self.rule, operator.eq
+        if match := re.fullmatch(r"(\d+)\.\.(\d+)", self.rule):
+            ends = [int(end) for end in match.groups()]
+            return ends, lambda value, ends: ends[0] <= value <= ends[1]
+        if match := re.fullmatch(r"(==|!=|<=|>=|<|>)\s*(\w+)", self.rule):
+            symbol, text = match.groups()
+            if text.isdigit():
+                return int(text), OPERATORS[symbol]
+            if text in FIELDS:
+                return value_of(case, text), OPERATORS[symbol]
+            if symbol in ("==", "!="):
+                return text, OPERATORS[symbol]
+            raise LedgerError(f"{self.name} = {self.rule!r}: {text!r} is no number and no field")
+        return self.rule, operator.eq
+
+
+def _check_word(name: str, word: str) -> None:
+    """Raise LedgerError if no case could have this word there."""
+    try:
+        dataclasses.replace(PAPER if name in SWITCHES else Case(), **{name: word})  # type: ignore
+    except ValueError as error:
+        raise LedgerError(str(error)) from None
+
+
+def value_of(case: Case, name: str) -> Any:
+    """What a case has in a field, or what its semantics has in a switch."""
+    return getattr(case.semantics if name in SWITCHES else case, name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A known failure.
+
+    id : what reports call it
+    why : the link or the sentence that explains it
+    status : one of STATUSES
+    clause, property : what fails; at least one. `property` may hold * and ?
+    where : conditions that all hold for the cases that fail
+
+    Raises
+    ------
+    LedgerError : a field with a value that has no meaning
+    """
+
+    id: str
+    why: str
+    status: str = "tolerated"
+    clause: str = ""
+    property: str = ""
+    where: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("id", "why"):
+            if not getattr(self, name):
+                raise LedgerError(f"{name} is missing; every known failure needs one")
+        try:
+            check_one_of("status", self.status, STATUSES)
+            if self.clause:
+                check_one_of("clause", self.clause, tuple(CLAUSES))
+        except ValueError as error:
+            raise LedgerError(str(error)) from None
+        if not self.clause and not self.property:
+            raise LedgerError("it names neither a clause nor a property")
+        if self.property and not fnmatch.filter(PROPERTIES, self.property):
+            raise LedgerError(f"property={self.property!r} is the name of no property")
+
+    def covers(self, case: Case) -> bool:
+        """Whether the case is one of those that fail."""
+        return all(condition.holds(case) for condition in self.where)
+
+    def is_about(self, prop: Property) -> bool:
+        """Whether this is what the property asks."""
+        return self._names(prop, prop.clause)
+
+    def explains(self, prop: Property, clause: str, case: Case) -> bool:
+        """Whether a case that broke the clause, as the property found, is this known failure."""
+        return self._names(prop, clause) and self.covers(case)
+
+    def _names(self, prop: Property, clause: str) -> bool:
+        return self.clause in ("", clause) and (
+            not self.property or fnmatch.fnmatchcase(prop.name, self.property)
+        )
+
+
+def read_ledger(path: Path) -> tuple[Entry, ...]:
+    """The entries of a ledger.
+
+    Raises
+    ------
+    LedgerError : the file cannot be read, is no TOML, or an entry has no meaning
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise LedgerError(f"{path}: {error}") from None
+    listed = data.pop("known", [])
+    if data or not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise LedgerError(f"{path} must hold [[known]] tables and nothing else")
+    entries: list[Entry] = []
+    for number, fields in enumerate(listed, 1):
+        called = f"{path}, entry {fields.get('id', number)!r}"
+        try:
+            entry = _entry(fields)
+        except LedgerError as error:
+            raise LedgerError(f"{called}: {error}") from None
+        if entry.id in [other.id for other in entries]:
+            raise LedgerError(f"{called}: another entry has the same id")
+        entries.append(entry)
+    return tuple(entries)
+
+
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    known = [f.name for f in dataclasses.fields(Entry)]
+    for name, value in fields.items():
+        if name not in known:
+            raise LedgerError(f"{name!r} is no key of an entry; there are {', '.join(known)}")
+        kind, called = (dict, "a table") if name == "where" else (str, "a text")
+        if not isinstance(value, kind):
+            raise LedgerError(f"{name} = {value!r} must be {called}")
+    where = tuple(Condition(name, rule) for name, rule in fields.get("where", {}).items())
+    return Entry(**{"id": "", "why": ""} | dict(fields) | {"where": where})
+
+
+def ledger_beside(implementation: object) -> Path | None:
+    """The ledger in the folder of the file that defines an implementation's class, if any."""
+    module = sys.modules.get(type(implementation).__module__)
+    if (file := getattr(module, "__file__", None)) is None:
+        return None
+    path = Path(file).with_name(FILE_NAME)
+    return path if path.exists() else None
+
+
+def remarks(records: Iterable[Record]) -> list[str]:
+    """What is wrong with entries, as far as their properties were tried: a sentence each."""
+    inside, outside, failed, spared = (Counter[str]() for _ in range(4))
+    for record in records:
+        inside += record.inside
+        outside += record.outside
+        failed += record.known
+        spared += record.spared
+    found = []
+    for name in sorted({*inside, *outside, *failed}):
+        if not inside[name] and not failed[name]:
+            found.append(f"{name} matches none of {outside[name]} cases")
+        elif not failed[name] and not spared[name]:
+            found.append(f"{name} is stale: none of its {inside[name]} cases failed")
+        elif not outside[name]:
+            found.append(f"{name} matches all of {inside[name]} cases")
+    return found
+
+
+def to_toml(entry: Entry) -> str:
+    """An entry as it stands in a ledger."""
+    lines = ["[[known]]"]
+    for field in dataclasses.fields(Entry):
+        value = getattr(entry, field.name)
+        if isinstance(value, str) and value:
+            lines.append(f"{field.name} = {_toml(value)}")
+    conditions = ", ".join(f"{c.name} = {_toml(c.rule)}" for c in entry.where)
+    return "\n".join([*lines, f"where = {{ {conditions} }}" if conditions else "where = {}", ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # TOML's basic strings take every character but these as it is
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\u{ord(c[0]):04x}", escaped) + '"'
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value)

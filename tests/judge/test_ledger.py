@@ -1,0 +1,185 @@
+"""The ledger of known failures: its language, and what a finding's entry says."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsa_ref.semantics import PAPER
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.ledger import Condition, Entry, LedgerError, read_ledger, remarks, to_toml
+from nsa_ref.testing.narrowing import Sample, narrowed
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.verdicts import Record
+
+CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "holds"),
+    [
+        ("kv_len", 5, True),
+        ("kv_len", 4, False),
+        ("kv_len", "5", None),
+        ("kv_len", [4, 5], True),
+        ("kv_len", "4..5", True),
+        ("kv_len", "6..9", False),
+        ("kv_len", "!= 5", False),
+        ("kv_len", ">= 5", True),
+        ("kv_len", "> q_len", True),
+        ("q_len", "> kv_len", False),
+        ("kv_len_mod_selection_block_size", "!= 0", True),
+        ("kv_len_mod_selection_block_size", 1, True),
+        ("kv_len_mod_sliding_window_size", 0, False),
+        ("group_size", 2, True),
+        ("num_selection_blocks", 3, True),
+        ("dtype", "bfloat16", True),
+        ("dtype", ["float32", "float16"], False),
+        ("dtype", "!= float32", True),
+        ("causal", True, True),
+        ("causal", False, False),
+        ("importance", "overlap", True),
+        # what has no meaning
+        ("kv_length", 5, None),
+        ("kv_len_mod_dtype", 0, None),
+        ("kv_len_mod_q_len_mod_q_heads", 0, None),
+        ("kv_len", True, None),
+        ("kv_len", "long", None),
+        ("kv_len", "< long", None),
+        ("kv_len", 5.0, None),
+        ("kv_len", {"<": 5}, None),
+        ("kv_len", [4, "5"], None),
+        ("dtype", "float8", None),
+        ("dtype", "< float32", None),
+        ("importance", "mean", None),
+        ("causal", 1, None),
+    ],
+)
+def test_a_condition_is_a_small_closed_language(name: str, rule: Any, holds: bool | None) -> None:
+    """None: it has no meaning, and is refused when it is read, not when a case is met."""
+    if holds is None:
+        with pytest.raises(LedgerError):
+            Condition(name, rule)
+    else:
+        assert Condition(name, rule).holds(CASE) is holds
+
+
+ENTRY = Entry(
+    id="short-last-block",
+    clause="F2",
+    why='see "our" issue\n#12 at C:\\port',
+    where=(Condition("kv_len_mod_selection_block_size", "!= 0"), Condition("causal", True)),
+)
+
+
+def test_an_entry_is_read_as_it_was_written(tmp_path: Path) -> None:
+    ledger = tmp_path / "known.toml"
+    other = dataclasses.replace(ENTRY, id="other", clause="", property="fine_*", where=())
+    ledger.write_text(to_toml(ENTRY) + "\n" + to_toml(other))
+    assert read_ledger(ledger) == (ENTRY, other)
+
+
+@given(st.text())
+def test_any_reason_can_be_written(why: str) -> None:
+    fits = why.encode(errors="replace").decode()
+    written = to_toml(dataclasses.replace(ENTRY, why=fits or "nothing"))
+    assert tomllib.loads(written)["known"][0]["why"] == (fits or "nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[[known]", "known.toml"),
+        ("[[unknown]]", "[[known]] tables"),
+        ("known = 3", "[[known]] tables"),
+        ('[[known]]\nclause = "F2"\nwhy = "x"', "entry 1: id is missing"),
+        ('[[known]]\nid = "a"\nclause = "F2"', "entry 'a': why is missing"),
+        ('[[known]]\nid = "a"\nwhy = "x"', "neither a clause nor a property"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F9"', "clause='F9' must be one of"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nproperty = "find_*"', "the name of no property"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nstatus = "ok"', "status='ok'"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nwhen = "x"', "'when' is no key"),
+        ('[[known]]\nid = "a"\nwhy = 3\nclause = "F2"', "must be a text"),
+        (2 * '[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\n', "the same id"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+    ledger = tmp_path / "known.toml"
+    ledger.write_text(text)
+    with pytest.raises(LedgerError) as error:
+        read_ledger(ledger)
+    assert named in str(error.value) and "known.toml" in str(error.value)
+
+
+def test_a_ledger_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match=r"known\.toml"):
+        read_ledger(tmp_path / "known.toml")
+
+
+def test_an_entry_explains_its_own_clause_alone() -> None:
+    """A property that is about something else may have found it; another clause is a finding."""
+    prop = next(p for p in PROPERTIES.values() if p.name.startswith("fine"))
+    assert ENTRY.explains(prop, "F2", CASE) and not ENTRY.explains(prop, "F1", CASE)
+    assert not ENTRY.explains(prop, "F2", dataclasses.replace(CASE, kv_len=4))
+    acausal = dataclasses.replace(PAPER, causal=False)
+    assert not ENTRY.explains(prop, "F2", dataclasses.replace(CASE, semantics=acausal))
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"inside": 3, "outside": 5, "known": 2}, []),
+        ({"inside": 3, "outside": 5, "spared": 3}, []),
+        ({"inside": 0, "outside": 5, "known": 1}, []),
+        ({"inside": 0, "outside": 5}, ["a matches none of 5 cases"]),
+        ({"inside": 3, "outside": 5}, ["a is stale: none of its 3 cases failed"]),
+        ({"inside": 3, "outside": 0, "known": 3}, ["a matches all of 3 cases"]),
+    ],
+)
+def test_an_entry_that_says_too_much_or_nothing_is_remarked(
+    counts: dict[str, int], said: list[str]
+) -> None:
+    record = Record(name="fine_forward", clause="A1")
+    for name, count in counts.items():
+        getattr(record, name)["a"] = count
+    assert remarks([record]) == said
+
+
+def _sample(breaks: Any) -> Sample:
+    sample = Sample([], [])
+    for kv_len in range(1, 12):
+        for block in (2, 4):
+            for dtype in ("float32", "bfloat16"):
+                case = Case(kv_len=kv_len, q_len=3, selection_block_size=block, dtype=dtype)
+                (sample.broken if breaks(case) else sample.passed).append(case)
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("breaks", "where"),
+    [
+        (
+            lambda case: case.kv_len % case.selection_block_size != 0,
+            {"kv_len_mod_selection_block_size": "!= 0"},
+        ),
+        (
+            lambda case: case.kv_len < case.selection_block_size,
+            {"kv_len": "< selection_block_size"},
+        ),
+        (lambda case: case.dtype == "bfloat16", {"dtype": "bfloat16"}),
+        (
+            lambda case: case.dtype == "bfloat16" and case.kv_len == case.selection_block_size,
+            {"kv_len": "== selection_block_size", "dtype": "bfloat16"},
+        ),
+        (lambda case: case.kv_len >= 5, {"kv_len": ">= 5"}),
+        (lambda case: True, {}),
+    ],
+)
+def test_an_entry_is_as_narrow_as_the_sample(breaks: Any, where: dict[str, Any]) -> None:
+    assert {c.name: c.rule for c in narrowed(_sample(breaks))} == where
