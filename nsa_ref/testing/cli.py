@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,9 +32,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
+from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, remarks, to_toml
 from nsa_ref.testing.loading import (
     DEVICES,
     SHORT_NAMES,
@@ -44,6 +47,7 @@ from nsa_ref.testing.loading import (
 )
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
+from nsa_ref.testing.narrowing import DIED, SAMPLED, Sampled, entry_of, narrowed
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
@@ -68,6 +72,7 @@ class Collector:
         self.records: list[Record] = []
         self.warmed: list[Record] = []
         self.trials: list[Trial] = []
+        self.sampled = Sampled()
         self.findings: list[Finding] = []
         self.errors: list[str] = []
         self.interrupted = False
@@ -98,6 +103,9 @@ class Collector:
         elif "nsa_ref_mutant" in properties and report.when == "call":
             self.trials.append(Trial(**properties["nsa_ref_mutant"]))
             self._advance(self.trials[-1].name)
+        elif "nsa_ref_sampled" in properties and report.when == "call":
+            self.sampled.add(properties["nsa_ref_sampled"])
+            self._advance("judging cases like it")
         elif "nsa_ref" in properties and report.when in ("call", "???"):
             record = Record.from_json(properties["nsa_ref"])
             self.records.append(record)
@@ -107,6 +115,9 @@ class Collector:
                 self.findings.append(record.finding)
             broken = f", {len(self.findings)} broken" if self.findings else ""
             self._advance(f"{record.name}{broken}")
+        elif report.failed and (died := re.search(r"::test_case\[(\d+)\]$", report.nodeid)):
+            # it took its worker down, as the finding says
+            self.sampled.add({"number": int(died[1]), "broken": DIED})
         elif report.failed:
             name = report.nodeid.rpartition("::test_")[2]
             self.errors.append(f"{name}: {_error_line(report)}")
@@ -178,6 +189,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         *(f"--branch={branch}" for branch in wanted),
         *(f"--dtype={dtype}" for dtype in dtypes),
     ]
+    if arguments.ledger:
+        options.append(f"--ledger={_checked_ledger(arguments.ledger)}")
     asked = console, arguments.implementation, device
     run = functools.partial(_run, *asked, workers=arguments.n, findings=Path(arguments.findings))
     warmed: list[Record] = []
@@ -208,6 +221,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     title = f"{names} on {where}"
     code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
+    if code == HOLDS and arguments.strict and (wrong := remarks(records)):
+        print(f"nsa-ref: --strict, and the ledger is wrong: {'; '.join(wrong)}", file=sys.stderr)
+        return BROKEN
     if code == HOLDS and arguments.level == "thorough":
         excused = excused_edges(records, [one["limits"] for one in chosen])
         if gaps := [edge for edge in unmet_edges(records) if edge not in excused]:
@@ -241,7 +257,7 @@ def _show(console: Console, collector: Collector, names: str, **more: Any) -> in
     if collector.errors:
         others = len(collector.errors) - 1
         raise CannotRun(collector.errors[0] + (f" (and {others} more like it)" if others else ""))
-    if not any(record.cases for record in collector.records):
+    if not any(record.cases or record.known for record in collector.records):
         why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
     return HOLDS
@@ -327,6 +343,65 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
         report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     return HOLDS if all(trial.right for trial in trials) else BROKEN
+
+
+def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the entry of a ledger that calls a finding known."""
+    path = Path(arguments.case)
+    case, finding = _read(path)
+    name, spec = finding.get("property", ""), arguments.implementation or finding.get("spec")
+    if name not in PROPERTIES or finding.get("clause") not in CLAUSES or not spec:
+        raise CannotRun(f"{path} is no finding: it names no property, clause or implementation")
+    found = try_loading(spec, arguments.device, LOADING_TIMEOUT)
+    if not arguments.ledger and not found["ledgers"]:
+        raise CannotRun(
+            f"{spec} comes from no file that a ledger could stand beside: --ledger FILE"
+        )
+    ledger = Path(arguments.ledger or found["ledgers"][0])
+    _check_writable(ledger)
+    known = _checked_entries(ledger) if ledger.exists() else ()
+    suite = Path(__file__).parent / "narrowing_suite.py"
+    with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
+        collector = _run(
+            console,
+            spec,
+            found["device"],
+            tests=[str(suite)],
+            total=SAMPLED + 1,
+            workers="auto",
+            findings=Path(folder),
+            options=[f"--nsa-case={path.resolve()}", f"--nsa-property={name}"],
+        )
+    if collector.interrupted:
+        raise KeyboardInterrupt
+    if collector.errors and not collector.sampled.cases:
+        raise CannotRun(collector.errors[0])
+    sample = collector.sampled.sample(case, DIED if "ended" in finding else finding["clause"])
+    entry = entry_of(finding, narrowed(sample), [one.id for one in known])
+    before = ledger.read_text() + "\n" if ledger.exists() else ""
+    ledger.write_text(before + to_toml(entry))
+    _say(console, to_toml(entry))
+    fate = "die" if "ended" in finding else f"break {entry.clause}"
+    covered = sum(map(entry.covers, sample.passed))
+    _say(
+        console,
+        f"Written to {ledger}. Of the cases that it covers {len(sample.broken)} {fate} and "
+        f"{covered} pass; {len(sample.passed) - covered} others pass.",
+    )
+    return HOLDS
+
+
+def _checked_ledger(path: str) -> Path:
+    """The ledger's absolute path, once it was read."""
+    _checked_entries(Path(path))
+    return Path(path).absolute()
+
+
+def _checked_entries(path: Path) -> tuple[Entry, ...]:
+    try:
+        return read_ledger(path)
+    except LedgerError as error:
+        raise CannotRun(str(error)) from None
 
 
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
@@ -500,6 +575,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write the report as data")
     warm = "first fill the compiler's cache, each graph once"
     command.add_argument("--warm", action="store_true", help=warm)
+    strict = "an entry of the ledger that says nothing is an error"
+    command.add_argument("--strict", action="store_true", help=strict)
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
 
     command = add("replay", replay, "run one saved case again")
@@ -511,6 +588,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("mutant", nargs="*", help="default: all")
     command.add_argument("--json", metavar="FILE", help="write the table as data")
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
+
+    command = commands.add_parser("ledger", help="keep what is known to fail")
+    actions = command.add_subparsers(dest="action", required=True)
+    command = actions.add_parser("add", help="write an entry from a finding, as narrow as it is")
+    command.add_argument("case", metavar="FINDING.json")
+    command.add_argument("implementation", nargs="?", help="default: the one it was found in")
+    command.add_argument("--device", default="auto", choices=DEVICES, help="default: the best")
+    command.add_argument("--ledger", metavar="FILE", help="default: beside the implementation")
+    command.set_defaults(run=add_to_ledger)
 
     command = add("show", show_case, "draw a case's masks")
     command.add_argument("case", metavar="CASE.json")

@@ -152,7 +152,8 @@ class Entry:
     id : what reports call it
     why : the link or the sentence that explains it
     status : one of STATUSES
-    clause, property : what fails; at least one. `property` may hold * and ?
+    clause, property, method : what fails, at least one of them; in the last two * and ? stand for
+        anything. `method` is the plug's, as in "fine" or "fine_vjp"
     where : conditions that all hold for the cases that fail
 
     Raises
@@ -165,6 +166,7 @@ class Entry:
     status: str = "tolerated"
     clause: str = ""
     property: str = ""
+    method: str = ""
     where: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
@@ -177,10 +179,11 @@ class Entry:
                 check_one_of("clause", self.clause, tuple(CLAUSES))
         except ValueError as error:
             raise LedgerError(str(error)) from None
-        if not self.clause and not self.property:
-            raise LedgerError("it names neither a clause nor a property")
-        if self.property and not fnmatch.filter(PROPERTIES, self.property):
-            raise LedgerError(f"property={self.property!r} is the name of no property")
+        if not self.clause and not self.property and not self.method:
+            raise LedgerError("it names neither a clause nor a property nor a method")
+        if not any(self._names(prop, self.clause) for prop in PROPERTIES.values()):
+            patterns = f"property={self.property!r} and method={self.method!r}"
+            raise LedgerError(f"no property of this version is meant by {patterns}")
 
     def covers(self, case: Case) -> bool:
         """Whether the case is one of those that fail."""
@@ -195,9 +198,16 @@ class Entry:
         return self._names(prop, clause) and self.covers(case)
 
     def _names(self, prop: Property, clause: str) -> bool:
-        return self.clause in ("", clause) and (
-            not self.property or fnmatch.fnmatchcase(prop.name, self.property)
+        return (
+            self.clause in ("", clause)
+            and fnmatch.fnmatchcase(prop.name, self.property or "*")
+            and fnmatch.fnmatchcase(method_of(prop), self.method or "*")
         )
+
+
+def method_of(prop: Property) -> str:
+    """The plug's method that a property calls."""
+    return f"{prop.method}_vjp" if prop.backward else prop.method
 
 
 def read_ledger(path: Path) -> tuple[Entry, ...]:
@@ -239,13 +249,24 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     return Entry(**{"id": "", "why": ""} | dict(fields) | {"where": where})
 
 
-def ledger_beside(implementation: object) -> Path | None:
-    """The ledger in the folder of the file that defines an implementation's class, if any."""
+def ledger_of(implementation: object, named: Path | None = None) -> tuple[Entry, ...]:
+    """The entries of the ledger that was named, or of the one beside an implementation.
+
+    That one lies in the folder of the file that defines the implementation's class.
+
+    Raises
+    ------
+    LedgerError : as `read_ledger`
+    """
+    path = named or place_of(implementation)
+    return () if path is None or (named is None and not path.exists()) else read_ledger(path)
+
+
+def place_of(implementation: object) -> Path | None:
+    """Where the ledger of an implementation stands, if there is one."""
     module = sys.modules.get(type(implementation).__module__)
-    if (file := getattr(module, "__file__", None)) is None:
-        return None
-    path = Path(file).with_name(FILE_NAME)
-    return path if path.exists() else None
+    file = getattr(module, "__file__", None)
+    return None if file is None else Path(file).with_name(FILE_NAME)
 
 
 def remarks(records: Iterable[Record]) -> list[str]:

@@ -21,6 +21,7 @@ from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
 
 #: Names that stand for an adapter.
 SHORT_NAMES = {
@@ -224,7 +225,7 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
     Returns
     -------
     {"device": the one chosen, "device_name": what it calls itself, "implementations": [{"name",
-    "numerics", "limits": fields}], "versions": {...}}
+    "numerics", "limits": fields}], "ledgers": where they would stand, "versions": {...}}
 
     Raises
     ------
@@ -285,9 +286,12 @@ def _main(spec: str, device: str, answer_file: str) -> None:
                 {"name": i.name, "numerics": dict(i.numerics), "limits": sorted(i.limits)}
                 for i in implementations
             ],
+            "ledgers": [str(place) for i in implementations if (place := place_of(i))],
             "versions": versions(SHORT_NAMES.get(spec, spec).partition(":")[0]),
         }
-    except CannotRun as error:
+        for one in implementations:
+            ledger_of(one)
+    except (CannotRun, LedgerError) as error:
         answer = {"error": str(error)}
     Path(answer_file).write_text(json.dumps(answer))
     # at once: the adapter may have left threads that would keep this process alive

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
-from nsa_ref.testing.ledger import FIELDS, Condition, Entry, value_of
+from nsa_ref.testing.ledger import FIELDS, Condition, Entry, method_of, value_of
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.properties import Property
+from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import generate
 from nsa_ref.testing.verdicts import Broken, Inconclusive
 
@@ -31,33 +32,69 @@ PAIRS = (
 )
 
 
+#: What a case is said to have broken if it took its process down.
+DIED = "died"
+
+#: Cases that are judged for one entry, at most.
+SAMPLED = 120
+
+#: How often a property's cases are drawn to find so many.
+MOST_ROUNDS = 10
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Cases of one property: those that broke the clause, and those that did not."""
+    """Cases of one property: those that broke the clause, and those that passed."""
 
     broken: list[Case]
     passed: list[Case]
 
 
-def sampled(
-    prop: Property, implementation: Implementation, clause: str, case: Case, options: Options
-) -> Sample:
-    """Judge the case of a finding and generated ones."""
-    sample = Sample([case], [])
+class Sampled:
+    """What worker processes say of the cases that they judge."""
 
-    def trial(case: Case) -> None:
-        try:
-            judge(prop, implementation, case)
-        except Broken as broken:
-            if broken.clause == clause:
-                sample.broken.append(case)
-        except (NotOffered, Inconclusive):
-            pass
+    def __init__(self) -> None:
+        self.cases: list[Case] = []
+        self.clauses: dict[int, str | None] = {}
+
+    def add(self, said: dict[str, Any]) -> None:
+        """The cases, or what became of one: the clause that it broke, "" or None."""
+        if "cases" in said:
+            self.cases = [Case.from_json(case) for case in said["cases"]]
         else:
-            sample.passed.append(case)
+            self.clauses[said["number"]] = said["broken"]
 
-    generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)
-    return sample
+    def sample(self, case: Case, clause: str) -> Sample:
+        """With the finding's own case, which broke the clause."""
+        sample = Sample([case], [])
+        for number, broken in self.clauses.items():
+            if broken == clause:
+                sample.broken.append(self.cases[number])
+            elif broken == "":
+                sample.passed.append(self.cases[number])
+        return sample
+
+
+def drawn(prop: Property, implementation: Implementation, options: Options) -> list[Case]:
+    """Cases of a property, the same in every process."""
+    cases: dict[Case, None] = {}
+    for seed in range(1, MOST_ROUNDS + 1):
+        asked = dataclasses.replace(options, case=None, shrink=False, seed=options.seed + seed)
+        generate(prop, implementation, asked, lambda case: cases.setdefault(case, None))
+        if len(cases) >= SAMPLED:
+            break
+    return list(cases)[:SAMPLED]
+
+
+def broken_clause(prop: Property, implementation: Implementation, case: Case) -> str | None:
+    """The clause that a case breaks, or nothing; None if it was not decided."""
+    try:
+        outcome = judge(prop, implementation, case)
+    except Broken as broken:
+        return broken.clause
+    except (NotOffered, Inconclusive):
+        return None
+    return "" if outcome.decided else None
 
 
 def narrowed(sample: Sample) -> tuple[Condition, ...]:
@@ -65,7 +102,7 @@ def narrowed(sample: Sample) -> tuple[Condition, ...]:
 
     Of two that exclude equally many the plainer one is taken, in the order of `_candidates`.
     """
-    holding = [c for c in _candidates(sample.broken) if all(map(c.holds, sample.broken))]
+    holding = [c for c in _candidates(sample) if all(map(c.holds, sample.broken))]
     left = list(sample.passed)
     chosen: dict[str, Condition] = {}
     while left:
@@ -79,30 +116,42 @@ def narrowed(sample: Sample) -> tuple[Condition, ...]:
     return tuple(chosen.values())
 
 
-def _candidates(broken: Sequence[Case]) -> list[Condition]:
+def _candidates(sample: Sample) -> list[Condition]:
     """What a rule might say: remainders and comparisons first, then values, then ranges."""
     found = [Condition(f"{a}_mod_{b}", rule) for a, b in PAIRS for rule in (0, "!= 0")]
     signs = ("==", "!=", "<", "<=", ">", ">=")
     found += [Condition(a, f"{sign} {b}") for a, b in PAIRS for sign in signs]
     for name in FIELDS:
-        seen = sorted({value_of(case, name) for case in broken})
+        seen, others = (
+            sorted({value_of(case, name) for case in cases})
+            for cases in (sample.broken, sample.passed)
+        )
         if len(seen) == 1:
             found.append(Condition(name, seen[0]))
-        elif isinstance(seen[0], str):
-            found.append(Condition(name, seen))
-        else:
+        elif type(seen[0]) is int:
             rules = (f">= {seen[0]}", f"<= {seen[-1]}", f"{seen[0]}..{seen[-1]}")
-            found += [Condition(name, rule) for rule in rules if type(seen[0]) is int]
+            found += [Condition(name, rule) for rule in rules]
+        elif 2 * len(seen) <= len(set(seen) | set(others)):
+            # a list of nearly all words says only which the sample happened not to have
+            found.append(Condition(name, seen))
     return found
 
 
-def entry_of(finding: Finding, conditions: tuple[Condition, ...]) -> Entry:
-    """The entry that calls a finding known: its clause, where these hold."""
-    quarantined = finding.get("ended") in ("crash", "hang")
+def entry_of(
+    finding: Finding, conditions: tuple[Condition, ...], taken: Collection[str] = ()
+) -> Entry:
+    """The entry that calls a finding known: its clause where these hold, or the method that dies.
+
+    taken : ids that other entries have
+    """
+    ended = "ended" in finding
+    name = f"{finding['clause']}-{finding['kind']}".replace(" ", "-")
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
     return Entry(
-        id=Path(finding["file"]).stem if "file" in finding else finding["property"],
+        id=next(id for id in itertools.chain([name], numbered) if id not in taken),
         why=finding["text"].partition("\n")[0],
-        status="quarantined" if quarantined else "tolerated",
-        clause=finding["clause"],
+        status="quarantined" if ended else "tolerated",
+        clause="" if ended else finding["clause"],
+        method=method_of(PROPERTIES[finding["property"]]) if ended else "",
         where=conditions,
     )

@@ -19,6 +19,7 @@ class Options:
     spec : how the implementation was named on the command line, for replay commands
     case : run this one case instead of generated ones
     any_property : no property found the case, so that some may not be about such cases
+    ledger : the file of known failures; None for the one beside the implementation, if any
     timeout : seconds that one case may take; only worker processes are ended for it
     traces : a worker that dies writes where it was to a file (True) or to standard error (False)
     shrink : a broken case is made smaller
@@ -31,6 +32,7 @@ class Options:
     case: Case | None = None
     any_property: bool = False
     findings: Path = Path("nsa-ref-findings")
+    ledger: Path | None = None
     timeout: float = 120.0
     traces: bool = False
     shrink: bool = True
@@ -77,6 +79,10 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "default": "nsa-ref-findings",
         "help": "folder for the cases that broke a clause (default: nsa-ref-findings)",
+    },
+    "--ledger": {
+        "metavar": "FILE",
+        "help": "known failures (default: nsa-ref-known.toml beside the implementation, if any)",
     },
     "--case-timeout": {
         "type": parse_seconds,

@@ -121,6 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
         any_property=not config.getoption("--nsa-property"),
         # workers may run in another directory
         findings=Path(config.getoption("--findings")).absolute(),
+        ledger=Path(ledger).absolute() if (ledger := config.getoption("--ledger")) else None,
         timeout=config.getoption("--case-timeout"),
         traces=True,
     )

@@ -16,6 +16,7 @@ from rich.text import Text
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.findings import Finding, finite, grouped
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
+from nsa_ref.testing.ledger import remarks
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, reasons, remark
 
@@ -26,6 +27,7 @@ REPORTED = ("clause", "case", "kind", "fault", "worst", "convention", "notes", "
 
 COLOURS = {
     "pass": "green",
+    "known": "cyan",
     "fail": "bold red",
     "inconclusive": "yellow",
     "ambiguous": "yellow",
@@ -50,16 +52,26 @@ class Clause:
 
     @property
     def verdict(self) -> str:
-        """pass | fail | inconclusive | ambiguous | not_offered; only the first is a pass."""
+        """pass | known | fail | inconclusive | ambiguous | not_offered; the first alone is a pass.
+
+        known : all that fails is in the ledger
+        """
         if self.findings:
             return "fail"
         if self.missing:
             return "inconclusive"
+        if self.known:
+            return "known"
         if self.total.cases:
             return "pass"
         if self.total.inconclusive:
             return "inconclusive"
         return "ambiguous" if self.total.ambiguous else "not_offered"
+
+    @property
+    def known(self) -> int:
+        """Cases that failed as the ledger says, or were not launched because of it."""
+        return self.total.known.total() + self.total.spared.total()
 
     @property
     def budget_used(self) -> float | None:
@@ -86,6 +98,7 @@ class Clause:
             "id": self.id,
             "verdict": self.verdict,
             "cases": self.total.cases,
+            "known": self.known,
             "budget_used": self.budget_used,
             "inconclusive": self.total.inconclusive.total(),
             "ambiguous": self.total.ambiguous,
@@ -126,6 +139,8 @@ def _total(clause: str, records: Sequence[Record]) -> Record:
         total.inconclusive += record.inconclusive
         total.not_offered += record.not_offered
         total.not_tried += record.not_tried
+        total.known += record.known
+        total.spared += record.spared
         if record.finding is not None and record.finding["clause"] != clause:
             # what another clause is to blame for says nothing about this one
             total.inconclusive["see", record.name, record.finding["clause"]] += 1
@@ -154,6 +169,11 @@ def to_json(
         **about,
         "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
         "findings": [{name: f[name] for name in REPORTED} for f in findings],
+        "ledger": {
+            "failed": sum((record.known for record in records), Counter[str]()),
+            "spared": sum((record.spared for record in records), Counter[str]()),
+            "remarks": remarks(records),
+        },
         "unmet_edges": unmet_edges(records),
         "compiled": compiled(records),
         "warmed": compiled(warmed),
@@ -194,15 +214,18 @@ def show(
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("clause", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for heading in ("cases", "budget\nused", "inconclusive", "ambiguous\nrows", "not\noffered"):
-        table.add_column(heading, justify="right")
     rows = clauses(records, findings, asked_for)
+    known = ["known"] if any(clause.known for clause in rows) else []
+    headings = ("budget\nused", "inconclusive", "ambiguous\nrows", "not\noffered")
+    for heading in ("cases", *known, *headings):
+        table.add_column(heading, justify="right")
     for clause in rows:
         row = clause.to_json()
         budget = "" if row["budget_used"] is None else f"{row['budget_used']:.3f}"
         verdict = Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict])
         counts = (str(row[name] or "") for name in ("inconclusive", "ambiguous", "not_offered"))
-        table.add_row(clause.id, verdict, str(row["cases"]), budget, *counts)
+        failed = [str(row[name] or "") for name in known]
+        table.add_row(clause.id, verdict, str(row["cases"]), *failed, budget, *counts)
     console.print()
     console.print(table)
     lines = _remarks(records, rows)
@@ -243,6 +266,7 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
             lines.append(f"not offered by {name}: {'; '.join(counted)}")
         if untried := dict.fromkeys(remark(why) for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
+    lines += [f"in the ledger: {remark}" for remark in remarks(records)]
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:

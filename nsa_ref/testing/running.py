@@ -21,6 +21,7 @@ from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
 from nsa_ref.testing.lattice import case_edges
+from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
@@ -70,6 +71,8 @@ class _Trials:
     def __init__(self, prop: Property, implementation: Implementation, options: Options) -> None:
         self.prop, self.implementation, self.options = prop, implementation, options
         self.record = Record(name=prop.name, clause=prop.clause, implementation=implementation.name)
+        # a replay shows what it shows, known or not
+        self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
 
@@ -88,6 +91,10 @@ class _Trials:
             if case in self.broken:
                 raise self.broken[case]
             return
+        if counting:
+            self._count_covered(case)
+        if self._is_spared(case, counting):
+            return
         try:
             with announced(self.prop, self.implementation, self.options, case):
                 outcome = judge(self.prop, self.implementation, case)
@@ -95,6 +102,11 @@ class _Trials:
             if counting:
                 self.count_refused(reason, case)
         except Broken as broken:
+            if known := self._known(broken.clause, case):
+                if counting:
+                    self.record.known[known.id] += 1
+                    self.record.refused_edges.update(case_edges(self.prop, case))
+                return  # to Hypothesis it passed: what else is broken is made smaller beside it
             if counting:
                 self.record.cases += 1
                 self.shrink_until = time.monotonic() + SHRINKING_TIME
@@ -103,6 +115,27 @@ class _Trials:
         else:
             if counting:
                 self._count(case, outcome)
+
+    def _count_covered(self, case: Case) -> None:
+        """Count the case for each entry of the ledger that is about the property."""
+        for entry in self.ledger:
+            if entry.is_about(self.prop):
+                counts = self.record.inside if entry.covers(case) else self.record.outside
+                counts[entry.id] += 1
+
+    def _is_spared(self, case: Case, counting: bool) -> bool:
+        """True if the ledger says that the case must not be launched."""
+        for entry in self.ledger:
+            if entry.status == "quarantined" and entry.explains(self.prop, self.prop.clause, case):
+                if counting:
+                    self.record.spared[entry.id] += 1
+                    self.record.refused_edges.update(case_edges(self.prop, case))
+                return True
+        return False
+
+    def _known(self, clause: str, case: Case) -> Entry | None:
+        """The entry of the ledger that tells of such a case, if it broke this clause."""
+        return next((e for e in self.ledger if e.explains(self.prop, clause, case)), None)
 
     def count_refused(self, reason: Exception, case: Case | None = None) -> None:
         """Count a case that was not decided, or that the property was not asked at all."""
