@@ -69,7 +69,8 @@ class LedgerError(ValueError):
 class Condition:
     """One line of an entry's `where`.
 
-    name : a field of the case, or two whose remainder is meant ("kv_len_mod_selection_block_size")
+    name : a field of the case, or a remainder by another one or by a number
+        ("kv_len_mod_selection_block_size", "q_len_mod_128")
     rule : a value; a list of values; "!= 0", "< 5", ">= q_len" (a number or a field); "2..8",
         both ends included
 
@@ -82,16 +83,17 @@ class Condition:
     rule: Any
 
     def __post_init__(self) -> None:
-        names = self.name.split("_mod_")
-        for name in names:
-            if name not in FIELDS:
+        name, modulo, divisor = self.name.partition("_mod_")
+        numbers = FIELDS | {divisor: int(divisor)} if divisor.isdigit() else FIELDS
+        for part in (name, divisor) if modulo else (name,):
+            if part not in numbers:
                 listed = ", ".join(sorted(FIELDS))
-                raise LedgerError(f"{name!r} is no field of a case; there are {listed}")
-        if len(names) > 2 or (len(names) == 2 and not all(type(FIELDS[n]) is int for n in names)):
-            raise LedgerError(f"{self.name!r} must name two numbers, as kv_len_mod_q_len does")
+                raise LedgerError(f"{part!r} is no field of a case; there are {listed}")
+            if modulo and type(numbers[part]) is not int:
+                raise LedgerError(f"{self.name!r} must name numbers, as kv_len_mod_q_len does")
         compared, _ = self._read(Case())
         for value in compared if isinstance(compared, list) else [compared]:
-            example = 0 if len(names) == 2 else FIELDS[self.name]
+            example = 0 if modulo else FIELDS[name]
             if type(value) is not type(example):
                 raise LedgerError(
                     f"{self.name} = {self.rule!r} must compare with a value like {example!r}"
@@ -101,13 +103,13 @@ class Condition:
 
     def holds(self, case: Case) -> bool:
         """Whether the case is meant."""
-        left, _, right = self.name.partition("_mod_")
-        value = value_of(case, left)
-        if right:
-            divisor = value_of(case, right)
-            if not divisor:
-                return False
-            value %= divisor
+        name, modulo, divisor = self.name.partition("_mod_")
+        value = value_of(case, name)
+        if modulo:
+            by = int(divisor) if divisor.isdigit() else value_of(case, divisor)
+            if not by:
+                return False  # there is no remainder
+            value %= by
         compared, compare = self._read(case)
         return compare(value, compared)
 

@@ -18,6 +18,9 @@ from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import generate
 from nsa_ref.testing.verdicts import Broken, Inconclusive
 
+#: Numbers that kernels cut into tiles.
+LENGTHS = ("q_len", "kv_len", "head_dim", "value_dim")
+
 #: Pairs of numbers of which a rule may say which is larger, or whether one divides the other.
 PAIRS = (
     ("kv_len", "selection_block_size"),
@@ -118,7 +121,8 @@ def narrowed(sample: Sample) -> tuple[Condition, ...]:
 
 def _candidates(sample: Sample) -> list[Condition]:
     """What a rule might say: remainders and comparisons first, then values, then ranges."""
-    found = [Condition(f"{a}_mod_{b}", rule) for a, b in PAIRS for rule in (0, "!= 0")]
+    divided = [*PAIRS, *((a, 2**power) for a in LENGTHS for power in range(1, 8))]
+    found = [Condition(f"{a}_mod_{b}", rule) for a, b in divided for rule in (0, "!= 0")]
     signs = ("==", "!=", "<", "<=", ">", ">=")
     found += [Condition(a, f"{sign} {b}") for a, b in PAIRS for sign in signs]
     for name in FIELDS:

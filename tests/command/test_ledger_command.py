@@ -4,11 +4,87 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import nsa_ref
+from nsa_ref.attention import Attention
+from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
+from nsa_ref.testing.ledger import FILE_NAME, remarks
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.report import clauses
+from nsa_ref.testing.running import run_property
+from nsa_ref.testing.verdicts import Record
+
+ENTRY = """
+[[known]]
+id = "long-windows"
+clause = "A1"
+why = "of the test"
+where = { kv_len = "<= sliding_window_size" }
+"""
+
+
+class Doubles(OracleImplementation):
+    """Values are twice too large where the window reaches beyond all keys, and for `also`."""
+
+    mended = False
+    also = staticmethod(lambda case: False)
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        wrong = case.kv_len <= case.sliding_window_size and not self.mended
+        found = super().sliding(case, q, k, v)
+        return found._replace(out=found.out * 2) if wrong or self.also(case) else found
+
+
+def judged(port: Doubles, place: Path, entry: str = ENTRY) -> Record:
+    (place / FILE_NAME).write_text(entry)
+    options = Options(ledger=place / FILE_NAME, findings=place)
+    return run_property(PROPERTIES["A1_sliding_output"], port, options)
+
+
+def test_a_known_failure_is_counted_and_is_no_finding(tmp_path: Path) -> None:
+    record = judged(Doubles(), tmp_path)
+    assert record.finding is None and record.cases and record.known["long-windows"]
+    assert record.inside["long-windows"] >= record.known["long-windows"]
+    (clause,) = clauses([record], [])
+    assert clause.verdict == "known" and clause.known == record.known.total()
+    assert not remarks([record])
+
+
+def test_a_second_bug_is_found_beside_the_known_one_and_made_smaller_beside_it(
+    tmp_path: Path,
+) -> None:
+    port = Doubles()
+    port.also = lambda case: case.q_heads > 1  # type: ignore[assignment, misc]
+    finding = judged(port, tmp_path).finding
+    assert finding is not None
+    case = Case.from_json(finding["case"])
+    assert case.q_heads > 1 and case.kv_len > case.sliding_window_size
+
+
+def test_an_entry_whose_failure_was_mended_is_stale(tmp_path: Path) -> None:
+    port = Doubles()
+    port.mended = True
+    assert ["stale" in remark for remark in remarks([judged(port, tmp_path)])] == [True]
+
+
+def test_a_known_failure_of_another_clause_is_a_finding(tmp_path: Path) -> None:
+    assert judged(Doubles(), tmp_path, ENTRY.replace("A1", "A2")).finding is not None
+
+
+def test_what_is_quarantined_is_never_launched(tmp_path: Path) -> None:
+    class Deadly(Doubles):
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+            assert case.kv_len > case.sliding_window_size
+            return super().sliding(case, q, k, v)
+
+    record = judged(Deadly(), tmp_path, ENTRY + 'status = "quarantined"\n')
+    assert record.finding is None and record.cases and record.spared["long-windows"]
+
 
 PORT = """
 import os
@@ -21,22 +97,39 @@ class Port(OracleImplementation):
         return method == "sliding"
 
     def sliding(self, case, q, k, v):
-        found = super().sliding(case, q, k, v)
-        if case.q_len % 3 == 2 and {first}:
-            {deed}
-        if case.sliding_window_size == 0 and {second}:
-            found.out[...] *= 2
-        return found
+        if case.kv_len <= case.sliding_window_size:
+            os.abort()
+        return super().sliding(case, q, k, v)
 """
 
 
-def port(first: bool = True, second: bool = False, deed: str = "found.out[...] *= 2") -> None:
-    Path("port.py").write_text(PORT.format(first=first, second=second, deed=deed))
+def test_what_takes_its_process_down_goes_from_a_finding_to_a_green_run(place: Path) -> None:
+    (place / "port.py").write_text(PORT)
+    run = ("verify", "port:Port", "--dtype=float64", "--json=report.json", "-n2")
+    assert nsa_ref(*run).returncode == BROKEN
+    finding = next((place / "nsa-ref-findings").glob("A1-A1_sliding_output-*-crash.json"))
+    added = nsa_ref("ledger", "add", str(finding))
+    assert added.returncode == HOLDS, added.stderr
+    entry = (place / FILE_NAME).read_text()
+    assert entry in added.stdout and 'status = "quarantined"' in entry
+    assert 'method = "sliding"' in entry and 'kv_len = "<= sliding_window_size"' in entry
+    done = nsa_ref(*run, "--strict")
+    assert done.returncode == HOLDS, done.stdout + done.stderr
+    report = json.loads((place / "report.json").read_text())
+    assert report["ledger"]["failed"] == {} and report["ledger"]["spared"].keys() == {"A1-crash"}
 
 
-def verify(*arguments: str) -> tuple[int, dict[str, str], dict, str]:
-    """Exit code, verdicts by clause, the report's ledger, and what was said."""
-    done = nsa_ref("verify", "port:Port", "--branch=sliding", "--json=report.json", *arguments)
-    report = json.loads(Path("report.json").read_text())
-    verdicts = {row["id"]: row["verdict"] for row in report["clauses"]}
-    return done.returncode, verdicts, report, done.stdout + done.stderr
+def test_a_ledger_without_meaning_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "port.py").write_text(PORT)
+    wrong = ENTRY.replace("A1", "W9")
+    (place / "mine.toml").write_text(wrong)
+    for name in ("mine.toml", "none.toml"):
+        assert main(["verify", "port:Port", f"--ledger={name}"]) == COULD_NOT_RUN
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and name in line
+    (place / FILE_NAME).write_text(wrong)
+    assert main(["verify", "port:Port"]) == COULD_NOT_RUN
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and FILE_NAME in line and "W9" in line

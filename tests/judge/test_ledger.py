@@ -37,6 +37,8 @@ CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads
         ("kv_len_mod_selection_block_size", "!= 0", True),
         ("kv_len_mod_selection_block_size", 1, True),
         ("kv_len_mod_sliding_window_size", 0, False),
+        ("kv_len_mod_4", 1, True),
+        ("kv_len_mod_0", 1, False),
         ("group_size", 2, True),
         ("num_selection_blocks", 3, True),
         ("dtype", "bfloat16", True),
@@ -48,6 +50,8 @@ CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads
         # what has no meaning
         ("kv_length", 5, None),
         ("kv_len_mod_dtype", 0, None),
+        ("dtype_mod_2", 0, None),
+        ("kv_len_mod_", 0, None),
         ("kv_len_mod_q_len_mod_q_heads", 0, None),
         ("kv_len", True, None),
         ("kv_len", "long", None),
