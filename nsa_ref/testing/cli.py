@@ -36,7 +36,7 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
-from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, remarks, to_toml
+from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml, wrong_entries
 from nsa_ref.testing.loading import (
     DEVICES,
     SHORT_NAMES,
@@ -54,7 +54,7 @@ from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.report import compiled, graphs, show, to_json
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import reasons
+from nsa_ref.testing.wording import reasons, remark
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -221,8 +221,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     title = f"{names} on {where}"
     code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
-    if code == HOLDS and arguments.strict and (wrong := remarks(records)):
-        print(f"nsa-ref: --strict, and the ledger is wrong: {'; '.join(wrong)}", file=sys.stderr)
+    if code == HOLDS and arguments.strict and (wrong := wrong_entries(records)):
+        lines = "; ".join(map(remark, wrong))
+        print(f"nsa-ref: --strict, and the ledger is wrong: {lines}", file=sys.stderr)
         return BROKEN
     if code == HOLDS and arguments.level == "thorough":
         excused = excused_edges(records, [one["limits"] for one in chosen])
@@ -358,7 +359,7 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
             f"{spec} comes from no file that a ledger could stand beside: --ledger FILE"
         )
     ledger = Path(arguments.ledger or found["ledgers"][0])
-    _check_writable(ledger)
+    _check_writable(str(ledger))
     known = _checked_entries(ledger) if ledger.exists() else ()
     suite = Path(__file__).parent / "narrowing_suite.py"
     with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:

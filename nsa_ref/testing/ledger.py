@@ -30,7 +30,7 @@ from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.verdicts import Record
+from nsa_ref.testing.verdicts import Record, Remark
 
 FILE_NAME = "nsa-ref-known.toml"
 
@@ -271,22 +271,22 @@ def place_of(implementation: object) -> Path | None:
     return None if file is None else Path(file).with_name(FILE_NAME)
 
 
-def remarks(records: Iterable[Record]) -> list[str]:
-    """What is wrong with entries, as far as their properties were tried: a sentence each."""
+def wrong_entries(records: Iterable[Record]) -> list[Remark]:
+    """What is wrong with entries, as far as their properties were tried."""
     inside, outside, failed, spared = (Counter[str]() for _ in range(4))
     for record in records:
         inside += record.inside
         outside += record.outside
         failed += record.known
         spared += record.spared
-    found = []
+    found: list[Remark] = []
     for name in sorted({*inside, *outside, *failed}):
         if not inside[name] and not failed[name]:
-            found.append(f"{name} matches none of {outside[name]} cases")
+            found.append(("no case", name, outside[name]))
         elif not failed[name] and not spared[name]:
-            found.append(f"{name} is stale: none of its {inside[name]} cases failed")
+            found.append(("stale", name, inside[name]))
         elif not outside[name]:
-            found.append(f"{name} matches all of {inside[name]} cases")
+            found.append(("every case", name, inside[name]))
     return found
 
 

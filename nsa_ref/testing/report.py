@@ -16,7 +16,7 @@ from rich.text import Text
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.findings import Finding, finite, grouped
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
-from nsa_ref.testing.ledger import remarks
+from nsa_ref.testing.ledger import wrong_entries
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, reasons, remark
 
@@ -172,7 +172,7 @@ def to_json(
         "ledger": {
             "failed": sum((record.known for record in records), Counter[str]()),
             "spared": sum((record.spared for record in records), Counter[str]()),
-            "remarks": remarks(records),
+            "wrong": wrong_entries(records),
         },
         "unmet_edges": unmet_edges(records),
         "compiled": compiled(records),
@@ -266,7 +266,7 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
             lines.append(f"not offered by {name}: {'; '.join(counted)}")
         if untried := dict.fromkeys(remark(why) for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
-    lines += [f"in the ledger: {remark}" for remark in remarks(records)]
+    lines += [f"in the ledger: {remark(wrong)}" for wrong in wrong_entries(records)]
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:

@@ -14,7 +14,8 @@ from nsa_ref.testing.choices import Reason
 from nsa_ref.testing.pictures import Excerpt
 
 # fmt: off
-#: Why a case could not tell, why a property was not tried, and what else was seen of a fault.
+#: Why a case could not tell, why a property was not tried, what else was seen of a fault, and what
+#: is wrong with an entry of the ledger.
 RemarkName = Literal[
     "no hidden key", "never all visible", "empty rows", "nothing to cut", "no choice",
     "uniform rows", "no visible key", "empty in some head", "rounded sums", "NaN rows",
@@ -24,6 +25,7 @@ RemarkName = Literal[
     "lost device",
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
+    "no case", "every case", "stale",
 ]
 # fmt: on
 

@@ -74,6 +74,10 @@ REMARKS: dict[RemarkName, str] = {
     "right: rotation, or else the scale or the heads of q and k",
     "maybe A4": "layer_with_blocks is not offered: this may be A4, a gradient of the choice",
     "gates": "with one gate open at a time, {} wrong, {} right",
+    # what is wrong with an entry of the ledger
+    "no case": "{} covers none of {} cases",
+    "every case": "{} covers all of {} cases",
+    "stale": "{} is stale: none of its {} cases failed",
 }
 
 

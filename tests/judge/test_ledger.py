@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.ledger import Condition, Entry, LedgerError, read_ledger, remarks, to_toml
+from nsa_ref.testing.ledger import (
+    Condition,
+    Entry,
+    LedgerError,
+    read_ledger,
+    to_toml,
+    wrong_entries,
+)
 from nsa_ref.testing.narrowing import Sample, narrowed
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
@@ -142,18 +149,18 @@ def test_an_entry_explains_its_own_clause_alone() -> None:
         ({"inside": 3, "outside": 5, "known": 2}, []),
         ({"inside": 3, "outside": 5, "spared": 3}, []),
         ({"inside": 0, "outside": 5, "known": 1}, []),
-        ({"inside": 0, "outside": 5}, ["a matches none of 5 cases"]),
-        ({"inside": 3, "outside": 5}, ["a is stale: none of its 3 cases failed"]),
-        ({"inside": 3, "outside": 0, "known": 3}, ["a matches all of 3 cases"]),
+        ({"inside": 0, "outside": 5}, [("no case", "a", 5)]),
+        ({"inside": 3, "outside": 5}, [("stale", "a", 3)]),
+        ({"inside": 3, "outside": 0, "known": 3}, [("every case", "a", 3)]),
     ],
 )
 def test_an_entry_that_says_too_much_or_nothing_is_remarked(
-    counts: dict[str, int], said: list[str]
+    counts: dict[str, int], said: list[Any]
 ) -> None:
     record = Record(name="fine_forward", clause="A1")
     for name, count in counts.items():
         getattr(record, name)["a"] = count
-    assert remarks([record]) == said
+    assert wrong_entries([record]) == said
 
 
 def _sample(breaks: Any) -> Sample:
