@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from nsa_ref.testing.branches import Branch, Inputs
 from nsa_ref.testing.case import DTYPES, Case
@@ -272,25 +271,22 @@ def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
 
 
 def head_influence(
-    implementation: Implementation,
-    branch: Branch,
-    case: Case,
-    inputs: Inputs,
-    kv_head: int,
-    apart: ArrayLike = 0.0,
+    implementation: Implementation, branch: Branch, case: Case, inputs: Inputs, kv_head: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Query heads that change when the keys, or the values, of one kv head do: bool (q_heads,).
+    """How far out moves when the keys, or the values, of one kv head change, element by element.
 
     `inputs` must not be degenerate: a row that sees a single key does not notice its logit.
 
-    apart : results that differ by no more than this, element by element, count as the same
+    returns : both (batch, q_heads, q_len, value_dim); a NaN that stays NaN has not moved, one that
+        comes or goes has moved by inf
     """
     base = branch.forward(implementation, case, inputs).out
-    changed = []
+    moved = []
     for name in ("k", "v"):
         array = getattr(inputs, name).copy()
         array[:, kv_head] = -array[:, kv_head] + 1
         out = branch.forward(implementation, case, dataclasses.replace(inputs, **{name: array})).out
-        differs = ~(np.abs(out - base) <= apart) & ~(np.isnan(out) & np.isnan(base))
-        changed.append(differs.any((0, 2, 3)))
-    return changed[0], changed[1]
+        same = (out == base) | (np.isnan(out) & np.isnan(base))
+        with np.errstate(invalid="ignore", over="ignore"):
+            moved.append(np.where(same, 0.0, np.nan_to_num(np.abs(out - base), nan=np.inf)))
+    return moved[0], moved[1]
