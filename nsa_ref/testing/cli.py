@@ -61,6 +61,9 @@ HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
 
+#: What a run of ours loads into its workers, which are ours alone.
+PLUGINS = ("nsa_ref.testing.plugin", "nsa_ref.testing.workers")
+
 #: A run ends when more workers than this died one after the other without judging anything.
 IDLE_DEATHS = 3
 
@@ -183,14 +186,14 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     _say(console, f"nsa-ref judges {names} on {where}, {level}")
     properties = [p for p in PROPERTIES.values() if not wanted or p.part in wanted]
     options = [
-        f"--level={arguments.level}",
-        f"--seed={arguments.seed}",
-        f"--case-timeout={arguments.case_timeout}",
-        *(f"--branch={branch}" for branch in wanted),
-        *(f"--dtype={dtype}" for dtype in dtypes),
+        f"--nsa-level={arguments.level}",
+        f"--nsa-seed={arguments.seed}",
+        f"--nsa-case-timeout={arguments.case_timeout}",
+        *(f"--nsa-branch={branch}" for branch in wanted),
+        *(f"--nsa-dtype={dtype}" for dtype in dtypes),
     ]
     if arguments.ledger:
-        options.append(f"--ledger={_checked_ledger(arguments.ledger)}")
+        options.append(f"--nsa-ledger={_checked_ledger(arguments.ledger)}")
     asked = console, arguments.implementation, device
     run = functools.partial(_run, *asked, workers=arguments.n, findings=Path(arguments.findings))
     warmed: list[Record] = []
@@ -301,7 +304,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
             f"--nsa-case={path.resolve()}",
             f"--nsa-property={name}",
             f"--nsa-only={only}",
-            f"--case-timeout={timeout}",
+            f"--nsa-case-timeout={timeout}",
         ],
     )
     names, seconds = only or ", ".join(chosen), time.monotonic() - started
@@ -470,7 +473,7 @@ def _run(
         code = pytest.main(
             [
                 *(tests or [str(suite)]),
-                *(f"-p{name}" for name in ("xdist", "nsa_ref.testing.plugin")),
+                *(f"-p{name}" for name in ("xdist", *PLUGINS)),
                 *(f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler")),
                 f"-c{os.devnull}",
                 f"--rootdir={suite.parent}",
@@ -478,8 +481,8 @@ def _run(
                 f"-n{workers}",
                 "--dist=worksteal",
                 "--max-worker-restart=10000",
-                f"--device={device}",
-                f"--findings={findings.resolve()}",
+                f"--nsa-device={device}",
+                f"--nsa-findings={findings.resolve()}",
                 f"--nsa-implementation={spec}",
                 *options,
             ],

@@ -91,3 +91,13 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "time that one case may take in a worker process (default: 120)",
     },
 }
+
+
+def option_name(name: str) -> str:
+    """What pytest calls an option of `nsa-ref verify`: other plugins have a --device, too."""
+    return f"--nsa-{name.removeprefix('--')}"
+
+
+def destination(name: str) -> str:
+    """Where pytest keeps its value."""
+    return option_name(name).removeprefix("--").replace("-", "_")

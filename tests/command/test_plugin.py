@@ -11,8 +11,11 @@ import pytest
 
 from commands import python
 from nsa_ref.testing import plugin
+from nsa_ref.testing import workers as workers_plugin
+from nsa_ref.testing.options import SHARED_OPTIONS
+from pages import ROOT
 
-ROOM = plugin.GPU_MEMORY_PER_WORKER
+ROOM = workers_plugin.GPU_MEMORY_PER_WORKER
 
 FIVE_LINES = """\
 from nsa_ref.testing import conformance_suite
@@ -39,7 +42,7 @@ PLUGIN = ("-p", "nsa_ref.testing.plugin")
 
 @pytest.mark.parametrize(
     "arguments",
-    [(*PLUGIN, "--branch=sliding"), (*PLUGIN, "-p", "no:xdist"), (), ("-n", "2")],
+    [(*PLUGIN, "--nsa-branch=sliding"), (*PLUGIN, "-p", "no:xdist"), (), ("-n", "2")],
     ids=["plugin", "no xdist", "plain", "plain -n 2"],
 )
 def test_a_strangers_five_lines_run(arguments: tuple[str, ...], stranger: Path) -> None:
@@ -53,12 +56,8 @@ def test_a_strangers_five_lines_run(arguments: tuple[str, ...], stranger: Path) 
 
 
 def test_a_crash_in_a_strangers_worker_is_told_with_its_case(stranger: Path) -> None:
-    """And the threads are counted before NumPy is there."""
-    (stranger / "test_port.py").write_text(
-        FIVE_LINES.format(port="Segfaults") + "\nimport os\n\n"
-        "def test_threads():\n    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
-    )
-    done = run_pytest(*PLUGIN, "-n", "1", "--branch=sliding")
+    (stranger / "test_port.py").write_text(FIVE_LINES.format(port="Segfaults"))
+    done = run_pytest(*PLUGIN, "-n", "1", "--nsa-branch=sliding")
     assert done.returncode == 1
     assert "W1 is broken by segfaults on cpu" in done.stdout, done.stdout
     assert "case: Case(" in done.stdout and "nsa-ref replay " in done.stdout
@@ -66,15 +65,87 @@ def test_a_crash_in_a_strangers_worker_is_told_with_its_case(stranger: Path) -> 
     assert len(kept) == 2 and all(name.endswith("-crash.json") for name in kept)
 
 
+GUEST = """\
+import os, signal
+import torch
+
+import nsa_ref.testing
+from nsa_ref.testing import conformance_suite
+from port_zoo import SlidingMask
+
+THREADS = torch.get_num_threads()
+NAMES = ("OMP_NUM_THREADS", "MALLOC_PERTURB_")
+
+
+def as_it_was():
+    return (
+        not any(name in os.environ for name in NAMES)
+        and torch.get_num_threads() == THREADS
+        and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        and "CUDA_VISIBLE_DEVICES" not in os.environ
+    )
+
+
+class Port(SlidingMask):
+    def sliding_mask(self, case):
+        assert all(os.environ[name] == "1" for name in NAMES)
+        assert torch.get_num_threads() == 1
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return super().sliding_mask(case)
+
+
+def test_before():
+    assert as_it_was()
+
+
+globals().update(conformance_suite(Port()))
+
+
+def test_after():
+    assert as_it_was()
+"""
+
+
+def test_tests_beside_the_suite_do_not_notice_it(
+    stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in their options, nor in what their worker process is like."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    options = [name for name in SHARED_OPTIONS]
+    (stranger / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n"
+        f"    for name in {options}:\n        parser.addoption(name, default='theirs')\n"
+    )
+    (stranger / "test_port.py").write_text(GUEST)
+    arguments = ("-n", "1", "--device=theirs", "--nsa-branch=sliding", "--nsa-device=cpu")
+    done = run_pytest(*PLUGIN, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+
+
+def test_this_repository_has_the_names_of_the_command_as_well() -> None:
+    """`pytest -n auto --device cuda`, as the pages say."""
+    arguments = ("--collect-only", "--device=cpu", "--seed=7", "--branch=fine")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "tests/house/test_property_names.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nsa-ref: device cpu, level quick, seed 7" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--branch=win", r"choose from \W*compress.*selection"),
-        ("--level=deep", r"choose from \W*quick\W*thorough"),
-        ("--dtype=float8", "choose from .*bfloat16"),
-        ("--device=tpu", r"choose from \W*auto\W*cpu\W*cuda"),
-        ("--seed=-1", "at least 0"),
-        ("--case-timeout=0", "above 0"),
+        ("--nsa-branch=win", r"choose from \W*compress.*selection"),
+        ("--nsa-level=deep", r"choose from \W*quick\W*thorough"),
+        ("--nsa-dtype=float8", "choose from .*bfloat16"),
+        ("--nsa-device=tpu", r"choose from \W*auto\W*cpu\W*cuda"),
+        ("--nsa-seed=-1", "at least 0"),
+        ("--nsa-case-timeout=0", "above 0"),
     ],
 )
 def test_options_are_checked(option: str, words: str) -> None:
@@ -86,7 +157,8 @@ def test_options_are_checked(option: str, words: str) -> None:
 
 
 def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path) -> None:
-    options = {"--nsa-implementation": "nowhere", "--device": "cpu", "--findings": str(tmp_path)}
+    options = {"--nsa-implementation": "nowhere", "--nsa-device": "cpu"}
+    options["--nsa-findings"] = str(tmp_path)
     config = SimpleNamespace(option=object(), getoption=options.get)
     with pytest.raises(pytest.UsageError, match=r"package\.module:object"):
         plugin.pytest_configure(config)  # type: ignore[arg-type]
@@ -112,7 +184,7 @@ def test_there_are_no_more_workers_than_any_gpu_has_memory_for(
     cpus: int, free: list[int], workers: int
 ) -> None:
     gpus = [(str(i), memory) for i, memory in enumerate(free)]
-    assert plugin.max_workers(cpus, gpus) == workers
+    assert workers_plugin.max_workers(cpus, gpus) == workers
     for i, memory in enumerate(free):
         served = len(range(i, workers, len(free)))
         assert served * ROOM <= memory or workers == 1
@@ -150,13 +222,13 @@ def test_gpus_are_those_that_cuda_would_see(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert plugin._gpus() == gpus
+    assert workers_plugin.gpus() == gpus
 
 
 @pytest.mark.parametrize("answer", ["", "No devices were found\n", "garbage, , ,\n"])
 def test_an_nvidia_smi_without_gpus_is_no_gpu(answer: str, machine: Path) -> None:
     (machine / "answer").write_text(answer)
-    assert plugin._gpus() == []
+    assert workers_plugin.gpus() == []
 
 
 def test_worker_n_gets_gpu_n_modulo_their_count(
@@ -167,7 +239,7 @@ def test_worker_n_gets_gpu_n_modulo_their_count(
         monkeypatch.delenv(name, raising=False)
     for worker, gpu in (("gw0", "0"), ("gw1", "1"), ("gw2", "2"), ("gw10", "1")):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        plugin.assign_resources(worker)
+        workers_plugin.assign_resources(worker)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
         assert {os.environ[name] for name in threads} == {"1"}
 
@@ -177,6 +249,6 @@ def test_threads_that_somebody_has_chosen_stay(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    plugin.assign_resources("gw0")
+    workers_plugin.assign_resources("gw0")
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
