@@ -1,4 +1,4 @@
-"""nsa-ref: verify an implementation, replay a finding, show a case's masks, judge the mutants.
+"""nsa-ref: verify an implementation, replay findings, compare reports, show a case, judge mutants.
 
 A thin front over pytest: `verify`, `replay` and `mutants` run a suite in xdist workers, so that
 an implementation that crashes, aborts or hangs takes a worker down and never the run.
@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import nsa_ref
 from nsa_ref.testing.branches import BRANCHES
-from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
-from nsa_ref.testing.findings import Finding, read_finding
+from nsa_ref.testing.difference import compare, read_report, show_difference
+from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.implementation import TorchImplementation
+from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml, wrong_entries
 from nsa_ref.testing.loading import (
@@ -48,13 +50,23 @@ from nsa_ref.testing.loading import (
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
 from nsa_ref.testing.narrowing import DIED, SAMPLED, Sampled, entry_of, narrowed
-from nsa_ref.testing.options import SHARED_OPTIONS, parse_seconds
+from nsa_ref.testing.options import SHARED_OPTIONS
+from nsa_ref.testing.page import to_html
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.properties.common import oracle_mask
+from nsa_ref.testing.replays import (
+    Kept,
+    Replayed,
+    read_case_file,
+    read_kept,
+    replayed,
+    show_replays,
+)
 from nsa_ref.testing.report import compiled, graphs, show, to_json
+from nsa_ref.testing.suites import number_of_kept
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import reasons, remark
+from nsa_ref.testing.wording import annotation, printable, reasons, remark
 
 HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
 
@@ -77,6 +89,7 @@ class Collector:
         self.trials: list[Trial] = []
         self.sampled = Sampled()
         self.findings: list[Finding] = []
+        self.kept: defaultdict[int, list[Record]] = defaultdict(list)
         self.errors: list[str] = []
         self.interrupted = False
         self._idle_deaths = 0
@@ -116,6 +129,9 @@ class Collector:
                 self.errors.append(report.longreprtext)
             if record.finding is not None:
                 self.findings.append(record.finding)
+            test = report.nodeid.rpartition("::")[2]
+            if (number := number_of_kept(test, record.name)) is not None:
+                self.kept[number].append(record)
             broken = f", {len(self.findings)} broken" if self.findings else ""
             self._advance(f"{record.name}{broken}")
         elif report.failed and (died := re.search(r"::test_case\[(\d+)\]$", report.nodeid)):
@@ -169,8 +185,11 @@ def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started = time.monotonic()
-    if arguments.json:
-        _check_writable(arguments.json)
+    for file in (arguments.json, arguments.html, arguments.junit):
+        if file:
+            _check_writable(file)
+    if arguments.html and importlib.util.find_spec("jinja2") is None:
+        raise CannotRun("--html needs jinja2: pip install 'nsa-ref[report]'")
     _check_folder(Path(arguments.findings))
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
@@ -211,22 +230,28 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     seconds = time.monotonic() - started
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
+    about = {
+        "implementation": names,
+        **{name: found[name] for name in ("device", "device_name", "versions")},
+        "seed": arguments.seed,
+        "level": arguments.level,
+        "seconds": round(seconds, 1),
+        "complete": not collector.interrupted and not collector.errors,
+    }
+    report = to_json(about, records, findings, warmed=warmed, asked_for=asked_for)
     if arguments.json:
-        about = {
-            "implementation": names,
-            **{name: found[name] for name in ("device", "device_name", "versions")},
-            "seed": arguments.seed,
-            "level": arguments.level,
-            "seconds": round(seconds, 1),
-            "complete": not collector.interrupted and not collector.errors,
-        }
-        report = to_json(about, records, findings, warmed=warmed, asked_for=asked_for)
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if arguments.html:
+        Path(arguments.html).write_text(to_html(report), encoding="utf-8")
+    if arguments.junit:
+        errors = [*collector.errors, *(["interrupted"] if collector.interrupted else [])]
+        Path(arguments.junit).write_text(to_xml(records, errors, seconds), encoding="utf-8")
     title = f"{names} on {where}"
     code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
     if code == HOLDS and arguments.strict and (wrong := wrong_entries(records)):
         lines = "; ".join(map(remark, wrong))
-        print(f"nsa-ref: --strict, and the ledger is wrong: {lines}", file=sys.stderr)
+        wrong_ledger = printable(f"nsa-ref: --strict, and the ledger is wrong: {lines}")
+        print(wrong_ledger, file=sys.stderr)
         return BROKEN
     if code == HOLDS and arguments.level == "thorough":
         excused = excused_edges(records, [one["limits"] for one in chosen])
@@ -252,11 +277,14 @@ def _show(console: Console, collector: Collector, names: str, **more: Any) -> in
     """
     if collector.records:
         show(console, collector.records, collector.findings, **more)
+        if os.environ.get("GITHUB_ACTIONS"):
+            for first, *_ in grouped(collector.findings):
+                print(annotation(first))
     if collector.interrupted:
         raise KeyboardInterrupt
     if collector.findings:
         for error in collector.errors:
-            print(f"nsa-ref: {error}", file=sys.stderr)
+            print(f"nsa-ref: {printable(error)}", file=sys.stderr)
         return BROKEN
     if collector.errors:
         others = len(collector.errors) - 1
@@ -268,48 +296,85 @@ def _show(console: Console, collector: Collector, names: str, **more: Any) -> in
 
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
-    """Run one saved case again, with the property that it broke."""
+    """Run one saved case again, with the property that it broke; or all those of a folder."""
     started = time.monotonic()
     path = Path(arguments.case)
-    case, data = _read(path)
-    spec = arguments.implementation or data.get("spec")
-    if not spec:
-        remedy = f"Try nsa-ref replay {path} MODULE:OBJECT"
-        raise CannotRun(f"{path} does not say what it was found in. {remedy}")
-    name = data.get("property", "")
-    if name and name not in PROPERTIES:
-        what = f"no property of this version, {own_version()}. Try the version that found it"
-        raise CannotRun(f"{path} was found by {name!r}, which is {what}")
-    try:
-        timeout = parse_seconds(data.get("timeout", 120.0))
-    except argparse.ArgumentTypeError as error:
-        raise CannotRun(f"{path}: timeout={error}") from None
-    # an instance that chose "cuda:1" chooses it again
-    kind = data.get("device", "auto").partition(":")[0]
-    device = arguments.device or (kind if kind in DEVICES else "auto")
-    found = try_loading(spec, device, LOADING_TIMEOUT)
+    if path.is_dir():
+        return _replay_folder(path, arguments, console)
+    kept = read_kept(path, arguments.implementation, arguments.device)
+    found = try_loading(kept.spec, kept.device, LOADING_TIMEOUT)
+    name, case = kept.property or "all properties", kept.case
+    _say(console, f"replaying {name} on {kept.spec}, {found['device']}: ", case)
+    collector = _run_kept(console, [kept], found, path.parent / "replays")
     chosen = [one["name"] for one in found["implementations"]]
-    only = data.get("implementation") if data.get("implementation") in chosen else ""
-    _say(console, f"replaying {name or 'all properties'} on {spec}, {found['device']}: ", case)
-    folder = path.parent / "replays"
-    _check_folder(folder)
-    collector = _run(
-        console,
-        spec,
-        found["device"],
-        total=(1 if name else len(PROPERTIES)) * (1 if only else len(chosen)),
-        workers="1",
-        findings=folder,
-        options=[
-            f"--nsa-case={path.resolve()}",
-            f"--nsa-property={name}",
-            f"--nsa-only={only}",
-            f"--nsa-case-timeout={timeout}",
-        ],
-    )
-    names, seconds = only or ", ".join(chosen), time.monotonic() - started
+    names = kept.implementation if kept.implementation in chosen else ", ".join(chosen)
+    seconds = time.monotonic() - started
     title = f"{names} on {found['device']}"
     return _show(console, collector, names, title=title, seconds=seconds, edges=False)
+
+
+def _replay_folder(folder: Path, arguments: argparse.Namespace, console: Console) -> int:
+    """Run every case of a folder again, those of one implementation in one go."""
+    started = time.monotonic()
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise CannotRun(f"the folder {folder} holds no case: none of its files ends in .json")
+    rows: dict[Path, Replayed] = {}
+    alike: dict[tuple[str, str, float], list[Kept]] = {}
+    for file in files:
+        try:
+            kept = read_kept(file, arguments.implementation, arguments.device)
+        except CannotRun as error:
+            rows[file] = Replayed(file, "not judged", str(error))
+        else:
+            alike.setdefault((kept.spec, kept.device, kept.timeout), []).append(kept)
+    interrupted = False
+    for (spec, device, _), group in alike.items():
+        try:
+            found = try_loading(spec, device, LOADING_TIMEOUT)
+            _say(console, f"replaying {len(group)} cases on {spec}, {found['device']}")
+            collector = _run_kept(console, group, found, folder / "replays")
+        except CannotRun as error:
+            rows |= {k.path: Replayed(k.path, "not judged", str(error)) for k in group}
+            continue
+        rows |= {k.path: replayed(k, collector.kept[i]) for i, k in enumerate(group)}
+        for line in collector.errors:
+            print(f"nsa-ref: {printable(line)}", file=sys.stderr)
+        if interrupted := collector.interrupted:
+            break
+    show_replays(
+        console, [rows[file] for file in files if file in rows], time.monotonic() - started
+    )
+    if interrupted:
+        raise KeyboardInterrupt
+    verdicts = {row.verdict for row in rows.values()}
+    return BROKEN if "fail" in verdicts else HOLDS if verdicts == {"pass"} else COULD_NOT_RUN
+
+
+def _run_kept(
+    console: Console, group: Sequence[Kept], found: dict[str, Any], findings: Path
+) -> Collector:
+    """pytest over kept cases that are named and timed alike."""
+    _check_folder(findings)
+    names = [one["name"] for one in found["implementations"]]
+    total = sum(
+        (1 if kept.property else len(PROPERTIES))
+        * (1 if kept.implementation in names else len(names))
+        for kept in group
+    )
+    return _run(
+        console,
+        group[0].spec,
+        found["device"],
+        total=total,
+        workers="auto",
+        findings=findings,
+        options=[
+            f"--maxprocesses={len(group)}",
+            f"--nsa-case-timeout={group[0].timeout}",
+            *(f"--nsa-case={kept.path.resolve()}" for kept in group),
+        ],
+    )
 
 
 def mutants(arguments: argparse.Namespace, console: Console) -> int:
@@ -352,7 +417,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
 def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
     """Write the entry of a ledger that calls a finding known."""
     path = Path(arguments.case)
-    case, finding = _read(path)
+    case, finding = read_case_file(path)
     name, spec = finding.get("property", ""), arguments.implementation or finding.get("spec")
     if name not in PROPERTIES or finding.get("clause") not in CLAUSES or not spec:
         raise CannotRun(f"{path} is no finding: it names no property, clause or implementation")
@@ -374,7 +439,7 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
             total=SAMPLED + 1,
             workers="auto",
             findings=Path(folder),
-            options=[f"--nsa-case={path.resolve()}", f"--nsa-property={name}"],
+            options=[f"--nsa-case={path.resolve()}"],
         )
     if collector.interrupted:
         raise KeyboardInterrupt
@@ -408,10 +473,18 @@ def _checked_entries(path: Path) -> tuple[Entry, ...]:
         raise CannotRun(str(error)) from None
 
 
+def diff(arguments: argparse.Namespace, console: Console) -> int:
+    """Say what changed from one report to another."""
+    old, new = (read_report(Path(name)) for name in (arguments.old, arguments.new))
+    difference = compare(old, new)
+    show_difference(console, difference)
+    return BROKEN if difference.is_worse else HOLDS
+
+
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the definition's masks of a case, in the terminal or into a PNG."""
     path = Path(arguments.case)
-    case, _ = _read(path)
+    case, _ = read_case_file(path)
     if not case.batch:
         raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
     masks = {branch.name: oracle_mask(branch, case)[0, 0] for branch in BRANCHES}
@@ -430,7 +503,7 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
 
 def _say(console: Console, *parts: object) -> None:
     """Print as it is: brackets are brackets, and a long line stays one line."""
-    text = "".join(map(str, parts))
+    text = printable("".join(map(str, parts)))
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
@@ -514,15 +587,6 @@ def _own_pytest() -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> tuple[Case, Finding]:
-    try:
-        return read_finding(path)
-    except FileNotFoundError:
-        raise CannotRun(f"there is no file {path}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CannotRun(f"{path} holds no case: {error}") from None
-
-
 def _check_writable(file: str) -> None:
     """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
     path = Path(file)
@@ -561,8 +625,19 @@ class _Parser(argparse.ArgumentParser):
         raise CannotRun(f"{message}. See {self.prog} --help")
 
 
+def pages_folder() -> Path:
+    """docs/: in a wheel beside the code, in a checkout beside the package."""
+    package = Path(nsa_ref.__file__).parent
+    inside = package / "docs"
+    return inside if inside.is_dir() else package.parent / "docs"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="nsa-ref", description=__doc__.splitlines()[0])
+    parser = _Parser(
+        prog="nsa-ref",
+        description=__doc__.splitlines()[0],
+        epilog=f"presets, upstream's departures and all other pages: {pages_folder()}",
+    )
     parser.add_argument("--version", action="version", version=f"nsa-ref {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -577,14 +652,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in SHARED_OPTIONS.items():
         command.add_argument(name, **about)
     command.add_argument("--json", metavar="FILE", help="write the report as data")
+    command.add_argument("--html", metavar="FILE", help="write it as a page (needs jinja2)")
+    command.add_argument("--junit", metavar="FILE", help="write it as XML that CI services show")
     warm = "first fill the compiler's cache, each graph once"
     command.add_argument("--warm", action="store_true", help=warm)
     strict = "an entry of the ledger that says nothing is an error"
     command.add_argument("--strict", action="store_true", help=strict)
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
 
-    command = add("replay", replay, "run one saved case again")
-    command.add_argument("case", metavar="CASE.json")
+    command = add("replay", replay, "run one saved case again, or a folder of them")
+    command.add_argument("case", metavar="CASE.json|FOLDER")
     command.add_argument("implementation", nargs="?", help="default: the one it was found in")
     command.add_argument("--device", choices=DEVICES, help="default: the one it was found on")
 
@@ -601,6 +678,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", choices=DEVICES, help="default: the best")
     command.add_argument("--ledger", metavar="FILE", help="default: beside the implementation")
     command.set_defaults(run=add_to_ledger)
+    command = add("diff", diff, "compare two reports of verify --json")
+    command.add_argument("old", metavar="OLD.json")
+    command.add_argument("new", metavar="NEW.json")
 
     command = add("show", show_case, "draw a case's masks")
     command.add_argument("case", metavar="CASE.json")
@@ -615,7 +695,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments, console))
     except CannotRun as error:
-        print(f"nsa-ref: {error}", file=sys.stderr)
+        print(f"nsa-ref: {printable(str(error))}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:
         print("nsa-ref: interrupted; what was found so far is kept", file=sys.stderr)

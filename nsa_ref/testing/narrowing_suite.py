@@ -14,8 +14,9 @@ from nsa_ref.testing.properties import PROPERTIES, Property
 
 
 @pytest.fixture
-def prop(request: pytest.FixtureRequest) -> Property:
-    return PROPERTIES[request.config.getoption("--nsa-property")]
+def prop() -> Property:
+    ((_, finding),) = plugin.kept
+    return PROPERTIES[finding["property"]]
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from nsa_ref.testing.case import load_case
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.findings import Finding, grouped, read_finding
 from nsa_ref.testing.last_words import (
     finding_of_dead_worker,
     remove_folder_of_run,
@@ -26,7 +27,7 @@ from nsa_ref.testing.last_words import (
 )
 from nsa_ref.testing.loading import CannotRun, load, resolve_device
 from nsa_ref.testing.options import SHARED_OPTIONS, Options, destination, option_name
-from nsa_ref.testing.wording import message
+from nsa_ref.testing.wording import annotation, message
 
 #: The implementations that `suite.py` judges, from --nsa-implementation; and --device, for test
 #: files that choose an implementation by it.
@@ -35,6 +36,9 @@ device = "auto"
 
 #: The suite warms them up and judges nothing, from --nsa-warm.
 warming = False
+
+#: The cases that the suite runs again, from --nsa-case.
+kept: list[tuple[Case, Finding]] = []
 
 
 #: What a worker process has while it judges. One thread each: there are as many workers as cores.
@@ -101,22 +105,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(option_name(name), dest=destination(name), **about)
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
     group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
-    group.addoption("--nsa-case", default="", help="for nsa-ref replay: run this case alone")
-    group.addoption("--nsa-property", default="", help="for nsa-ref replay: this property alone")
-    group.addoption("--nsa-only", default="", help="for nsa-ref replay: the implementation's name")
+    group.addoption("--nsa-case", action="append", help="for nsa-ref replay: run this file's case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global device, warming
     device, warming = config.getoption("--nsa-device"), config.getoption("--nsa-warm")
-    case_file, spec = config.getoption("--nsa-case"), config.getoption("--nsa-implementation")
+    kept[:] = [read_finding(Path(file)) for file in config.getoption("--nsa-case") or ()]
+    spec = config.getoption("--nsa-implementation")
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
         spec=spec,
         level=config.getoption("--nsa-level"),
         dtypes=tuple(config.getoption("--nsa-dtype") or ()),
         seed=config.getoption("--nsa-seed"),
-        case=load_case(Path(case_file).read_text()) if case_file else None,
-        any_property=not config.getoption("--nsa-property"),
         # workers may run in another directory
         findings=Path(config.getoption("--nsa-findings")).absolute(),
         ledger=Path(ledger).absolute() if (ledger := config.getoption("--nsa-ledger")) else None,
@@ -140,22 +141,16 @@ def distributes(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the judge's tests that --branch and the options of replay do not ask for."""
-    wanted = {
-        "nsa_ref_branch": config.getoption("--nsa-branch") or [],
-        "nsa_ref_property": [name] if (name := config.getoption("--nsa-property")) else [],
-        "nsa_ref_implementation": [name] if (name := config.getoption("--nsa-only")) else [],
-    }
-    kept: list[pytest.Item] = []
+    """Deselect the judge's tests that --nsa-branch does not ask for."""
+    wanted = config.getoption("--nsa-branch")
+    if not wanted:
+        return
+    asked: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
-        function = getattr(item, "function", None)
-        asked = all(
-            not names or getattr(function, attribute, names[0]) in names
-            for attribute, names in wanted.items()
-        )
-        (kept if asked else dropped).append(item)
-    items[:] = kept
+        branch = getattr(getattr(item, "function", None), "nsa_ref_branch", None)
+        (asked if branch is None or branch in wanted else dropped).append(item)
+    items[:] = asked
     if dropped:
         config.hook.pytest_deselected(items=dropped)
 
@@ -182,6 +177,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if distributes(session.config):
         findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]
         remove_folder_of_run(findings, session.config.option.testrunuid)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """On GitHub a finding is an annotation of the run."""
+    if not os.environ.get("GITHUB_ACTIONS"):
+        return
+    reports = terminalreporter.getreports("failed")
+    records = [dict(report.user_properties).get("nsa_ref") for report in reports]
+    for first, *_ in grouped(r["finding"] for r in records if r is not None and r["finding"]):
+        terminalreporter.write_line(annotation(first))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -15,15 +15,18 @@ from rich.text import Text
 
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.findings import Finding, finite, grouped
-from nsa_ref.testing.lattice import excused_edges, unmet_edges
+from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import wrong_entries
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import message, reasons, remark
+from nsa_ref.testing.wording import message, printable, reasons, remark
 
-SCHEMA = "nsa-ref-report-1"
+SCHEMA = "nsa-ref-report-2"
 
-#: What the report of `--json` has of a finding.
-REPORTED = ("clause", "case", "kind", "fault", "worst", "convention", "notes", "replay", "text")
+#: What the report of `--json` has of a finding; `ended`, if it took its process down.
+REPORTED = (
+    *("clause", "property", "implementation", "case", "kind", "tensor", "fault", "worst"),
+    *("convention", "notes", "file", "replay", "text", "ended"),
+)
 
 COLOURS = {
     "pass": "green",
@@ -168,18 +171,25 @@ def to_json(
         "spec_version": SPEC_VERSION,
         **about,
         "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
-        "findings": [{name: f[name] for name in REPORTED} for f in findings],
+        "findings": [{name: f[name] for name in REPORTED if name in f} for f in findings],
         "ledger": {
             "failed": sum((record.known for record in records), Counter[str]()),
             "spared": sum((record.spared for record in records), Counter[str]()),
             "wrong": wrong_entries(records),
         },
+        "edges": _met_edges(records),
         "unmet_edges": unmet_edges(records),
         "compiled": compiled(records),
         "warmed": compiled(warmed),
     }
     as_json: dict[str, Any] = finite(report)
     return as_json
+
+
+def _met_edges(records: Sequence[Record]) -> dict[str, int]:
+    """Edge -> how many decided cases stood on it, in the order of the lattice."""
+    met = sum((record.edges for record in records), Counter[str]())
+    return {edge: met[edge] for edge in EDGES if edge in met}
 
 
 def compiled(records: Sequence[Record]) -> dict[str, Counter[str]]:
@@ -211,7 +221,9 @@ def show(
     again; then one line, which is what a screen full of findings still shows.
     """
     # 80 columns hold the longest words, if nothing is spent on vertical lines
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("clause", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     rows = clauses(records, findings, asked_for)
@@ -234,7 +246,7 @@ def show(
         missing = [edge for edge in unmet_edges(records) if edge not in excused]
         lines += ["edges not reached: " + ", ".join(missing)] if missing else []
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
     groups = grouped(findings)
     for number, (first, *others) in enumerate(groups, 1):
         console.print()
@@ -242,13 +254,17 @@ def show(
         console.print(Text(message(first)), soft_wrap=True)
         for other in others:
             same = f"the same by {other['property']}: {other['replay']}"
-            console.print(Text(same), soft_wrap=True)
-    verdicts = Counter(clause.verdict.replace("_", " ") for clause in rows)
-    summary = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
-    cases = sum(clause.total.cases for clause in rows)
-    last = f"{len(rows)} clauses: {summary}; {cases} cases in {seconds:.0f} s"
+            console.print(Text(printable(same)), soft_wrap=True)
     console.print()
-    console.print(Text(last), soft_wrap=True)
+    console.print(Text(summary([clause.to_json() for clause in rows], seconds)), soft_wrap=True)
+
+
+def summary(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
+    """How many clauses have which verdict; rows : `clauses` of the report."""
+    verdicts = Counter(row["verdict"].replace("_", " ") for row in rows)
+    counted = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+    cases = sum(row["cases"] for row in rows)
+    return f"{len(rows)} clauses: {counted}; {cases} cases in {seconds:.0f} s"
 
 
 def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:

@@ -1,7 +1,11 @@
-"""What `nsa-ref verify` hands to pytest: the suite of the implementation that it names."""
+"""What the command hands to pytest: a suite of the implementation that it names."""
 
 from nsa_ref.testing import plugin
-from nsa_ref.testing.suites import conformance_suite, warming_suite
+from nsa_ref.testing.suites import conformance_suite, replaying_suite, warming_suite
 
-_suite = warming_suite if plugin.warming else conformance_suite
-globals().update(_suite(*plugin.implementations))
+if plugin.kept:
+    _tests = replaying_suite(plugin.kept, plugin.implementations)
+else:
+    _suite = warming_suite if plugin.warming else conformance_suite
+    _tests = _suite(*plugin.implementations)
+globals().update(_tests)

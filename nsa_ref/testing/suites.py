@@ -1,10 +1,11 @@
-"""Properties as pytest tests: a suite that judges implementations, and one that warms them up."""
+"""Properties as pytest tests: suites that judge implementations, replay cases, warm up."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
 from nsa_ref.testing.last_words import announced, withdraw
 from nsa_ref.testing.ledger import ledger_of
@@ -59,15 +61,48 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
     return tests
 
 
+def replaying_suite(
+    kept: Sequence[tuple[Case, Finding]], implementations: Sequence[Implementation]
+) -> dict[str, Callable[..., None]]:
+    """Test functions that run kept cases again, each with the property that it broke.
+
+    kept : as `read_finding` gives them. One that no property found is tried on all, and one that
+        was found in none of these implementations is judged in all.
+    """
+    tests: dict[str, Callable[..., None]] = {}
+    for number, (case, data) in enumerate(kept):
+        found_in = [i for i in implementations if i.name == data.get("implementation")]
+        found_by = data.get("property", "")
+        for prop in [PROPERTIES[found_by]] if found_by else PROPERTIES.values():
+            for implementation in found_in or implementations:
+                # a worker that dies leaves no more than the name of its test
+                name = f"test_{prop.name}_{number}_{_identifier(implementation.name)}"
+                one = {"case": case, "any_property": not found_by}
+                tests[name] = _judging_test(name, prop, implementation, one)
+    return tests
+
+
+def number_of_kept(test: str, prop: str) -> int | None:
+    """Which of the kept cases a test of `replaying_suite` is about; None if it is no such test."""
+    number = test.removeprefix(f"test_{prop}_").partition("_")[0]
+    return int(number) if number.isdigit() else None
+
+
 def _identifier(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def _judging_test(
-    name: str, prop: Property, implementation: Implementation
+    name: str,
+    prop: Property,
+    implementation: Implementation,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[pytest.FixtureRequest], None]:
+    """changes : fields of the run's options that are others for this test."""
+
     def test(request: pytest.FixtureRequest) -> None:
-        record = run_property(prop, implementation, _options(request))
+        options = dataclasses.replace(_options(request), **changes)
+        record = run_property(prop, implementation, options)
         request.node.user_properties.append(("nsa_ref", record.to_json()))
         if record.finding is not None:
             pytest.fail(message(record.finding), pytrace=False)
@@ -82,7 +117,6 @@ def _judging_test(
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
     test.nsa_ref_branch = prop.part  # type: ignore[attr-defined]
     test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
-    test.nsa_ref_implementation = implementation.name  # type: ignore[attr-defined]
     return test
 
 

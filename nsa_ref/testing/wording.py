@@ -81,26 +81,55 @@ REMARKS: dict[RemarkName, str] = {
 }
 
 
+def printable(text: str) -> str:
+    """The same text with everything that steers a terminal, or that no screen shows, written out.
+
+    An implementation chooses its name and its exceptions' messages.
+    """
+    shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(shown)
+
+
+def shortened(text: str, file: str) -> str:
+    """What was seen, without its middle if it is long; the file has it whole."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    cut = len(text) - 2 * half
+    return f"{text[:half]}\n... {cut} characters, in {file} ...\n{text[-half:]}"
+
+
 def message(finding: Mapping[str, Any]) -> str:
     """A finding: the clause, the smallest case, what was seen, how to see it again."""
-    seen = finding["text"]
-    if len(seen) > LONGEST_TEXT:
-        half = LONGEST_TEXT // 2
-        cut = len(seen) - 2 * half
-        seen = f"{seen[:half]}\n... {cut} characters, in {finding['file']} ...\n{seen[-half:]}"
     # what takes its process down cannot be made smaller in it
     size = "case" if "ended" in finding else "smallest case"
     lines = [
         f"{finding['clause']} is broken by {finding['implementation']} on {finding['device']}",
         f"{finding['clause']}: {CLAUSES[finding['clause']]}",
         f"{size}: {Case.from_json(finding['case'])}",
-        seen,
+        shortened(finding["text"], finding["file"]),
         f"replay: {finding['replay']}",
     ]
     if finding["convention"] is not None:
         # last, because it is read only if the rest is no surprise
         lines.append(convention(Convention(**finding["convention"])))
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def annotation(finding: Mapping[str, Any]) -> str:
+    """The line that makes GitHub show a finding beside the run: a workflow command.
+
+    Source: "Workflow commands for GitHub Actions", and the toolkit's `command.ts`, which escapes
+    what would end the command or a property of it.
+    """
+    title = f"{finding['clause']} is broken by {finding['implementation']}"
+    escapes = (("%", "%25"), ("\r", "%0D"), ("\n", "%0A"), (":", "%3A"), (",", "%2C"))
+    title, text = printable(title), message(finding)
+    for character, escaped in escapes:
+        title = title.replace(character, escaped)
+    for character, escaped in escapes[:3]:
+        text = text.replace(character, escaped)
+    return f"::error title={title}::{text}"
 
 
 def convention(explains: Convention) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from commands import HELPERS, nsa_ref
-from nsa_ref.testing import Case, OracleImplementation, cli, report
+from nsa_ref.testing import Case, OracleImplementation, cli, findings, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.lattice import EDGES
@@ -67,9 +68,12 @@ def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["verify", "oracle", "--device=cuda"], "--device cuda"),
         (["verify", "oracle", "--json", "no/such/folder.json"], "No such file"),
         (["verify", "oracle", "--json", "."], "directory"),
+        (["verify", "oracle", "--html", "no/such/page.html"], "No such file"),
+        (["verify", "oracle", "--junit", "no/such/page.xml"], "No such file"),
         (["verify", "oracle", "--findings", "a-file"], "--findings DIR"),
         (["replay", "missing.json"], "no file missing.json"),
-        (["replay", "."], "directory"),
+        (["replay", "empty"], "the folder empty holds no case"),
+        (["show", "."], "directory"),
         (["replay", "a-file"], "holds no case"),
         (["show", "list.json"], "JSON object"),
         (["show", "other.json"], "unknown fields ['colour']"),
@@ -104,6 +108,7 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(
     }.items():
         (place / f"{name}.json").write_text(json.dumps(data))
     (place / "a-file").write_text("no JSON")
+    (place / "empty").mkdir()
     before = sorted(place.iterdir())
     assert words in could_not_run(capsys, *arguments)
     assert sorted(place.iterdir()) == before, "a run that did not start leaves nothing behind"
@@ -142,14 +147,25 @@ def test_an_adapter_that_hangs_while_it_is_loaded_is_one_line(
     assert "more than 1 s" in could_not_run(capsys, "verify", "port_zoo:hangs", "--device=cpu")
 
 
+def test_a_page_without_its_template_engine_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run, not after it."""
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert "nsa-ref[report]" in could_not_run(capsys, "verify", "oracle", "--html=page.html")
+
+
 # --- what runs ------------------------------------------------------------------------------------
 
 
-def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(place: Path) -> None:
+def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole of a hostile run: message, table, JSON, files, and replays that fail alike."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     done = nsa_ref(
         *("verify", "port_zoo:hostile", "--device=cpu", "--branch=sliding", "-n", "2"),
-        *("--case-timeout=2", "--json=report.json"),
+        *("--case-timeout=2", "--json=report.json", "--html=report.html", "--junit=report.xml"),
     )
     assert done.returncode == BROKEN, done
     assert done.stderr == ""
@@ -181,8 +197,16 @@ def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(place
     blamed = {json.loads(path.read_text())["implementation"] for path in kept}
     assert blamed == {"raises ValueError", "segfaults", "leaves", "hangs"}
 
+    groups = len(findings.grouped(data["findings"]))
+    assert done.stdout.count("\n::error title=") == groups
+    monkeypatch.delenv("GITHUB_ACTIONS")
+    page = (place / "report.html").read_text(encoding="utf-8")
+    failed = ET.fromstring((place / "report.xml").read_text()).findall("*/testcase/failure")
+    assert len(failed) == len(data["findings"])
+
     for finding in data["findings"]:
         assert {"clause", "case", "worst", "replay"} <= set(finding)
+        assert finding["replay"] in page
         command = finding["replay"].split()
         assert command[:2] == ["nsa-ref", "replay"]
         last = "-hang.json", "segfaults-crash.json"

@@ -55,12 +55,17 @@ def test_a_strangers_five_lines_run(arguments: tuple[str, ...], stranger: Path) 
     assert not (stranger / "nsa-ref-findings").exists()
 
 
-def test_a_crash_in_a_strangers_worker_is_told_with_its_case(stranger: Path) -> None:
+def test_a_crash_in_a_strangers_worker_is_told_with_its_case(
+    stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GitHub in an annotation as well."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     (stranger / "test_port.py").write_text(FIVE_LINES.format(port="Segfaults"))
     done = run_pytest(*PLUGIN, "-n", "1", "--nsa-branch=sliding")
     assert done.returncode == 1
     assert "W1 is broken by segfaults on cpu" in done.stdout, done.stdout
     assert "case: Case(" in done.stdout and "nsa-ref replay " in done.stdout
+    assert "\n::error title=W1 is broken by segfaults::W1 is broken" in done.stdout
     kept = [path.name for path in (stranger / "nsa-ref-findings").iterdir()]
     assert len(kept) == 2 and all(name.endswith("-crash.json") for name in kept)
 
@@ -126,13 +131,7 @@ def test_tests_beside_the_suite_do_not_notice_it(
 def test_this_repository_has_the_names_of_the_command_as_well() -> None:
     """`pytest -n auto --device cuda`, as the pages say."""
     arguments = ("--collect-only", "--device=cpu", "--seed=7", "--branch=fine")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, "tests/house/test_property_names.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = python("-m", "pytest", *arguments, "tests/house/test_property_names.py", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nsa-ref: device cpu, level quick, seed 7" in done.stdout
 
