@@ -22,7 +22,7 @@ from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.running import generate, is_asked, run_property
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import message, reasons
+from nsa_ref.testing.wording import message, printable, reasons
 
 
 def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..., None]]:
@@ -111,7 +111,7 @@ def _judging_test(
         if not record.cases:
             # neither a pass nor a failure: pytest calls that skipped
             why = ", ".join(reasons(record)) or "no case was decided"
-            pytest.skip(f"{prop.clause}: {why}")
+            pytest.skip(printable(f"{prop.clause}: {why}"))
 
     test.__name__ = test.__qualname__ = name
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"

@@ -177,6 +177,12 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(page: Path) -> None:
                      && f.getComputedStyle(e).display != "inline"
             ).map(e => e.tagName),
             heading: f.getComputedStyle(d.querySelector("thead")).display,
+            split: [...d.querySelectorAll("thead th")].filter(e => {
+                const range = d.createRange();
+                range.selectNodeContents(e);
+                const lines = new Set([...range.getClientRects()].map(r => r.top));
+                return lines.size > e.textContent.split(" ").length;
+            }).map(e => e.textContent),
             pictures: [...d.querySelectorAll("figure svg")].map(
                 e => e.getBoundingClientRect().width),
             colours: ["both", "extra", "missing", "minus"].map(
@@ -189,7 +195,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(page: Path) -> None:
     )
     for shown, width in ((narrow, 390), (wide, 1280)):
         assert shown["window"] == shown["page"] == width
-        assert not shown["wider"] and not shown["cut"]
+        assert not shown["wider"] and not shown["cut"] and not shown["split"]
         assert "taken" in shown["title"] and shown["title"].startswith("nsa-ref: </title>")
         assert min(shown["pictures"]) > 0 and shown["font"] >= 12
     assert narrow["heading"] == "none" and wide["heading"] != "none"
