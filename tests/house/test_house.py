@@ -112,7 +112,7 @@ def test_the_definition_needs_numpy_alone(room: str) -> None:
 @pytest.mark.parametrize("path", files("nsa_ref/testing"), ids=module_name)
 def test_the_judge_imports_torch_only_where_it_is_used(path: Path) -> None:
     """Inside functions, so that a port without torch can be judged; and never a port."""
-    assert not {"torch", "matplotlib", "triton"} & roots(path, lazy=False)
+    assert not {"torch", "matplotlib", "triton", "jinja2"} & roots(path, lazy=False)
     assert not {"nsa_fast", "jax", "tests"} & roots(path, lazy=True)
 
 
@@ -153,7 +153,7 @@ def test_loading_the_judge_loads_no_torch() -> None:
     done = python("-c", f"{code}; print(*sys.modules)", cwd=ROOT, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert {"hypothesis", "ml_dtypes"} <= loaded
-    assert not loaded & {"torch", "matplotlib", "nsa_fast"}
+    assert not loaded & {"torch", "matplotlib", "jinja2", "nsa_fast"}
 
 
 # --- what must be written -------------------------------------------------------------------------
