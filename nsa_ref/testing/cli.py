@@ -22,7 +22,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
@@ -263,7 +263,16 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     return code
 
 
-def _show(console: Console, collector: Collector, names: str, **more: Any) -> int:
+class Found(Protocol):
+    """What a run leaves: `Collector`, or the judge of answers."""
+
+    records: list[Record]
+    findings: list[Finding]
+    errors: list[str]
+    interrupted: bool
+
+
+def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
     """Show what was found, as far as the run came.
 
     Returns
@@ -501,6 +510,36 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     return HOLDS
 
 
+def write_vectors(arguments: argparse.Namespace, console: Console) -> int:
+    """Write golden vectors, for ports that Python cannot call."""
+    _need_safetensors()
+    from nsa_ref.testing.vectors import write
+
+    started, folder = time.monotonic(), Path(arguments.folder)
+    vectors = write(folder)["vectors"]
+    size, seconds = sum(vector["bytes"] for vector in vectors) / 1e6, time.monotonic() - started
+    _say(console, f"wrote {len(vectors)} vectors, {size:.0f} MB, in {seconds:.0f} s: {folder}")
+    return HOLDS
+
+
+def check(arguments: argparse.Namespace, console: Console) -> int:
+    """Judge what another program answered to golden vectors."""
+    _need_safetensors()
+    from nsa_ref.testing.answers import judge_answers
+
+    started, names = time.monotonic(), arguments.answers
+    judged = judge_answers(Path(arguments.vectors), Path(names))
+    seconds = time.monotonic() - started
+    held_to = ", ".join(f"{dtype} as {' or '.join(rows)}" for dtype, rows in judged.rows.items())
+    title = f"{names} ({held_to})" if held_to else names
+    return _show(console, judged, names, title=title, seconds=seconds, edges=False)
+
+
+def _need_safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise CannotRun("golden vectors need safetensors: pip install 'nsa-ref[vectors]'")
+
+
 def _say(console: Console, *parts: object) -> None:
     """Print as it is: brackets are brackets, and a long line stays one line."""
     text = printable("".join(map(str, parts)))
@@ -664,6 +703,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("case", metavar="CASE.json|FOLDER")
     command.add_argument("implementation", nargs="?", help="default: the one it was found in")
     command.add_argument("--device", choices=DEVICES, help="default: the one it was found on")
+
+    command = add("vectors", write_vectors, "write cases for ports that Python cannot call")
+    command.add_argument("folder", metavar="DIR", help="a new or empty folder")
+
+    command = add("check", check, "judge what another program answered to vectors")
+    command.add_argument("vectors", metavar="DIR", help="what nsa-ref vectors wrote")
+    command.add_argument("answers", metavar="ANSWERS", help="a folder with the answers")
 
     command = add("mutants", mutants, "judge the judge: every mutant must be found")
     command.add_argument("mutant", nargs="*", help="default: all")

@@ -26,6 +26,7 @@ RemarkName = Literal[
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
     "no case", "every case", "stale",
+    "no element", "vector", "larger vectors",
 ]
 # fmt: on
 

@@ -78,6 +78,10 @@ REMARKS: dict[RemarkName, str] = {
     "no case": "{} covers none of {} cases",
     "every case": "{} covers all of {} cases",
     "stale": "{} is stale: none of its {} cases failed",
+    # of answers to golden vectors
+    "no element": "it has no element",
+    "vector": "vector: {}",
+    "larger vectors": "and {} larger ones, such as {}",
 }
 
 
@@ -103,8 +107,10 @@ def message(finding: Mapping[str, Any]) -> str:
     """A finding: the clause, the smallest case, what was seen, how to see it again."""
     # what takes its process down cannot be made smaller in it
     size = "case" if "ended" in finding else "smallest case"
+    # answers that come as files say not where they were made
+    where = f" on {finding['device']}" if finding["device"] else ""
     lines = [
-        f"{finding['clause']} is broken by {finding['implementation']} on {finding['device']}",
+        f"{finding['clause']} is broken by {finding['implementation']}{where}",
         f"{finding['clause']}: {CLAUSES[finding['clause']]}",
         f"{size}: {Case.from_json(finding['case'])}",
         shortened(finding["text"], finding["file"]),

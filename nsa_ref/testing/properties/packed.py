@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import layer
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
-from nsa_ref.testing.properties.layer import Asked, Truth
+from nsa_ref.testing.properties.layer import Asked, Truth, Weights
 from nsa_ref.testing.verdicts import Broken
 
 
@@ -58,6 +59,21 @@ class Packed:
         """Rows for which another choice of blocks may be right: (tokens,)."""
         none = np.zeros(0, dtype=bool)
         return np.concatenate([none, *(truth.undecided[0] for truth in self.truths)])
+
+    def summed(
+        self, of_each: Sequence[Weights], bounds_of_each: Sequence[Weights]
+    ) -> tuple[Weights, Weights]:
+        """Gradients of the weights, summed over the sequences, and the bounds of the sums."""
+        summed = {n: np.sum([each[n] for each in of_each], axis=0) for n in self.asked.weights}
+        asked = self.asked
+        bounds = packed_weight_bounds(
+            [truth.case.kv_len for truth in self.truths],
+            of_each,
+            bounds_of_each,
+            numerics=asked.implementation.numerics[asked.case.dtype],
+            **asked.case.geometry,
+        )
+        return summed, bounds
 
     def blame(self, broken: Broken, *, backward: bool) -> Broken:
         """The finding, noted if nobody can tell whether the layer itself is right.
@@ -116,14 +132,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
             compared.append(compare("G4", "dx", *tensors, part=f"of sequence {i}"))
             of_each.append(want_dweights)
             bounds_of_each.append(bounds.dweights)
-        summed = {n: np.sum([each[n] for each in of_each], axis=0) for n in asked.weights}
-        bounds_of_sum = packed_weight_bounds(
-            [truth.case.kv_len for truth in packed.truths],
-            of_each,
-            bounds_of_each,
-            numerics=implementation.numerics[case.dtype],
-            **asked.case.geometry,
-        )
+        summed, bounds_of_sum = packed.summed(of_each, bounds_of_each)
         part = f"summed over {len(packed.rows)} sequences"
         compared += layer.compare_weights("G4", dweights, summed, bounds_of_sum, part)
     except Broken as broken:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.selection import scored
+from nsa_ref.selection import Scored, scored
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing.branches import call
 from nsa_ref.testing.case import Case
@@ -79,18 +79,30 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
 
 
 def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
-    """How many rows are ambiguous, and by clause (or "order") the first row that is wrong."""
+    """`invalid_rows` of what the implementation chooses."""
     q, k_cmp, _, mem_k, _ = case.compressed()
     indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
+    numerics = implementation.numerics[case.dtype]
+    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
+    bounds = score_bounds(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry, numerics=numerics)
+    return invalid_rows(case, indices, of_blocks, bounds)
+
+
+def invalid_rows(
+    case: Case, indices: np.ndarray, of_blocks: Scored, bounds: np.ndarray
+) -> tuple[int, dict[str, WrongChoice]]:
+    """How many rows are ambiguous, and by clause (or "order") the first row that is wrong.
+
+    Raises
+    ------
+    Raised : indices that have another form than the plug says
+    """
     rows = (case.batch, case.selection_heads, case.q_len)
     if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
         raise Raised(
             f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
             f"shape {(*rows, case.num_selected_blocks)}"
         )
-    numerics = implementation.numerics[case.dtype]
-    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
-    bounds = score_bounds(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry, numerics=numerics)
     verdict = valid_selection(indices, of_blocks, bounds, **case.geometry)
     found: dict[str, WrongChoice] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():

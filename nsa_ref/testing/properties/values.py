@@ -20,7 +20,7 @@ from nsa_ref.testing.properties.common import (
 from nsa_ref.testing.verdicts import Convention, Inconclusive
 
 
-def _check_empty_rows(
+def check_empty_rows(
     branch: Branch, case: Case, mask: np.ndarray, expected: Attention, actual: Attention
 ) -> None:
     """A2 for out and lse; a "uniform" out is left to the bounds."""
@@ -50,7 +50,7 @@ def _forward(prop: Property, implementation: Implementation, case: Case, which: 
     if which == "lse" and actual.lse is None:
         raise NotOffered("lse")
     expected = branch.attend(case, mask, inputs)
-    _check_empty_rows(branch, case, mask, expected, actual)
+    check_empty_rows(branch, case, mask, expected, actual)
     bounds = all_bounds(branch, implementation, case, inputs, mask)
     tensors = [getattr(x, which) for x in (actual, expected, *bounds)]
     if which == "lse":
@@ -61,17 +61,25 @@ def _forward(prop: Property, implementation: Implementation, case: Case, which: 
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """A3: dq, dk and dv are the definition's, up to their bounds."""
     branch, inputs, mask = set_up(prop, case)
-    d_out, d_lse = case.upstream_gradients()
-    if case.seed % 2 == 0 or not implementation.lse_gradient:
-        d_lse = np.zeros_like(d_lse)  # what a layer sends; the odd seeds send both
-    if branch.empty_row(case) == "nan":
-        # no gradient is defined for a NaN row
-        empty = mask.sum(-1) == 0
-        d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
+    d_out, d_lse = sent_back(branch, case, mask, of_lse=implementation.lse_gradient)
     actual = branch.backward(implementation, case, inputs, d_out, d_lse)
     expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
     bounds = all_bounds(branch, implementation, case, inputs, mask, d_out, d_lse)
     return compare_all(prop, actual, expected, bounds)
+
+
+def sent_back(
+    branch: Branch, case: Case, mask: np.ndarray, *, of_lse: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """d_out and d_lse, of which the odd seeds have both; of_lse : a gradient may go through lse."""
+    d_out, d_lse = case.upstream_gradients()
+    if case.seed % 2 == 0 or not of_lse:
+        d_lse = np.zeros_like(d_lse)  # what a layer sends
+    if branch.empty_row(case) == "nan":
+        # no gradient is defined for a NaN row
+        empty = mask.sum(-1) == 0
+        d_out = np.where(empty[..., None], 0, d_out).astype(d_out.dtype)
+    return d_out, d_lse
 
 
 def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -82,7 +90,7 @@ def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Ou
         raise Inconclusive("no empty row")
     if not prop.backward:
         actual = branch.forward(implementation, case, inputs)
-        _check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
+        check_empty_rows(branch, case, mask, branch.attend(case, mask, inputs), actual)
         return Outcome()
     if branch.empty_row(case) != "zero":
         raise Inconclusive("not zero")
