@@ -21,7 +21,7 @@ Options
 --steps N   optimiser steps of each model, default 400: two minutes on two cores
 --out DIR   where training.png and training-cpu.json go, default the current folder
 
-Needs `pip install -e '.[testing,fast,pictures]'`.
+Needs `pip install -e '.[fast,pictures]'`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,15 @@ from unittest import mock
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import nsa_ref
+from nsa_ref.testing.beginning import begin
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
+from nsa_ref.testing.explaining import explain
 from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
@@ -76,6 +80,9 @@ LOADING_TIMEOUT = 120.0
 #: What a run of ours loads into its workers, which are ours alone.
 PLUGINS = ("nsa_ref.testing.plugin", "nsa_ref.testing.workers")
 
+#: Seconds from one line to the next where the output is no terminal.
+TOLD_EVERY = 20.0
+
 #: A run ends when more workers than this died one after the other without judging anything.
 IDLE_DEATHS = 3
 
@@ -102,13 +109,27 @@ class Collector:
             transient=True,
         )
         self._task = self._progress.add_task("starting the workers", total=total)
+        self._console, self._over = console, threading.Event()
+        self._teller = threading.Thread(target=self._tell, daemon=True)
 
     def __enter__(self) -> Collector:
         self._progress.start()
+        if not self._console.is_terminal:
+            self._teller.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._progress.stop()
+
+    def _tell(self) -> None:
+        """A line now and then, where no bar moves: a log shows that the run goes on."""
+        while not self._over.wait(TOLD_EVERY):
+            task = self._progress.tasks[0]
+            of = "" if task.total is None else f" of {task.total:g}"
+            cases = sum(record.cases for record in self.records)
+            done = f"{task.completed:g}{of} done, {cases} cases, {len(self.findings)} findings"
+            _say(self._console, f"{task.elapsed or 0:.0f} s: {done}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One property is done, or died with its worker."""
@@ -490,6 +511,34 @@ def diff(arguments: argparse.Namespace, console: Console) -> int:
     return BROKEN if difference.is_worse else HOLDS
 
 
+def begin_port(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the files of a new port, which run as they are."""
+    adapter, *others = begin(arguments.port, Path(), numpy=arguments.numpy)
+    _say(console, f"wrote {adapter}: put your own code in, and uncomment what you have")
+    for path in others:
+        _say(console, f"wrote {path}")
+    name = next(iter(re.findall(r"^class (\w+)", adapter.read_text("utf-8"), re.MULTILINE)))
+    _say(console, f"now: nsa-ref verify {adapter.stem}:{name}")
+    return HOLDS
+
+
+def explain_subject(arguments: argparse.Namespace, console: Console) -> int:
+    """Say what a clause, a switch, a preset or a property is about."""
+    try:
+        page = explain(arguments.subject)
+    except KeyError as error:
+        (alike,) = error.args
+        near = f" Did you mean {', '.join(alike)}?" if alike else ""
+        raise CannotRun(
+            f"{arguments.subject!r} is no clause, switch, preset or property.{near}"
+        ) from None
+    if console.is_terminal:
+        console.print(Markdown(page))
+    else:
+        print(page, end="")
+    return HOLDS
+
+
 def show_case(arguments: argparse.Namespace, console: Console) -> int:
     """Draw the definition's masks of a case, in the terminal or into a PNG."""
     path = Path(arguments.case)
@@ -715,6 +764,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("mutant", nargs="*", help="default: all")
     command.add_argument("--json", metavar="FILE", help="write the table as data")
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
+
+    command = add("new", begin_port, "write an adapter to fill in, its tests, ledger and workflow")
+    command.add_argument("port", metavar="NAME", help="e.g. my_port")
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--torch", action="store_true", help="it takes tensors (default)")
+    kind.add_argument("--numpy", action="store_true", help="it takes NumPy arrays")
+
+    command = add("explain", explain_subject, "what a clause or a switch is about")
+    command.add_argument("subject", help="a clause (W1), switch, preset or property")
 
     command = commands.add_parser("ledger", help="keep what is known to fail")
     actions = command.add_subparsers(dest="action", required=True)

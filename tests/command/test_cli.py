@@ -42,6 +42,17 @@ def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is judged for long, too; a terminal has its bar."""
+    monkeypatch.setattr(cli, "TOLD_EVERY", 0.05)
+    for is_terminal in (False, True):
+        log = io.StringIO()
+        with cli.Collector(Console(file=log, force_terminal=is_terminal), 3) as collector:
+            collector.records.append(Record(name="A1_sliding_output", clause="A1", cases=7))
+            time.sleep(0.5)
+        assert ("0 of 3 done, 7 cases, 0 findings\n" in log.getvalue()) is not is_terminal
+
+
 # --- what cannot run ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,49 @@
+"""The files of a new port: an adapter to fill in, its tests, its ledger, and a workflow for CI."""
+
+from __future__ import annotations
+
+import keyword
+from pathlib import Path
+from string import Template
+
+from nsa_ref.testing.ledger import FILE_NAME
+from nsa_ref.testing.loading import CannotRun
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def begin(port: str, folder: Path, *, numpy: bool) -> list[Path]:
+    """Write the files of a port into a folder; they run as they are.
+
+    port : its name, as Python spells names, e.g. "my_port"
+    numpy : the adapter takes NumPy arrays, and not tensors
+    returns : what was written; the first is the adapter
+
+    Raises
+    ------
+    CannotRun : the name is none, or one of the files is there already
+    """
+    if not port.isidentifier() or keyword.iskeyword(port):
+        raise CannotRun(f"{port!r} must be a name as Python has them. Try my_port")
+    module = f"{port}_adapter"
+    names = {
+        "name": port.replace("_", " "),
+        "module": module,
+        "cls": "".join(part[:1].upper() + part[1:] for part in port.split("_")),
+        "needs": "" if numpy else " torch",
+    }
+    files = {
+        folder / f"{module}.py": "numpy_adapter" if numpy else "torch_adapter",
+        folder / f"test_{port}_nsa.py": "test",
+        folder / FILE_NAME: "ledger",
+        folder / "nsa-ref-workflow.yml": "workflow",
+    }
+    if there := [path.name for path in files if path.exists()]:
+        raise CannotRun(f"{' and '.join(there)} is there already, and nothing was written")
+    for path, template in files.items():
+        text = (TEMPLATES / f"{template}.txt").read_text("utf-8")
+        try:
+            path.write_text(Template(text).substitute(names), "utf-8")
+        except OSError as error:
+            raise CannotRun(f"cannot write {path}: {error.strerror}") from None
+    return list(files)

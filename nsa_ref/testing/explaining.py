@@ -1,0 +1,100 @@
+"""What a clause, a switch, a preset or a property is about, as a page of Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from pathlib import Path
+
+import nsa_ref
+from nsa_ref.semantics import PRESETS, Semantics
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.mutants import ZOO
+from nsa_ref.testing.properties import PROPERTIES
+
+SWITCHES = tuple(field.name for field in dataclasses.fields(Semantics))
+
+#: Everything that can be explained.
+SUBJECTS = (*CLAUSES, *SWITCHES, *PRESETS, *PROPERTIES)
+
+
+def explain(subject: str) -> str:
+    """The page about a clause, a switch, a preset or a property.
+
+    Raises
+    ------
+    KeyError : there is no such thing; the argument names those that are spelled alike
+    """
+    name = {known.lower(): known for known in SUBJECTS}.get(subject.lower())
+    if name is None:
+        raise KeyError(difflib.get_close_matches(subject, SUBJECTS, n=5, cutoff=0.4))
+    if name in CLAUSES:
+        return _clause(name)
+    if name in SWITCHES:
+        return _switch(name)
+    return _preset(name) if name in PRESETS else _property(name)
+
+
+def _page(name: str) -> str:
+    """A page of docs/, which stands in the package where it was installed from a wheel."""
+    package = Path(nsa_ref.__file__).parent
+    folders = (package / "docs", package.parent / "docs")
+    return next(folder for folder in folders if folder.is_dir()).joinpath(name).read_text("utf-8")
+
+
+def _clause(name: str) -> str:
+    # the section ends where another heading begins
+    section = re.split(rf"^### {name}\n", _page("semantics.md"), flags=re.MULTILINE)[1]
+    parts = [f"# {name}", re.split(r"^#", section, flags=re.MULTILINE)[0].strip()]
+    if rows := [row for row in _switches() if name in re.findall(r"\w+", row[3])]:
+        parts.append("## Switches that bear on it")
+        parts.append(
+            "\n".join(f"- {switch} ({values}): {says}" for switch, values, says, _ in rows)
+        )
+    if wrong := [mutant for mutant in ZOO.values() if mutant.clause == name]:
+        parts.append("## How people get it wrong")
+        lines = (m.mistake + (f" ({m.seen_in})" if m.seen_in else "") for m in wrong)
+        parts.append("\n".join(f"- {line}" for line in lines))
+    asked = [prop.name for prop in PROPERTIES.values() if prop.clause == name]
+    parts += ["## Properties that decide it", "\n".join(f"- {prop}" for prop in asked)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _switches() -> list[tuple[str, str, str, str]]:
+    """Switch, values, what it says, clauses: the table of the specification."""
+    found = re.findall(r"^\| (`\w+`) \| (.+?) \| (.+?) \| (.+?) \|$", _page("semantics.md"), re.M)
+    return [row for row in found if row[0].strip("`") in SWITCHES]
+
+
+def _switch(name: str) -> str:
+    ((_, values, says, clauses),) = [row for row in _switches() if row[0] == f"`{name}`"]
+    by_preset = "\n".join(f"- {p}: {getattr(preset, name)!r}" for p, preset in PRESETS.items())
+    about = re.findall(r"\w+", clauses)
+    sentences = "\n".join(f"- {clause}: {CLAUSES[clause]}" for clause in about if clause in CLAUSES)
+    return (
+        f"# {name}\n\n{says[0].upper()}{says[1:]}. Its values: {values}.\n\n"
+        f"## What the presets say\n\n{by_preset}\n\n## Clauses that it bears on\n\n{sentences}\n"
+    )
+
+
+def _preset(name: str) -> str:
+    preset, paper = PRESETS[name], PRESETS["PAPER"]
+    (sentence,) = re.findall(rf"^- `{name}` (is .+)$", _page("presets.md"), re.M)
+    differs = [s for s in SWITCHES if getattr(preset, s) != getattr(paper, s)]
+    lines = "\n".join(f"- {s}: {getattr(preset, s)!r}, not {getattr(paper, s)!r}" for s in differs)
+    return f"# {name}\n\n{name} {sentence}\n\n## Where it differs from PAPER\n\n" + (
+        f"{lines}\n" if lines else "Nowhere.\n"
+    )
+
+
+def _property(name: str) -> str:
+    prop = PROPERTIES[name]
+    check = inspect.unwrap(getattr(prop.check, "func", prop.check))
+    parts = [f"# {name}", inspect.cleandoc(check.__doc__ or "").partition("\n\n")[0]]
+    gradients = "the gradients of " if prop.backward else ""
+    parts.append(f"It asks {gradients}`{prop.method}` of an adapter, and decides {prop.clause}.")
+    parts.append(f"> {prop.clause}: {CLAUSES[prop.clause]}")
+    parts.append(f"`nsa-ref explain {prop.clause}` says more.")
+    return "\n\n".join(parts) + "\n"
