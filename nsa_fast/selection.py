@@ -89,7 +89,7 @@ def select_blocks(
                      p_cmp[i] * (strides that window i and block b share)          eq. 9 and 10
         logit_mean   score[b] = mean over the group's heads and block b's windows of scale q.k_cmp
         choice       the n highest of the blocks that begin at or before p; initial and local
-                     blocks at forced_score; equal scores go to the lower index
+                     blocks at forced_score a query head; equal scores go to the lower index
 
     Computed in float32, or float64 for float64 inputs, under torch.autocast as well.
 
@@ -219,17 +219,19 @@ def _best(
         if memory + seen_by_all == 0:  # of a row that sees nothing the softmax is NaN
             p_cmp.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
         scores = _overlap_scores(p_cmp[..., memory:], num_blocks, sizes)
-        quantity, forced_rank = scores, torch.tensor(semantics.forced_score, dtype=scores.dtype)
+        # every query head that shares the choice counts a forced block as forced_score
+        of_forced = semantics.forced_score * logits.shape[2]
+        quantity, forced_rank = scores, torch.tensor(of_forced, dtype=scores.dtype)
     else:
         visible = F.pad(visible, (seen_by_all, 0), value=True)
         scores = _logit_means(logits[..., memory:], visible, candidates, sizes)
         padded = F.pad(scores, (1, 0), value=PAD_LOGIT)
-        quantity = padded.softmax(dim=-1)[..., 1:]
+        quantity, of_forced = padded.softmax(dim=-1)[..., 1:], semantics.forced_score
         # where a block's probability would be forced_score
         forced_rank = math.log(semantics.forced_score) + padded.logsumexp(dim=-1, keepdim=True)
     forced_rank = forced_rank.to(scores.device)
     ranked = torch.where(forced, forced_rank, scores)
-    quantity = torch.where(forced, semantics.forced_score, quantity)
+    quantity = torch.where(forced, of_forced, quantity)
 
     # candidates stand before all others, whatever their scores: -inf becomes the least number
     ranked = ranked.nan_to_num(nan=torch.inf)

@@ -78,7 +78,7 @@ def selection_candidates(
 def forced_blocks(
     q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = PAPER
 ) -> np.ndarray:
-    """Candidates that compete with `forced_score` in place of their own score.
+    """Candidates that compete at `forced_score` a query head, in place of their own score.
 
     ::
 
@@ -387,7 +387,7 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
 
     ::
 
-        forced blocks score `forced_score`; if more are forced than n, the lowest are kept (I4)
+        forced blocks score `forced_total`; of several at inf the lowest are kept (I4)
         fewer candidates than n: all of them, and -1 in the slots that are left (I6)
         score_floor: a chosen block of lower or equal score becomes -1 (I4); for "logit_mean" the
         score that the floor is compared with is `selection_probability`
@@ -408,7 +408,8 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     """
     check_sizes(sizes)
     blocks = check_scored(blocks, semantics)
-    ranked, floored = ranked_scores(blocks, semantics), floored_scores(blocks, semantics)
+    ranked = ranked_scores(blocks, sizes, semantics)
+    floored = floored_scores(blocks, sizes, semantics)
     n = sizes.num_selected_blocks
     chosen = np.full((*ranked.shape[:3], n), -1, dtype=np.int64)
     for b, g, t in np.ndindex(ranked.shape[:3]):
@@ -425,16 +426,26 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     return chosen
 
 
-def ranked_scores(blocks: Scored, semantics: Semantics) -> np.ndarray:
-    """What top-n ranks: `forced_score` in place of the own score of forced blocks (I4).
+def forced_total(sizes: Sizes, semantics: Semantics) -> float:
+    """The score of a forced block: `forced_score` for every query head that shares the choice.
+
+    They are added up as scores are (I3): a sum for "overlap"; "logit_mean" has means, and one
+    softmax for the group, in which `forced_score` is the block's probability (I4).
+    """
+    summed = semantics.importance == "overlap" and semantics.share_selection
+    return semantics.forced_score * (sizes.group_size if summed else 1)
+
+
+def ranked_scores(blocks: Scored, sizes: Sizes, semantics: Semantics) -> np.ndarray:
+    """What top-n ranks: `forced_total` in place of the own score of forced blocks (I4).
 
     "logit_mean" ranks means, so there a finite forced_score becomes the mean at which a block's
     probability would be forced_score: log(forced_score) + log of the softmax's denominator.
     """
     scores, forced = blocks.scores, blocks.forced
-    ranked = scores.copy()
+    ranked, total = scores.copy(), forced_total(sizes, semantics)
     for b, g, t in np.ndindex(scores.shape[:3]):
-        value = semantics.forced_score
+        value = total
         if semantics.importance == "logit_mean" and math.isfinite(value) and forced[t].any():
             logits = np.append(scores[b, g, t], PAD_LOGIT)
             m = logits.max()
@@ -443,11 +454,11 @@ def ranked_scores(blocks: Scored, semantics: Semantics) -> np.ndarray:
     return ranked
 
 
-def floored_scores(blocks: Scored, semantics: Semantics) -> np.ndarray:
+def floored_scores(blocks: Scored, sizes: Sizes, semantics: Semantics) -> np.ndarray:
     """What `score_floor` is compared with: the score, or for "logit_mean" its probability (I4)."""
     scores = blocks.scores
     own = scores if semantics.importance == "overlap" else selection_probability(scores)
-    floored: np.ndarray = np.where(blocks.forced, semantics.forced_score, own)
+    floored: np.ndarray = np.where(blocks.forced, forced_total(sizes, semantics), own)
     return floored
 
 

@@ -12,7 +12,7 @@ from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
 from nsa_ref.rounded import Rounded, as_rounded, concatenated, exact
-from nsa_ref.selection import selection_arguments, shared_strides
+from nsa_ref.selection import forced_blocks, forced_total, selection_arguments, shared_strides
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
 
@@ -33,6 +33,7 @@ def score_bounds(
 
         "overlap"      B(b) = sum_i count_ib E_i + acc(terms) sum_i count_ib (P_i + E_i)
                        with E_i = P_i E'_i + u_p P_i + eta; the group's heads add up
+                       of a forced block (u_e + acc(G)) G forced_score
         "logit_mean"   B(b) = mean(d) + acc(terms) mean |s|
                        over the l' / d strides of a block and the group's heads
 
@@ -62,7 +63,12 @@ def score_bounds(
     if semantics.importance == "logit_mean":
         return _logit_mean_bounds(q, k_cmp, *of_choice, NUMERICS[numerics])
     k = concatenated([exact(mem_k), k_cmp], axis=2)
-    return _overlap_bounds(q, k, *of_choice, NUMERICS[numerics])
+    bounds = _overlap_bounds(q, k, *of_choice, NUMERICS[numerics])
+    if math.isfinite(semantics.forced_score):
+        forced = forced_blocks(q.value.shape[2], *of_choice)
+        of_forced = (_forced_bound(sizes, semantics, NUMERICS[r]) for r in (numerics, "fp64"))
+        bounds[..., forced] = sum(of_forced)
+    return bounds
 
 
 def _overlap_bounds(
@@ -103,6 +109,15 @@ def _overlap_bound(x: Group, row: Numerics, counts: Array, terms: Array) -> Arra
         stores = math.expm1((x.size + 1) * math.log1p(row.u_store))
         bound += stores * (size + bound) + 2.0 * row.eta
     return np.where(x.n > 0, bound, 0.0)
+
+
+def _forced_bound(sizes: Sizes, semantics: Semantics, row: Numerics) -> float:
+    """Bound of `forced_total`: a number that may be rounded, added up over the group."""
+    group = sizes.group_size if semantics.share_selection else 1
+    relative = float(row.u_elementwise + row.accumulate(group))
+    if row.rounds_every_operation:  # the number and every sum are stored
+        relative += math.expm1(group * math.log1p(row.u_store))
+    return relative * forced_total(sizes, semantics)
 
 
 def _logit_mean_bounds(

@@ -40,7 +40,8 @@ class Semantics:
     compress_strict : a block is visible only after its last token, one step later (C2)
     importance : "overlap", eq. 9; "logit_mean", the mean of the scaled logits (I2, I3)
     share_selection : one choice of blocks for all query heads of a group (I3)
-    forced_score : the score of initial and local blocks; inf always takes them (I4)
+    forced_score : the score of initial and local blocks, for each query head that shares the
+        choice; inf always takes them (I4)
     own_block_extra : the query's own block is no candidate and visible on top of the n (I4)
     score_floor : a chosen block of lower or equal score becomes -1; None keeps all (I4)
     duplicates : "set" counts a block named twice once, "multiset" twice (F3)
@@ -173,6 +174,7 @@ FLA = Semantics(
     forced_score=1.0,
     duplicates="multiset",
     empty_row=PerBranch("zero", "nan", "zero"),
+    empty_lse=PerBranch(0.0, -math.inf, -math.inf),
     kv_per_branch=False,
 )
 

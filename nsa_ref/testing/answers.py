@@ -29,7 +29,7 @@ from nsa_ref.testing.findings import Finding, broken_data
 from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.properties.common import Outcome, settle
 from nsa_ref.testing.properties.masks import wrong_mask
-from nsa_ref.testing.properties.selection import invalid_rows
+from nsa_ref.testing.properties.selection import FORCED_ORDER, ORDER, invalid_rows
 from nsa_ref.testing.properties.values import check_empty_rows
 from nsa_ref.testing.vectors import MANIFEST, SCHEMA, SUFFIX, called, decoded
 from nsa_ref.testing.verdicts import Broken, Failure, Inconclusive, Raised, Record, Remark
@@ -303,8 +303,10 @@ def _compared(question: Question, answer: Answer, name: str, clause: str) -> Out
         of_blocks = Scored(tensors["known/scores"], candidates, forced)
         bounds = tensors[f"known/{row}/scores"]
         ambiguous, found = invalid_rows(case, actual, of_blocks, bounds)
-        if "order" in found:
-            found[_order_clause(case, clause)] = found.pop("order")
+        if FORCED_ORDER in found:
+            found.setdefault(ORDER if ORDER in found else "I4", found.pop(FORCED_ORDER))
+        if ORDER in found:
+            found[_order_clause(case, clause)] = found.pop(ORDER)
         if found:
             at_fault = clause if clause in found else next(iter(found))
             raise Broken(at_fault, found[at_fault])

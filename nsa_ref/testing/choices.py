@@ -99,8 +99,9 @@ def valid_selection(
     ------
     block_indices : (batch, heads, q_len, slots) integers
     blocks : what `nsa_ref.selection.scored` returns
-    score_bounds : (batch, heads, q_len, blocks), the largest error of each score, inf or NaN where
-        none is known. For "logit_mean" scores and bounds are about the means before the softmax
+    score_bounds : (batch, heads, q_len, blocks), the largest error of each score, or of what
+        stands in its place; inf or NaN where none is known. For "logit_mean" scores and bounds are
+        about the means before the softmax
     returns : SelectionVerdict(verdict, reasons)
 
     Raises
@@ -117,7 +118,7 @@ def valid_selection(
     block_indices = np.asarray(block_indices)
     check_block_indices(block_indices, q_len)
     check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
-    known = _ScoreRanges.of(blocks, score_bounds, semantics)
+    known = _ScoreRanges.of(blocks, score_bounds, sizes, semantics)
 
     verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
     reasons: dict[tuple[int, int, int], Reason] = {}
@@ -153,7 +154,7 @@ def undecided_rows(
     I5
     """
     blocks = check_scored(blocks, semantics)
-    known = _ScoreRanges.of(blocks, score_bounds, semantics)
+    known = _ScoreRanges.of(blocks, score_bounds, sizes, semantics)
     ranked, bounds, floor = known.ranked, known.rank_bounds, semantics.score_floor
     chosen = top_blocks(blocks, sizes, dataclasses.replace(semantics, score_floor=None))
     undecided = np.zeros(blocks.scores.shape[:3], dtype=bool)
@@ -190,14 +191,16 @@ class _ScoreRanges(NamedTuple):
     forced: np.ndarray
 
     @classmethod
-    def of(cls, blocks: Scored, score_bounds: np.ndarray, semantics: Semantics) -> _ScoreRanges:
+    def of(
+        cls, blocks: Scored, score_bounds: np.ndarray, sizes: Sizes, semantics: Semantics
+    ) -> _ScoreRanges:
         bounds = _whole_bounds(score_bounds, blocks)
-        low, high = _floored_range(blocks, bounds, semantics)
+        low, high = _floored_range(blocks, bounds, sizes, semantics)
         return cls(
-            ranked_scores(blocks, semantics),
+            ranked_scores(blocks, sizes, semantics),
             np.where(blocks.forced, _bound_of_forced(bounds, semantics), bounds),
             low,
-            floored_scores(blocks, semantics),
+            floored_scores(blocks, sizes, semantics),
             high,
             blocks.candidates,
             blocks.forced,
@@ -269,27 +272,29 @@ def _whole_bounds(score_bounds: np.ndarray, blocks: Scored) -> np.ndarray:
 
 
 def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
-    """The error of a forced block's rank: none, but where `ranked_scores` took a log-sum-exp.
+    """The error of a forced block's rank, which is a log-sum-exp in `ranked_scores` of means.
 
-    A log-sum-exp moves by no more than the largest move of its terms. Shape (..., 1).
+    A log-sum-exp moves by no more than the largest move of its terms. Broadcasts to bounds.
     """
     if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
-        return np.zeros((*bounds.shape[:3], 1))
+        return bounds
     return np.max(bounds, axis=3, keepdims=True, initial=0)
 
 
 def _floored_range(
-    blocks: Scored, bounds: np.ndarray, semantics: Semantics
+    blocks: Scored, bounds: np.ndarray, sizes: Sizes, semantics: Semantics
 ) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest value that `floored_scores` has within the scores' bounds."""
-    scores, value = blocks.scores, semantics.forced_score
+    scores, floored = blocks.scores, floored_scores(blocks, sizes, semantics)
+    if semantics.importance == "overlap":
+        return floored - bounds, floored + bounds
+    if semantics.score_floor is None:
+        return floored, floored
     low, high = scores - bounds, scores + bounds
-    if semantics.importance == "logit_mean" and semantics.score_floor is not None:
-        # A probability grows with its own mean and falls with every other one.
-        least, most = np.zeros(scores.shape), np.zeros(scores.shape)
-        for block in range(scores.shape[3]):
-            own = np.arange(scores.shape[3]) == block
-            least[..., block] = selection_probability(np.where(own, low, high))[..., block]
-            most[..., block] = selection_probability(np.where(own, high, low))[..., block]
-        low, high = least, most
-    return np.where(blocks.forced, value, low), np.where(blocks.forced, value, high)
+    # A probability grows with its own mean and falls with every other one.
+    least, most = np.zeros(scores.shape), np.zeros(scores.shape)
+    for block in range(scores.shape[3]):
+        own = np.arange(scores.shape[3]) == block
+        least[..., block] = selection_probability(np.where(own, low, high))[..., block]
+        most[..., block] = selection_probability(np.where(own, high, low))[..., block]
+    return np.where(blocks.forced, floored, least), np.where(blocks.forced, floored, most)

@@ -87,6 +87,25 @@ def test_scores_bound_each_head_apart_and_take_errors_of_the_keys() -> None:
         assert (np.abs(moved - right) <= limit).all() and (np.abs(moved - right) > shared).any()
 
 
+@pytest.mark.parametrize("row", ["fp64", "fp32", "bf16", "fp16-eager"])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_a_forced_score_that_is_rounded_and_added_up_stays_within_its_bound(
+    row: str, group: int
+) -> None:
+    """I4: 0.1 is no number of any dtype, and sixteen of them round at every step."""
+    semantics = Semantics(forced_score=0.1)
+    how = {"dtype": NUMERICS[row].dtype, "q_heads": group, "num_initial_blocks": 1}
+    case = Case(q_len=2, kv_len=2, num_local_blocks=0, semantics=semantics, **how)
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    limit = bound(case, q, k_cmp, mem_k, row)[..., 0]
+    stores = np.dtype("f2") if row == "fp16-eager" else np.dtype("f8" if row == "fp64" else "f4")
+    once, total = stores.type(0.1), stores.type(0)
+    for _ in range(group):
+        total = stores.type(total + once)
+    error = abs(float(total) - group * 0.1)
+    assert (error <= limit).all() and (limit < group * 0.002).all()
+
+
 def logit_means(
     case: Case, q: Array, k: Array, order: str, *, invisible: float, factor: float = 1.0
 ) -> Array:

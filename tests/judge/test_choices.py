@@ -151,12 +151,14 @@ def test_an_invalid_row_is_told_with_its_place_and_rule():
     assert rules == {(0, 1, 0): ("I4", "order", 2), (0, 1, 1): ("I4", "candidates", 2)}
 
 
-def valid_sets(scores, candidates, forced, n, semantics) -> set[frozenset[int]]:
-    """Every choice that I4, I5 and I6 allow when the scores are exact, by trying all subsets."""
-    score = {b: semantics.forced_score if b in forced else scores[b] for b in candidates}
+def valid_sets(score, forced, n, semantics) -> set[frozenset[int]]:
+    """Every choice that I4, I5 and I6 allow when the scores are exact, by trying all subsets.
+
+    score : of every candidate
+    """
     m = min(n, len(score))
     best = sorted(score.values(), reverse=True)[:m]
-    must = sorted(b for b in candidates if b in forced and math.isinf(score[b]))[:n]
+    must = sorted(b for b in score if b in forced and math.isinf(score[b]))[:n]
     floor = semantics.score_floor
     return {
         frozenset(b for b in subset if floor is None or score[b] > floor)
@@ -185,15 +187,13 @@ def test_the_verdict_on_every_subset_is_that_of_trying_all_choices(row, n, seman
     possible = 0
     candidates = [b for b, block in enumerate(row) if block[2]]
     forced = [b for b, block in enumerate(row) if block[2] and block[3]]
+    exact = {b: semantics.forced_score if b in forced else scores[b] for b in candidates}
     for size in range(len(row) + 1):
         for taken in itertools.combinations(range(len(row)), size):
-            moved = [
-                score + (bound if b in taken else -bound)
-                for b, (score, bound) in enumerate(zip(scores, bounds))
-            ]
-            if frozenset(taken) in valid_sets(scores, candidates, forced, n, semantics):
+            moved = {b: exact[b] + (bounds[b] if b in taken else -bounds[b]) for b in candidates}
+            if frozenset(taken) in valid_sets(exact, forced, n, semantics):
                 expected = VALID
-            elif frozenset(taken) in valid_sets(moved, candidates, forced, n, semantics):
+            elif frozenset(taken) in valid_sets(moved, forced, n, semantics):
                 expected = AMBIGUOUS
             else:
                 expected = INVALID

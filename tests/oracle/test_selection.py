@@ -200,9 +200,12 @@ def test_i1_i2_i3_scores_are_those_of_the_second_definition(case):
 # --- top-n ----------------------------------------------------------------------------------------
 
 
-def top(scores: list[float], n: int, *, semantics: Semantics = PAPER, **blocks: Any) -> list[int]:
+def top(
+    scores: list[float], n: int, *, group: int = 1, semantics: Semantics = PAPER, **blocks: Any
+) -> list[int]:
     """top_blocks for one row."""
-    found = top_blocks(scored_row(scores, **blocks), Sizes(num_selected_blocks=n), semantics)
+    sizes = Sizes(num_selected_blocks=n, q_heads=group)
+    found = top_blocks(scored_row(scores, **blocks), sizes, semantics)
     return found[0, 0, 0].tolist()
 
 
@@ -222,15 +225,23 @@ def test_i4_a_finite_forced_score_competes():
     assert top([0.1, 1.5, 0.2, 0.3], 2, forced=[0], semantics=FLA) == [1, 0]
     assert top([0.1, 1.5, 1.2, 0.3], 2, forced=[0], semantics=FLA) == [1, 2]
     assert top([0.1, 1.0, 0.2, 0.3], 1, forced=[2], semantics=FLA) == [1]
+    # every query head counts it, unless it chooses for itself
+    alone = dataclasses.replace(FLA, share_selection=False)
+    assert top([0.1, 1.5, 1.2, 0.3], 2, group=2, forced=[0], semantics=FLA) == [0, 1]
+    assert top([0.1, 1.5, 1.2, 0.3], 2, group=2, forced=[0], semantics=alone) == [1, 2]
     # among means it is the mean of that probability: half of it all
     half = dataclasses.replace(LUCIDRAINS_FLEX, own_block_extra=False, forced_score=0.5)
     means = [math.log(0.3), math.log(0.6), math.log(0.1)]
     assert top(means, 2, forced=[2], semantics=half) == [1, 2]
+    assert top(means, 2, group=2, forced=[2], semantics=half) == [1, 2]
 
 
 def test_i4_a_score_at_or_below_the_floor_becomes_minus_one():
     assert top([0.25, 0.5, 0.2], 3, semantics=FLOOR) == [1, -1, -1]
     assert top([0.25, 0.5, 0.2], 3, semantics=FLOOR, forced=[2]) == [2, 1, -1]
+    fifth = dataclasses.replace(FLOOR, forced_score=0.2)
+    assert top([0.25, 0.5, 0.2], 3, semantics=fifth, forced=[2]) == [1, -1, -1]
+    assert top([0.25, 0.5, 0.2], 3, group=2, semantics=fifth, forced=[2]) == [1, 2, -1]
     # for logit_mean the probability is compared: exp(-30) is 9e-14, exp(-20) is 2e-9
     assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS) == [0, 2, -1]
     assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS_FLEX) == [0, 2, 1]
@@ -263,9 +274,12 @@ def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
     assert chosen.shape == (*scores.shape[:3], n)
     assert chosen.dtype == np.int64
     probability = selection_probability(scores) if means else scores
-    ranked = np.where(candidates, np.where(forced, semantics.forced_score, scores), -math.inf)
+    heads = 1 if means else case.q_heads // scores.shape[1]
+    ranked = np.where(
+        candidates, np.where(forced, heads * semantics.forced_score, scores), -math.inf
+    )
     floor = -1 if semantics.score_floor is None else semantics.score_floor
-    taken = candidates & (np.where(forced, semantics.forced_score, probability) > floor)
+    taken = candidates & (np.where(forced, heads * semantics.forced_score, probability) > floor)
     order = np.argsort(-ranked, axis=-1, kind="stable")[..., :n]
     expected = np.full(chosen.shape, -1)
     expected[..., : order.shape[-1]] = np.where(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.semantics import PAPER, Semantics
+from nsa_ref.semantics import FLA, PAPER, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.dense import DenseMasks, positions
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
@@ -22,6 +22,7 @@ class Selector(DenseMasks, RoundedImplementation):
         PAPER,
         dataclasses.replace(PAPER, causal=False),
         dataclasses.replace(PAPER, compress_alignment="end", compress_strict=True),
+        dataclasses.replace(PAPER, forced_score=1.0),
     )
 
     # steps
@@ -76,12 +77,16 @@ class Selector(DenseMasks, RoundedImplementation):
         return candidates
 
     def forced(self, case: Case) -> np.ndarray:
-        """Candidates that are taken whatever their score (I4)."""
+        """Candidates that have `forced_score` in place of their own score (I4)."""
         block, own = np.arange(case.num_selection_blocks), positions(case)
         own = own // case.selection_block_size
         local = (own - case.num_local_blocks < block) & (block <= own)
         forced = local | (block < case.num_initial_blocks)
         return forced & self.candidates(case) & (not case.semantics.own_block_extra)
+
+    def forced_total(self, case: Case) -> float:
+        """By overlap: `forced_score` of every head that shares the choice (I4)."""
+        return case.semantics.forced_score * case.q_heads / case.selection_heads
 
     def unused(self) -> int:
         return -1
@@ -91,7 +96,8 @@ class Selector(DenseMasks, RoundedImplementation):
     @np.errstate(invalid="ignore")
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         candidates = self.candidates(case)
-        scores = np.where(self.forced(case), np.inf, self.scores(case, q, k_cmp, mem_k))
+        scores = self.scores(case, q, k_cmp, mem_k)
+        scores = np.where(self.forced(case), self.forced_total(case), scores)
         scores = np.where(candidates, scores, -np.inf)
         order = np.argsort(-scores, axis=-1, kind="stable")
         taken = np.arange(order.shape[-1]) < candidates.sum(-1)[:, None]
@@ -139,6 +145,14 @@ class FirstHeadOnly(Selector):
 class NothingForced(Selector):
     def forced(self, case: Case) -> np.ndarray:
         return np.zeros_like(super().forced(case))
+
+
+@mutant("I4", "a forced block counts once for a group, and not for every query head")
+class ForcedOnceForTheGroup(Selector):
+    semantics = (FLA,)
+
+    def forced_total(self, case: Case) -> float:
+        return case.semantics.forced_score
 
 
 @mutant("I4", "blocks beyond the 128th are forced no more", seen_in="public kernels")

@@ -20,14 +20,18 @@ from nsa_ref.testing.verdicts import Broken, Raised, WrongChoice
 #: A finding has the scores of at most so many blocks.
 SCORES = 12
 
+#: Which clause an order breaks is asked of other cases: of scores, and of a forced block's rank.
+ORDER, FORCED_ORDER = "order", "forced order"
+
 
 @dataclass(frozen=True)
 class _Row:
-    """One query's choice: named indices, scores and candidates of all blocks, and n."""
+    """One query's choice: named indices, what is known of all blocks, and n."""
 
     named: np.ndarray
     scores: np.ndarray
     candidate: np.ndarray
+    forced: np.ndarray
     n: int
 
     def around_the_cutoff(self) -> tuple[tuple[int, float], ...]:
@@ -39,7 +43,7 @@ class _Row:
         return tuple((int(block), float(self.scores[block])) for block in near)
 
     def clause_to_blame(self, reason: Reason) -> str:
-        """The clause to blame, more closely than top-n as such (I4); "order" if scores are."""
+        """The clause to blame, more closely than top-n as such (I4); or one of the orders."""
         if reason.clause != "I4":
             return reason.clause
         outside = [b for b in self.named if 0 <= b < len(self.scores) and not self.candidate[b]]
@@ -48,19 +52,32 @@ class _Row:
             return "I5"
         if self.candidate.sum() < self.n:
             return "I6"
-        return "order" if reason.rule == "order" else reason.clause
+        if reason.rule == "order":
+            of_forced = any(self.forced[b] for b in (reason.block, reason.worse) if b is not None)
+            return FORCED_ORDER if of_forced else ORDER
+        return reason.clause
 
 
 def valid_choice(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """I1 to I6: the choice is a valid top-n of the oracle's scores, up to rounding."""
     ambiguous, found = _invalid_rows(implementation, case)
-    if "order" in found:
-        found[_whose_order(implementation, case)] = found.pop("order")
+    if FORCED_ORDER in found:
+        wrong = ORDER in found or _wrong_without_forced_blocks(implementation, case)
+        found.setdefault(ORDER if wrong else "I4", found.pop(FORCED_ORDER))
+    if ORDER in found:
+        found[_whose_order(implementation, case)] = found.pop(ORDER)
     if found:
         clause = prop.clause if prop.clause in found else next(iter(found))
         raise Broken(clause, found[clause])
     rows = case.batch * case.selection_heads * case.q_len
     return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
+
+
+def _wrong_without_forced_blocks(implementation: Implementation, case: Case) -> bool:
+    """Whether the scores are wrong by themselves, as far as that can be asked (I2 or I3)."""
+    without = dataclasses.replace(case, num_initial_blocks=0, num_local_blocks=0)
+    declared = is_declared(implementation, without)
+    return declared and bool(_invalid_rows(implementation, without)[1])
 
 
 def _whose_order(implementation: Implementation, case: Case) -> str:
@@ -91,7 +108,7 @@ def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict
 def invalid_rows(
     case: Case, indices: np.ndarray, of_blocks: Scored, bounds: np.ndarray
 ) -> tuple[int, dict[str, WrongChoice]]:
-    """How many rows are ambiguous, and by clause (or "order") the first row that is wrong.
+    """How many rows are ambiguous, and by clause (or order) the first row that is wrong.
 
     Raises
     ------
@@ -108,7 +125,8 @@ def invalid_rows(
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
         reason = verdict.reasons[b, g, t]
         scores, candidate = of_blocks.scores[b, g, t], of_blocks.candidates[t]
-        chosen = _Row(indices[b, g, t], scores, candidate, case.num_selected_blocks)
+        forced, n = of_blocks.forced[t], case.num_selected_blocks
+        chosen = _Row(indices[b, g, t], scores, candidate, forced, n)
         found.setdefault(
             chosen.clause_to_blame(reason),
             WrongChoice(
