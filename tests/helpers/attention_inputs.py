@@ -1,7 +1,7 @@
 """Inputs of one attention, of every kind and for every row: what `nsa_ref.bounds` is tested on.
 
-`computed` runs a kernel of `nsa_ref.testing.mutants` on them, right or wrong; `exact_attention` the
-right one, in extended precision.
+`computed` runs a kernel of `nsa_ref.testing.mutants` on them, right or wrong; `exact_attention` is
+the same mathematics once, densely, in extended precision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.random import Generator, Philox
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.case import DTYPES, INPUTS, Case
 from nsa_ref.testing.mutants.kernel import LN_2, Kernel
-from nsa_ref.testing.mutants.rounding import Rounding, Way
+from nsa_ref.testing.mutants.rounding import Way
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -131,6 +131,36 @@ def _random_mask(rng: Generator, heads: int, q_len: int, columns: int) -> Array:
     return np.broadcast_to(rng.integers(0, 3, (q_len, columns)), shape).astype(np.int64)
 
 
+def exact_attention(x: Inputs) -> Tensors:
+    """A1 and A3, dense, in extended precision (where the machine has it), as float64."""
+    wide = np.longdouble
+    q, d_out = x.q[0].astype(wide), x.d_out[0].astype(wide)
+    heads, kv_heads = q.shape[0], x.k.shape[1]
+    group = heads // kv_heads
+    k, v = (np.repeat(y[0].astype(wide), group, axis=0) for y in (x.k, x.v))
+    mask = x.mask[0]
+    s = np.where(mask > 0, wide(x.scale) * (q @ np.swapaxes(k, 1, 2)), -np.inf)
+    m = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
+    m = np.where(np.isfinite(m), m, 0.0)
+    weight = mask * np.exp(s - m)
+    total = weight.sum(axis=-1, keepdims=True)
+    p = weight / np.where(total > 0, total, 1.0)
+    with np.errstate(divide="ignore"):
+        lse = (m + np.log(total))[..., 0]
+    out = p @ v
+    d_lse = np.zeros(lse.shape, wide) if x.d_lse is None else x.d_lse[0].astype(wide)
+    delta = np.sum(d_out * out, axis=-1, keepdims=True)
+    ds = p * (d_out @ np.swapaxes(v, 1, 2) - delta + d_lse[..., None])
+    dq = x.scale * ds @ k
+    dk = _sum_groups(x.scale * np.swapaxes(ds, 1, 2) @ q, kv_heads)
+    dv = _sum_groups(np.swapaxes(p, 1, 2) @ d_out, kv_heads)
+    return Tensors(*(y[None].astype(np.float64) for y in (out, lse, dq, dk, dv)))
+
+
+def _sum_groups(x: Array, kv_heads: int) -> Array:
+    return x.reshape(kv_heads, x.shape[0] // kv_heads, *x.shape[1:]).sum(axis=1)
+
+
 def draw_way(rng: Generator, row: str) -> Way:
     """Block size, orders and whatever else right kernels of the row differ on."""
     # tensor cores may truncate; plain float32 and float64 arithmetic does not
@@ -169,15 +199,3 @@ def computed(x: Inputs, row: str, way: Way, kernel: type[Kernel] = Kernel) -> Te
     found = judged.attend(case, "sliding", *arrays)
     gradients = judged.attend_vjp(case, "sliding", *arrays, x.d_out, d_lse)
     return Tensors(*(y.astype(np.float64) for y in (*found, *gradients)))
-
-
-class _Exact(Kernel):
-    def rounding(self, case: Case, *, backward: bool = False) -> Rounding:
-        r = super().rounding(case)
-        r.wide, r.dtype = np.longdouble, np.dtype(np.longdouble)
-        return r
-
-
-def exact_attention(x: Inputs) -> Tensors:
-    """A1 and A3 in extended precision (where the machine has it), as float64."""
-    return computed(x, "fp64", Way(), _Exact)
