@@ -14,6 +14,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.handing_over import handed_over
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.verdicts import NoAnswer, Raised
 
@@ -133,7 +134,10 @@ class Branch:
             raise Raised(f"{self.name}_vjp must return a tuple of {expected} gradients")
         if self.name == "compress":
             dq, dk_cmp, dv_cmp, dmem_k, dmem_v = found
-            dk, dv = np.concatenate([dmem_k, dk_cmp], 2), np.concatenate([dmem_v, dv_cmp], 2)
+            dk, dv = (
+                np.concatenate([as_array(memory), as_array(blocks)], 2)
+                for memory, blocks in ((dmem_k, dk_cmp), (dmem_v, dv_cmp))
+            )
         else:
             dq, dk, dv = found
         return (
@@ -159,18 +163,25 @@ BRANCHES = (COMPRESS, FINE, SLIDING)
 def call(method: Any, *arguments: Any) -> Any:
     """Call the implementation; what it raises becomes `Raised`."""
     try:
-        return method(*arguments)
+        with handed_over():
+            return method(*arguments)
     except (NotOffered, NoAnswer, Raised):
         raise
     except Exception as error:
         raise Raised(f"{type(error).__name__}: {error}") from error
 
 
+def as_array(value: Any) -> np.ndarray:
+    """What an implementation returned, which it may only now compute."""
+    with handed_over():
+        return np.asarray(value)
+
+
 def checked_result(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The value as float64, if it has the shape that the plug says."""
     if isinstance(value, (tuple, list)):
         raise Raised(f"{name} is a {type(value).__name__}; it must be one array")
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype.kind not in "fiubV":  # bfloat16 is of kind "V"
         raise Raised(f"{name} has dtype {array.dtype}; it must hold real numbers")
     if array.shape != tuple(shape):

@@ -27,6 +27,7 @@ from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.devices import compile_counts, device_of
+from nsa_ref.testing.handing_over import handed_over
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +199,8 @@ def refusal(implementation: Implementation, case: Case) -> str | None:
     ------
     WrongDeclaration : `supports` answers with a bool, or with anything but None or a text
     """
-    reason: Any = implementation.supports(case)
+    with handed_over():
+        reason: Any = implementation.supports(case)
     if reason is None or isinstance(reason, str):
         return reason
     raise WrongDeclaration(

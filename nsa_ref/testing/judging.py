@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.handing_over import Stopped, own_settings, stop_if_alarmed
 from nsa_ref.testing.implementation import (
     Implementation,
     NotOffered,
@@ -39,14 +40,16 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     ------
     Broken, Inconclusive, NotTried, NotOffered
     WrongDeclaration : the implementation answers `supports` with no text
+    Stopped : an alarm rang that is not the implementation's, such as that of pytest-timeout
     """
     try:
         return _ask(prop, implementation, case)
-    except (Broken, NotOffered, NoAnswer, WrongDeclaration):
+    except (Broken, NotOffered, NoAnswer, WrongDeclaration, Stopped):
         raise
     except Raised as error:
         raise Broken(prop.clause, _failure(prop, str(error), error.__cause__)) from error
     except BaseException as error:
+        stop_if_alarmed(error)
         if isinstance(error, KeyboardInterrupt) and not ignores_ctrl_c():
             raise  # the user's
         if isinstance(error, Exception) and not _oracle_can(prop, case):
@@ -81,6 +84,7 @@ def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) 
         return
 
 
+@own_settings()
 def _oracle_can(prop: Property, case: Case) -> bool:
     """True if the property gets to an answer when it asks the definition itself."""
     try:

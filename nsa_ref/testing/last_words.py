@@ -26,13 +26,14 @@ from nsa_ref.testing.findings import (
     save_finding,
     write_json,
 )
+from nsa_ref.testing.handing_over import timed
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import Broken, Failure, Record
 
-#: A case with tensors of more than 2^31 elements may take so many times as long as another one;
-#: most of that time is the judge's.
+#: A case with tensors of more than 2^31 elements may take so many times as long as another one:
+#: they are copied to their device and back.
 LARGE_TIME_FACTOR = 5
 
 
@@ -54,7 +55,7 @@ def _own_folder(options: Options) -> Path:
 def announced(
     prop: Property, implementation: Implementation, options: Options, case: Case
 ) -> Iterator[None]:
-    """Write the case down before it is launched; end this worker if it takes too long.
+    """Write the case down before it is launched; end this worker if the port takes too long.
 
     Only in a worker process: the run's own process must not be ended. The file stays until
     `withdraw`, because a crash may come a little later than its cause.
@@ -67,12 +68,8 @@ def announced(
     write_json(folder / f"{worker}.json", described(prop, implementation, options, case))
     trace = _trace_file(folder / f"{worker}.trace") if options.traces else sys.__stderr__
     assert trace is not None
-    seconds = timeout_of(prop, implementation.device, options.timeout)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
-    try:
+    with timed(timeout_of(prop, implementation.device, options.timeout), trace):
         yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def timeout_of(prop: Property, device: str, timeout: float) -> float:
@@ -152,13 +149,14 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
 
 
 def _frames(last_words: str) -> tuple[str, ...]:
-    """The innermost lines of the thread that ran the case, up to the judge's own."""
+    """Of the thread that ran the case, the line of the adapter and the innermost one."""
     here = str(Path(__file__).parent)
     for thread in last_words.split("\n\n"):
         frames = [line for line in thread.splitlines() if line.startswith("  File")]
         ours = [i for i, line in enumerate(frames) if here in line]
         if ours:
-            return tuple(frame.removeprefix("  File ") for frame in frames[: ours[0]][:4])
+            theirs = [frame.removeprefix("  File ") for frame in frames[: ours[0]]]
+            return tuple(dict.fromkeys([*theirs[-1:], *theirs[:1]]))
     return ()
 
 

@@ -20,7 +20,7 @@ class Options:
     case : run this one case instead of generated ones
     any_property : no property found the case, so that some may not be about such cases
     ledger : the file of known failures; None for the one beside the implementation, if any
-    timeout : seconds that one case may take; only worker processes are ended for it
+    timeout : seconds that the port may run in one case; only worker processes are ended for it
     traces : a worker that dies writes where it was to a file (True) or to standard error (False)
     shrink : a broken case is made smaller
     """
@@ -88,7 +88,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "type": parse_seconds,
         "default": 120.0,
         "metavar": "SECONDS",
-        "help": "time that one case may take in a worker process (default: 120)",
+        "help": "time that the port may run in one case, in a worker process (default: 120)",
     },
 }
 

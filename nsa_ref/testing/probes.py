@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsa_ref.testing.branches import Branch, Inputs
+from nsa_ref.testing.branches import Branch, Inputs, as_array
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.devices import device_of
+from nsa_ref.testing.handing_over import handed_over
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.verdicts import Raised
 
@@ -200,8 +201,9 @@ def block_mask_readings(block_mask: Any, rows: int, columns: int) -> dict[str, n
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     device = block_mask.kv_indices.device.type
     if rows and columns and batch and heads:
-        predicate = create_mask(block_mask.mask_mod, batch, heads, rows, columns, device)
-        predicate = predicate.expand(batch, heads, rows, columns).cpu().numpy()
+        with handed_over():
+            predicate = create_mask(block_mask.mask_mod, batch, heads, rows, columns, device)
+            predicate = predicate.expand(batch, heads, rows, columns).cpu().numpy()
     else:
         predicate = np.zeros((batch, heads, rows, columns), bool)
     readings = {"mask_mod": predicate.astype(np.int64)}
@@ -264,7 +266,7 @@ def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
     if hasattr(value, "kv_num_blocks") and hasattr(value, "mask_mod"):
         parts = block_mask_readings(value, rows, columns)
         return [Reading(part, cells, part != "mask_mod") for part, cells in parts.items()]
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise Raised(f"a mask of dtype {array.dtype}; it must hold booleans or integers")
     return [Reading("", array.astype(np.int64))]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
+from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
@@ -31,6 +32,7 @@ from nsa_ref.testing.verdicts import Broken, Inconclusive, NoAnswer, NotTried, R
 SHRINKING_TIME = 60.0
 
 
+@own_settings()
 def run_property(prop: Property, implementation: Implementation, options: Options) -> Record:
     """Try a property on generated cases, or on the one case of the options.
 
@@ -165,7 +167,7 @@ class _Trials:
     def _kept(self, case: Case, broken: Broken) -> Broken:
         """Write the finding to disk, before anything smaller is tried."""
         device = device_of(self.implementation.device)
-        with announced(self.prop, self.implementation, self.options, case):
+        with announced(self.prop, self.implementation, self.options, case), handed_over():
             fault = device.fault()  # waits for kernels, one of which may run for ever
         _drop_tensors(broken)
         if fault:

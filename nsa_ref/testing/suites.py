@@ -14,6 +14,7 @@ from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.findings import Finding
+from nsa_ref.testing.handing_over import own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
 from nsa_ref.testing.last_words import announced, withdraw
 from nsa_ref.testing.ledger import ledger_of
@@ -147,6 +148,7 @@ def warming_suite(*implementations: Implementation) -> dict[str, Callable[..., N
 def _warming_test(
     name: str, implementation: Implementation, branch: Branch, backward: bool, dtype: str
 ) -> Callable[[pytest.FixtureRequest], None]:
+    @own_settings()
     def test(request: pytest.FixtureRequest) -> None:
         options = _options(request)
         if options.dtypes and dtype not in options.dtypes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import trials
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
+from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.masks import WindowPlusOne
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import LEVELS
@@ -187,6 +189,117 @@ def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
     assert len(json.loads(Path(found["file"]).read_text())["text"]) > 50_000
 
 
+# --- what is the judge's own, and what the implementation's ---------------------------------------
+
+
+class RaisesAtEveryZero(Kernel):
+    """Sets all of NumPy's errors to exceptions, in every call and for good, and is right."""
+
+    def run(self, *arguments: Any) -> Any:
+        self.found = np.geterr()
+        np.seterr(all="raise")
+        with np.errstate(all="ignore"):
+            return super().run(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["A1_sliding_output", "A3_fine_gradients", "A5_compress_canary", "W1_sliding_mask_as_read"],
+)
+def test_what_a_port_sets_of_numpy_is_its_own(name: str, tmp_path: Path) -> None:
+    """It has it again in its next call, and when all is over; the judge's arithmetic never has."""
+    port, before = RaisesAtEveryZero(), np.geterr()
+    try:
+        trials.passes(name, port, tmp_path)
+        assert set(port.found.values()) == set(np.geterr().values()) == {"raise"}
+    finally:
+        np.seterr(**before)
+
+
+def test_a_port_that_is_judged_raises_what_numpy_is_set_to(tmp_path: Path) -> None:
+    """Outside of it: by the user, for instance."""
+
+    class DividesByZero(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            np.ones(1) / np.zeros(1)
+            return super().sliding_mask(case)
+
+    with np.errstate(divide="ignore"):
+        judged(DividesByZero(), tmp_path)
+    with np.errstate(divide="raise"):
+        assert "FloatingPointError: divide by zero" in found_in(DividesByZero(), tmp_path)["text"]
+
+
+def test_only_what_a_port_takes_counts_as_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still while the judge works, and goes on with what is left of the time."""
+    left: list[float] = []
+    clock = {"running": False}
+
+    def start(seconds: float, **_: Any) -> None:
+        clock["running"] = True
+        left.append(seconds)
+
+    monkeypatch.setattr("faulthandler.dump_traceback_later", start)
+    monkeypatch.setattr(
+        "faulthandler.cancel_dump_traceback_later", lambda: clock.update(running=False)
+    )
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
+
+    class Slow(SlidingMask):
+        def supports(self, case: Case) -> None:
+            assert clock["running"]
+
+        def sliding_mask(self, case: Case) -> Any:
+            assert clock["running"]
+            time.sleep(0.05)
+            return super().sliding_mask(case)
+
+    def twice(prop: Any, implementation: Implementation, case: Case) -> Any:
+        for _ in range(2):
+            assert not clock["running"]
+            time.sleep(0.2)
+            outcome = EXPOSED.check(prop, implementation, case)
+        return outcome
+
+    options = Options(findings=tmp_path, case=Case(), timeout=2.0)
+    record = run_property(dataclasses.replace(EXPOSED, check=twice), Slow(), options)
+    assert record.finding is None and record.cases == 1
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 2.0 and 1.6 < left[-1] <= 1.9  # 0.1 s of its own, 0.4 s of the judge's
+
+
+def test_an_alarm_of_somebody_else_ends_the_property(tmp_path: Path) -> None:
+    """That of pytest-timeout, which fails the test from a signal's handler: it rings once."""
+    calls = []
+
+    class Endless(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            calls.append(case)
+            until = time.monotonic() + 5
+            try:
+                while time.monotonic() < until:
+                    time.sleep(0.01)
+            except BaseException as error:
+                raise RuntimeError("interrupted") from error
+            return super().sliding_mask(case)
+
+    def handler(*_: Any) -> None:
+        pytest.fail("Timeout (>0.3s) from pytest-timeout.")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(pytest.fail.Exception, match="from pytest-timeout"):
+            judged(Endless(), tmp_path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(calls) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
 # --- the last words of a worker -------------------------------------------------------------------
 
 
@@ -203,8 +316,9 @@ def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
         (
             "Timeout (0:00:02)!\nThread 0x2 (most recent call first):\n"
             '  File "/threading.py", line 1 in wait\n\nThread 0x1 (most recent call first):\n'
+            '  File "/torch.py", line 1 in wait\n  File "/torch.py", line 7 in sync\n'
             f'  File "/port.py", line 4 in fine\n  File "{last_words.__file__}", line 9 in run\n',
-            'it hangs: no answer after 2 s\n  at "/port.py", line 4 in fine',
+            'it hangs: no answer after 2 s\n  at "/port.py", line 4 in fine\n  at "/torch.py"',
         ),
     ],
     ids=["exit", "crash", "hang"],

@@ -10,7 +10,7 @@ import numpy as np
 
 from nsa_ref.selection import Scored, scored
 from nsa_ref.selection_bounds import score_bounds
-from nsa_ref.testing.branches import call
+from nsa_ref.testing.branches import as_array, call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
 from nsa_ref.testing.implementation import Implementation
@@ -98,7 +98,7 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
 def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
     """`invalid_rows` of what the implementation chooses."""
     q, k_cmp, _, mem_k, _ = case.compressed()
-    indices = np.asarray(call(implementation.run, "select", case, q, k_cmp, mem_k))
+    indices = as_array(call(implementation.run, "select", case, q, k_cmp, mem_k))
     numerics = implementation.numerics[case.dtype]
     of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
     bounds = score_bounds(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry, numerics=numerics)

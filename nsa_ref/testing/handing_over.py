@@ -1,0 +1,144 @@
+"""Who is at work, the judge or an implementation: NumPy's settings, the clock, others' alarms.
+
+The judge's arithmetic and its time are its own. While an implementation runs, NumPy raises and
+warns as that has set it, and its clock runs; both end when it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, TextIO
+
+import numpy as np
+
+
+@dataclass
+class Clock:
+    """Ends this process once the implementation has run for so many seconds.
+
+    file : where Python writes then what it was doing
+    """
+
+    seconds: float
+    file: TextIO
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The time within is charged."""
+        started = time.monotonic()
+        # it takes no time of 0
+        faulthandler.dump_traceback_later(max(self.seconds, 0.001), exit=True, file=self.file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self.seconds -= time.monotonic() - started
+
+
+@dataclass
+class _Judging:
+    """Who is judged, and by whom.
+
+    settings : what the implementation has set of NumPy; None while nobody is judged
+    handlers : of the signals that whoever runs the judge may want to be told of
+    """
+
+    settings: Any = None
+    handlers: frozenset[CodeType] = field(default_factory=frozenset)
+    clock: Clock | None = None
+
+
+_now = _Judging()
+
+
+class Stopped(BaseException):
+    """An alarm rang: no `except` on the way, Hypothesis' neither, may take it for a finding."""
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """The judge's own arithmetic, in which nothing that NumPy meets is an error or a warning.
+
+    What is set outside is taken to be the implementation's. It has that while it runs, and it is
+    set again in the end, as it was left.
+
+    Raises
+    ------
+    BaseException : what a signal's handler raised, which was there before the implementation ran
+    """
+    global _now
+    before = _now
+    handlers = frozenset(_handlers()) if before.settings is None else before.handlers
+    _now = _Judging(np.geterr(), handlers)
+    np.seterr(all="ignore")
+    try:
+        yield
+    except Stopped as stopped:
+        assert stopped.__cause__ is not None
+        raise (stopped if before.settings is not None else stopped.__cause__) from None
+    finally:
+        np.seterr(**_now.settings)
+        _now = before
+
+
+@contextlib.contextmanager
+def timed(seconds: float, file: TextIO) -> Iterator[None]:
+    """End this process once the implementation has run for so long in here."""
+    before, _now.clock = _now.clock, Clock(seconds, file)
+    try:
+        yield
+    finally:
+        _now.clock = before
+
+
+@contextlib.contextmanager
+def handed_over() -> Iterator[None]:
+    """The implementation runs: under its own settings, and its clock with it.
+
+    Raises
+    ------
+    Stopped : from what an alarm raised meanwhile
+    """
+    if _now.settings is not None:
+        np.seterr(**_now.settings)
+    try:
+        with _now.clock.running() if _now.clock else contextlib.nullcontext():
+            yield
+    except BaseException as error:
+        stop_if_alarmed(error)
+        raise
+    finally:
+        if _now.settings is not None:
+            _now.settings = np.geterr()
+            np.seterr(all="ignore")
+
+
+def stop_if_alarmed(error: BaseException) -> None:
+    """Raise Stopped from what the handler of a signal raised, as that of pytest-timeout does.
+
+    Whatever it interrupted, and whatever was made of it on the way: it is nobody's mistake.
+    """
+    left, seen = [error], []
+    while left:
+        one = left.pop()
+        seen.append(one)
+        left += [e for e in (one.__cause__, one.__context__) if e is not None and e not in seen]
+        trace = one.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code in _now.handlers:
+                raise Stopped from one
+            trace = trace.tb_next
+
+
+def _handlers() -> Iterator[CodeType]:
+    """The Python functions that signals call in this process."""
+    for number in signal.valid_signals():
+        code = getattr(signal.getsignal(number), "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
