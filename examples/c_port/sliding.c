@@ -323,23 +323,26 @@ static int check(const char *name, const char *folder) {
         wrong += wrong_elements(file, first, "out", out, values);
         wrong += wrong_elements(file, first, "lse", lse, all);
         if (folder) {
-            size_t width = size_of(q.dtype), start = all * 8;
-            unsigned char *bytes = reserve(start + values * width + cells);
+            /* lse stands first, in float32 at least; then out, as its inputs are; then the mask */
+            const char *wide = strcmp(q.dtype, "F64") ? "F32" : "F64";
+            size_t width = size_of(q.dtype), start = all * size_of(wide);
+            size_t end = start + values * width;
+            unsigned char *bytes = reserve(end + cells);
             char header[1000];
-            memcpy(bytes, lse, start);
+            for (size_t i = 0; i < all; i++) store(wide, bytes + i * size_of(wide), lse[i]);
             for (size_t i = 0; i < values; i++) store(q.dtype, bytes + start + i * width, out[i]);
-            memcpy(bytes + start + values * width, mask, cells);
+            memcpy(bytes + end, mask, cells);
             snprintf(header, sizeof header,
-                     "{\"lse\":{\"dtype\":\"F64\",\"shape\":[%ld,%ld,%ld],"
+                     "{\"lse\":{\"dtype\":\"%s\",\"shape\":[%ld,%ld,%ld],"
                      "\"data_offsets\":[0,%zu]},"
                      "\"mask\":{\"dtype\":\"U8\",\"shape\":[%ld,%ld,%ld,%ld],"
                      "\"data_offsets\":[%zu,%zu]},"
                      "\"out\":{\"dtype\":\"%s\",\"shape\":[%ld,%ld,%ld,%ld],"
                      "\"data_offsets\":[%zu,%zu]}}",
-                     n.batch, n.q_heads, n.q_len, start, n.batch, n.q_heads, n.q_len, n.kv_len,
-                     start + values * width, start + values * width + cells, q.dtype, n.batch,
-                     n.q_heads, n.q_len, n.value_dim, start, start + values * width);
-            write_answer(folder, file, header, bytes, start + values * width + cells);
+                     wide, n.batch, n.q_heads, n.q_len, start, n.batch, n.q_heads, n.q_len,
+                     n.kv_len, end, end + cells, q.dtype, n.batch, n.q_heads, n.q_len, n.value_dim,
+                     start, end);
+            write_answer(folder, file, header, bytes, end + cells);
             free(bytes);
         }
         free(mask), free(out), free(lse);

@@ -70,9 +70,10 @@ def right_answer(entry: Mapping[str, Any], tensors: Arrays) -> Arrays:
 def rounded_answer(entry: Mapping[str, Any], tensors: Arrays) -> Arrays:
     """What the vector says itself, stored in the case's dtype."""
     dtype = DTYPES[entry["case"]["dtype"]]
-    kept = ("mask", "lse", "block_indices")
+    of_lse = np.float64 if dtype == np.float64 else np.float32
+    stored = {"mask": np.uint8, "block_indices": np.int64, "lse": of_lse}
     with np.errstate(over="ignore"):
-        return {n: tensors[n] if n in kept else tensors[n].astype(dtype) for n in entry["asks"]}
+        return {name: tensors[name].astype(stored.get(name, dtype)) for name in entry["asks"]}
 
 
 def write_answers(
