@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 
 from nsa_ref import Semantics
 from nsa_ref.testing import Case, OracleImplementation, strategies
+from nsa_ref.testing.lattice import EDGES
 
 
 class Small(OracleImplementation):
@@ -40,3 +43,20 @@ def cases(draw: st.DrawFn, about: str, **switches: Sequence[Any]) -> Case:
             max_len=12,
         )
     )
+
+
+def reaches(
+    drawn: st.SearchStrategy[Case], corner: str | Callable[[Case], object], *, within: int
+) -> None:
+    """One of `within` cases stands in the corner: the name of an edge, or a condition.
+
+    Narrowed, the cases would leave a second definition nothing to differ on.
+    """
+
+    def met(case: Case) -> bool:
+        if isinstance(corner, str):
+            return EDGES[corner].met_by(case, np.zeros(0))
+        return bool(corner(case))
+
+    some = settings(database=None, max_examples=within, phases=[Phase.generate], derandomize=True)
+    find(drawn, met, settings=some)

@@ -23,7 +23,7 @@ from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing import Case
 from nsa_ref.testing.mutants.compression import CompressionMap
 from refusals import refusal_test
-from small_cases import cases
+from small_cases import cases, reaches
 from tables import strides
 
 END = Semantics(compress_alignment="end")
@@ -100,7 +100,7 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers_and_no_gradient_at_0():
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=100)
 def test_c4_pool_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
     """Every sum is exact, and the mean has the one rounding of its division."""
     case = data.draw(pooled(compress_map))
@@ -131,6 +131,32 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
 
     bounds = {name: 1e-12 * sums.max(initial=0) for name, sums in ({"x": of_x} | terms).items()}
     check_gradients(loss, {"x": x} | weights, {"x": dx} | dweights, bounds)
+
+
+def blocks_apart(case: Case) -> int:
+    """Tokens between two windows; negative where they overlap."""
+    return case.compress_block_sliding_stride - case.compress_block_size
+
+
+CORNERS = {
+    "positions of two heads": lambda case: (
+        case.compress_positions and case.kv_heads == 2 and case.num_compress_blocks
+    ),
+    "two heads without": lambda case: (
+        not case.compress_positions and case.kv_heads == 2 and case.num_compress_blocks
+    ),
+    "sticks out": lambda case: (
+        case.semantics == END and blocks_apart(case) < 0 < case.num_compress_blocks
+    ),
+    "gaps": lambda case: blocks_apart(case) > 0 and case.num_compress_blocks,
+}
+EDGES = "l no multiple of d", "kv_len < l", "batch 0", "G = 2"
+
+
+@pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
+@pytest.mark.parametrize("corner", [*CORNERS.values(), *EDGES], ids=[*CORNERS, *EDGES])
+def test_pooled_cases_reach_the_corner(compress_map, corner):
+    reaches(pooled(compress_map), corner, within=100)
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():

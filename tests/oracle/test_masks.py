@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import Phase, find, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_ref import (
@@ -20,9 +20,8 @@ from nsa_ref import (
     sliding_mask,
 )
 from nsa_ref.testing import OracleImplementation
-from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.mutants.dense import DenseMasks
-from small_cases import cases
+from small_cases import cases, reaches
 from tables import rows, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
@@ -171,17 +170,20 @@ def test_every_mask_is_that_of_its_second_definition(branch, data):
 
 
 @pytest.mark.parametrize(
-    ("about", "edge"),
+    ("branch", "corner"),
     [
-        *(("selection", name) for name in ("partial last block", "kv_len < l", "kv_len < l'")),
-        *(("selection", name) for name in ("kv_len < q_len", "n = 0", "n > blocks", "memory 1")),
-        *(("pool", name) for name in ("l < d", "l no multiple of d", "G = 2", "batch 0")),
+        *(("sliding", name) for name in ("kv_len < q_len", "w = 0", "w > kv_len", "batch 0")),
+        *(("compress", name) for name in ("kv_len < q_len", "kv_len < l", "l < d", "memory 1")),
+        *(("fine", name) for name in ("kv_len < q_len", "kv_len < l'", "partial last block")),
+        *(("fine", name) for name in ("n = 0", "n > blocks", "batch 0", "indices mixed")),
+        pytest.param("fine", lambda case: case.q_heads > case.kv_heads > 1, id="fine-GQA"),
+        pytest.param(
+            "fine", lambda case: case.block_indices().max(initial=0) >= 2**32, id="fine-wraps"
+        ),
     ],
 )
-def test_small_cases_stand_on_the_edge(about, edge):
-    """Narrowed, they would leave a second definition nothing to differ on."""
-    some = settings(database=None, max_examples=2000, phases=[Phase.generate])
-    find(cases(about), lambda case: EDGES[edge].met_by(case, np.zeros(0)), settings=some)
+def test_mask_cases_reach_the_corner(branch, corner):
+    reaches(CASES[branch], corner, within=100)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ from nsa_ref.testing import Case
 from nsa_ref.testing.choices import INVALID, VALID, valid_selection
 from nsa_ref.testing.mutants.selection import Selector
 from refusals import refusal_test
-from small_cases import cases
+from small_cases import cases, reaches
 from tables import rows, scored_row, strides
 
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
@@ -58,6 +59,31 @@ def given_to_select(case: Case) -> tuple[list[np.ndarray], dict[str, Any]]:
     """q, k_cmp, mem_k, and the keywords that go with them."""
     q, k_cmp, _, mem_k, _ = case.compressed()
     return [q, k_cmp, mem_k], {"kv_len": case.kv_len, **case.geometry}
+
+
+def the_scores(case: Case) -> np.ndarray:
+    arrays, how = given_to_select(case)
+    return importance(*arrays, **how)
+
+
+CORNERS = {
+    "memory": lambda case: case.num_mem_kv and case.semantics.importance == "overlap",
+    "GQA": lambda case: case.q_heads > case.kv_heads > 1,
+    "forced > n": lambda case: (
+        Selector().forced(case).sum(axis=-1).max(initial=0) > case.num_selected_blocks
+    ),
+    "tie": lambda case: (np.diff(np.sort(the_scores(case), axis=-1)) == 0).any(),
+    "below the floor": lambda case: (
+        (case.semantics.score_floor, case.semantics.importance) == (0.25, "overlap")
+        and ((the_scores(case) > 0) & (the_scores(case) < 0.25)).any()
+    ),
+}
+EDGES = "partial last block", "kv_len < q_len", "n > blocks", "n = 0", "kv_len < l'", "batch 0"
+
+
+@pytest.mark.parametrize("corner", [*CORNERS.values(), *EDGES], ids=[*CORNERS, *EDGES])
+def test_selection_cases_reach_the_corner(corner):
+    reaches(CASES, corner, within=100)
 
 
 # --- candidates and forced blocks -----------------------------------------------------------------
