@@ -1,9 +1,13 @@
 """Attention a second time, by broadcasting and einsum.
 
-Masks, compression maps and selection have their second definitions in `nsa_ref.testing.mutants`.
+It shares no line with the oracle's attention, nor an idea of how to get there: where the oracle
+loops over rows, gathers visible keys and adds up, this file forms every pair and Jacobian, and
+contracts. How far apart the two may lie is what `nsa_ref.bounds` says of any float64 attention;
+tests/bounds holds those bounds by themselves.
 
-Neither shares a line with the oracle, nor an idea of how to get there: where the oracle loops over
-rows, gathers visible keys and adds up, this file forms every pair and Jacobian, and contracts.
+Masks, compression maps and selection have their second definitions in `nsa_ref.testing.mutants`:
+`DenseMasks`, `CompressionMap` and `Selector`. What these do not override is the oracle itself, so
+that a test of one compares no more than its class defines.
 """
 
 from __future__ import annotations

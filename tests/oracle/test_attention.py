@@ -1,8 +1,9 @@
-"""The oracle's attention and its gradients (clauses A): einsum, complex step, mpmath."""
+"""The oracle's attention and its gradients (clauses A): einsum, complex step, mpmath, rationals."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import mpmath
@@ -157,30 +158,74 @@ def test_a3_every_gradient_is_the_complex_step_to_1e_12(arrays, empty_row):
 
 
 @given(arrays=attentions(most=3, peak=2000.0))
-@settings(deadline=None, max_examples=40)
-def test_a1_fifty_digits_agree_up_to_huge_logits(arrays):
-    """The equations of A1 in mpmath, with no maximum subtracted: logits beyond exp's range.
+@settings(deadline=None, max_examples=100)
+def test_a1_a3_fifty_digits_agree_up_to_huge_logits(arrays):
+    """The equations of A1 and A3 in mpmath, with no maximum subtracted: logits beyond exp's range.
 
     The bound is that of any float64 attention; the error of the definition is in it.
     """
-    q, k, v, mask, _, _, scale = arrays
+    q, k, v, mask, d_out, d_lse, scale = arrays
     out, lse = attend(q, k, v, mask, scale=scale)
-    dense = dense_attention(q, k, v, mask, scale=scale)
+    dq, dk, dv = attend_vjp(*arrays[:6], scale=scale)
+    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    dense = dense_attention(*arrays[:6], scale=scale)
     group = q.shape[1] // k.shape[1]
     real = np.vectorize(mpmath.mpf, otypes=[object])
     with mpmath.workdps(50):
+        exact = {name: real(np.zeros(array.shape)) for name, array in found.items()}
         for b, h, t in np.ndindex(lse.shape):
             seen = np.flatnonzero(mask[b, h, t])
             if not seen.size:
-                assert not out[b, h, t].any() and lse[b, h, t] == -math.inf
+                exact["lse"][b, h, t] = -mpmath.inf
                 continue
+            query, arriving = real(q[b, h, t]), real(d_out[b, h, t])
             keys, values = (real(x[b, h // group, seen]) for x in (k, v))
-            s = mpmath.mpf(scale) * (keys @ real(q[b, h, t]))
-            weight = [int(mask[b, h, t, j]) * mpmath.exp(x) for j, x in zip(seen, s)]
+            s = mpmath.mpf(scale) * (keys @ query)
+            weight = np.array([int(mask[b, h, t, j]) * mpmath.exp(x) for j, x in zip(seen, s)])
             total = mpmath.fsum(weight)
-            error = abs(out[b, h, t] - np.array(weight) @ values / total)
-            assert (error <= dense["out"].bound[b, h, t]).all()
-            assert abs(lse[b, h, t] - mpmath.log(total)) <= dense["lse"].bound[b, h, t]
+            p, dp = weight / total, np.array([mpmath.fdot(row, arriving) for row in values])
+            ds = scale * p * (dp - p @ dp + d_lse[b, h, t])
+            exact["out"][b, h, t], exact["lse"][b, h, t] = p @ values, mpmath.log(total)
+            exact["dq"][b, h, t] = ds @ keys
+            exact["dk"][b, h // group, seen] += np.outer(ds, query)
+            exact["dv"][b, h // group, seen] += np.outer(p, arriving)
+        for name, array in found.items():
+            error = abs(real(array) - exact[name])
+            assert ((array == exact[name]) | (error <= dense[name].bound)).all(), name
+
+
+# --- exact rationals ------------------------------------------------------------------------------
+
+
+@given(columns=st.integers(1, 6), dim=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=100)
+def test_a1_a3_equal_logits_give_the_exact_rational_means(columns, dim, seed):
+    """q = 0: P_j = mult_j / total, and everything but lse is a fraction.
+
+    P has one rounding, a sum of `columns` products at most columns + 1 more, dS three more sums
+    of that kind: 4 (columns + 4) u times the sum of |terms| holds them all.
+    """
+    generator = np.random.default_rng(seed)
+    k, v = (generator.integers(-4, 5, (1, 1, columns, dim)).astype(float) for _ in range(2))
+    mask = generator.permutation([*generator.integers(0, 4, columns - 1), 2])
+    d_out, d_lse = generator.integers(-4, 5, (1, 1, 1, dim)), generator.integers(-4, 5, (1, 1, 1))
+    arguments = np.zeros((1, 1, 1, dim)), k, v, mask
+    out, lse = attend(*arguments, scale=1.0)
+    dq, dk, dv = attend_vjp(*arguments, d_out.astype(float), d_lse.astype(float), scale=1.0)
+
+    fraction = np.vectorize(Fraction, otypes=[object])
+    total = int(mask.sum())
+    P, V, K, dO = (fraction(x) for x in (mask / 1.0, v[0, 0], k[0, 0], d_out[0, 0, 0] / 1.0))
+    P, dL = P / total, int(d_lse.item())
+    dP, sizes = V @ dO, abs(V) @ abs(dO)
+    dS, M = P * (dP - P @ dP + dL), P * (sizes + P @ sizes + abs(dL))
+    expected = [(out, P @ V, P @ abs(V)), (dq, dS @ K, M @ abs(K)), (dk, 0 * K, 0 * K)]
+    expected.append((dv, np.outer(P, dO), abs(np.outer(P, dO))))
+    unit = Fraction(4 * (columns + 4), 2**53)
+    for actual, exact, terms in expected:
+        assert (abs(fraction(actual[0, 0]) - exact) <= unit * terms).all()
+    # log of an exact integer: the logarithm's own rounding, at most 2 units in the last place
+    assert abs(lse.item() - math.log(total)) <= 4 * U * math.log(total)
 
 
 # --- literal tables -------------------------------------------------------------------------------

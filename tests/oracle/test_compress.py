@@ -101,12 +101,22 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers_and_no_gradient_at_0():
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
-def test_c4_pool_is_that_of_the_second_definition_to_the_last_bit(compress_map, data):
-    """Every sum is exact, and the mean has the one rounding of its division."""
+def test_c4_pool_and_its_gradients_are_those_of_the_second_definition_to_the_last_bit(
+    compress_map, data
+):
+    """Every sum is exact, and the mean has the one rounding of its division; d_out is a multiple
+    of l, so that gradients are integers."""
     case = data.draw(pooled(compress_map))
-    x, weights = integers(case)
+    (x, weights), how = integers(case), case.geometry
     expected = CompressionMap().pool(case, x, weights)
-    np.testing.assert_array_equal(pool(x, weights, **case.geometry), expected)
+    np.testing.assert_array_equal(pool(x, weights, **how), expected)
+    d_out = case.compress_block_size * np.rint(2 * case.array("d_out", *expected.shape))
+    expected, of_weights = CompressionMap().pool_vjp(case, x, weights, d_out)
+    dx, dweights = pool_vjp(x, weights, d_out, **how)
+    np.testing.assert_array_equal(dx, expected)
+    assert set(dweights) == set(of_weights)
+    for name, gradient in dweights.items():
+        np.testing.assert_array_equal(gradient, of_weights[name])
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
