@@ -31,8 +31,13 @@ LONGEST_TEXT = 6000
 #: A sentence names at most so many numbers of a list.
 MOST_NUMBERS = 12
 
-_NUMBER = r"(?:[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+|nan|inf)|True|False)"
-_MANY_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:[\s,\[\]()]+{_NUMBER}){{{MOST_NUMBERS},}}")
+_REAL = r"(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+|nan|inf)"
+_BOOL = r"(?:np\.)?(?:True|False)_?"
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?<![a-z]:)(?:[-+]?{_REAL}(?: *[-+]{_REAL}j|j)?|{_BOOL})(?!\w)"  # not of cuda:0
+)
+#: What may stand between two numbers of an array: no word, but for `np.int64(` and `dtype=int64`.
+_BETWEEN = re.compile(r"(?:\W|(?<!\w)[a-zA-Z][\w.]*\(|(?<!\w)\w+=['<]?[a-zA-Z][^\s,)]*)+")
 
 #: The sentence of every remark, with a place for each of its values.
 REMARKS: dict[RemarkName, str] = {
@@ -282,13 +287,18 @@ def numbers(listed: Sequence[int]) -> str:
 
 def without_arrays(text: str) -> str:
     """The text without the middle of any long run of numbers, as printed arrays have."""
-
-    def shortened(run: re.Match[str]) -> str:
-        found, half = list(re.finditer(_NUMBER, run[0])), MOST_NUMBERS // 2
-        start, stop = found[half - 1].end(), found[-half].start()
-        return f"{run[0][:start]} ... {len(found) - 2 * half} more ... {run[0][stop:]}"
-
-    return _MANY_NUMBERS.sub(shortened, text)
+    runs: list[list[re.Match[str]]] = []
+    for number in _NUMBER.finditer(text):
+        if runs and _BETWEEN.fullmatch(text, runs[-1][-1].end(), number.start()):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    half = MOST_NUMBERS // 2
+    for run in reversed(runs):
+        if len(run) > MOST_NUMBERS:
+            start, stop = run[half - 1].end(), run[-half].start()
+            text = f"{text[:start]} ... {len(run) - 2 * half} more ... {text[stop:]}"
+    return text
 
 
 def reasons(record: Record) -> list[str]:

@@ -177,16 +177,33 @@ def test_a_finding_never_prints_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "of", [np.arange(40), np.eye(7), np.ones((5, 8), bool)], ids=["i", "f", "b"]
+    "of",
+    [np.arange(40), -np.eye(7), np.ones((5, 8), bool), np.arange(20) * 1.5j, np.full(40, np.nan)],
+    ids=["i", "f", "b", "c", "nan"],
 )
 def test_an_exception_shows_no_array(of: np.ndarray) -> None:
-    """As NumPy prints it, or a list; what stands around it is kept."""
-    for printed in (repr(of), str(of), repr(of.tolist())):
-        what = f"IndexError: at {printed}: no row 9 at (1, 2)"
-        shown = sentence(Failure(kind="exception", tensor="fine", what=what))
-        listed = shown.removeprefix("the implementation failed: IndexError: at ")
-        assert listed.endswith(": no row 9 at (1, 2)") and f" {of.size - 12} more " in listed
-        assert len(re.findall(r"[\d.]+|True", listed)) <= 12 + 6  # 9, 1, 2, how many more, and dots
+    """As NumPy or PyTorch prints it, a list, or a dict; what stands around it is kept."""
+    listed = of.ravel().tolist()
+    on_device = ", ".join(f"tensor({x}, device='cuda:0')" for x in listed)
+    for printed in (repr(of), str(of), repr(of.tolist()), str(list(of)), str(list(of.ravel()))):
+        assert_cut(printed)
+    for printed in (str(dict(enumerate(listed))), "; ".join(map(str, listed)), on_device):
+        assert_cut(printed)
+
+
+def assert_cut(printed: str) -> None:
+    """Six numbers are shown before the cut and six behind it."""
+    number = re.compile(r"(?<![\w.+:])\d|True|nan")  # where each begins
+    what = f"IndexError: at {printed}: no row 9 at (1, 2)"
+    shown = sentence(Failure(kind="exception", tensor="fine", what=what))
+    listed = shown.removeprefix("the implementation failed: IndexError: at ")
+    listed = listed.removesuffix(": no row 9 at (1, 2)")
+    before, more, after = re.split(r" \.\.\. (\d+) more \.\.\. ", listed)
+    assert [len(number.findall(part)) for part in (before, after)] == [6, 6], shown
+    assert int(more) == len(number.findall(printed)) - 12
+
+
+def test_an_exception_of_a_dozen_numbers_is_kept() -> None:
     short = f"ValueError: {list(range(12))} and 1e-5, 7 words"
     assert without_arrays(short) == short
 
