@@ -244,7 +244,7 @@ class _Judging:
             return broken.clause if name == "mask" else blame
         else:
             record.ambiguous += outcome.ambiguous
-            if not outcome.decided:
+            if not outcome.compared:
                 record.undecided += 1
                 return blame
             record.cases += 1
@@ -311,7 +311,7 @@ def _compared(question: Question, answer: Answer, name: str, clause: str) -> Out
             at_fault = clause if clause in found else next(iter(found))
             raise Broken(at_fault, found[at_fault])
         _check_some(actual.shape[:3])
-        return Outcome(ambiguous=ambiguous, decided=ambiguous < math.prod(actual.shape[:3]))
+        return Outcome(compared=math.prod(actual.shape[:3]) - ambiguous, ambiguous=ambiguous)
 
     what, expected = called(entry["method"], case, name), tensors[name]
     if name == "mask" and actual.dtype.kind not in "biu":
@@ -324,7 +324,7 @@ def _compared(question: Question, answer: Answer, name: str, clause: str) -> Out
         if (pair[0] != pair[1]).any():
             raise wrong_mask(BRANCH[entry["method"]], clause, case, *pair, "as answered")
         _check_some(expected.shape)
-        return Outcome()
+        return Outcome(compared=expected.size)
     if entry["method"] in BRANCH and name in ("out", "lse"):
         # the other of the two is taken as right
         right = Attention(tensors["out"], tensors["lse"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.handing_over import handed_over
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.verdicts import NoAnswer, Raised
@@ -118,9 +118,9 @@ class Branch:
             raise Raised(f"{self.name} returned {type(result).__name__}, not Attention(out, lse)")
         out, lse = result
         rows = (case.batch, case.q_heads, case.q_len)
-        out = checked_result(f"{self.name} out", out, (*rows, case.value_dim))
+        out = checked_tensor(case, f"{self.name} out", out, (*rows, case.value_dim))
         if lse is not None:
-            lse = checked_result(f"{self.name} lse", lse, rows)
+            lse = checked_tensor(case, f"{self.name} lse", lse, rows)
         return Attention(out, lse)
 
     def backward(
@@ -141,9 +141,9 @@ class Branch:
         else:
             dq, dk, dv = found
         return (
-            checked_result("dq", dq, inputs.q.shape),
-            checked_result("dk", dk, inputs.k.shape),
-            checked_result("dv", dv, inputs.v.shape),
+            checked_tensor(case, "dq", dq, inputs.q.shape),
+            checked_tensor(case, "dk", dk, inputs.k.shape),
+            checked_tensor(case, "dv", dv, inputs.v.shape),
         )
 
     def tensors(
@@ -177,8 +177,15 @@ def as_array(value: Any) -> np.ndarray:
         return np.asarray(value)
 
 
+def checked_tensor(case: Case, name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The value as float64, if it has the shape and the dtype that the plug says."""
+    found = checked_result(name, value, shape)
+    check_dtype(case, name, as_array(value))
+    return found
+
+
 def checked_result(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The value as float64, if it has the shape that the plug says."""
+    """The value as float64, if it holds real numbers and has the shape that the plug says."""
     if isinstance(value, (tuple, list)):
         raise Raised(f"{name} is a {type(value).__name__}; it must be one array")
     array = as_array(value)
@@ -187,3 +194,14 @@ def checked_result(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != tuple(shape):
         raise Raised(f"{name} has shape {array.shape}; it must be {tuple(shape)}")
     return array.astype(np.float64)
+
+
+def check_dtype(case: Case, name: str, array: np.ndarray) -> None:
+    """Raise Raised unless an array has the dtype of the case; an lse may be float32 beside any."""
+    allowed = [DTYPES[case.dtype]]
+    if name.endswith("lse"):
+        # no row of bounds rounds an lse to 16 bits
+        allowed = [np.dtype(np.float32)] + [dtype for dtype in allowed if dtype.itemsize == 8]
+    if array.dtype not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        raise Raised(f"{name} has dtype {array.dtype}; it must be {wanted}")

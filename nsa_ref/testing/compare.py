@@ -24,11 +24,13 @@ class Comparison:
     """budget : of the deterministic bound, or of the smaller one where both apply
     suspicion : what only the statistical form says against it
     powerless : the bound admits everything that this tensor could sensibly hold
+    elements : how many were compared; not those whose bound is inf
     """
 
     budget: float
     suspicion: WrongElement | WrongFactor | None
     powerless: bool
+    elements: int = 0
 
 
 def compare(
@@ -106,7 +108,8 @@ def compare(
             slope, limit = slope_test(have - want, want, *limits)
             if slope > limit:
                 suspicion = WrongFactor(tensor=tensor, slope=float(slope), limit=float(limit))
-    return Comparison(budget, suspicion, powerless)
+    elements = int((must_match | np.isfinite(deterministic)).sum())
+    return Comparison(budget, suspicion, powerless, elements)
 
 
 def wrong_element(
@@ -135,8 +138,10 @@ def check_exact(
     *,
     why: str,
     convention: Convention | None = None,
-) -> None:
+) -> int:
     """Compare elements that nothing may change, not even rounding; NaN is equal to NaN.
+
+    Returns how many there were.
 
     Shapes
     ------
@@ -151,3 +156,4 @@ def check_exact(
     if wrong.any():
         fault = wrong_element(tensor, first_at(wrong), actual, expected, why=why)
         raise Broken(clause, fault, convention=convention)
+    return int(np.broadcast_to(where, actual.shape).sum())

@@ -13,6 +13,7 @@ num_mem_kv, ...). lse is natural, (batch, q_heads, q_len).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.devices import compile_counts, device_of
 from nsa_ref.testing.handing_over import handed_over
+from nsa_ref.testing.verdicts import Raised
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +179,11 @@ class Implementation:
         if not self.offers(method):
             raise NotOffered(method)
         # copies: what is written into them is nothing that the judge goes by
-        return getattr(self, method)(case, *map(_copied, arguments))
+        given = [_copied(argument) for argument in arguments]
+        before, handed = _named(method, arguments), _named(method, given)
+        found = getattr(self, method)(case, *given)
+        _check_untouched(method, before, handed)
+        return found
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
         """Gradients of `method`: arguments as for it, then d_out (and d_lse for a branch)."""
@@ -216,6 +222,38 @@ def _copied(argument: Any) -> Any:
     if isinstance(argument, dict):
         return {name: _copied(item) for name, item in argument.items()}
     return argument
+
+
+def _named(method: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arrays, or tensors, among the arguments of a method, by the names that the plug has."""
+    names = list(inspect.signature(getattr(Implementation, method)).parameters)[2:]
+    found: dict[str, Any] = {}
+    for name, argument in zip(names, arguments):
+        if isinstance(argument, dict):
+            found |= {f"{name}[{key!r}]": item for key, item in argument.items()}
+        else:
+            found[name] = argument
+    return found
+
+
+def _check_untouched(method: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Compare the bits of arrays that were handed in with what they hold after the call.
+
+    Raises
+    ------
+    Raised : one was written into, which another kernel may still have to read
+    """
+    for name, old in before.items():
+        new = after[name]
+        if new is old:  # tensors, which are compared as arrays
+            continue
+        bits = np.dtype(f"i{old.itemsize}")
+        changed = old.view(bits) != new.view(bits) if new.shape == old.shape else np.ones(1, bool)
+        if changed.any():
+            raise Raised(
+                f"{method} wrote into its argument {name}: {changed.sum()} of {old.size} elements "
+                "are no longer what was handed in"
+            )
 
 
 def _leaves(inputs: Sequence[Any]) -> list[torch.Tensor]:
@@ -297,8 +335,11 @@ class TorchImplementation(Implementation):
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
         tensors = self._tensors(case, arguments, grad=False)
+        handed = _named(method, tensors)
         self._before(case, tensors)
-        return self.array(super().run(method, case, *tensors))
+        found = super().run(method, case, *tensors)
+        _check_untouched(method, _named(method, arguments), self.array(handed))
+        return self.array(found)
 
     def offers_vjp(self, method: str) -> bool:
         return self.offers(method)
@@ -315,6 +356,7 @@ class TorchImplementation(Implementation):
         gradients = 2 if attention else 1
         inputs = self._tensors(case, arguments[:-gradients], grad=True)
         d_outputs = self._tensors(case, arguments[-gradients:], grad=False)
+        handed = _named(f"{method}_vjp", [*inputs, *d_outputs])
         self._before(case, [*inputs, *d_outputs])
         outputs: Any = getattr(self, method)(case, *inputs)
         if not attention:
@@ -339,6 +381,7 @@ class TorchImplementation(Implementation):
         found = torch.autograd.grad(
             outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
         )
+        _check_untouched(f"{method}_vjp", _named(f"{method}_vjp", arguments), self.array(handed))
         gradients_of = {id(leaf): self.array(grad) for leaf, grad in zip(leaves, found)}
 
         def gather(item: Any) -> Any:

@@ -27,12 +27,14 @@ class Edge:
     reads : the fields of a case that decide it, or VISIBLE
     met : whether a case stands on it, a function of the values of `reads`
     about : cases about anything else never stand on it (keys of `strategies.ABOUT`)
+    empty : such cases may have nothing in them; it is enough that they are tried
     """
 
     name: str
     reads: tuple[str, ...]
     met: Callable[..., bool]
     about: Collection[str] = tuple(ABOUT)
+    empty: bool = False
 
     def met_by(self, case: Case, visible: np.ndarray) -> bool:
         """True if the case stands on it, given the number of visible keys of each row."""
@@ -72,7 +74,7 @@ _EDGES = (
     Edge("l no multiple of d", WINDOW, lambda block, stride: block % stride != 0, WINDOWS),
     Edge("l < d", WINDOW, lt, WINDOWS),
     Edge("kv_len < l'", BLOCKS, lt),
-    Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS),
+    Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS, empty=True),
     Edge("q_len 1", ("q_len",), lambda q_len: q_len == 1),
     Edge("kv_len = q_len + 1", LENGTHS, lambda q_len, kv_len: kv_len == q_len + 1, NOT_LAYERS),
     Edge("kv_len = q_len - 1", LENGTHS, lambda q_len, kv_len: kv_len == q_len - 1, NOT_LAYERS),
@@ -95,7 +97,7 @@ _EDGES = (
     Edge("Dk != Dv", ("head_dim", "value_dim"), ne),
     Edge("head_dim no power of two", ("head_dim",), lambda dim: dim & (dim - 1) != 0, NOT_LAYERS),
     Edge("head_dim > 128", ("head_dim",), lambda head_dim: head_dim > 128, NOT_LAYERS),
-    Edge("batch 0", ("batch",), lambda batch: batch == 0),
+    Edge("batch 0", ("batch",), lambda batch: batch == 0, empty=True),
     Edge("batch 3", ("batch",), lambda batch: batch == 3, NOT_LAYERS),
     Edge("memory 0", ("num_mem_kv",), lambda memory: memory == 0),
     Edge("memory 1", ("num_mem_kv",), lambda memory: memory == 1),

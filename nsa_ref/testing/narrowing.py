@@ -97,7 +97,7 @@ def broken_clause(prop: Property, implementation: Implementation, case: Case) ->
         return broken.clause
     except (NotOffered, Inconclusive):
         return None
-    return "" if outcome.decided else None
+    return "" if outcome.compared else None
 
 
 def narrowed(sample: Sample) -> tuple[Condition, ...]:

@@ -254,15 +254,26 @@ def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
     """What a `*_mask` method returned, in every way in which it can be read.
 
     A `Reading` in it is taken as it is: masks that do not leave their process are read there.
+
+    Raises
+    ------
+    Raised : no mask, an empty dict, or two masks whose names are the same
     """
     if isinstance(value, Reading):
         return [value]
     if isinstance(value, dict):
-        return [
+        found = [
             reading._replace(name=f"{name} {reading.name}".strip())
             for name, item in value.items()
             for reading in exposed_readings(item, rows, columns)
         ]
+        if not found:
+            raise Raised("an empty dict is no mask")
+        names = [reading.name for reading in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise Raised(f"a dict has two masks {name!r}: each must have a name of its own")
+        return found
     if hasattr(value, "kv_num_blocks") and hasattr(value, "mask_mod"):
         parts = block_mask_readings(value, rows, columns)
         return [Reading(part, cells, part != "mask_mod") for part, cells in parts.items()]

@@ -21,7 +21,7 @@ from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
-from nsa_ref.testing.lattice import case_edges
+from nsa_ref.testing.lattice import EDGES, case_edges
 from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
@@ -154,15 +154,21 @@ class _Trials:
     def _count(self, case: Case, outcome: Outcome) -> None:
         record = self.record
         record.ambiguous += outcome.ambiguous
-        if not outcome.decided:
+        edges = case_edges(self.prop, case)
+        if not outcome.compared and outcome.ambiguous:
             record.undecided += 1
+            return
+        if not outcome.compared:
+            # it was tried, and did not fail
+            record.inconclusive["no element",] += 1
+            record.edges.update(edge for edge in edges if EDGES[edge].empty)
             return
         record.cases += 1
         if outcome.powerless:
             record.inconclusive["powerless tensor",] += 1
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
-        record.edges.update(case_edges(self.prop, case))
+        record.edges.update(edges)
 
     def _kept(self, case: Case, broken: Broken) -> Broken:
         """Write the finding to disk, before anything smaller is tried."""

@@ -376,7 +376,7 @@ def test_the_report_is_json_whatever_is_in_it() -> None:
 
 
 def test_nothing_but_ambiguous_rows_is_no_pass(tmp_path: Path) -> None:
-    undecided = Outcome(ambiguous=3, decided=False)
+    undecided = Outcome(compared=0, ambiguous=3)
     prop = dataclasses.replace(PROPERTIES["I5_selection"], check=lambda *_: undecided)
     result = run_property(prop, OracleImplementation(), Options(findings=tmp_path))
     assert (result.cases, not result.edges) == (0, True)

@@ -46,7 +46,7 @@ def refused(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> Wron
 
 def test_equal_arrays_use_nothing_of_the_budget() -> None:
     """Nor do empty ones."""
-    assert compare("A1", "out", EXPECTED, EXPECTED, BOUND) == Comparison(0.0, None, False)
+    assert compare("A1", "out", EXPECTED, EXPECTED, BOUND) == Comparison(0.0, None, False, 24)
     assert compare("A1", "out", *[np.zeros((1, 0, 3))] * 5) == Comparison(0.0, None, False)
 
 
@@ -182,7 +182,7 @@ def test_rows_that_hold_no_number_are_no_part_of_the_slope() -> None:
     bound = np.full(expected.shape, 2.0**-8)
     bound[0] = math.nan
     arrays = (expected, 4 * bound, bound, np.zeros(expected.shape))
-    assert compare("A1", "lse", expected, *arrays) == Comparison(0.0, None, False)
+    assert compare("A1", "lse", expected, *arrays) == Comparison(0.0, None, False, 256)
     found = compare("A1", "lse", expected * (1 + 2.0**-11), *arrays)
     assert isinstance(found.suspicion, WrongFactor)
 
@@ -209,7 +209,7 @@ def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> Non
     """It is drawn again with other data; one seed that does not show it, and it is dropped."""
     case = Case(seed=7)
     odd = WrongFactor(tensor="out", slope=1.0, limit=0.5)
-    right = Outcome(budget=2.0, ambiguous=3)
+    right = Outcome(compared=1, budget=2.0, ambiguous=3)
     suspicious = dataclasses.replace(right, suspicion=odd)
     prop, asked = property_that(*[suspicious] * (1 + recurs), *[right] * (3 - recurs))
     if recurs == 3:
@@ -220,7 +220,7 @@ def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> Non
     else:
         outcome = judge(prop, OracleImplementation(), case)
         # what a dropped suspicion used of its budget would read as a failure
-        assert outcome == Outcome(budget=None, ambiguous=3, suspicion=None)
+        assert outcome == Outcome(compared=1, budget=None, ambiguous=3, suspicion=None)
     assert len(asked) == len({fresh.seed for fresh in asked}) == 4
     assert asked[0] == case
 
@@ -232,8 +232,8 @@ def test_any_other_answer_is_drawn_once() -> None:
         with pytest.raises(type(answer)):
             judge(prop, OracleImplementation(), Case())
         assert asked == [Case()]
-    prop, asked = property_that(Outcome(budget=0.5))
-    assert judge(prop, OracleImplementation(), Case()) == Outcome(budget=0.5)
+    prop, asked = property_that(Outcome(compared=1, budget=0.5))
+    assert judge(prop, OracleImplementation(), Case()) == Outcome(compared=1, budget=0.5)
     assert asked == [Case()]
 
 
@@ -242,7 +242,7 @@ def test_a_case_that_is_refused_is_not_offered() -> None:
         def supports(self, case: Case) -> str | None:
             return "no single queries" if case.q_len == 1 else None
 
-    prop, _ = property_that(Outcome())
+    prop, _ = property_that(Outcome(compared=1))
     with pytest.raises(NotOffered, match="no single queries"):
         judge(prop, Picky(), Case())
-    assert judge(prop, Picky(), Case(q_len=2)) == Outcome()
+    assert judge(prop, Picky(), Case(q_len=2)) == Outcome(compared=1)

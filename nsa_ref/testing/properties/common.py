@@ -22,16 +22,16 @@ from nsa_ref.testing.verdicts import Inconclusive, Remark, WrongElement, WrongFa
 
 @dataclass(frozen=True)
 class Outcome:
-    """budget : largest share of a bound that was used, None if nothing was compared with one
+    """compared : how many elements could have been wrong; a case without any decides nothing
+    budget : largest share of a bound that was used, None if nothing was compared with one
     ambiguous : rows whose choice of blocks cannot be decided (I5)
-    decided : False if that is all that there was
     powerless : tensors beside others whose bounds admit any value
     suspicion : what speaks against the implementation only statistically
     """
 
+    compared: int
     budget: float | None = None
     ambiguous: int = 0
-    decided: bool = True
     powerless: int = 0
     suspicion: WrongElement | WrongFactor | None = None
 
@@ -235,14 +235,18 @@ def compare_all(
             tensors += [getattr(bound, name) for bound in bounds]
             which, some = f"{prop.the_branch.name} {name}", None if name in ("dk", "dv") else rows
             comparisons.append(compare(prop.clause, which, *tensors, part=part, rows=some))
-    return settle(comparisons)
+    return settle(comparisons, sent=bool(not prop.backward or expected[0].size))
 
 
-def settle(comparisons: Sequence[Comparison]) -> Outcome:
-    """Several tensors' comparisons in one."""
+def settle(comparisons: Sequence[Comparison], *, sent: bool = True) -> Outcome:
+    """Several tensors' comparisons in one.
+
+    sent : False if no gradient was sent: that none comes back then shows nothing
+    """
     if comparisons and all(c.powerless for c in comparisons):
         raise Inconclusive("powerless")
     return Outcome(
+        compared=sum(c.elements for c in comparisons) if sent else 0,
         budget=max((c.budget for c in comparisons if not c.powerless), default=None),
         powerless=sum(c.powerless for c in comparisons),
         suspicion=next((c.suspicion for c in comparisons if c.suspicion), None),

@@ -7,7 +7,7 @@ import numpy as np
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import call, checked_result
+from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare, first_at
 from nsa_ref.testing.implementation import Implementation
@@ -58,9 +58,9 @@ def pooled_gradients(prop: Property, implementation: Implementation, case: Case)
         ("dx", dx, want_dx, bounds.dx),
         *((f"d{n}", dweights[n], want, bounds.dweights[n]) for n, want in want_dweights.items()),
     ]:
-        have = checked_result(name, have, want.shape)
+        have = checked_tensor(case, name, have, want.shape)
         comparisons.append(compare("C4", f"pool ({case.compress_map}) {name}", have, want, bound))
-    return settle(comparisons)
+    return settle(comparisons, sent=d_out.size > 0)
 
 
 def _pooled(
@@ -71,7 +71,7 @@ def _pooled(
     numerics = implementation.numerics[case.dtype]
     bounds = pool_bounds(x, weights, **case.geometry, numerics=numerics)
     expected = pool(x, weights, **case.geometry)
-    return checked_result("pool", found, _blocks(case)), expected, bounds.out
+    return checked_tensor(case, "pool", found, _blocks(case)), expected, bounds.out
 
 
 def _blocks(case: Case) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
-from nsa_ref.testing.branches import COMPRESS, GRADIENTS, Branch, Inputs, call
+from nsa_ref.testing.branches import COMPRESS, GRADIENTS, Branch, Inputs, call, check_dtype
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
 from nsa_ref.testing.devices import device_of
@@ -85,7 +85,8 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
         row = _row(branch, case, blank.block_indices, t).astype(np.float64)
         n.append(row.sum(-1))
         # whole numbers: exact
-        total.append((row.reshape(*heads, row.shape[-1]) @ signs).reshape(*row.shape[:2], -1))
+        by_group = row.reshape(*heads, row.shape[-1]) @ signs
+        total.append(by_group.reshape(*row.shape[:2], case.value_dim))
     count, sums = np.stack(n, axis=2), np.stack(total, axis=2)
     squares = count[..., None] ** 2
     # P = 1 / n, if it is stored, may underflow, and n of it are added
@@ -94,7 +95,7 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
     with np.errstate(invalid="ignore", over="ignore"):
         summed = out[:, :, rows] * count[..., None]
         counted = None if lse is None else np.exp(lse[:, :, rows])
-    compare(
+    compared = compare(
         prop.clause,
         f"{branch.name} out times the number of visible keys",
         summed,
@@ -117,7 +118,7 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
         raise Inconclusive("no visible key")
     if not (sees[..., None] & (slack < 0.25)).any():
         raise Inconclusive("rounded sums")
-    return Outcome()
+    return Outcome(compared=compared.elements)
 
 
 def long_backward_mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -134,10 +135,11 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
         d_out[:, heads, t, c] = 1
     d_lse = np.zeros(shape, DTYPES[case.dtype])
     _, _, dv = branch.backward(implementation, case, blank, d_out, d_lse)
-    told = False
+    told, compared = False, 0
     for c, t in enumerate(rows):
         visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
         told |= bool(visible.any())
+        compared += visible.size
         seen = dv[..., c] != 0
         if branch.empty_row(case) != "zero":
             # such a row reads all columns, or none
@@ -150,7 +152,7 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
             raise Broken("A3", fault)
     if not told:
         raise Inconclusive("no visible key")
-    return Outcome()
+    return Outcome(compared=compared)
 
 
 def long_values(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -229,6 +231,7 @@ def large(prop: Property, implementation: Implementation, case: Case) -> Outcome
         raise Raised(f"{branch.name} returned {len(found)} arrays, not {len(names)}")
     for name, tensor in zip(names, found):
         if tensor is not None:
+            check_dtype(case, name, tensor)
             _check_entries(prop, name, tensor, f, g)
     return _first_entry(prop, implementation, alone, once, found, gradients)
 

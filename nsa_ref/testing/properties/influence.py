@@ -122,6 +122,9 @@ def canary(prop: Property, implementation: Implementation, case: Case) -> Outcom
     base = run(inputs, *d)
     bounds = bounds_of(branch, implementation, case, inputs, mask, *d)
     comparisons: list[Comparison] = []
+    elements = sum(int(np.broadcast_to(compared[name], x.shape).sum()) for name, x in base.items())
+    if prop.backward and silent.all():
+        elements = 0  # nothing is sent, and nothing comes back
     for what, other in _plants(implementation, planted, where):
         finite = np.isfinite(other.v[where].astype(np.float64)).all()
         if prop.backward and sees.any() and not finite:
@@ -134,7 +137,7 @@ def canary(prop: Property, implementation: Implementation, case: Case) -> Outcom
             here[where] = True
             why = "nothing comes back to rows that see this key"
             check_exact("A5", f"{branch.name} {name}", found[name], 0.0, here, why=why)
-    return settle(comparisons)
+    return dataclasses.replace(settle(comparisons), compared=elements)
 
 
 def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -160,4 +163,4 @@ def heads(prop: Property, implementation: Implementation, case: Case) -> Outcome
                     why=f"h // G with G={case.group_size} is {owner}",
                 )
                 raise Broken("A1", fault)
-    return Outcome()
+    return Outcome(compared=case.kv_heads * int((rows > 0).sum()))

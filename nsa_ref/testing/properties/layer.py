@@ -18,7 +18,7 @@ from nsa_ref.layer import layer, layer_block_indices, layer_vjp, selection_input
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
-from nsa_ref.testing.branches import call, checked_result
+from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
@@ -114,7 +114,8 @@ class Asked:
         """The output against its bound; undecided rows are admitted whatever they hold."""
         run, case = self.implementation.run, self.case
         found = call(run, self.method, case, self.weights, self.x, *self.blocks(truth))
-        actual = checked_result(self.method, found, (*self.x.shape[:2], case.layer_width))
+        shape = (*self.x.shape[:2], case.layer_width)
+        actual = checked_tensor(case, self.method, found, shape)
         bound = np.where(self.undecided(truth)[..., None], np.inf, truth.bounds.out)
         return compare(clause, self.method, actual, truth.output(), bound)
 
@@ -129,9 +130,9 @@ class Asked:
 
 def settle_rows(comparisons: Sequence[Comparison], undecided: np.ndarray) -> Outcome:
     """Several comparisons in one, and how many rows were undecided."""
-    rows = int(undecided.sum())
     settled = settle(comparisons)
-    return dataclasses.replace(settled, ambiguous=rows, decided=not rows or rows < undecided.size)
+    compared = 0 if undecided.all() else settled.compared  # of no rows, too
+    return dataclasses.replace(settled, ambiguous=int(undecided.sum()), compared=compared)
 
 
 def scores_decide(case: Case) -> None:
@@ -308,8 +309,9 @@ def run_vjp(asked: Asked, clause: str, *more: np.ndarray) -> tuple[np.ndarray, W
         unknown = sorted(set(found[1]) - set(weights))
         what = f"{method}_vjp lacks gradients of {missing}, has {unknown}"
         raise Broken(clause, Failure(kind="result", tensor=method, what=what))
-    dweights = {n: checked_result(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
-    return checked_result("dx", found[0], x.shape), dweights
+    check = functools.partial(checked_tensor, asked.case)
+    dweights = {n: check(f"d{n}", found[1][n], w.shape) for n, w in weights.items()}
+    return check("dx", found[0], x.shape), dweights
 
 
 def compare_weights(

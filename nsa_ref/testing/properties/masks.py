@@ -115,7 +115,7 @@ def exposed(prop: Property, implementation: Implementation, case: Case) -> Outco
         if (actual != expected).any():
             reading = f"{branch.name}_mask as exposed{', ' if name else ''}{name}"
             raise wrong_mask(branch, prop.clause, case, expected, actual, reading, is_list=is_list)
-    return Outcome()
+    return Outcome(compared=expected.size)
 
 
 def read_forward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -126,16 +126,17 @@ def read_forward(prop: Property, implementation: Implementation, case: Case) -> 
     if (actual != expected).any():
         reading = f"{branch.name}, forward read out by one-hot values"
         raise wrong_mask(branch, prop.clause, case, expected, actual, reading)
-    return Outcome()
+    return Outcome(compared=expected.size)
 
 
 def read_backward(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """The mask that gradients show: which pairs of rows and columns take part in them."""
     branch = prop.the_branch
-    mask = oracle_mask(branch, case)
+    mask, compared = oracle_mask(branch, case), 0
     for pattern in probes.backward_patterns(implementation, branch, case, mask):
         wrong = pattern.wrong()
         if not wrong.any():
+            compared += int(pattern.decided.sum())
             continue
         at = first_at(wrong)
         expected = pattern.visible[at[:2]].astype(int)
@@ -145,4 +146,4 @@ def read_backward(prop: Property, implementation: Implementation, case: Case) ->
         fault = wrong_cell(branch, case, at, *counts, how, pattern.gradient)
         masks, but = excerpt(expected, seen), "the forward is right"
         raise Broken("A3", dataclasses.replace(fault, but=but, masks=masks))
-    return Outcome()
+    return Outcome(compared=compared)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from nsa_ref.layer_bounds import packed_weight_bounds
-from nsa_ref.testing.branches import call, checked_result
+from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
@@ -104,7 +104,7 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     asked = packed.asked
     arguments = asked.weights, asked.x, packed.cu_seqlens
     found = call(implementation.run, "varlen", asked.case, *arguments)
-    actual = checked_result("varlen", found, (len(asked.x), case.layer_width))
+    actual = checked_tensor(case, "varlen", found, (len(asked.x), case.layer_width))
     compared = []
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):

@@ -70,7 +70,7 @@ def valid_choice(prop: Property, implementation: Implementation, case: Case) -> 
         clause = prop.clause if prop.clause in found else next(iter(found))
         raise Broken(clause, found[clause])
     rows = case.batch * case.selection_heads * case.q_len
-    return Outcome(ambiguous=ambiguous, decided=not ambiguous or ambiguous < rows)
+    return Outcome(compared=(rows - ambiguous) * case.num_selected_blocks, ambiguous=ambiguous)
 
 
 def _wrong_without_forced_blocks(implementation: Implementation, case: Case) -> bool:
