@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -32,12 +32,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import nsa_ref
 from nsa_ref.testing.beginning import begin
 from nsa_ref.testing.branches import BRANCHES
+from nsa_ref.testing.causes import by_weight, fold, questions
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
-from nsa_ref.testing.explaining import explain
+from nsa_ref.testing.explaining import explain, pages_folder
 from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
@@ -95,6 +95,7 @@ class Collector:
         self.warmed: list[Record] = []
         self.trials: list[Trial] = []
         self.sampled = Sampled()
+        self.answers: dict[int, str | None] = {}
         self.findings: list[Finding] = []
         self.kept: defaultdict[int, list[Record]] = defaultdict(list)
         self.errors: list[str] = []
@@ -143,6 +144,10 @@ class Collector:
         elif "nsa_ref_sampled" in properties and report.when == "call":
             self.sampled.add(properties["nsa_ref_sampled"])
             self._advance("judging cases like it")
+        elif "nsa_ref_answer" in properties and report.when == "call":
+            number, broken = properties["nsa_ref_answer"]
+            self.answers[number] = broken
+            self._advance("trying what the findings have in common")
         elif "nsa_ref" in properties and report.when in ("call", "???"):
             record = Record.from_json(properties["nsa_ref"])
             self.records.append(record)
@@ -158,6 +163,8 @@ class Collector:
         elif report.failed and (died := re.search(r"::test_case\[(\d+)\]$", report.nodeid)):
             # it took its worker down, as the finding says
             self.sampled.add({"number": int(died[1]), "broken": DIED})
+        elif report.failed and "asking_suite.py" in report.nodeid:
+            pass  # a question without an answer: nothing is folded for it
         elif report.failed:
             name = report.nodeid.rpartition("::test_")[2]
             self.errors.append(f"{name}: {_error_line(report)}")
@@ -250,6 +257,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     collector = run(total=len(properties) * len(chosen), options=options)
     seconds = time.monotonic() - started
     asked_for = Counter(p.clause for p in properties for _ in chosen)
+    if not collector.interrupted:
+        _fold(collector, run)
     records, findings = collector.records, collector.findings
     about = {
         "implementation": names,
@@ -282,6 +291,21 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
                 "another --seed; what the implementation cannot do belongs into its `limits`"
             )
     return code
+
+
+def _fold(collector: Collector, run: Callable[..., Collector]) -> None:
+    """Find out which of the findings have one cause, and put first what is to be looked at."""
+    collector.findings[:] = findings = by_weight(collector.findings)
+    asked = questions(findings)
+    answers: dict[int, str | None] = {}
+    if asked:
+        with _temporary_folder() as folder:
+            listed = Path(folder) / "questions.json"
+            listed.write_text(json.dumps([question.to_json() for question in asked]))
+            suite = Path(__file__).parent / "asking_suite.py"
+            options = [f"--nsa-questions={listed}"]
+            answers = run(total=len(asked), tests=[str(suite)], options=options).answers
+    fold(findings, asked, answers)
 
 
 class Found(Protocol):
@@ -711,13 +735,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise CannotRun(f"{message}. See {self.prog} --help")
-
-
-def pages_folder() -> Path:
-    """docs/: in a wheel beside the code, in a checkout beside the package."""
-    package = Path(nsa_ref.__file__).parent
-    inside = package / "docs"
-    return inside if inside.is_dir() else package.parent / "docs"
 
 
 def _parser() -> argparse.ArgumentParser:

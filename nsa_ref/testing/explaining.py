@@ -37,11 +37,15 @@ def explain(subject: str) -> str:
     return _preset(name) if name in PRESETS else _property(name)
 
 
-def _page(name: str) -> str:
-    """A page of docs/, which stands in the package where it was installed from a wheel."""
+def pages_folder() -> Path:
+    """docs/: in a wheel beside the code, in a checkout beside the package."""
     package = Path(nsa_ref.__file__).parent
-    folders = (package / "docs", package.parent / "docs")
-    return next(folder for folder in folders if folder.is_dir()).joinpath(name).read_text("utf-8")
+    inside = package / "docs"
+    return inside if inside.is_dir() else package.parent / "docs"
+
+
+def _page(name: str) -> str:
+    return (pages_folder() / name).read_text("utf-8")
 
 
 def _clause(name: str) -> str:

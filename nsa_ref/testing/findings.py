@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from nsa_ref.testing.case import Case, load_case
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Property
-from nsa_ref.testing.verdicts import Broken
+from nsa_ref.testing.verdicts import FAILURES, Broken
 from nsa_ref.testing.wording import describe
 
 #: JSON values: what `described`, `broken_data` and `save_finding` give.
@@ -109,12 +110,38 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Findings that are likely to have one cause, together: alike in all but place and numbers."""
+    """Findings that are likely to have one cause, together; the first is the one to look at.
+
+    They have the same `cause`, if that was tried (see `causes`), or are alike but for numbers.
+    """
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
-        key = tuple(finding[name] for name in ("implementation", "clause", "kind", "tensor"))
+        key = (finding["cause"],) if "cause" in finding else alike_as(finding)
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
+
+
+def alike_as(finding: Finding) -> tuple[str, ...]:
+    """What findings share that are alike in all but place and numbers."""
+    who, fault = finding["implementation"], finding["fault"]
+    if finding["kind"] in FAILURES:
+        # the line that raised says more than the message, which may name sizes
+        place = fault["where"][-1] if fault["where"] else re.sub(r"\d+", "", fault["what"])
+        return who, finding["kind"], place
+    if fault.get("actual") == "nan":
+        return who, "nan", finding["tensor"].partition(" ")[0]
+    return who, finding["clause"], finding["kind"], finding["tensor"]
+
+
+def seen_under(findings: Iterable[Finding]) -> dict[str, str]:
+    """File of a finding -> the clause under which its failure, or its NaN, is told already."""
+    under = {}
+    for first, *others in grouped(findings):
+        no_value = first["kind"] in FAILURES or first["fault"].get("actual") == "nan"
+        for other in others if no_value else ():
+            if other["clause"] != first["clause"]:
+                under[other["file"]] = first["clause"]
+    return under
 
 
 def remove_if_empty(*folders: Path) -> None:

@@ -105,6 +105,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(option_name(name), dest=destination(name), **about)
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
     group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
+    group.addoption("--nsa-questions", default="", help="for nsa-ref verify: what is to be tried")
     group.addoption("--nsa-case", action="append", help="for nsa-ref replay: run this file's case")
 
 

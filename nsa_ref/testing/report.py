@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from nsa_ref.testing.findings import Finding, finite, grouped
+from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import wrong_entries
 from nsa_ref.testing.verdicts import Record
@@ -22,10 +22,12 @@ from nsa_ref.testing.wording import message, printable, reasons, remark
 
 SCHEMA = "nsa-ref-report-2"
 
-#: What the report of `--json` has of a finding; `ended`, if it took its process down.
+#: What the report of `--json` has of a finding; `ended`, if it took its process down;
+#: `cause` and `gone`, if others' cases were tried (see `causes`).
 REPORTED = (
     *("clause", "property", "implementation", "case", "kind", "tensor", "fault", "worst"),
     *("convention", "notes", "file", "replay", "text", "ended"),
+    *("cause", "gone"),
 )
 
 COLOURS = {
@@ -45,6 +47,7 @@ class Clause:
     total : the records of its properties in one
     findings : cases that broke it, by whichever property
     asked_for, missing : how many properties were asked for, and how many of them came to no end
+    untold : properties that could not judge it for a failure that another clause's finding tells
     """
 
     id: str
@@ -52,6 +55,7 @@ class Clause:
     findings: list[Finding]
     asked_for: int
     missing: int
+    untold: int = 0
 
     @property
     def verdict(self) -> str:
@@ -61,7 +65,7 @@ class Clause:
         """
         if self.findings:
             return "fail"
-        if self.missing:
+        if self.missing or self.untold:
             return "inconclusive"
         if self.known:
             return "known"
@@ -119,7 +123,7 @@ def clauses(
 
     asked_for : clause -> number of records that a complete run has; fewer are no pass
     """
-    asked_for = asked_for or {}
+    asked_for, told = asked_for or {}, seen_under(findings)
     names = {r.clause for r in records} | {f["clause"] for f in findings} | set(asked_for)
     verdicts = []
     for name in CLAUSES:
@@ -128,13 +132,16 @@ def clauses(
         own = [record for record in records if record.clause == name]
         ended = sum(not record.lost for record in own)
         asked = asked_for.get(name, ended)
-        broken = [finding for finding in findings if finding["clause"] == name]
-        verdicts.append(Clause(name, _total(name, own), broken, asked, asked - ended))
+        all_broken = [finding for finding in findings if finding["clause"] == name]
+        broken = [finding for finding in all_broken if finding["file"] not in told]
+        untold = len(all_broken) - len(broken)
+        total = _total(name, own, told)
+        verdicts.append(Clause(name, total, broken, asked, asked - ended, untold))
     return verdicts
 
 
-def _total(clause: str, records: Sequence[Record]) -> Record:
-    """The records of a clause in one."""
+def _total(clause: str, records: Sequence[Record], told: Mapping[str, str]) -> Record:
+    """The records of a clause in one; told : as `seen_under` gives it."""
     total = Record(name="", clause=clause)
     for record in records:
         total.ambiguous += record.ambiguous
@@ -144,9 +151,11 @@ def _total(clause: str, records: Sequence[Record]) -> Record:
         total.not_tried += record.not_tried
         total.known += record.known
         total.spared += record.spared
-        if record.finding is not None and record.finding["clause"] != clause:
+        finding = record.finding
+        blamed = clause if finding is None else told.get(finding["file"], finding["clause"])
+        if blamed != clause:
             # what another clause is to blame for says nothing about this one
-            total.inconclusive["see", record.name, record.finding["clause"]] += 1
+            total.inconclusive["see", record.name, blamed] += 1
             continue
         total.cases += record.cases
         if record.budget_used is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 import traceback
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.conventions import declaring
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
@@ -26,7 +28,14 @@ from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
-from nsa_ref.testing.verdicts import Broken, Inconclusive, NoAnswer, NotTried, Record
+from nsa_ref.testing.verdicts import (
+    Broken,
+    Convention,
+    Inconclusive,
+    NoAnswer,
+    NotTried,
+    Record,
+)
 
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
@@ -63,6 +72,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         trials.keep_flaky()
     finally:
         withdraw(options)
+    trials.confirm_convention()
     trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return trials.record
 
@@ -194,6 +204,21 @@ class _Trials:
         flaky = broken.noted(("flaky",))
         self.record.finding = save_finding(self._finding(case, flaky), self.options.findings)
 
+    def confirm_convention(self) -> None:
+        """Drop the switch that would explain the smallest case if it does not explain all cases."""
+        finding, options = self.record.finding, self.options
+        if finding is None or finding["convention"] is None or options.case is not None:
+            return
+        convention = Convention(**finding["convention"])
+        if convention.value is None:
+            return
+        try:
+            judge_generated(self.prop, declaring(self.implementation, convention), options)
+        except Broken:
+            self.record.finding = save_finding(finding | {"convention": None}, options.findings)
+        finally:
+            withdraw(options)
+
     def _finding(self, case: Case, broken: Broken) -> Finding:
         data = described(self.prop, self.implementation, self.options, case)
         return data | broken_data(broken)
@@ -239,6 +264,23 @@ def _why_not_asked(
     if options.any_property and not prop.could_draw(case):
         return NotOffered(f"{prop.name} is about other cases")
     return None
+
+
+def judge_generated(prop: Property, implementation: Implementation, options: Options) -> None:
+    """Judge generated cases of a property until one is broken; nothing is counted or kept.
+
+    Raises
+    ------
+    Broken
+    """
+
+    def trial(case: Case) -> None:
+        not_decided = contextlib.suppress(NotOffered, Inconclusive)
+        with announced(prop, implementation, options, case), not_decided:
+            judge(prop, implementation, case)
+
+    if is_asked(prop, implementation, options):
+        generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)
 
 
 def generate(

@@ -124,6 +124,9 @@ def message(finding: Mapping[str, Any]) -> str:
     if finding["convention"] is not None:
         # last, because it is read only if the rest is no surprise
         lines.append(convention(Convention(**finding["convention"])))
+    if "gone" in finding:
+        gone, of = finding["gone"]
+        lines.append(f"With that declared, {gone} of {of} findings are gone.")
     return printable("\n".join(lines))
 
 

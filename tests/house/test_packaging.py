@@ -11,6 +11,7 @@ import pytest
 
 from commands import python
 from nsa_ref.testing import cli
+from nsa_ref.testing.explaining import pages_folder
 from pages import ROOT, page
 
 for_an_index: Callable[[str, str], str] = runpy.run_path(str(ROOT / "setup.py"))["for_an_index"]
@@ -46,5 +47,5 @@ def test_a_wheel_has_the_pages_the_template_and_the_marks_of_types(tmp_path: Pat
 def test_the_command_says_where_the_pages_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert str(cli.pages_folder()) in "".join(capsys.readouterr().out.split())
-    assert (cli.pages_folder() / "presets.md").is_file()
+    assert str(pages_folder()) in "".join(capsys.readouterr().out.split())
+    assert (pages_folder() / "presets.md").is_file()

@@ -1,0 +1,164 @@
+"""Which findings have one cause: cases of others are judged again, to see.
+
+A switch that would explain a finding is tried on the others' cases. The property of a finding is
+tried on the others' cases. What raises, or gives NaN, is one cause wherever it does so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.conventions import declaring, under
+from nsa_ref.testing.findings import Finding, alike_as
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.last_words import announced
+from nsa_ref.testing.narrowing import broken_clause
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import judge_generated
+from nsa_ref.testing.verdicts import FAILURES, Broken, Convention
+
+#: A finding's case is tried on so many findings before it.
+MOST_TRIED = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """Does the case break the property, if the implementation declared the convention?
+
+    finding, of : numbers of the finding whose case it is, and of the one that may be its cause
+    """
+
+    finding: int
+    of: int
+    property: str
+    implementation: str
+    case: Case
+    convention: Convention | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which can cross processes."""
+        convention = self.convention and dataclasses.asdict(self.convention)
+        return vars(self) | {"case": self.case.to_json(), "convention": convention}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Question:
+        """The inverse of `to_json`."""
+        convention = data["convention"] and Convention(**data["convention"])
+        return cls(**dict(data) | {"case": Case.from_json(data["case"]), "convention": convention})
+
+    def answered(self, implementation: Implementation, options: Options) -> str | None:
+        """The clause that is broken, or nothing; None if it was not decided.
+
+        The smallest case may be right by chance under a convention: then generated ones are tried.
+        """
+        prop, case = PROPERTIES[self.property], self.case
+        if self.convention is not None:
+            semantics = under(case.semantics, self.convention)
+            implementation = declaring(implementation, self.convention)
+            case = dataclasses.replace(case, semantics=semantics)
+        if not prop.semantics(case.semantics):
+            return None
+        with announced(prop, implementation, options, case):
+            broken = broken_clause(prop, implementation, case)
+        if broken == "" and self.convention is not None:
+            try:
+                judge_generated(prop, implementation, options)
+            except Broken as found:
+                return found.clause
+        return broken
+
+
+def by_weight(findings: Iterable[Finding]) -> list[Finding]:
+    """Those first that may be the cause of others: failures, then masks, then the smallest case."""
+
+    def weight(finding: Finding) -> tuple[Any, ...]:
+        case = finding["case"]
+        kinds = (*FAILURES, "wrong mask", "wrong reader", "wrong pattern", "wrong choice")
+        rank = kinds.index(finding["kind"]) if finding["kind"] in kinds else len(kinds)
+        sizes = ("batch", "q_heads", "q_len", "kv_len", "head_dim", "value_dim")
+        size = [case[name] for name in sizes]
+        clause = list(CLAUSES).index(finding["clause"])
+        return rank, finding["convention"] is None, *size, clause
+
+    return sorted(findings, key=weight)
+
+
+def questions(findings: Sequence[Finding]) -> list[Question]:
+    """What must be tried to see which of the findings have one cause; in the order of `by_weight`.
+
+    Of findings that are alike the first speaks for all, but for the convention of the very first,
+    which is tried on each. Nothing that took its process down is launched again.
+    """
+    asked = []
+    first_alike: dict[tuple[str, ...], int] = {}
+    for j, finding in enumerate(findings):
+        is_first = first_alike.setdefault(alike_as(finding), j) == j
+        if finding["kind"] in FAILURES:
+            continue
+        who, case = finding["implementation"], Case.from_json(finding["case"])
+        part = PROPERTIES[finding["property"]].part
+        before = [
+            i
+            for i in first_alike.values()
+            if i < j
+            and findings[i]["implementation"] == who
+            and PROPERTIES[findings[i]["property"]].part == part
+            and findings[i]["kind"] not in FAILURES
+        ]
+        for i in before[:MOST_TRIED]:
+            found = findings[i]["convention"]
+            if found and found["value"] is not None and i == before[0]:
+                # under a convention that explains it the finding's own property is satisfied
+                own = finding["property"]
+                asked.append(Question(j, i, own, who, case, Convention(**found)))
+            if is_first:
+                asked.append(Question(j, i, findings[i]["property"], who, case))
+    return asked
+
+
+def fold(
+    findings: Sequence[Finding], asked: Sequence[Question], answers: Mapping[int, str | None]
+) -> None:
+    """Write into each finding its `cause`, the file of the finding to look at first.
+
+    A finding whose convention was tried on others says `gone`: how many of how many it explains.
+
+    findings : in the order of `by_weight`
+    answers : number of a question -> the clause that its case broke, "" if it passed; None, or no
+        answer, if it was not decided
+    """
+    root = list(range(len(findings)))
+    # what a convention leaves broken has another cause, however alike it looks
+    stays = {(q.finding, q.of) for n, q in enumerate(asked) if q.convention and answers.get(n)}
+    first_of: dict[tuple[str, ...], int] = {}
+    for j, finding in enumerate(findings):
+        first = first_of.setdefault(alike_as(finding), j)
+        root[j] = j if (j, first) in stays else first
+    for number, question in enumerate(asked):
+        broken, i, j = answers.get(number), question.of, question.finding
+        if root[j] != j or broken is None or (j, i) in stays:
+            continue
+        if broken == ("" if question.convention else findings[i]["clause"]):
+            root[j] = root[i]
+    groups: dict[int, list[Finding]] = {}
+    for j, finding in enumerate(findings):
+        at = j
+        while root[at] != at:
+            at = root[at]
+        groups.setdefault(at, []).append(finding)
+    for at, group in groups.items():
+        for finding in group:
+            finding["cause"] = group[0]["file"]
+        tried = [
+            broken
+            for number, q in enumerate(asked)
+            if q.of == at and q.convention and (broken := answers.get(number)) is not None
+        ]
+        if tried:
+            group[0]["gone"] = [1 + tried.count(""), 1 + len(tried)]
