@@ -4,6 +4,7 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import (
     Attention,
     Implementation,
+    NotOffered,
     OracleImplementation,
     TorchImplementation,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "Attention",
     "Case",
     "Implementation",
+    "NotOffered",
     "OracleImplementation",
     "TorchImplementation",
     "conformance_suite",
