@@ -233,9 +233,10 @@ class _Parts:
 
     def last_block(self, tokens: _Tokens) -> dict[str, np.ndarray]:
         """One block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
-        size, last = self.sizes.compress_block_size, {}
+        size = self.sizes.compress_block_size
         # l tokens are one window that starts at the first of them, whatever the alignment was
         semantics = dataclasses.replace(self.semantics, compress_alignment="start")
+        last = {}
         for kind, x in self.to_pool(tokens).items():
             missing = max(0, size - x.shape[2])
             window = np.pad(x, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
@@ -246,7 +247,8 @@ class _Parts:
         self, dk: np.ndarray, dv: np.ndarray, tokens: _Tokens, dweights: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Gradients of the tokens from those of the compress branch's columns."""
-        sizes, semantics, d_tokens = self.sizes, self.semantics, {}
+        sizes, semantics = self.sizes, self.semantics
+        d_tokens = {}
         for (kind, of_tokens), d in zip(self.to_pool(tokens).items(), (dk, dv)):
             d_memory, d_blocks = np.split(d, [sizes.num_mem_kv], axis=2)
             dweights[f"mem_{kind}"] += d_memory.sum(axis=0)
@@ -266,7 +268,8 @@ class _Parts:
     ) -> tuple[dict[str, _Branch], np.ndarray]:
         """q of the last rows, keys and values of all tokens: rotated, selected, masked."""
         sizes, semantics = self.sizes, self.semantics
-        q, k, v, k_cmp = tokens.q, dict(tokens.k), dict(tokens.v), blocks["k"]
+        q, k_cmp = tokens.q, blocks["k"]
+        k, v = dict(tokens.k), dict(tokens.v)
         batch, q_len, kv_len = q.shape[0], q.shape[2], k["fine"].shape[2]
         p = np.arange(q_len) + kv_len - q_len
         rows = {c: rotate(q, p) if is_rotated(semantics, c) else q for c in BRANCHES}

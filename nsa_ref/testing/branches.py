@@ -62,8 +62,14 @@ class Branch:
 
     def mask(self, case: Case, block_indices: np.ndarray | None) -> np.ndarray:
         """The oracle's multiplicities, (batch, q_heads, q_len, columns)."""
-        given = (block_indices,) if self.name == "fine" else ()
-        mask = getattr(OracleImplementation(), f"{self.name}_mask")(case, *given)
+        oracle = OracleImplementation()
+        if self.name == "sliding":
+            mask = oracle.sliding_mask(case)
+        elif self.name == "compress":
+            mask = oracle.compress_mask(case)
+        else:
+            assert block_indices is not None
+            mask = oracle.fine_mask(case, block_indices)
         return np.broadcast_to(mask, (case.batch, case.q_heads, case.q_len, mask.shape[-1]))
 
     def mask_clause(self, case: Case) -> str:
@@ -124,10 +130,15 @@ class Branch:
         return Attention(out, lse)
 
     def backward(
-        self, implementation: Implementation, case: Case, inputs: Inputs, *d: np.ndarray
+        self,
+        implementation: Implementation,
+        case: Case,
+        inputs: Inputs,
+        d_out: np.ndarray,
+        d_lse: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The implementation's dq, dk, dv over all columns, float64; d : d_out and d_lse."""
-        arguments = (*self.arguments(case, inputs), *d)
+        """The implementation's dq, dk, dv over all columns, float64."""
+        arguments = (*self.arguments(case, inputs), d_out, d_lse)
         found = call(implementation.run_vjp, self.name, case, *arguments)
         expected = 5 if self.name == "compress" else 3
         if not isinstance(found, tuple) or len(found) != expected:
@@ -147,11 +158,17 @@ class Branch:
         )
 
     def tensors(
-        self, implementation: Implementation, case: Case, inputs: Inputs, *d: np.ndarray
+        self,
+        implementation: Implementation,
+        case: Case,
+        inputs: Inputs,
+        d_out: np.ndarray | None = None,
+        d_lse: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """By name: out, and lse if there is one; with d_out and d_lse, dq, dk and dv."""
-        if d:
-            return dict(zip(GRADIENTS, self.backward(implementation, case, inputs, *d)))
+        if d_out is not None and d_lse is not None:
+            gradients = self.backward(implementation, case, inputs, d_out, d_lse)
+            return dict(zip(GRADIENTS, gradients))
         found = self.forward(implementation, case, inputs)._asdict()
         return {name: x for name, x in found.items() if x is not None}
 

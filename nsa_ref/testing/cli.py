@@ -590,7 +590,8 @@ def write_vectors(arguments: argparse.Namespace, console: Console) -> int:
 
     started, folder = time.monotonic(), Path(arguments.folder)
     vectors = write(folder)["vectors"]
-    size, seconds = sum(vector["bytes"] for vector in vectors) / 1e6, time.monotonic() - started
+    size = sum(vector["bytes"] for vector in vectors) / 1e6
+    seconds = time.monotonic() - started
     _say(console, f"wrote {len(vectors)} vectors, {size:.0f} MB, in {seconds:.0f} s: {folder}")
     return HOLDS
 

@@ -8,10 +8,8 @@ which counts only if fresh seeds show it again.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -67,10 +65,18 @@ def compare(
         at: tuple[int, ...], form: str, bound: float = 0, used: float = np.inf
     ) -> WrongElement:
         place = at if rows is None else (*at[:2], rows[at[2]], *at[3:])
-        budget = {"bound": float(bound), "budget_used": float(used), "form": form}
-        said = {"part": part, "source": source, "why": why}
-        found = wrong_element(tensor, at, actual, expected, **budget, **said)
-        return dataclasses.replace(found, index=place)
+        return WrongElement(
+            tensor=tensor,
+            part=part,
+            index=place,
+            actual=float(actual[at]),
+            expected=float(expected[at]),
+            bound=float(bound),
+            budget_used=float(used),
+            form=form,
+            source=source,
+            why=why,
+        )
 
     same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
     must_match = ~np.isfinite(expected)
@@ -113,11 +119,17 @@ def compare(
 
 
 def wrong_element(
-    tensor: str, at: tuple[int, ...], actual: np.ndarray, expected: np.ndarray, **more: Any
+    tensor: str,
+    at: tuple[int, ...],
+    actual: np.ndarray,
+    expected: np.ndarray,
+    *,
+    part: str = "",
+    why: str = "",
 ) -> WrongElement:
-    """The element at an index of both arrays; more : as in `WrongElement`."""
+    """The element at an index of both arrays, which must be equal there."""
     have, want = float(actual[at]), float(expected[at])
-    return WrongElement(tensor=tensor, index=at, actual=have, expected=want, **more)
+    return WrongElement(tensor=tensor, part=part, index=at, actual=have, expected=want, why=why)
 
 
 def first_at(wrong: np.ndarray) -> tuple[int, ...]:

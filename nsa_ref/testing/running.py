@@ -175,7 +175,7 @@ class _Trials:
             return
         record.cases += 1
         if outcome.powerless:
-            record.inconclusive["powerless tensor",] += 1
+            record.inconclusive[("powerless tensor",)] += 1
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(edges)

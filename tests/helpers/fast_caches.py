@@ -15,11 +15,16 @@ from nsa_fast import Cache
 from nsa_ref.semantics import PRESETS
 
 CAUSAL = {kind: parts for kind, parts in KINDS.items() if parts[0].causal}
-IN_CACHES = {
-    kind: KINDS[kind]
-    for kind in ("PAPER with memory", "LUCIDRAINS_FLEX", "rotary on all", "pooled once turned",
-                 "one k and v, pooled once turned")
-} | {name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", "FLA", "XUNHAO")}  # fmt: skip
+AS_LAYERS = (
+    "PAPER with memory",
+    "LUCIDRAINS_FLEX",
+    "rotary on all",
+    "pooled once turned",
+    "one k and v, pooled once turned",
+)
+IN_CACHES = {kind: KINDS[kind] for kind in AS_LAYERS} | {
+    name: (PRESETS[name], "mlp", 1) for name in ("LUCIDRAINS", "FLA", "XUNHAO")
+}
 
 WHICH = st.integers(0, 2)
 COUNT = st.one_of(st.just(1), st.integers(1, 9))

@@ -23,10 +23,18 @@ MODEL_DIM = 10
 
 # windows of two strides and blocks of two: no two blocks have the same score but for rounding
 SIZES: dict[str, Any] = {
-    "q_heads": 4, "kv_heads": 2, "head_dim": 6, "value_dim": 5, "compress_block_size": 4,
-    "compress_block_sliding_stride": 2, "selection_block_size": 4, "num_selected_blocks": 3,
-    "num_initial_blocks": 1, "num_local_blocks": 1, "sliding_window_size": 5,
-}  # fmt: skip
+    "q_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 6,
+    "value_dim": 5,
+    "compress_block_size": 4,
+    "compress_block_sliding_stride": 2,
+    "selection_block_size": 4,
+    "num_selected_blocks": 3,
+    "num_initial_blocks": 1,
+    "num_local_blocks": 1,
+    "sliding_window_size": 5,
+}
 CASE = Case(dtype="float64", batch=2, model_dim=MODEL_DIM, compress_positions=True, **SIZES)
 
 

@@ -25,8 +25,12 @@ quiet = level_settings("quick", 100)
 
 #: What must be in scope to paste a case.
 SCOPE: dict[str, Any] = {
-    "Case": Case, "replace": replace, "PerBranch": PerBranch, "inf": math.inf, **PRESETS
-}  # fmt: skip
+    "Case": Case,
+    "replace": replace,
+    "PerBranch": PerBranch,
+    "inf": math.inf,
+    **PRESETS,
+}
 
 ROWS = st.sampled_from(["zero", "nan", "uniform"])
 LSES = st.sampled_from([-math.inf, 0.0, math.inf])
@@ -250,9 +254,14 @@ def test_weights_keep_pooled_values_near_one() -> None:
 # --- block indices --------------------------------------------------------------------------------
 
 BLOCKS = Case(
-    batch=2, q_heads=4, kv_heads=2, q_len=30, kv_len=30, selection_block_size=4,
+    batch=2,
+    q_heads=4,
+    kv_heads=2,
+    q_len=30,
+    kv_len=30,
+    selection_block_size=4,
     num_selected_blocks=5,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("indices", INDICES)

@@ -90,11 +90,14 @@ def worker_died(name: str) -> Trial:
 
 def show_trials(console: Console, trials: Collection[Trial], seconds: float) -> None:
     """A line for each; then what is wrong, and a last line."""
-    row = "{:31}  {:6}  {:20}  {:>5}  {:>7}".format
-    console.print(Text(row("mutant", "clause", "died of", "cases", "seconds")), soft_wrap=True)
-    for trial in trials:
-        text = row(trial.name, trial.clause, trial.died_of, trial.cases, f"{trial.seconds:.1f}")
-        console.print(Text(text, style="" if trial.right else "bold red"), soft_wrap=True)
+    headings = ("mutant", "must die of", "died of", "cases", "seconds")
+    rows = [(t.name, t.clause, t.died_of, str(t.cases), f"{t.seconds:.1f}") for t in trials]
+    widths = [max(map(len, column)) for column in zip(headings, *rows)]
+    styles = ("", *("" if trial.right else "bold red" for trial in trials))
+    for style, row in zip(styles, (headings, *rows)):
+        words = [word.ljust(width) for word, width in zip(row[:3], widths)]
+        figures = [word.rjust(width) for word, width in zip(row[3:], widths[3:])]
+        console.print(Text("  ".join([*words, *figures]), style=style), soft_wrap=True)
     wrong = [trial for trial in trials if not trial.right]
     for trial in wrong:
         about = f"{trial.name} ({ZOO[trial.name].mistake}) must die of {trial.clause}"

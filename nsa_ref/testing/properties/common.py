@@ -229,12 +229,17 @@ def compare_all(
 
     part, rows : as in `compare`; dk and dv have no such rows
     """
+    names = GRADIENTS if prop.backward else ("out", "lse")
     comparisons = []
-    for name, *tensors in zip(GRADIENTS if prop.backward else ("out", "lse"), found, expected):
-        if tensors[0] is not None:
-            tensors += [getattr(bound, name) for bound in bounds]
-            which, some = f"{prop.the_branch.name} {name}", None if name in ("dk", "dv") else rows
-            comparisons.append(compare(prop.clause, which, *tensors, part=part, rows=some))
+    for name, actual, wanted in zip(names, found, expected):
+        if actual is None:
+            continue
+        tensor = f"{prop.the_branch.name} {name}"
+        limits = [getattr(bound, name) for bound in bounds]
+        some = None if name in ("dk", "dv") else rows
+        comparisons.append(
+            compare(prop.clause, tensor, actual, wanted, *limits, part=part, rows=some)
+        )
     return settle(comparisons, sent=bool(not prop.backward or expected[0].size))
 
 

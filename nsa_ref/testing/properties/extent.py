@@ -15,13 +15,13 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, GRADIENTS, Branch, Inputs, call, check_dtype
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
+from nsa_ref.testing.compare import check_exact, compare, first_at
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, compare_all
 from nsa_ref.testing.properties.masks import wrong_cell
 from nsa_ref.testing.strategies import far_lengths, large_sizes
-from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Raised, Remark
+from nsa_ref.testing.verdicts import Broken, Inconclusive, NotTried, Raised, Remark, WrongElement
 
 #: Rows of a long sequence whose mask is read out, besides its ends.
 ROWS_DRAWN = 48
@@ -254,17 +254,17 @@ def _check_entries(
             at = first_at(~alike)
             bound = factor * size / 8 if finite[at] else 0.0
             used = abs(other[at] - factor * once[at]) / bound if bound else np.inf
-            fault = wrong_element(
-                f"{prop.the_branch.name} {name}",
-                at,
-                other,
-                factor * once,
+            fault = WrongElement(
+                tensor=f"{prop.the_branch.name} {name}",
+                index=(b, *at),
+                actual=float(other[at]),
+                expected=float(factor * once[at]),
                 bound=float(bound),
                 budget_used=float(used),
                 form="deterministic",
                 why=f"batch entry {b} must be {factor:g} times entry 0, of {tensor.size} elements",
             )
-            raise Broken(prop.clause, dataclasses.replace(fault, index=(b, *at)))
+            raise Broken(prop.clause, fault)
 
 
 def _first_entry(
