@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from nsa_ref.compress import pool, pool_vjp
 from nsa_ref.map_bounds import pool_bounds
@@ -485,8 +483,10 @@ def encoded(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> b
     The library writes metadata in another order every time, so the header is written again, its
     keys sorted.
     """
+    from safetensors.numpy import save
+
     whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    written = safetensors.numpy.save(whole)
+    written = save(whole)
     start = 8 + int.from_bytes(written[:8], "little")
     header = json.loads(written[8:start]) | {"__metadata__": dict(metadata)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
@@ -509,9 +509,11 @@ def decoded(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     ------
     ValueError : it is none, or holds what is neither a number nor a bool of NumPy's
     """
+    from safetensors import SafetensorError, deserialize
+
     try:
-        found = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
+        found = deserialize(data)
+    except SafetensorError as error:
         raise ValueError(f"it is no safetensors: {error}") from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     arrays = {}

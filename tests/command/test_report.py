@@ -79,6 +79,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def page(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("jinja2", reason="the extra 'report' is not installed")
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(to_html(report_of(records)), encoding="utf-8")
     return path

@@ -13,6 +13,8 @@ from nsa_ref.testing.cli import HOLDS, main
 from nsa_ref.testing.vectors import named_cases, write
 from pages import ROOT
 
+pytest.importorskip("safetensors", reason="the extra 'vectors' is not installed")
+
 COMPILER = shutil.which("cc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler `cc` here")
 

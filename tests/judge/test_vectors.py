@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
-import safetensors
 
 from nsa_ref.testing import cli, vectors
 from nsa_ref.testing.answers import judge_answers
@@ -26,6 +24,8 @@ from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.vectors import MANIFEST, decoded, encoded, named_cases, write
 from pages import ROOT
 from vector_answers import Arrays, entries, right_answer, rounded_answer, write_answers
+
+safetensors = pytest.importorskip("safetensors", reason="the extra 'vectors' is not installed")
 
 #: Of layers, which take long, a few.
 LAYERS = ("layer-PAPER-plain-float32", "layer-FLA-shown-bfloat16", "varlen-PAPER-plain-float32")
@@ -115,6 +115,7 @@ def test_two_processes_write_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_manifest_is_what_its_schema_says(folder: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="it checks what the schema says")
     schema = json.loads((ROOT / "docs/vectors.schema.json").read_text())
     manifest = json.loads((folder / MANIFEST).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
