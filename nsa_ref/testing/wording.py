@@ -75,8 +75,8 @@ REMARKS: dict[RemarkName, str] = {
     "no layer": "layer is not offered: a mistake of {} cannot be told from one of the layer itself",
     "no layer gradients": "gradients of layer are not offered: a mistake of {} cannot be told from "
     "one of the layer itself",
-    "right without q": "with to_q = 0, which neither rotation nor scale changes, the same rows are "
-    "right: rotation, or else the scale or the heads of q and k",
+    "right without q": "with to_q = 0, which neither rotation nor scale changes, the same row is "
+    "right: rotation, or else the scale",
     "maybe A4": "layer_with_blocks is not offered: this may be A4, a gradient of the choice",
     "gates": "with one gate open at a time, {} wrong, {} right",
     # what is wrong with an entry of the ledger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import trials
 from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing import Case, Implementation, OracleImplementation
+from nsa_ref.testing.mutants.arithmetic import InterleavedHeads
 from nsa_ref.testing.mutants.layer import LayerInSteps
-from nsa_ref.testing.mutants.layers import SequencesLeak
+from nsa_ref.testing.mutants.layers import RotaryByHalves, SequencesLeak, WindowOfPadding
+from nsa_ref.testing.mutants.selection import Selector
 from trials import record
 
 #: Those that set up more than they draw.
@@ -24,6 +27,8 @@ SET_UP = (
     "G3_decode",
     "G4_varlen",
 )
+TURNED = dataclasses.replace(PAPER, rotary="all")
+BOTH_WAYS = dataclasses.replace(TURNED, causal=False)
 ONE = {"semantics": (PAPER,), "numerics": {"float64": "fp64"}}
 
 
@@ -161,3 +166,68 @@ def test_a_wrong_layer_hears_which_branch_is_wrong(
 def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_path: Path) -> None:
     found = finding("G4_varlen", port(SequencesLeak, limits={"batch": (2,)}), tmp_path)
     assert found["clause"] == "G4"
+
+
+# --- who is to blame: what was not decided is not right -------------------------------------------
+
+
+class LargestImportance(Selector):
+    """The largest share of a group's heads, where their sum is meant."""
+
+    def scores(self, case: Case, *keys: Any) -> Any:
+        ungrouped = dataclasses.replace(case.semantics, share_selection=False)
+        each = super().scores(dataclasses.replace(case, semantics=ungrouped), *keys)
+        return each.reshape(case.batch, case.kv_heads, case.group_size, *each.shape[2:]).max(2)
+
+
+class ChoosesByTheLargest(LayerInSteps):
+    selector = LargestImportance()
+
+
+class KeysInterleaved(InterleavedHeads):
+    def kv_head_of_values(self, case: Case) -> Any:
+        return np.arange(case.q_heads) // case.group_size
+
+
+class KeysOfOtherHeads(LayerInSteps):
+    kernel = KeysInterleaved()
+
+
+SEVERAL: dict[str, Any] = {
+    "head_dim": 8, "value_dim": 8, "model_dim": 8, "q_heads": 2, "sliding_window_size": 2
+}  # fmt: skip
+FINER = SEVERAL | {"compress_block_size": 4, "compress_block_sliding_stride": 2, "seed": 1}
+
+
+@pytest.mark.parametrize("offered", [("layer",), ("layer", "layer_with_blocks")])
+@pytest.mark.parametrize(
+    ("base", "case"),
+    [
+        (WindowOfPadding, Case(q_len=5, kv_len=5, semantics=BOTH_WAYS, **SEVERAL)),
+        (
+            ChoosesByTheLargest,
+            Case(q_len=12, kv_len=12, semantics=TURNED, selection_block_size=2, **FINER),
+        ),
+        (
+            KeysOfOtherHeads,
+            Case(q_len=6, kv_len=6, semantics=TURNED, kv_heads=2, **SEVERAL | {"q_heads": 4}),
+        ),
+    ],
+    ids=["padding", "importance", "heads"],
+)
+def test_the_rotation_is_not_blamed_for_what_nothing_decides(
+    base: type, case: Case, offered: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With to_q = 0 all scores tie: what such rows hold says nothing, if no choice is handed in."""
+    semantics = (case.semantics,)
+    asked = port(base, semantics=semantics, offers=lambda method: method in offered)
+    found = finding("G1_layer_output", asked, tmp_path, case=case)
+    assert found["clause"] == "G1" and "to_q = 0" not in found["text"], found["text"]
+
+
+def test_a_rotation_that_is_wrong_is_still_blamed(tmp_path: Path) -> None:
+    """Without a choice handed in, and although no other value of the switch would explain it."""
+    case = Case(q_len=6, kv_len=6, semantics=TURNED, **SEVERAL)
+    asked = port(RotaryByHalves, semantics=(TURNED,), offers=lambda method: method == "layer")
+    found = finding("G1_layer_output", asked, tmp_path, case=case)
+    assert found["clause"] == "G2" and "with to_q = 0" in found["text"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nsa_ref.attention import Attention
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
@@ -163,6 +164,49 @@ class _EarlyBlocks(Kernel):
 class _NoCut(Kernel):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         return NoCausalCut().fine_mask(case, block_indices)
+
+
+class _ReadsPadding(Kernel):
+    """Without causality, a window of zero keys stands before the first one and behind the last."""
+
+    def attend(
+        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
+    ) -> Attention:
+        if branch == "sliding" and not case.semantics.causal:
+            w = case.sliding_window_size
+            k, v = (np.pad(x, [(0, 0), (0, 0), (w, w), (0, 0)]) for x in (k, v))
+            row = np.arange(case.q_len)[:, None] + case.kv_len - case.q_len
+            mask = np.abs(row - np.arange(-w, case.kv_len + w)) <= w
+        return super().attend(case, branch, mask, q, k, v)
+
+
+class _CausalBlocks(Kernel):
+    """Even where nothing else is causal."""
+
+    def compress_mask(self, case: Case) -> np.ndarray:
+        return super().compress_mask(switched(case, causal=True))
+
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        return super().fine_mask(switched(case, causal=True), block_indices)
+
+
+@mutant(
+    "W2", "keys of zeros before the first token and behind the last are read, in the layer alone"
+)
+class WindowOfPadding(LayerInSteps):
+    kernel = _ReadsPadding()
+
+
+@mutant(
+    "C3", "without causality, blocks that end behind the query are not read, in the layer alone"
+)
+class LaterBlocksNotReadInTheLayer(LayerInSteps):
+    kernel = _CausalBlocks()
+
+
+@mutant("F4", "without causality, selected blocks are cut at the query, in the layer alone")
+class FineCutBothWays(LayerInSteps):
+    kernel = _CausalBlocks()
 
 
 @mutant("W1", "w keys, seen through the layer alone")

@@ -61,6 +61,8 @@ def full_when_all_are_chosen(semantics: Semantics) -> bool:
 # What all rows of a kind have in common
 read_row = partial(Property, inputs=RANDN, head_dims=PROBED_DIMS, examples=36)
 layer_row = partial(Property, inputs=LAYER_INPUTS, head_dims=LAYER_DIMS)
+through_row = partial(Property, adjust=adjust.layer_to_read_through, inputs=RANDN,
+                      head_dims=(8, 16), populated=True, examples=10)
 canary_row = partial(Property, adjust=adjust.entries_apart, inputs=CANARY_INPUTS, populated=True,
                      examples=15)
 long_row = partial(Property, extent="far", semantics=causal, why_not_tried=extent.no_long_sequences,
@@ -306,15 +308,18 @@ ROWS = (
               backward=True, by_dtype=True, adjust=adjust.affordable_layer, examples=8),
 
     # Masks again, read through a layer that offers no branch by itself
-    Property("W1_sliding_mask_through_the_layer", "W1", SLIDING, "layer", through_the_layer.mask,
-             semantics=causal, adjust=adjust.layer_to_read_through, inputs=RANDN, head_dims=(8, 16),
-             populated=True, examples=10),
-    Property("C2_compress_mask_through_the_layer", "C2", COMPRESS, "layer", through_the_layer.mask,
-             semantics=causal, adjust=adjust.layer_to_read_through, inputs=RANDN, head_dims=(8, 16),
-             populated=True, examples=10),
-    Property("F1_fine_mask_through_the_layer", "F1", FINE, "layer_with_blocks",
-             through_the_layer.mask, semantics=causal, adjust=adjust.layer_to_read_through,
-             inputs=RANDN, head_dims=(8, 16), populated=True, examples=10),
+    through_row("W1_sliding_mask_through_the_layer", "W1", SLIDING, "layer",
+                through_the_layer.mask, semantics=causal),
+    through_row("W2_sliding_mask_through_the_layer", "W2", SLIDING, "layer",
+                through_the_layer.mask, semantics=not_causal),
+    through_row("C2_compress_mask_through_the_layer", "C2", COMPRESS, "layer",
+                through_the_layer.mask, semantics=causal),
+    through_row("C3_compress_mask_through_the_layer", "C3", COMPRESS, "layer",
+                through_the_layer.mask, semantics=not_causal),
+    through_row("F1_fine_mask_through_the_layer", "F1", FINE, "layer_with_blocks",
+                through_the_layer.mask, semantics=causal),
+    through_row("F4_fine_mask_through_the_layer", "F4", FINE, "layer_with_blocks",
+                through_the_layer.mask, semantics=not_causal),
 )
 # fmt: on
 

@@ -24,7 +24,14 @@ from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, settle
-from nsa_ref.testing.verdicts import Broken, Convention, Failure, Inconclusive, Raised
+from nsa_ref.testing.verdicts import (
+    Broken,
+    Convention,
+    Failure,
+    Inconclusive,
+    Raised,
+    WrongElement,
+)
 
 #: A gate's bias at which its sigmoid is 1 or 0, in every dtype.
 SHUT = 1e4
@@ -103,8 +110,9 @@ class Asked:
         return Truth.of(self.implementation, self.case, self.x, self.weights)
 
     def undecided(self, truth: Truth) -> np.ndarray:
-        """Rows that may be right otherwise: none, if the choice of blocks is handed in."""
-        return truth.undecided & (self.method != "layer_with_blocks")
+        """Rows that may be right otherwise: none, if no choice of blocks of its own is read."""
+        chooses = self.method != "layer_with_blocks" and not _is_shut(truth, "fine")
+        return truth.undecided & chooses
 
     def blocks(self, truth: Truth) -> tuple[np.ndarray, ...]:
         """The choice of blocks, if it is handed in."""
@@ -186,44 +194,78 @@ def _blame_the_rotation(asked: Asked) -> None:
 
     Or if wrong logits of rotated branches do: with to_q = 0 all logits are 0, turned or not. The
     compressed branch is shut, unless it is turned as well: its keys may be wrong by themselves.
+    What is wrong is explained if the same row is right, and decided, in another way.
     """
     implementation, case, own = asked.implementation, asked.case, asked.case.semantics
 
-    def wrong(clause: str, weights: Weights, semantics: Semantics = own) -> Broken | None:
-        """What is wrong with the output for these weights, by these semantics, or None."""
+    def tried(weights: Weights, semantics: Semantics = own) -> tuple[Broken | None, np.ndarray]:
+        """What is wrong with the output for these weights, by these semantics; undecided rows."""
         other = dataclasses.replace(case, semantics=semantics)
         truth = Truth.of(implementation, other, asked.x, weights)
         try:
-            dataclasses.replace(asked, weights=weights).compared(clause, truth)
+            dataclasses.replace(asked, weights=weights).compared("G2", truth)
         except Broken as broken:
-            return broken
-        return None
+            return broken, asked.undecided(truth)
+        return None, asked.undecided(truth)
 
-    weights = asked.weights
-    found = wrong("G2", weights)
+    def explained(found: Broken, weights: Weights, semantics: Semantics = own) -> bool:
+        """Whether nothing is wrong with these, and the row that was wrong is decided."""
+        assert isinstance(found.fault, WrongElement)  # as `compare` has it
+        wrong, undecided = tried(weights, semantics)
+        return wrong is None and not undecided[found.fault.index[:2]]
+
+    found, _ = tried(asked.weights)
     if found is None:
         return
     for value in ROTARY:
         if value == own.rotary or case.head_dim % 2:
             continue
-        if wrong("G2", weights, dataclasses.replace(own, rotary=value)) is None:
+        if explained(found, asked.weights, dataclasses.replace(own, rotary=value)):
             raise found.noted(convention=Convention("rotary", value))
     if own.rotary == "none":
         return
-    with_blocks = _with_blocks(asked)
-    if with_blocks is not None and with_blocks.is_right():
-        return  # it chooses other blocks
+    if (with_blocks := _with_blocks(asked)) is not None:
+        if with_blocks.is_right():
+            return  # it chooses other blocks
+        asked = with_blocks  # which decides every row
     for semantics in implementation.semantics:
         plain = dataclasses.replace(case, semantics=semantics)
         unrotated = semantics.rotary == "none" and is_declared(implementation, plain)
         if unrotated and not Asked.about(implementation, asked.method, plain).is_right():
             return  # wrong where nothing is turned as well
-    if own.rotary == "fine_and_sliding":
-        weights = with_gates(case, weights, (branch != "compress" for branch in BRANCHES))
-    flat = {**weights, "to_q.weight": np.zeros_like(weights["to_q.weight"])}
-    found = wrong("G2", weights)
-    if found is not None and wrong("G1", flat) is None:
+    turned = [b for b in BRANCHES if own.rotary != "fine_and_sliding" or b != "compress"]
+    for opened in (turned, [b for b in turned if b != "fine"]):
+        # with to_q = 0 scores tie: where the fine branch is open, few rows are decided
+        weights = with_gates(case, asked.weights, (branch in opened for branch in BRANCHES))
+        found, _ = tried(weights)
+        flat = {**weights, "to_q.weight": np.zeros_like(weights["to_q.weight"])}
+        if found is None or not explained(found, flat):
+            continue
+        if explained(found, _one_key_head(case, weights)):
+            return  # heads read the keys of others
         raise found.noted(("right without q",))
+
+
+def _is_shut(truth: Truth, branch: str) -> bool:
+    """True if the branch's gate is shut, whatever x is."""
+    heads, i = truth.case.q_heads, BRANCHES.index(branch)
+    weight, bias = (truth.weights[f"gates.{name}"] for name in ("weight", "bias"))
+    its = slice(i * heads, (i + 1) * heads)
+    return bool((bias[its] < -SHUT / 2).all() and not weight[its].any())
+
+
+def _one_key_head(case: Case, weights: Weights) -> Weights:
+    """The weights with the keys of all kv heads alike."""
+    by_head = ["to_k", "mem_k", "compress_k.positions"]
+    if case.compress_map == "linear_per_head":
+        by_head.append("compress_k")
+
+    def of_first(weight: np.ndarray) -> np.ndarray:
+        heads = weight.reshape(case.kv_heads, -1)
+        return np.repeat(heads[:1], case.kv_heads, axis=0).reshape(weight.shape)
+
+    alike = {n: of_first(w) for n, w in weights.items() if n.startswith(tuple(by_head))}
+    return {**weights, **alike}
 
 
 def _with_blocks(asked: Asked) -> Asked | None:
