@@ -169,7 +169,12 @@ def attend_vjp(
 def attention_arguments(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: ArrayLike, scale: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """What `attend` and `attend_vjp` share and check: float64, mask broadcast, scale set."""
+    """What `attend` and `attend_vjp` share and check: float64, mask broadcast, scale set.
+
+    Raises
+    ------
+    ValueError, TypeError : as `attend`
+    """
     q = as_float64("q", q, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
     check_at_least("head_dim (axis 3 of q)", head_dim, 1)

@@ -579,7 +579,7 @@ def varlen(
     G4
     """
     x = as_float64("x", x, ("total tokens", sizes.model_dim))
-    # without a sequence, the rows of no token have the width and the checks of `layer`
+    # (0, 0) first: a batch of no sequence is checked too, and its result has the right width
     spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
     return np.concatenate([layer(x[None, i:j], weights, **how)[0] for i, j in spans])
@@ -617,6 +617,7 @@ def varlen_vjp(
     """
     x = as_float64("x", x, ("total tokens", sizes.model_dim))
     d_out = as_float64("d_out", d_out, (x.shape[0], "out_dim"))
+    # (0, 0) first: a batch of no sequence is checked too, and its dweights are zeros
     spans = [(0, 0), *itertools.pairwise(check_cu_seqlens(cu_seqlens, x.shape[0]))]
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics}
     each = [layer_vjp(x[None, i:j], weights, d_out[None, i:j], **how) for i, j in spans]
@@ -626,9 +627,12 @@ def varlen_vjp(
 
 
 def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
-    """The offsets, if they are integers that start at 0, never decrease and end at `tokens`.
+    """The offsets as a list, if they start at 0, never decrease and end at `tokens`.
 
-    Raises ValueError or TypeError otherwise.
+    Raises
+    ------
+    ValueError : offsets that do not
+    TypeError : offsets that are no integers
     """
     array = np.asarray(cu_seqlens)
     check_shape("cu_seqlens", array.shape, ("sequences + 1",))
@@ -651,7 +655,12 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
 def layer_arguments(
     x: ArrayLike, weights: Mapping[str, ArrayLike], sizes: Sizes, semantics: Semantics
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """x and the weights as float64; what fits nothing is refused as by `layer`."""
+    """x and the weights as float64.
+
+    Raises
+    ------
+    ValueError, TypeError : as `layer`
+    """
     shapes = layer_weight_shapes(sizes, semantics)
     x = as_float64("x", x, ("batch", "seq_len", sizes.model_dim))
     return x, as_weights(weights, shapes)

@@ -76,7 +76,7 @@ class Semantics:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Semantics):
-            if field.type == "bool":
+            if field.type == "bool":  # a text, as are all annotations of this file
                 check_kind(field.name, getattr(self, field.name), bool, "True or False")
         check_one_of("compress_alignment", self.compress_alignment, ("start", "end"))
         check_one_of("importance", self.importance, ("overlap", "logit_mean"))

@@ -53,7 +53,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Sizes):
-            if field.type == "int":
+            if field.type == "int":  # a text, as are all annotations of this file
                 least = 0 if field.name in MAY_BE_ZERO else 1
                 check_at_least(field.name, getattr(self, field.name), least)
         why = "every kv head serves a group of equally many query heads"

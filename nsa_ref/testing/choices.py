@@ -38,12 +38,15 @@ class Reason:
 
     verdict : AMBIGUOUS or INVALID
     clause : what is broken; I5 where the bounds leave it open
-    block : which one breaks the rule, where it is one
-    count, n : how often it, or how many blocks, are named; how many may be
+    rule : what is broken, in a word
+    block : the block that breaks the rule; None for "at most n"
+    count : "named once": how often the block is named; "at most n": how many blocks are named
+    n : num_selected_blocks
     candidates : of the row
     floor : `score_floor`, where there is one
-    worse, scores, bound : what was taken in the block's place, the scores of the two, and the sum
-        of their bounds
+    worse : "order": the block that was taken in the place of `block`
+    scores : "order": those of `block` and `worse`
+    bound : "order": the sum of the bounds of the two scores
     """
 
     verdict: str = INVALID

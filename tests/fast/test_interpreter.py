@@ -75,7 +75,8 @@ CASE = Case(
     num_selected_blocks=3,
 )
 #: build -> the gradients that read other keys than they should, or the same ones twice. Where dq
-#: does, the forward does as well.
+#: does, the forward does as well. Of PartialTakenForFull, BlockNamedTwice and StridesConfused only
+#: the forward is asked here; their gradients are there for the reader, and compared with nothing.
 MISREAD = {
     "KvBlockLost": {"dq"},
     "BlockNamedTwice": {"dq"},

@@ -608,7 +608,8 @@ def own_blocks(seq_len: int, block_size: int) -> Tensor:
 def test_padding_is_read_where_not_causal(branch: str, sizes: dict[str, int]) -> None:
     """W2: one token and w = 2; F2: without a block to choose, one token and l' = 2.
 
-    A zero key takes part, as if the next token were zero; by a mask, none does.
+    A zero key takes part, as if the next token were zero. With the mask of a sliding window, which
+    is tried as well, none does.
     """
     module, x = only_branch(branch, seq_len=1, **sizes, causal=False)
     alone = own_layer(module, x, block_indices=own_blocks(1, 2))

@@ -148,7 +148,11 @@ class Kernel(DenseMasks, RoundedImplementation):
         return Inputs(self.read(mask), q, k[:, of_keys], v[:, of_values])
 
     def forward(self, case: Case, r: Rounding, x: Inputs) -> Forward:
-        """Block by block, with what there is so far rescaled when the peak rises."""
+        """The softmax of each row and its sums over values.
+
+        Fused, block by block: what there is so far is rescaled when the peak rises. Unfused, over
+        all columns at once.
+        """
         if not self.way.fused:
             return self._unfused(case, r, x)
         rows, columns = x.mask.shape[:3], x.mask.shape[3]

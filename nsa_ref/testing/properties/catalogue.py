@@ -71,7 +71,7 @@ large_row = partial(Property, extent="large", why_not_tried=extent.no_large_tens
                     adjust=adjust.several_keys, inputs=RANDN, indices=MIXED, populated=True,
                     examples=1)
 
-# What is asked stands on the first line of a row, and its cases on the next
+# What is asked stands first in a row; then, by name, how and on which cases
 ROWS = (
     # Masks, bit by bit: as the implementation shows them, and as its forward reads
     Property("W1_sliding_mask_as_exposed", "W1", SLIDING, "sliding_mask", masks.exposed,
