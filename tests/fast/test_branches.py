@@ -294,7 +294,8 @@ VALUE_ERRORS: Refusals = {
     "k has shape (1, 2, 8, 5); it must be (1, kv_heads, kv_len, 4)": call(
         k=torch.zeros(1, 2, 8, 5)
     ),
-    "q has 4 heads (axis 1) and k has 3; the heads of q must be a positive multiple": call(
+    "q has 4 heads (axis 1) and k has 3; the heads of q must be a positive multiple of the heads "
+    "of k: query head h reads kv head h // G": call(
         k=torch.zeros(1, 3, 8, 4), v=torch.zeros(1, 3, 8, 4)
     ),
     "sliding_window_size=-1 must be at least 0": call(sliding_window_size=-1),

@@ -217,7 +217,9 @@ VALUE_ERRORS: Refusals = {
     "x has shape (2, 8, 9); it must be (batch, seq_len, 10)": call(x=torch.zeros(2, 8, 9)),
     "x has shape (2, 8, 10); it must be (total_tokens, 10)": call(cu_seqlens=torch.tensor([0, 8])),
     "cu_seqlens=[1, 8] must start with 0": packed(1, 8),
-    "cu_seqlens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and 3 more must": packed(*range(1, 16)),
+    "cu_seqlens=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and 3 more must start with 0": (
+        packed(*range(1, 16))
+    ),
     "cu_seqlens[2]=3 must be at least cu_seqlens[1]=5": packed(0, 5, 3, 8),
     "cu_seqlens[-1]=7 must be 8, the number of tokens in x": packed(0, 7),
     "weights lacks ['to_k_fine.weight'] and has ['to_k.weight']": call(
@@ -259,8 +261,12 @@ VALUE_ERRORS: Refusals = {
     "head_dim=5 must be even: semantics.rotary='all' turns pairs of channels. Try 4 or 6": (
         lambda: module(replace(PAPER, rotary="all"), head_dim=5)
     ),
-    "selection_block_size=5 must be a multiple of": lambda: module(selection_block_size=5),
-    "compress_block_size=5 must be a multiple of": lambda: module(compress_block_size=5),
+    "selection_block_size=5 must be a multiple of compress_block_sliding_stride=2": (
+        lambda: module(selection_block_size=5)
+    ),
+    "compress_block_size=5 must be a multiple of compress_block_sliding_stride=2": (
+        lambda: module(compress_block_size=5)
+    ),
     "backend='compiled' gives no gradients on a CPU": lambda: module(backend="compiled")(X),
 }
 TYPE_ERRORS: Refusals = {

@@ -296,7 +296,8 @@ def test_block_indices_of_any_integer_type(dtype: torch.dtype) -> None:
 VALUE_ERRORS: Refusals = {
     "seq_len=-1 must be at least 0.": lambda: create_sliding_mask(-1, 2),
     "seq_len=2147483648 must be below 1073741824.": lambda: create_sliding_mask(2**31, 2),
-    "seq_len=134217728 makes block lists of 1048576 x 1048576 entries; they must be at": (
+    "seq_len=134217728 makes block lists of 1048576 x 1048576 entries; they must be at most "
+    "268435456, because FlexAttention prints and compiles lists as wide as there are blocks": (
         lambda: create_sliding_mask(2**27, 1000)
     ),
     "compress_block_sliding_stride=0 must be at least 1.": lambda: create_compress_mask(8, 2, 0),

@@ -215,7 +215,9 @@ def test_selection_asks_for_no_gradient() -> None:
 
 
 VALUE_ERRORS: Refusals = {
-    "compress_block_size=3 must be a multiple of": lambda: select(compress_block_size=3),
+    "compress_block_size=3 must be a multiple of compress_block_sliding_stride=2": (
+        lambda: select(compress_block_size=3)
+    ),
     "in whole strides. Try 4 or 6": lambda: select(selection_block_size=5),
     "scale=inf must be finite": lambda: select(scale=float("inf")),
     "compress_map='linear' takes ['weight', 'bias']": lambda: nsa_fast.compress_pool(

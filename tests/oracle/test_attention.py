@@ -317,20 +317,29 @@ test_attention_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "q has shape (4, 2, 3); it must be (batch, q_heads, q_len, head_dim)": refused(q=Q[0]),
         "k has shape (1, 2, 5, 2); it must be (1, kv_heads, columns, 3)": refused(k=KEYS[..., 1:]),
         "v has shape (1, 2, 4, 3); it must be (1, 2, 5, value_dim)": refused(v=KEYS[:, :, 1:]),
-        "q_heads (axis 1 of q)=3 must be a positive multiple of kv_heads": refused(q=Q[:, :3]),
+        "q_heads (axis 1 of q)=3 must be a positive multiple of kv_heads (axis 1 of k)=2: "
+        "query head h reads kv head h // (q_heads // kv_heads). Try 2 or 4": refused(q=Q[:, :3]),
         "kv_heads (axis 1 of k)=0 must be at least 1": refused(k=KEYS[:, :0], v=KEYS[:, :0]),
         "head_dim (axis 3 of q)=0 must be at least 1": refused(q=Q[..., :0], k=KEYS[..., :0]),
-        "mask has shape (4,); it must broadcast to (batch=1, q_heads=4": refused(mask=MASK[0, :4]),
+        "mask has shape (4,); it must broadcast to (batch=1, q_heads=4, q_len=2, columns=5)": (
+            refused(mask=MASK[0, :4])
+        ),
         "mask holds the multiplicity -1; multiplicities must be at least 0": refused(mask=MASK - 2),
         "empty_row='skip' must be one of 'zero', 'nan', 'uniform'": refused(empty_row="skip"),
         "empty_lse=1.0 must be one of -inf, 0.0, inf": refused(empty_lse=1.0),
         "scale=nan must be a finite number. Try 0.57": refused(scale=math.nan),
-        "empty_row=0 must be one of 'zero'": refused(attend_vjp, d_out=Q, empty_row=0),
-        "d_out has shape (1, 2, 2, 3); it must be (1, 4": refused(attend_vjp, d_out=Q[:, :2]),
+        "empty_row=0 must be one of 'zero', 'nan', 'uniform'": (
+            refused(attend_vjp, d_out=Q, empty_row=0)
+        ),
+        "d_out has shape (1, 2, 2, 3); it must be (1, 4, 2, 3)": (
+            refused(attend_vjp, d_out=Q[:, :2])
+        ),
         "d_lse has shape (1, 4, 2, 3); it must be (1, 4, 2)": refused(attend_vjp, d_out=Q, d_lse=Q),
     },
     {
         "q has dtype <U1; it must hold real or complex numbers": refused(q=np.full(Q.shape, "x")),
-        "mask has dtype float64; it must be integer or bool": refused(mask=MASK * 1.0),
+        "mask has dtype float64; it must be integer or bool: how often each key counts": (
+            refused(mask=MASK * 1.0)
+        ),
     },
 )

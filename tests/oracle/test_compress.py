@@ -198,18 +198,23 @@ PER_HEAD = dataclasses.replace(SIZES, compress_map="linear_per_head")
 
 test_compression_refuses_what_does_not_fit_and_says_what_would = refusal_test(
     {
-        "x has shape (2, 4, 3); it must be (batch, 2, kv_len,": lambda: pool(X[0], LINEAR, SIZES),
-        "weights['weight'] has shape (3, 6); it must be (2, 3": lambda: pool(X, LINEAR, PER_HEAD),
+        "x has shape (2, 4, 3); it must be (batch, 2, kv_len, dim)": (
+            lambda: pool(X[0], LINEAR, SIZES)
+        ),
+        "weights['weight'] has shape (3, 6); it must be (2, 3, 6)": (
+            lambda: pool(X, LINEAR, PER_HEAD)
+        ),
         "weights lacks ['bias'] and has the unknown names []; it must have ['bias', 'weight']": (
             lambda: pool(X, {"weight": WEIGHT}, SIZES)
         ),
-        "weights lacks [] and has the unknown names ['positions']": (
+        "weights lacks [] and has the unknown names ['positions']; "
+        "it must have ['bias', 'weight']": (
             lambda: pool(X, LINEAR | {"positions": np.ones((2, 2, 3))}, SIZES)
         ),
         "weights['bias'] has shape (4,); it must be (3)": (
             lambda: pool(X, LINEAR | {"bias": np.ones(4)}, SIZES)
         ),
-        "d_out has shape (1, 2, 3, 3); it must be (1, 2, 2, 3": (
+        "d_out has shape (1, 2, 3, 3); it must be (1, 2, 2, 3)": (
             lambda: pool_vjp(X, LINEAR, np.ones((1, 2, 3, 3)), SIZES)
         ),
         "kv_len=-1 must be at least 0": lambda: num_compress_blocks(-1, SIZES),

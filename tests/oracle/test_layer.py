@@ -262,14 +262,19 @@ X, WEIGHTS = np.zeros((1, 7, 2)), zeros(ONE, PAPER)
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 
 
+OFFSETS = "must start at 0, never decrease and end at the number of tokens, 7"
+
+
 def packed(*offsets):
     return lambda: varlen(X[0], WEIGHTS, np.array(offsets), sizes=ONE)
 
 
 test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
     {
-        "weights lacks ['gates.bias', 'gates.weight',": lambda: layer(X, {}, sizes=ONE),
-        "weights['mem_k'] has shape (2,)": (
+        "weights lacks ['to_q.weight'] and has the unknown names []; it must have": (
+            lambda: layer(X, {n: w for n, w in WEIGHTS.items() if n != "to_q.weight"}, sizes=ONE)
+        ),
+        "weights['mem_k'] has shape (2,); it must be (1, 0, 2)": (
             lambda: layer(X, WEIGHTS | {"mem_k": np.zeros(2)}, sizes=ONE)
         ),
         "x has shape (7, 2); it must be (batch, seq_len, 2)": (
@@ -282,7 +287,7 @@ test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
             lambda: rotate(np.zeros((1, 3)), np.zeros(1))
         ),
         "positions has shape (2,); it must be (1)": lambda: rotate(np.zeros((1, 4)), np.zeros(2)),
-        "semantics.causal=False must be True to decode": (
+        "semantics.causal=False must be True to decode: a row would need later tokens": (
             lambda: decode(X, WEIGHTS, sizes=ONE, semantics=NON_CAUSAL)
         ),
         "x has shape (1, 7, 2); it must be (total tokens, 2)": (
@@ -294,12 +299,12 @@ test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "d_out has shape (6, 2); it must be (7, out_dim)": (
             lambda: varlen_vjp(X[0], WEIGHTS, np.array([0, 7]), X[0, 1:], sizes=ONE)
         ),
-        "cu_seqlens=[1, 7] must start at 0, never decrease and end at": packed(1, 7),
-        "must start at 0, never decrease": packed(0, 5, 4, 7),
-        "end at the number of tokens, 7": packed(0, 6),
-        "cu_seqlens=[] must start at 0": packed(),
-        "=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] must": packed(*range(1, 16)),
-        "cu_seqlens has shape (1, 2)": packed([0, 7]),
+        f"cu_seqlens=[1, 7] {OFFSETS}": packed(1, 7),
+        f"cu_seqlens=[0, 5, 4, 7] {OFFSETS}": packed(0, 5, 4, 7),
+        f"cu_seqlens=[0, 6] {OFFSETS}": packed(0, 6),
+        f"cu_seqlens=[] {OFFSETS}": packed(),
+        f"=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] {OFFSETS}": packed(*range(1, 16)),
+        "cu_seqlens has shape (1, 2); it must be (sequences + 1)": packed([0, 7]),
     },
     {
         "cu_seqlens=0.0 must be an integer": packed(0.0, 7.0),

@@ -350,14 +350,18 @@ test_selection_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "kv_len=-1 must be at least 0": asked(kv_len=-1),
         "q_len=-1 must be at least 0": lambda: forced_blocks(-1, 2, SIZES),
         "compress_block_size=3 must be a positive multiple of compress_block_sliding_stride=2: "
-        "eq. 9 counts": lambda: shared_strides(6, strides(3, 2)),
-        "scores holds NaN at a candidate": lambda: top_blocks(scored_row([math.nan]), SIZES),
+        "eq. 9 counts the overlap of windows and blocks in whole strides. Try 2 or 4": (
+            lambda: shared_strides(6, strides(3, 2))
+        ),
+        "scores holds NaN at a candidate; scores must be numbers to be ranked": (
+            lambda: top_blocks(scored_row([math.nan]), SIZES)
+        ),
         "forced has shape (2, 2); it must be (1, 2)": (
             lambda: top_blocks(ROW._replace(forced=np.eye(2) > 0), SIZES)
         ),
     },
     {
-        "candidates has dtype float64; it must be": (
+        "candidates has dtype float64; it must be bool": (
             lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), SIZES)
         ),
         "sizes=None must be a nsa_ref.Sizes": asked(sizes=None),
