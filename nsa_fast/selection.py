@@ -87,7 +87,8 @@ def select_blocks(
 
         overlap      score[b] = sum over the group's heads and windows i of
                      p_cmp[i] * (strides that window i and block b share)          eq. 9 and 10
-        logit_mean   score[b] = mean over the group's heads and block b's windows of scale q.k_cmp
+        logit_mean   mean over the group's heads and block b's windows of scale q.k_cmp, which has
+                     the order of its softmax, the score
         choice       the n highest of the blocks that begin at or before p; initial and local
                      blocks at forced_score a query head; equal scores go to the lower index
 

@@ -219,13 +219,12 @@ def importance(
 
         "overlap"      score[b] = sum over the group's heads, sum_i p_cmp[i] count[i, b]
                        with p_cmp of `compress_probabilities`, count of `shared_strides`
-        "logit_mean"   score[b] = the mean of scale q.k_cmp[i] over the group's heads and the
-                       l'/d compressed blocks i = b l'/d .. (b + 1) l'/d - 1; an invisible one
-                       counts as -(largest float64) / 10, and a block that is no candidate
-                       scores -inf
+        "logit_mean"   score[b] = `selection_probability` of the means of scale q.k_cmp[i] over the
+                       group's heads and the l'/d compressed blocks i = b l'/d .. (b + 1) l'/d - 1;
+                       an invisible one counts as -(largest float64) / 10, and a block that is no
+                       candidate has the mean -inf
 
-    Without share_selection every query head is a group of its own. The means of "logit_mean"
-    are what is ranked; `selection_probability` turns them into what `score_floor` is compared with.
+    Without share_selection every query head is a group of its own.
 
     Shapes
     ------
@@ -245,42 +244,50 @@ def importance(
     batch, q_heads, q_len, _ = q.shape
     heads = sizes.kv_heads if semantics.share_selection else q_heads
     group = q_heads // heads
-    num_blocks = num_selection_blocks(kv_len, sizes)
-    score = np.zeros((batch, heads, q_len, num_blocks), dtype=np.result_type(q, k_cmp, mem_k))
+    if semantics.importance == "logit_mean":
+        return selection_probability(logit_means(q, k_cmp, kv_len, sizes, semantics))
 
-    if semantics.importance == "overlap":
-        count = shared_strides(kv_len, sizes, semantics)
-        p_cmp = compress_probabilities(
-            q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics
-        )
-        for b, h, t in np.ndindex(batch, q_heads, q_len):
-            shares = p_cmp[b, h, t][:, None] * count
-            score[b, h // group, t] += shares.sum(axis=0)  # eq. 10
-        return score
-
-    strides = sizes.strides_per_selection_block
-    candidates = selection_candidates(q_len, kv_len, sizes, semantics)
-    visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
-    for b, g, t in np.ndindex(batch, heads, q_len):
-        for block in range(num_blocks):
-            if not candidates[t, block]:
-                score[b, g, t, block] = -math.inf
-                continue
-            total, invisible = 0.0, 0
-            for h in range(g * group, (g + 1) * group):
-                for i in range(block * strides, (block + 1) * strides):
-                    if visible[t, i]:
-                        total += sizes.scale * (k_cmp[b, h // sizes.group_size, i] @ q[b, h, t])
-                    else:
-                        invisible += 1
-            # The invisible ones are added as a share: their plain sum would overflow.
-            terms = group * strides
-            score[b, g, t, block] = total / terms + invisible / terms * INVISIBLE_LOGIT
+    score = np.zeros(
+        (batch, heads, q_len, num_selection_blocks(kv_len, sizes)),
+        dtype=np.result_type(q, k_cmp, mem_k),
+    )
+    count = shared_strides(kv_len, sizes, semantics)
+    p_cmp = compress_probabilities(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
+    for b, h, t in np.ndindex(batch, q_heads, q_len):
+        shares = p_cmp[b, h, t][:, None] * count
+        score[b, h // group, t] += shares.sum(axis=0)  # eq. 10
     return score
 
 
+def logit_means(
+    q: np.ndarray, k_cmp: np.ndarray, kv_len: int, sizes: Sizes, semantics: Semantics
+) -> np.ndarray:
+    """I3: the means of scaled logits, (batch, heads, q_len, blocks); -inf for no candidate."""
+    heads = sizes.kv_heads if semantics.share_selection else sizes.q_heads
+    group, strides = sizes.q_heads // heads, sizes.strides_per_selection_block
+    batch, _, q_len, _ = q.shape
+    num_blocks = num_selection_blocks(kv_len, sizes)
+    means = np.full((batch, heads, q_len, num_blocks), -math.inf, np.result_type(q, k_cmp))
+    candidates = selection_candidates(q_len, kv_len, sizes, semantics)
+    visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
+    for b, g, t, block in np.ndindex(batch, heads, q_len, num_blocks):
+        if not candidates[t, block]:
+            continue
+        total, invisible = 0.0, 0
+        for h in range(g * group, (g + 1) * group):
+            for i in range(block * strides, (block + 1) * strides):
+                if visible[t, i]:
+                    total += sizes.scale * (k_cmp[b, h // sizes.group_size, i] @ q[b, h, t])
+                else:
+                    invisible += 1
+        # The invisible ones are added as a share: their plain sum would overflow.
+        terms = group * strides
+        means[b, g, t, block] = total / terms + invisible / terms * INVISIBLE_LOGIT
+    return means
+
+
 def selection_probability(means: np.ndarray) -> np.ndarray:
-    """The softmax over blocks of the scores of "logit_mean", with a pad logit of -1e3.
+    """The softmax over blocks of the means of "logit_mean", with a pad logit of -1e3.
 
     ::
 
@@ -288,7 +295,7 @@ def selection_probability(means: np.ndarray) -> np.ndarray:
 
     Shapes
     ------
-    means : (..., blocks), as `importance` returns them for "logit_mean"
+    means : (..., blocks)
     returns : the same shape, float64
 
     Raises
@@ -389,8 +396,7 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
 
         forced blocks score `forced_total`; of several at inf the lowest are kept (I4)
         fewer candidates than n: all of them, and -1 in the slots that are left (I6)
-        score_floor: a chosen block of lower or equal score becomes -1 (I4); for "logit_mean" the
-        score that the floor is compared with is `selection_probability`
+        score_floor: a chosen block of lower or equal score becomes -1 (I4)
 
     Shapes
     ------
@@ -409,7 +415,6 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     check_sizes(sizes)
     blocks = check_scored(blocks, semantics)
     ranked = ranked_scores(blocks, sizes, semantics)
-    floored = floored_scores(blocks, sizes, semantics)
     n = sizes.num_selected_blocks
     chosen = np.full((*ranked.shape[:3], n), -1, dtype=np.int64)
     for b, g, t in np.ndindex(ranked.shape[:3]):
@@ -420,7 +425,7 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
         slot = 0
         for block in best[:n]:
             floor = semantics.score_floor
-            if floor is None or floored[b, g, t, block] > floor:
+            if floor is None or ranked[b, g, t, block] > floor:
                 chosen[b, g, t, slot] = block
                 slot += 1
     return chosen
@@ -429,37 +434,16 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
 def forced_total(sizes: Sizes, semantics: Semantics) -> float:
     """The score of a forced block: `forced_score` for every query head that shares the choice.
 
-    They are added up as scores are (I3): a sum for "overlap"; "logit_mean" has means, and one
-    softmax for the group, in which `forced_score` is the block's probability (I4).
+    They are added up where scores are: "logit_mean" has one probability for the group (I3, I4).
     """
     summed = semantics.importance == "overlap" and semantics.share_selection
     return semantics.forced_score * (sizes.group_size if summed else 1)
 
 
 def ranked_scores(blocks: Scored, sizes: Sizes, semantics: Semantics) -> np.ndarray:
-    """What top-n ranks: `forced_total` in place of the own score of forced blocks (I4).
-
-    "logit_mean" ranks means, so there a finite forced_score becomes the mean at which a block's
-    probability would be forced_score: log(forced_score) + log of the softmax's denominator.
-    """
-    scores, forced = blocks.scores, blocks.forced
-    ranked, total = scores.copy(), forced_total(sizes, semantics)
-    for b, g, t in np.ndindex(scores.shape[:3]):
-        value = total
-        if semantics.importance == "logit_mean" and math.isfinite(value) and forced[t].any():
-            logits = np.append(scores[b, g, t], PAD_LOGIT)
-            m = logits.max()
-            value = math.log(value) + m + math.log(np.exp(logits - m).sum())
-        ranked[b, g, t, forced[t]] = value
+    """What top-n ranks: `forced_total` in place of the own score of forced blocks (I4)."""
+    ranked: np.ndarray = np.where(blocks.forced, forced_total(sizes, semantics), blocks.scores)
     return ranked
-
-
-def floored_scores(blocks: Scored, sizes: Sizes, semantics: Semantics) -> np.ndarray:
-    """What `score_floor` is compared with: the score, or for "logit_mean" its probability (I4)."""
-    scores = blocks.scores
-    own = scores if semantics.importance == "overlap" else selection_probability(scores)
-    floored: np.ndarray = np.where(blocks.forced, forced_total(sizes, semantics), own)
-    return floored
 
 
 # --- checks ---------------------------------------------------------------------------------------

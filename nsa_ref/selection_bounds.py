@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,9 +11,17 @@ from numpy.typing import ArrayLike
 from nsa_ref.bounds import AttentionInputs, Group, groups, recomputed_p_error
 from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
-from nsa_ref.numerics import C_SCALE, NUMERICS, Array, Numerics
+from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
 from nsa_ref.rounded import Rounded, as_rounded, concatenated, exact
-from nsa_ref.selection import forced_blocks, forced_total, selection_arguments, shared_strides
+from nsa_ref.selection import (
+    INVISIBLE_LOGIT,
+    PAD_LOGIT,
+    forced_blocks,
+    forced_total,
+    selection_arguments,
+    selection_candidates,
+    shared_strides,
+)
 from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.sizes import Sizes, num_selection_blocks
 
@@ -27,26 +36,27 @@ def score_bounds(
     semantics: Semantics = PAPER,
     numerics: str,
 ) -> Array:
-    """Deterministic bounds of the scores of `importance`: by overlap, or means of logits.
+    """Deterministic bounds of the scores of `importance`: by overlap, or from means of logits.
 
     ::
 
         "overlap"      B(b) = sum_i count_ib E_i + acc(terms) sum_i count_ib (P_i + E_i)
                        with E_i = P_i E'_i + u_p P_i + eta; the group's heads add up
                        of a forced block (u_e + acc(G)) G forced_score
-        "logit_mean"   B(b) = mean(d) + acc(terms) mean |s|
+        "logit_mean"   B(b) = P_b expm1(D(b)) + 2 eta,  D(b) = M(b) + what the softmax adds to it
+                       with M(b) = mean(d) + acc(terms) mean |s|, the error of the mean
                        over the l' / d strides of a block and the group's heads
 
     Beside an invisible logit of "logit_mean", -max / 10 of the dtype, a visible one is lost in
-    rounding: the bound says so. A row of the selection is ambiguous iff some gap across its cutoff
-    is at most B(b) + B(b').
+    rounding: the bound says so. A kernel may rank the means themselves: their order is the same.
+    A row of the selection is ambiguous iff some gap across its cutoff is at most B(b) + B(b').
 
     Shapes
     ------
     q, k_cmp, mem_k, kv_len : as in `importance`. q and k_cmp are exact, or each a `Rounded`: how
         far the kernel's own may be from it
     numerics : a key of NUMERICS
-    returns : as `importance`; 0 for an incomplete last block of "logit_mean", which has no score
+    returns : as `importance`; 0 for a block that is no candidate of "logit_mean"
 
     Raises
     ------
@@ -60,14 +70,14 @@ def score_bounds(
     q, k_cmp = as_rounded("q", q), as_rounded("k_cmp", k_cmp)
     of_choice = kv_len, sizes, semantics
     _, _, mem_k = selection_arguments(q.value, k_cmp.value, mem_k, *of_choice)
+    forced = forced_blocks(q.value.shape[2], *of_choice)
     if semantics.importance == "logit_mean":
-        return _logit_mean_bounds(q, k_cmp, *of_choice, NUMERICS[numerics])
+        return _logit_mean_bounds(q, k_cmp, *of_choice, forced, NUMERICS[numerics])
     k = concatenated([exact(mem_k), k_cmp], axis=2)
     bounds = _overlap_bounds(q, k, *of_choice, NUMERICS[numerics])
     if math.isfinite(semantics.forced_score):
-        forced = forced_blocks(q.value.shape[2], *of_choice)
-        of_forced = (_forced_bound(sizes, semantics, NUMERICS[r]) for r in (numerics, "fp64"))
-        bounds[..., forced] = sum(of_forced)
+        of_forced = (_forced_error(sizes, semantics, NUMERICS[r]) for r in (numerics, "fp64"))
+        bounds[..., forced] = forced_total(sizes, semantics) * sum(of_forced)
     return bounds
 
 
@@ -111,17 +121,23 @@ def _overlap_bound(x: Group, row: Numerics, counts: Array, terms: Array) -> Arra
     return np.where(x.n > 0, bound, 0.0)
 
 
-def _forced_bound(sizes: Sizes, semantics: Semantics, row: Numerics) -> float:
-    """Bound of `forced_total`: a number that may be rounded, added up over the group."""
+def _forced_error(sizes: Sizes, semantics: Semantics, row: Numerics) -> float:
+    """Relative, of `forced_total`: a number that may be rounded, added up over the group."""
     group = sizes.group_size if semantics.share_selection else 1
-    relative = float(row.u_elementwise + row.accumulate(group))
+    error = float(row.u_elementwise + row.accumulate(group))
     if row.rounds_every_operation:  # the number and every sum are stored
-        relative += math.expm1(group * math.log1p(row.u_store))
-    return relative * forced_total(sizes, semantics)
+        error += math.expm1(group * math.log1p(row.u_store))
+    return error
 
 
 def _logit_mean_bounds(
-    q: Rounded, k_cmp: Rounded, kv_len: int, sizes: Sizes, semantics: Semantics, of_kernel: Numerics
+    q: Rounded,
+    k_cmp: Rounded,
+    kv_len: int,
+    sizes: Sizes,
+    semantics: Semantics,
+    forced: Array,
+    of_kernel: Numerics,
 ) -> Array:
     batch, q_heads, q_len, head_dim = q.value.shape
     share, group = semantics.share_selection, sizes.group_size
@@ -153,6 +169,52 @@ def _logit_mean_bounds(
             bound = bound + math.expm1(2 * math.log1p(row.u_store)) * mean(size + d)
         # adding up, and dividing by the number of terms
         total = total + bound + (row.accumulate(terms) + 2.0 * row.u_elementwise) * mean(size)
+    candidates = selection_candidates(q_len, kv_len, sizes, semantics)[:, :complete]
+    means = mean(np.where(visible, s, INVISIBLE_LOGIT))
+    errors = _softmax_errors(np.where(candidates, means, -math.inf), total, of_kernel)
     result = np.zeros((*total.shape[:3], num_selection_blocks(kv_len, sizes)))
-    result[..., :complete] = total
+    result[..., :complete] = np.where(candidates, errors.of_each, 0.0)
+    if math.isfinite(semantics.forced_score):
+        value = semantics.forced_score * (np.exp(errors.of_total) - 1.0)
+        result = np.where(forced, value[..., None], result)
     return result
+
+
+class _SoftmaxErrors(NamedTuple):
+    """of_each : of every probability, absolute; of_total : of the log of their sum"""
+
+    of_each: Array
+    of_total: Array
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _softmax_errors(means: Array, errors: Array, of_kernel: Numerics) -> _SoftmaxErrors:
+    """Of `selection_probability`, for means that are off: (..., blocks), -inf for no candidate.
+
+    Source: I3; NUMERICS 2, "Selection"
+    """
+    pad = np.full((*means.shape[:-1], 1), PAD_LOGIT)
+    logits = np.concatenate([pad, means], axis=-1)
+    peak = logits.max(axis=-1, keepdims=True)
+    log_total = peak + np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+    off = logits + np.concatenate([0 * pad, errors], axis=-1)
+    highest = off.max(axis=-1, keepdims=True)
+    # how far the log of the total moves with the means
+    moved = highest + np.log(np.exp(off - highest).sum(axis=-1, keepdims=True)) - log_total
+    away = np.abs(means - peak) + errors + moved  # the maximum is subtracted
+    of_total, log_error, eta = moved, errors + moved, np.zeros(moved.shape)
+    for row in (of_kernel, NUMERICS["fp64"]):
+        # exp, the division, the total, and P that may be stored
+        relative = (C_EXP + C_DIV) * row.u_elementwise + row.accumulate(logits.shape[-1]) + row.u_p
+        of_subtraction = row.u_elementwise
+        if row.rounds_every_operation:  # the difference, exp and the total are stored
+            relative += math.expm1(2 * math.log1p(row.u_store))
+            of_subtraction += row.u_store
+        log_error = log_error + of_subtraction * away - math.log1p(-relative)
+        # who ranks means takes the one that has forced_score
+        of_rank = row.u_lse + C_SCALE * row.u_elementwise * (np.abs(peak) + np.abs(log_total))
+        of_total = of_total + of_rank - math.log1p(-relative)
+        eta = eta + 2.0 * row.eta * np.exp(moved)
+    p, log_p = np.exp(means - log_total), means - log_total
+    lowest, largest = np.exp(log_p - log_error), np.exp(log_p + log_error)
+    return _SoftmaxErrors(np.maximum(p - lowest, largest - p) + eta, of_total[..., 0])

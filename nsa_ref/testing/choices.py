@@ -14,9 +14,7 @@ from nsa_ref.masks import check_block_indices
 from nsa_ref.selection import (
     Scored,
     check_scored,
-    floored_scores,
     ranked_scores,
-    selection_probability,
     top_blocks,
 )
 from nsa_ref.semantics import PAPER, Semantics
@@ -103,8 +101,7 @@ def valid_selection(
     block_indices : (batch, heads, q_len, slots) integers
     blocks : what `nsa_ref.selection.scored` returns
     score_bounds : (batch, heads, q_len, blocks), the largest error of each score, or of what
-        stands in its place; inf or NaN where none is known. For "logit_mean" scores and bounds are
-        about the means before the softmax
+        stands in its place; inf or NaN where none is known
     returns : SelectionVerdict(verdict, reasons)
 
     Raises
@@ -121,7 +118,7 @@ def valid_selection(
     block_indices = np.asarray(block_indices)
     check_block_indices(block_indices, q_len)
     check_shape("block_indices", block_indices.shape, (batch, heads, q_len, "slots"))
-    known = _ScoreRanges.of(blocks, score_bounds, sizes, semantics)
+    known = _Known.of(blocks, score_bounds, sizes, semantics)
 
     verdict = np.full((batch, heads, q_len), VALID, dtype="<U9")
     reasons: dict[tuple[int, int, int], Reason] = {}
@@ -157,8 +154,8 @@ def undecided_rows(
     I5
     """
     blocks = check_scored(blocks, semantics)
-    known = _ScoreRanges.of(blocks, score_bounds, sizes, semantics)
-    ranked, bounds, floor = known.ranked, known.rank_bounds, semantics.score_floor
+    known = _Known.of(blocks, score_bounds, sizes, semantics)
+    ranked, bounds, floor = known.ranked, known.bounds, semantics.score_floor
     chosen = top_blocks(blocks, sizes, dataclasses.replace(semantics, score_floor=None))
     undecided = np.zeros(blocks.scores.shape[:3], dtype=bool)
     for row in np.ndindex(undecided.shape):
@@ -172,49 +169,36 @@ def undecided_rows(
                 gap = ranked[row][better] - ranked[row][worse]
                 undecided[row] |= gap <= bounds[row][better] + bounds[row][worse]
         if floor is not None:
-            low, high = known.low[row], known.high[row]
+            low, high = (ranked - bounds)[row], (ranked + bounds)[row]
             undecided[row] |= any(low[block] <= floor < high[block] for block in taken)
     return undecided
 
 
-class _ScoreRanges(NamedTuple):
-    """What is known of the scores: all but the last two (batch, heads, q_len, blocks).
+class _Known(NamedTuple):
+    """What is known of the scores.
 
-    ranked, rank_bounds : what top-n ranks, and its largest error
-    low, floored, high : what `score_floor` is compared with, and its range within the bounds
+    ranked, bounds : (batch, heads, q_len, blocks), what top-n ranks, and its largest error
     candidates, forced : (q_len, blocks) bool
     """
 
     ranked: np.ndarray
-    rank_bounds: np.ndarray
-    low: np.ndarray
-    floored: np.ndarray
-    high: np.ndarray
+    bounds: np.ndarray
     candidates: np.ndarray
     forced: np.ndarray
 
     @classmethod
     def of(
         cls, blocks: Scored, score_bounds: np.ndarray, sizes: Sizes, semantics: Semantics
-    ) -> _ScoreRanges:
-        bounds = _whole_bounds(score_bounds, blocks)
-        low, high = _floored_range(blocks, bounds, sizes, semantics)
-        return cls(
-            ranked_scores(blocks, sizes, semantics),
-            np.where(blocks.forced, _bound_of_forced(bounds, semantics), bounds),
-            low,
-            floored_scores(blocks, sizes, semantics),
-            high,
-            blocks.candidates,
-            blocks.forced,
-        )
+    ) -> _Known:
+        ranked = ranked_scores(blocks, sizes, semantics)
+        return cls(ranked, _whole_bounds(score_bounds, blocks), blocks.candidates, blocks.forced)
 
 
 def _judge_row(
-    named: list[int], known: _ScoreRanges, row: tuple[int, int, int], n: int, semantics: Semantics
+    named: list[int], known: _Known, row: tuple[int, int, int], n: int, semantics: Semantics
 ) -> Reason | None:
     """What is wrong with one row, or what may be; None if it is valid."""
-    ranked, bounds = known.ranked[row], known.rank_bounds[row]
+    ranked, bounds = known.ranked[row], known.bounds[row]
     candidate, forced = known.candidates[row[2]], known.forced[row[2]]
     num_blocks = len(ranked)
     taken = [block for block in named if 0 <= block < num_blocks]
@@ -234,19 +218,19 @@ def _judge_row(
             if block not in taken:
                 return Reason(rule="forced", block=block)
 
-    low, middle, high = known.low[row], known.floored[row], known.high[row]
+    low, high = ranked - bounds, ranked + bounds
     floor = semantics.score_floor
     at_floor = Reason(verdict=AMBIGUOUS, clause="I5", rule="floor", floor=floor)
     if len(taken) < min(n, len(taken) + len(left)):
         for block in left:
             if floor is None or low[block] > floor:
                 return Reason(clause="I6", rule="all candidates", block=block, floor=floor)
-            if middle[block] > floor:
+            if ranked[block] > floor:
                 doubt = dataclasses.replace(at_floor, block=block)
     for block in taken:
         if floor is not None and high[block] <= floor:
             return Reason(rule="floor", block=block, floor=floor)
-        if floor is not None and middle[block] <= floor:
+        if floor is not None and ranked[block] <= floor:
             doubt = dataclasses.replace(at_floor, block=block)
 
     for worse in taken:
@@ -272,32 +256,3 @@ def _whole_bounds(score_bounds: np.ndarray, blocks: Scored) -> np.ndarray:
     if (wrong := bounds[usable & (bounds < 0)]).size:
         raise ValueError(f"score_bounds holds {wrong[0]} at a candidate; it must be at least 0.")
     return np.where(usable, bounds, 0)
-
-
-def _bound_of_forced(bounds: np.ndarray, semantics: Semantics) -> np.ndarray:
-    """The error of a forced block's rank, which is a log-sum-exp in `ranked_scores` of means.
-
-    A log-sum-exp moves by no more than the largest move of its terms. Broadcasts to bounds.
-    """
-    if semantics.importance == "overlap" or math.isinf(semantics.forced_score):
-        return bounds
-    return np.max(bounds, axis=3, keepdims=True, initial=0)
-
-
-def _floored_range(
-    blocks: Scored, bounds: np.ndarray, sizes: Sizes, semantics: Semantics
-) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest value that `floored_scores` has within the scores' bounds."""
-    scores, floored = blocks.scores, floored_scores(blocks, sizes, semantics)
-    if semantics.importance == "overlap":
-        return floored - bounds, floored + bounds
-    if semantics.score_floor is None:
-        return floored, floored
-    low, high = scores - bounds, scores + bounds
-    # A probability grows with its own mean and falls with every other one.
-    least, most = np.zeros(scores.shape), np.zeros(scores.shape)
-    for block in range(scores.shape[3]):
-        own = np.arange(scores.shape[3]) == block
-        least[..., block] = selection_probability(np.where(own, low, high))[..., block]
-        most[..., block] = selection_probability(np.where(own, high, low))[..., block]
-    return np.where(blocks.forced, floored, least), np.where(blocks.forced, floored, most)

@@ -6,7 +6,7 @@ docs/semantics.md says of each what the sentence leaves open.
 from __future__ import annotations
 
 #: Changes whenever a clause or a switch is added, removed or means something else.
-SPEC_VERSION = "4"
+SPEC_VERSION = "5"
 
 CLAUSES = {
     "A1": "out = sum_j P_j v_j and lse = log sum_j mult_j exp(s_j), where P_j = mult_j "
@@ -38,7 +38,7 @@ CLAUSES = {
     "I2": "The importance of block b sums p_cmp[i] times the number of strides that window i and "
     "block b share (eq. 9).",
     "I3": "Scores are summed over the query heads of the group (eq. 10); with logit_mean they are "
-    "means of scaled logits.",
+    "a softmax of means of scaled logits.",
     "I4": "The n best blocks among those that begin at or before p, initial and local blocks "
     "forced and counted in n (the lowest, if more than n are forced).",
     "I5": "Between equal scores any choice is right, but only among the candidates.",

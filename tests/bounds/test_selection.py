@@ -106,10 +106,10 @@ def test_a_forced_score_that_is_rounded_and_added_up_stays_within_its_bound(
     assert (error <= limit).all() and (limit < group * 0.002).all()
 
 
-def logit_means(
+def softmax_of_means(
     case: Case, q: Array, k: Array, order: str, *, invisible: float, factor: float = 1.0
 ) -> Array:
-    """Upstream's scores in q's dtype: mean over l' / d strides, then over the group."""
+    """Upstream's scores in q's dtype: mean over l' / d strides, over the group, then softmax."""
     dtype, strides = q.dtype.type, case.strides_per_selection_block
     whole = case.num_compress_blocks // strides
     keys = np.repeat(k[0], case.group_size, axis=0)
@@ -119,16 +119,22 @@ def logit_means(
     s = s[..., : whole * strides].reshape(2, case.group_size, case.q_len, whole, strides)
     s = add_up(s / dtype(strides), order)
     if case.semantics.share_selection:
-        return add_up(np.moveaxis(s / dtype(case.group_size), 1, -1), order)[None]
-    return s.reshape(1, case.q_heads, case.q_len, whole)
+        s = add_up(np.moveaxis(s / dtype(case.group_size), 1, -1), order)
+    else:
+        s = s.reshape(case.q_heads, case.q_len, whole)
+    means = np.where(Selector().candidates(case)[:, :whole], s, dtype(-np.inf))
+    pad = np.full((*s.shape[:2], 1), dtype(-1000))
+    weights = np.concatenate([means, pad], axis=-1)
+    weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
+    return (weights / add_up(weights, order)[..., None])[None, ..., :-1]
 
 
 @pytest.mark.parametrize("share_selection", [True, False])
 @pytest.mark.parametrize("row", ["fp32", "bf16", "fp16"])
-def test_means_of_logits_stay_within_their_bounds_and_wrong_ones_do_not(
+def test_softmaxes_of_means_stay_within_their_bounds_and_wrong_ones_do_not(
     row: str, share_selection: bool
 ) -> None:
-    """I3, "logit_mean": the mean over the group and over l' / d strides, in float32."""
+    """I3, "logit_mean": the mean over the group and over l' / d strides, its softmax; float32."""
     far = -float(np.float32(NUMERICS[row].largest / 10))
     for seed in range(60):
         rng = generator(25, ROWS.index(row), seed)
@@ -151,15 +157,16 @@ def test_means_of_logits_stay_within_their_bounds_and_wrong_ones_do_not(
         k = rounded(rng.standard_normal((1, 2, 11, 5)), row)
         none, whole = np.zeros((1, 2, 0, 5)), 11 // strides
         limit = bound(case, q, k, none, row)
-        assert limit.shape[-1] == case.num_selection_blocks and not limit[..., whole:].any()
+        assert limit.shape[-1] == case.num_selection_blocks
+        assert not limit[..., ~Selector().candidates(case)].any()
         limit = limit[..., :whole]
         q32, k32, order = q.astype("f4"), k.astype("f4"), str(rng.choice(ORDERS))
-        right = logit_means(case, q, k, "sequential", invisible=far)
-        got = logit_means(case, q32, k32, order, invisible=far)
+        right = softmax_of_means(case, q, k, "sequential", invisible=far)
+        got = softmax_of_means(case, q32, k32, order, invisible=far)
         assert budget_used(got.astype("f8"), right, limit) <= 1
-        moved = logit_means(case, 1.01 * q, 0.99 * k, "sequential", invisible=far)
+        moved = softmax_of_means(case, 1.01 * q, 0.99 * k, "sequential", invisible=far)
         around = (Rounded(y, 0.01 * np.abs(y)) for y in (q, k))
         wider = bound(case, *around, none, row)[..., :whole]
         assert budget_used(moved, right, wider) <= 1 and (wider >= limit).all()
-        off = logit_means(case, q32, k32, order, invisible=far, factor=1.01)
+        off = softmax_of_means(case, q32, k32, order, invisible=far, factor=1.01)
         assert budget_used(off.astype("f8"), right, limit) > 1

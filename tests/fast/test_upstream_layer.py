@@ -24,7 +24,7 @@ import pytest
 import nsa_ref
 from nsa_ref.layer import layer, layer_vjp, selection_inputs
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
-from nsa_ref.selection import scored, selection_probability, top_blocks
+from nsa_ref.selection import scored, top_blocks
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, PerBranch
 from nsa_ref.testing.choices import INVALID, valid_selection
 from nsa_ref.testing.compare import compare
@@ -423,8 +423,7 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
     candidates = np.broadcast_to(blocks.candidates, blocks.scores.shape)
     shown = np.take_along_axis(candidates, taken, axis=-1)
     if semantics.score_floor is not None:
-        probability = np.take_along_axis(selection_probability(blocks.scores), taken, axis=-1)
-        shown &= probability > semantics.score_floor
+        shown &= np.take_along_axis(blocks.scores, taken, axis=-1) > semantics.score_floor
     taken = np.where(shown, taken, -1)
     found = Definition(how | {"block_indices": taken}, NUMERICS_OF[x.dtype], weights, tokens)
     verdict = valid_selection(taken, blocks, found.bounds().scores, **how)

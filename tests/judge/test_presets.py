@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from nsa_ref.semantics import FLA
+from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX
 from nsa_ref.testing import Case, Implementation
 from nsa_ref.testing.mutants.selection import Selector
 from trials import finding, passes
@@ -60,3 +60,28 @@ def test_a_forced_block_of_fla_counts_for_every_query_head(name: str, tmp_path: 
 
 def test_a_forced_block_that_counts_once_for_the_group_is_found(tmp_path: Path) -> None:
     assert finding("I4_selection", CountsOnceForTheGroup(), tmp_path)["clause"] == "I4"
+
+
+class LucidrainsTopK(Selector):
+    """lucidrains ranks a softmax of the means; here in float32, where many are equal or 0."""
+
+    name = "lucidrains' top-k"
+    semantics = (LUCIDRAINS, LUCIDRAINS_FLEX)
+
+
+class RanksMeans(LucidrainsTopK):
+    """The same choice in exact arithmetic; only the floor needs the softmax."""
+
+    name = "top-k of means"
+    semantics = (LUCIDRAINS_FLEX,)
+
+    def ranked(self, means: np.ndarray) -> np.ndarray:
+        return means
+
+
+@pytest.mark.parametrize("port", [LucidrainsTopK(), RanksMeans()], ids=lambda port: port.name)
+@pytest.mark.parametrize("name", [name for name in SELECTION if not name.startswith("I2")])
+def test_means_may_be_ranked_before_or_after_their_softmax(
+    name: str, port: Implementation, tmp_path: Path
+) -> None:
+    passes(name, port, tmp_path)

@@ -28,6 +28,7 @@ from nsa_ref import (
     shared_strides,
     top_blocks,
 )
+from nsa_ref.selection import logit_means
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing import Case
 from nsa_ref.testing.choices import INVALID, VALID, valid_selection
@@ -180,12 +181,12 @@ def test_i3_scores_are_summed_over_the_group_or_kept_per_query_head():
     assert importance(q, k_cmp, none, **how, semantics=alone).tolist() == [[[[1, 0]], [[0, 1]]]]
 
 
-def test_i3_logit_mean_is_the_mean_over_group_and_strides_and_minus_inf_off_the_candidates():
+def test_i3_means_are_over_group_and_strides_and_minus_inf_off_the_candidates():
     """Logits 1, 2, 3, ... of two heads, the second ten times the first; l' = 2 d."""
     q = np.array([1.0, 10.0]).reshape(1, 2, 1, 1)
     k_cmp = np.arange(1.0, 7.0).reshape(1, 1, 6, 1)
     sizes = Sizes(q_heads=2, selection_block_size=2, num_mem_kv=1)
-    means = importance(q, k_cmp, k_cmp[:, :, :1], kv_len=6, sizes=sizes, semantics=LUCIDRAINS)
+    means = logit_means(q, k_cmp, 6, sizes, LUCIDRAINS)
     assert means.tolist() == [[[[(1 + 2 + 10 + 20) / 4, (3 + 4 + 30 + 40) / 4, -math.inf]]]]
 
 
@@ -194,10 +195,18 @@ def test_i3_an_invisible_logit_counts_as_a_tenth_of_the_lowest_number_and_never_
     semantics = dataclasses.replace(LUCIDRAINS, own_block_extra=False, compress_strict=False)
     sizes = dataclasses.replace(PAIRS, q_heads=12, compress_block_sliding_stride=2)
     q, k_cmp = np.ones((1, 12, 2, 1)), np.ones((1, 1, 2, 1))
-    means = importance(q, k_cmp, k_cmp[:, :, :0], kv_len=4, sizes=sizes, semantics=semantics)
+    means = logit_means(q, k_cmp, 4, sizes, semantics)
     lowest = -np.finfo(np.float64).max / 10
     assert means.tolist() == [[[[1.0, lowest], [1.0, 1.0]]]]  # p = 2: block 1 is not over
     assert selection_probability(means)[0, 0, 0].tolist() == [1.0, 0.0]
+
+
+def test_i3_logit_mean_scores_a_block_by_the_softmax_of_the_means():
+    """Means log 1 and log 3 at the last query; a block that is no candidate scores 0."""
+    q, k_cmp = np.ones((1, 1, 1, 1)), np.log([1.0, 3.0, 9.0])[None, None, :, None]
+    how = {"kv_len": 3, "sizes": Sizes(), "semantics": LUCIDRAINS}
+    score = importance(q, k_cmp, k_cmp[:, :, :0], **how)
+    np.testing.assert_allclose(score, [[[[0.25, 0.75, 0]]]])
 
 
 def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
@@ -213,14 +222,11 @@ def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
 def test_i1_i2_i3_scores_are_those_of_the_second_definition(case):
     """Masks, overlaps and means of whole arrays; within the bounds of a float64 kernel."""
     arrays, how = given_to_select(case)
-    expected = Selector().scores(case, *arrays)
-    if case.semantics.importance == "logit_mean":
-        expected[..., ~Selector().candidates(case)] = -math.inf
-    actual, seen = importance(*arrays, **how), np.isfinite(expected)
+    expected, actual = Selector().scores(case, *arrays), importance(*arrays, **how)
+    forced = forced_blocks(case.q_len, case.kv_len, case, case.semantics)
     bounds = score_bounds(*arrays, **how, numerics="fp64")
-    np.testing.assert_array_equal(actual[~seen], expected[~seen])
     assert actual.shape == expected.shape
-    assert (abs(actual[seen] - expected[seen]) <= bounds[seen]).all()
+    assert (abs(actual - expected)[..., ~forced] <= bounds[..., ~forced]).all()
 
 
 # --- top-n ----------------------------------------------------------------------------------------
@@ -255,11 +261,9 @@ def test_i4_a_finite_forced_score_competes():
     alone = dataclasses.replace(FLA, share_selection=False)
     assert top([0.1, 1.5, 1.2, 0.3], 2, group=2, forced=[0], semantics=FLA) == [0, 1]
     assert top([0.1, 1.5, 1.2, 0.3], 2, group=2, forced=[0], semantics=alone) == [1, 2]
-    # among means it is the mean of that probability: half of it all
+    # with logit_mean it is a probability, of which there is one for the group
     half = dataclasses.replace(LUCIDRAINS_FLEX, own_block_extra=False, forced_score=0.5)
-    means = [math.log(0.3), math.log(0.6), math.log(0.1)]
-    assert top(means, 2, forced=[2], semantics=half) == [1, 2]
-    assert top(means, 2, group=2, forced=[2], semantics=half) == [1, 2]
+    assert top([0.3, 0.6, 0.1], 2, group=2, forced=[2], semantics=half) == [1, 2]
 
 
 def test_i4_a_score_at_or_below_the_floor_becomes_minus_one():
@@ -268,9 +272,6 @@ def test_i4_a_score_at_or_below_the_floor_becomes_minus_one():
     fifth = dataclasses.replace(FLOOR, forced_score=0.2)
     assert top([0.25, 0.5, 0.2], 3, semantics=fifth, forced=[2]) == [1, -1, -1]
     assert top([0.25, 0.5, 0.2], 3, group=2, semantics=fifth, forced=[2]) == [1, 2, -1]
-    # for logit_mean the probability is compared: exp(-30) is 9e-14, exp(-20) is 2e-9
-    assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS) == [0, 2, -1]
-    assert top([0.0, -30.0, -20.0], 3, semantics=LUCIDRAINS_FLEX) == [0, 2, 1]
 
 
 def test_i5_a_tie_takes_the_lower_index():
@@ -287,26 +288,18 @@ def test_i6_fewer_candidates_than_n_are_all_taken_and_minus_one_fills_the_rest()
 @given(case=CASES)
 @settings(deadline=None, max_examples=150)
 def test_i4_i5_i6_select_is_a_stable_sort_of_the_scores(case):
-    """The second definition sorts all blocks of all rows at once: forced first, no candidate last.
-
-    A finite forced score among means has a table of its own, above.
-    """
+    """The second definition sorts the blocks of all rows at once: no candidate comes last."""
     arrays, how = given_to_select(case)
     (scores, candidates, forced), semantics = scored(*arrays, **how), case.semantics
-    means = semantics.importance == "logit_mean"
-    if means and math.isfinite(semantics.forced_score) and forced.any():
-        return
     chosen, n = select(*arrays, **how), case.num_selected_blocks
     assert chosen.shape == (*scores.shape[:3], n)
     assert chosen.dtype == np.int64
-    probability = selection_probability(scores) if means else scores
+    means = semantics.importance == "logit_mean"
     heads = 1 if means else case.q_heads // scores.shape[1]
-    ranked = np.where(
-        candidates, np.where(forced, heads * semantics.forced_score, scores), -math.inf
-    )
+    ranked = np.where(forced, heads * semantics.forced_score, scores)
     floor = -1 if semantics.score_floor is None else semantics.score_floor
-    taken = candidates & (np.where(forced, heads * semantics.forced_score, probability) > floor)
-    order = np.argsort(-ranked, axis=-1, kind="stable")[..., :n]
+    taken = candidates & (ranked > floor)
+    order = np.argsort(-np.where(candidates, ranked, -1), axis=-1, kind="stable")[..., :n]
     expected = np.full(chosen.shape, -1)
     expected[..., : order.shape[-1]] = np.where(
         np.take_along_axis(taken, order, axis=-1), order, -1

@@ -61,7 +61,13 @@ class Selector(DenseMasks, RoundedImplementation):
         means = means[..., : whole * strides].reshape(*means.shape[:3], whole, strides).mean(-1)
         scores = np.full((*means.shape[:3], case.num_selection_blocks), -np.inf, r.wide)
         scores[..., :whole] = means
-        return scores
+        return self.ranked(np.where(self.candidates(case), scores, r.wide(-np.inf)))
+
+    def ranked(self, means: np.ndarray) -> np.ndarray:
+        """What becomes of means of logits: a softmax with one more logit of -1000 (I3)."""
+        logits = np.pad(means, ((0, 0),) * 3 + ((0, 1),), constant_values=-1000)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.asarray(weights / weights.sum(-1, keepdims=True))[..., :-1]
 
     def candidates(self, case: Case) -> np.ndarray:
         """Blocks that a row may choose: (q_len, blocks) (I3, I4)."""
@@ -93,7 +99,7 @@ class Selector(DenseMasks, RoundedImplementation):
 
     # the whole
 
-    @np.errstate(invalid="ignore")
+    @np.errstate(invalid="ignore", over="ignore", under="ignore")
     def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
         candidates = self.candidates(case)
         scores = self.scores(case, q, k_cmp, mem_k)
@@ -101,6 +107,8 @@ class Selector(DenseMasks, RoundedImplementation):
         scores = np.where(candidates, scores, -np.inf)
         order = np.argsort(-scores, axis=-1, kind="stable")
         taken = np.arange(order.shape[-1]) < candidates.sum(-1)[:, None]
+        if case.semantics.score_floor is not None:
+            taken = taken & (np.take_along_axis(scores, order, -1) > case.semantics.score_floor)
         order = np.where(taken, order, self.unused())
         width = case.num_selected_blocks
         chosen = np.full((*order.shape[:3], width), self.unused(), dtype=np.int64)
