@@ -18,7 +18,7 @@ from nsa_ref.testing.implementation import (
     refusal,
 )
 from nsa_ref.testing.loading import one_line
-from nsa_ref.testing.properties import masks
+from nsa_ref.testing.properties import extent, masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken, Failure, NoAnswer, Raised
@@ -70,18 +70,10 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
         return outcome
     except Broken as broken:
         values = broken.clause in ("A1", "A2", "A3", "A5")
-        if values and prop.part in BRANCH_NAMES and not prop.extent:
-            _blame_the_mask(prop, implementation, case)
+        if values and prop.part in BRANCH_NAMES and prop.extent != "large":
+            blame = extent.blame_the_mask if prop.extent else masks.blame_the_mask
+            blame(implementation, case, prop)
         raise
-
-
-def _blame_the_mask(prop: Property, implementation: Implementation, case: Case) -> None:
-    """Raise Broken for the mask's clause if the forward reads other keys than it should."""
-    about_the_mask = dataclasses.replace(prop, clause=prop.the_branch.mask_clause(case))
-    try:
-        masks.read_forward(about_the_mask, implementation, case)
-    except (Raised, NoAnswer, NotOffered):
-        return
 
 
 @own_settings()

@@ -10,6 +10,7 @@ from nsa_ref.testing.branches import FINE, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import compare, first_at, wrong_element
 from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.properties import masks
 from nsa_ref.testing.properties.common import (
     Outcome,
     Property,
@@ -46,6 +47,27 @@ def _covers_everything(branch: Branch, case: Case) -> bool:
     return case.sliding_window_size + case.semantics.window_closed >= case.kv_len
 
 
+def _blame_the_values(
+    prop: Property,
+    implementation: Implementation,
+    case: Case,
+    inputs: Inputs,
+    mask: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """What breaks a law about a mask may have the right mask, and wrong values.
+
+    Raises
+    ------
+    Broken : for the mask, if the forward reads another one; else A1, if these values are wrong
+    """
+    masks.blame_the_mask(implementation, case, prop)
+    branch, sees = prop.the_branch, (mask != 0).any(-1)[..., None]
+    expected = branch.attend(case, mask, inputs).out
+    bound = bounds_of(branch, implementation, case, inputs, mask).out
+    compare("A1", f"{branch.name} out", np.where(sees, out, expected), expected, bound)
+
+
 def full_causal(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """Where everything is visible, a branch is full causal attention."""
     branch = prop.the_branch
@@ -59,7 +81,12 @@ def full_causal(prop: Property, implementation: Implementation, case: Case) -> O
     hard = bounds_of(branch, implementation, case, inputs, mask)
     source = "full causal attention"
     name = f"{branch.name} out"
-    return settle([compare(prop.clause, name, actual, expected, hard.out, source=source)])
+    try:
+        compared = compare(prop.clause, name, actual, expected, hard.out, source=source)
+    except Broken:
+        _blame_the_values(prop, implementation, case, inputs, mask, actual)
+        raise
+    return settle([compared])
 
 
 def linear_in_v(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -110,16 +137,22 @@ def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcom
         raise NotOffered("no shorter length is supported")
     rows, columns = short.q_len, branch.columns(short)
     less = inputs.changed(lambda x: x[:, :, :rows], lambda x: x[:, :, :columns])
-    out = branch.forward(implementation, case, inputs).out[:, :, :rows]
+    whole = branch.forward(implementation, case, inputs).out
+    out = whole[:, :, :rows]
     other = branch.forward(implementation, short, less).out
     bound = 2 * bounds_of(branch, implementation, case, inputs, mask).out
     name, part = f"{branch.name} out", f"without the last {cut} tokens"
     clause = branch.mask_clause(case)
     # an empty row may be the mean of all columns, whose number has changed
     sees = (mask != 0).any(-1)[:, :, :rows, None]
-    other = np.where(sees, other, out)
-    bound = bound[:, :, :rows]
-    return settle([compare(clause, name, other, out, bound, part=part, source="out with them")])
+    tensors = np.where(sees, other, out), out, bound[:, :, :rows]
+    try:
+        compared = compare(clause, name, *tensors, part=part, source="out with them")
+    except Broken:
+        _blame_the_values(prop, implementation, case, inputs, mask, whole)
+        _blame_the_values(prop, implementation, short, less, mask[:, :, :rows, :columns], other)
+        raise
+    return settle([compared])
 
 
 def same_bits(prop: Property, implementation: Implementation, case: Case) -> Outcome:

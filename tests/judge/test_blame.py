@@ -1,0 +1,130 @@
+"""Which clause is blamed: wrong values are no wrong mask, and a wrong mask is no wrong value."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trials
+from nsa_ref.testing import Case, Implementation
+from nsa_ref.testing.mutants.arithmetic import (
+    InterleavedHeads,
+    LastKeyNotRead,
+    NoScale,
+    QueryMissingInDk,
+    SlightlyTooLarge,
+)
+from nsa_ref.testing.mutants.kernel import Kernel
+from nsa_ref.testing.mutants.masks import switched
+from standin_gpu import Mistaken, OnStandin
+
+finding = functools.partial(trials.finding, shrink=False)
+FULL = (
+    "W3_window_of_everything_is_full_causal_attention",
+    "F1_all_blocks_selected_is_full_causal_attention",
+)
+PREFIXES = [f"{branch}_rows_do_not_know_what_follows" for branch in ("compress", "fine", "sliding")]
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("base", [NoScale, InterleavedHeads, SlightlyTooLarge])
+def test_wrong_values_are_not_blamed_on_a_window_or_a_block(
+    base: type[Implementation], name: str, tmp_path: Path
+) -> None:
+    """By the law of what everything visible is: it compares values, and the mask is right."""
+    assert finding(name, base(), tmp_path)["clause"] == "A1"
+
+
+class ScaleOfTheLength(Kernel):
+    def scale(self, case: Case) -> float:
+        return super().scale(case) * (1 + case.kv_len / 10)
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_wrong_values_are_not_blamed_on_what_follows(name: str, tmp_path: Path) -> None:
+    assert finding(name, ScaleOfTheLength(), tmp_path)["clause"] == "A1"
+
+
+class SecondKeyOfShortSequences(Kernel):
+    """Hides the second key of those of less than 8 tokens."""
+
+    def read(self, mask: np.ndarray) -> np.ndarray:
+        second = np.arange(mask.shape[3]) == 1
+        return np.where(second, 0, mask) if mask.shape[3] < 8 else mask
+
+
+@pytest.mark.parametrize(
+    ("name", "clause"), [(FULL[0], "W3"), (FULL[1], "F1"), (PREFIXES[2], "W1")]
+)
+def test_a_wrong_mask_is_blamed_by_the_laws_about_it(
+    name: str, clause: str, tmp_path: Path
+) -> None:
+    """Also where a prefix has it and the whole has not."""
+    base = SecondKeyOfShortSequences if name in PREFIXES else LastKeyNotRead
+    found = finding(name, base(), tmp_path)
+    assert (found["clause"], found["kind"]) == (clause, "wrong mask")
+
+
+# --- long sequences -------------------------------------------------------------------------------
+
+
+def beyond_300(change: Any, *names: str) -> Implementation:
+    return Mistaken(lambda case, x: change(x) if case.kv_len > 300 else x, *names)
+
+
+@pytest.mark.parametrize(
+    "exchanged", [lambda x: x[:, ::-1], lambda x: x[::-1]], ids=["heads", "entries"]
+)
+def test_another_heads_values_are_no_wrong_mask(exchanged: Any, tmp_path: Path) -> None:
+    port = beyond_300(exchanged, "k", "v")
+    assert finding("A1_sliding_output_of_long_sequences", port, tmp_path)["clause"] == "A1"
+    for name in ("W1_sliding_mask_of_long_sequences", "F1_fine_mask_of_long_sequences"):
+        trials.passes(name, port, tmp_path, shrink=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "of"),
+    [(lambda x: 1.03 * x, "out"), (lambda x: x + np.nan, "out"), (lambda x: x + 3, "lse")],
+    ids=["factor", "NaN", "lse"],
+)
+def test_what_is_no_sum_of_keys_is_no_wrong_mask(change: Any, of: str, tmp_path: Path) -> None:
+    found = finding("W1_sliding_mask_of_long_sequences", beyond_300(change, of), tmp_path)
+    assert found["clause"] == "A1" and of in found["text"]
+
+
+class ShortWindow(OnStandin):
+    def sliding_mask(self, case: Case) -> Any:
+        shorter = case.kv_len > 300
+        return super().sliding_mask(switched(case, window_closed=False) if shorter else case)
+
+
+@pytest.mark.parametrize("name", ["A1_sliding_output", "A3_sliding_gradients", "W1_sliding_mask"])
+def test_a_wrong_mask_of_long_sequences_is_blamed_whatever_shows_it(
+    name: str, tmp_path: Path
+) -> None:
+    """Wrong sums of another number of keys, and wrong values, are the mask's fault."""
+    found = finding(f"{name}_of_long_sequences", ShortWindow(), tmp_path)
+    assert found["clause"] == "W1" and "add up to that" in found["text"]
+
+
+# --- though the forward is right ------------------------------------------------------------------
+
+
+def test_the_forward_is_called_right_where_it_was_read(tmp_path: Path) -> None:
+    found = finding("A3_sliding_mask_as_read_backward", QueryMissingInDk(), tmp_path)
+    assert "though the forward is right" in found["text"]
+
+    class RaisesOnZeros(QueryMissingInDk):
+        """In the forward pass."""
+
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Any:
+            if not np.any(q):
+                raise ZeroDivisionError
+            return super().sliding(case, q, k, v)
+
+    found = finding("A3_sliding_mask_as_read_backward", RaisesOnZeros(), tmp_path)
+    assert found["clause"] == "A3" and "the forward" not in found["text"]
