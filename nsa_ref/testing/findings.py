@@ -112,13 +112,23 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Findings that are likely to have one cause, together; the first is the one to look at.
 
-    They have the same `cause`, if that was tried (see `causes`), or are alike but for numbers.
+    They have the same `cause`, if that was tried (see `causes`), or are alike but for numbers; of
+    these the smallest case stands first.
     """
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         key = (finding["cause"],) if "cause" in finding else alike_as(finding)
         groups.setdefault(key, []).append(finding)
+    for key, group in groups.items():
+        if len(key) > 1:
+            group.sort(key=_size)
     return list(groups.values())
+
+
+def _size(finding: Finding) -> tuple[int, ...]:
+    """Of its case: tokens, then heads, then features."""
+    case = Case.from_json(finding["case"])
+    return case.q_len + case.kv_len, case.batch * case.q_heads, case.head_dim + case.value_dim
 
 
 def alike_as(finding: Finding) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def forward_mask(
     stand to each other. A row in which they stand as expected is the expected one; in any other the
     smallest weight counts as 1. (All keys of a row counted twice is no difference here: lse tells.)
     A row that reads more than the real columns (padding) sums to less than 1 and is marked by -1
-    in the columns it should see. A row of NaN is 0 / 0: it sees nothing. So does a row that should
-    see nothing and weighs all columns alike: what it must hold is A2's question.
+    in the columns it should see, a row of NaN by -2: it may be 0 / 0. A row that should see nothing
+    sees nothing if it weighs all columns alike: what it must hold is A2's question.
 
     roundings : how often a weight is rounded to the dtype on its way: P and out, if no more
     """
@@ -77,7 +77,8 @@ def forward_mask(
 
     total = expected.sum(-1, keepdims=True)
     alike = (weights == weights[..., :1]).all(-1, keepdims=True)
-    nothing = ((total == 0) & alike) | np.isnan(weights).all(-1, keepdims=True)
+    no_number = np.isnan(weights).all(-1, keepdims=True)
+    nothing = ((total == 0) & alike) | no_number
     weights = np.where(nothing, 0.0, weights)
 
     unit_roundoff = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(case.dtype, 2.0**-20)
@@ -102,6 +103,7 @@ def forward_mask(
     short = 2 * roundings * unit_roundoff * (total + 1) < 1
     padding = right & short & (total > 0) & (weights.sum(-1, keepdims=True) < 1 - 0.5 / (total + 1))
     counts = np.where(padding & (expected != 0), -1, counts)
+    counts = np.where(no_number & (expected != 0), -2, counts)
     return counts.astype(np.int64)
 
 

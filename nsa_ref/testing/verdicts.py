@@ -82,7 +82,8 @@ class WrongMask:
     tensor : what shows it, e.g. "sliding mask" or "sliding dv"
     reading : how it was read
     gradient : "dq", "dk" or "dv", if it was read off one
-    expected, actual : how often the column is seen; -1 if the row reads beyond all columns
+    expected, actual : how often the column is seen; -1 if the row reads beyond all columns,
+        -2 if it is NaN
     columns : how many there are
     block : the compressed block that the column is
     but : what is right nevertheless

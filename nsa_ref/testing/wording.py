@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -221,8 +222,10 @@ def sentence(fault: Fault) -> str:
         case WrongElement():
             return _wrong_element(fault)
         case WrongFactor():
+            sign = "-" if fault.slope < 0 else "+"
             return (
-                f"{fault.tensor} is off by a factor of about {1 + fault.slope:.6g} throughout: "
+                f"{fault.tensor} is off by a factor of about 1 {sign} {abs(fault.slope):.3g} "
+                f"throughout: "
                 f"slope {fault.slope:.3g}, limit {fault.limit:.3g}"
             )
         case WrongMask():
@@ -233,7 +236,10 @@ def sentence(fault: Fault) -> str:
             why = f"; {fault.why}" if fault.why else ""
             return f"{fault.tensor}: {reader} {deed} {read}{why}"
         case WrongChoice():
-            scores = ", ".join(f"{block}: {score:.5g}" for block, score in fault.scores)
+            told = [f"{score:.5g}" for _, score in fault.scores]
+            if len(set(told)) < len({score for _, score in fault.scores}):
+                told = [f"{score:.17g}" for _, score in fault.scores]  # what differs looks so
+            scores = ", ".join(f"{block}: {t}" for (block, _), t in zip(fault.scores, told))
             return (
                 f"select at batch {fault.batch}, head {fault.head}, row t={fault.row} "
                 f"(p={fault.position}) chose {numbers(fault.chosen)}: {choice(fault.reason)}\n"
@@ -251,6 +257,8 @@ def _wrong_element(fault: WrongElement) -> str:
     line = f"{fault.tensor}{list(fault.index)}{f' {fault.part}' if fault.part else ''} is {actual}"
     if fault.form == "exact":
         line += f" and must be exactly {expected}"
+    elif not math.isfinite(fault.actual):
+        line += f", {fault.source} says {expected}"
     else:
         line += (
             f", {fault.source} says {expected}: off by {abs(fault.actual - fault.expected):.3g}, "
@@ -263,7 +271,9 @@ def _wrong_element(fault: WrongElement) -> str:
 
 def _wrong_mask(fault: WrongMask) -> str:
     deed, column = "misses" if fault.expected else "reads", f"column {fault.column}"
-    if fault.actual < 0:
+    if fault.actual == -2:
+        deed = "is NaN where it must see"
+    elif fault.actual < 0:
         deed, column = "reads more than", f"the {fault.columns} columns that there are"
     elif fault.expected and fault.actual:
         deed = "counts"

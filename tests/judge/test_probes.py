@@ -176,8 +176,8 @@ def test_padding_that_is_attended_to_is_seen(branch: Branch, dtype: str, data: A
     np.testing.assert_array_equal(seen, np.where(mask != 0, -1, 0))
 
 
-def test_a_row_of_nan_sees_nothing() -> None:
-    """So it is wrong wherever it should see a key."""
+def test_a_row_of_nan_is_told_apart() -> None:
+    """It is wrong wherever it should see a key."""
 
     class NotANumber(OracleImplementation):
         def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
@@ -188,7 +188,7 @@ def test_a_row_of_nan_sees_nothing() -> None:
     case = Case(q_len=3, kv_len=3, sliding_window_size=1)
     mask = mask_of(SLIDING, case)
     seen = probes.forward_mask(NotANumber(), SLIDING, case, mask)
-    assert not seen[:, :, -1].any()
+    np.testing.assert_array_equal(seen[:, :, -1], np.where(mask[:, :, -1], -2, 0))
     assert mask[:, :, -1].any()
     np.testing.assert_array_equal(seen[:, :, :-1], mask[:, :, :-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ import pytest
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.choices import Reason
 from nsa_ref.testing.findings import broken_data, grouped
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.pictures import excerpt
@@ -24,6 +26,7 @@ from nsa_ref.testing.verdicts import (
     Fault,
     Record,
     RemarkName,
+    WrongChoice,
     WrongElement,
     WrongFactor,
     WrongMask,
@@ -57,6 +60,20 @@ MASK: dict[str, Any] = {
         (
             WrongElement(**ELEMENT, **BOUND, form="deterministic", source="the same call"),
             "sliding out[0, 1] is 3, the same call says 1: off by 2, bound 0.5, 4 times the budget",
+        ),
+        (
+            WrongElement(**ELEMENT | {"actual": math.nan}, bound=0.5, form="deterministic"),
+            "sliding out[0, 1] is nan, the definition says 1",
+        ),
+        (
+            WrongFactor(tensor="sliding out", slope=2.0**-40, limit=2.0**-50),
+            "sliding out is off by a factor of about 1 + 9.09e-13 throughout: slope 9.09e-13, "
+            "limit 8.88e-16",
+        ),
+        (
+            WrongMask(**MASK, expected=1, actual=-2),
+            "compress_mask as exposed: batch 1, query head 2, row t=3 (p=5) is NaN where it must "
+            "see column 4",
         ),
         (
             WrongMask(**MASK, expected=1, actual=0, block=2),
@@ -93,6 +110,15 @@ def test_every_fault_has_its_sentence(fault: Fault, words: str) -> None:
     described = Broken("A1", fault, notes=(("fresh seeds", 3),))
     assert describe(described) == f"{words}\nWith 3 fresh seeds it is the same."
     json.dumps(broken_data(described), allow_nan=False)
+
+
+def test_scores_that_differ_look_different() -> None:
+    """By the last bit of float64."""
+    chosen: dict[str, Any] = {"batch": 0, "head": 0, "row": 0, "position": 0, "chosen": (1,)}
+    reason = Reason(rule="named once", block=1, count=2)
+    for more, told in ((0.5, "0: 1, 1: 1.5"), (2.0**-52, "0: 1, 1: 1.0000000000000002")):
+        fault = WrongChoice(**chosen, reason=reason, scores=((0, 1.0), (1, 1.0 + more)))
+        assert sentence(fault).endswith(f"scores around the cutoff, by block: {told}")
 
 
 def test_every_remark_has_its_sentence() -> None:
@@ -139,12 +165,18 @@ def test_a_finding_keeps_the_fields(tmp_path: Path) -> None:
 
 
 def test_findings_are_alike_whose_fields_are() -> None:
-    """Whatever numbers they show; not of another tensor, kind, clause or implementation."""
+    """Whatever numbers they show; not of another tensor, kind, clause or implementation.
 
-    def found(clause: str, fault: Fault, implementation: str = "port") -> dict[str, Any]:
-        return broken_data(Broken(clause, fault)) | {"implementation": implementation}
+    The one with the smallest case stands for all.
+    """
 
-    one = found("A1", WrongElement(**ELEMENT))
+    def found(
+        clause: str, fault: Fault, implementation: str = "port", tokens: int = 1
+    ) -> dict[str, Any]:
+        case = Case(q_len=tokens, kv_len=tokens).to_json()
+        return broken_data(Broken(clause, fault)) | {"implementation": implementation, "case": case}
+
+    one = found("A1", WrongElement(**ELEMENT), tokens=240)
     same = found("A1", WrongElement(**ELEMENT | {"index": (7, 7), "actual": -2.5}))
     others = [
         found("A1", WrongElement(**ELEMENT | {"tensor": "fine out"})),
@@ -152,7 +184,7 @@ def test_findings_are_alike_whose_fields_are() -> None:
         found("A3", WrongElement(**ELEMENT)),
         found("A1", WrongElement(**ELEMENT), "another port"),
     ]
-    assert grouped([one, *others, same]) == [[one, same], *([other] for other in others)]
+    assert grouped([one, *others, same]) == [[same, one], *([other] for other in others)]
 
 
 class ChoosesTheWorst(OracleImplementation):
