@@ -238,7 +238,7 @@ class _Judging:
             self._broken(question, name, Broken(clause, fault))
         except Broken as broken:
             if blame:
-                record.inconclusive["see", question.entry["file"], blame] += 1
+                record.inconclusive["of another clause", question.entry["file"], blame] += 1
                 return blame
             self._broken(question, name, broken)
             return broken.clause if name == "mask" else blame

@@ -140,7 +140,7 @@ def backward_patterns(
     rng = case.generator("backward_patterns")
     # one-hot rows are sent for some heads of every group; more would only repeat them
     members = sorted(rng.permutation(group)[: device_of(implementation.device).heads_probed])
-    heads = [np.arange(case.kv_heads) * group + member for member in members]
+    one_per_group = [np.arange(case.kv_heads) * group + member for member in members]
     rows = (case.batch, case.q_heads, case.q_len)
     d_lse = np.zeros(rows, blank.q.dtype)
     d_out = np.zeros((*rows, case.value_dim), blank.q.dtype)
@@ -148,14 +148,14 @@ def backward_patterns(
     # where an empty row is no zero, neither are its gradients
     plain = (branch.empty_row(case) == "zero") | visible.any(-1, keepdims=True)
     probed = np.zeros(visible.shape, bool)
-    probed[:, np.concatenate(heads)] = True
+    probed[:, np.concatenate(one_per_group)] = True
     probed &= plain
 
     seen_dv = np.zeros(visible.shape, bool)
-    for some in heads:
-        for chunk, width, one_hot_d_out in one_hot(d_out, some):
+    for heads in one_per_group:
+        for chunk, width, one_hot_d_out in one_hot(d_out, heads):
             _, _, dv = branch.backward(implementation, case, blank, one_hot_d_out, d_lse)
-            seen_dv[:, some, chunk] = dv[..., :width].swapaxes(-1, -2) != 0
+            seen_dv[:, heads, chunk] = dv[..., :width].swapaxes(-1, -2) != 0
 
     # q = 0 or k = 0: all visible keys weigh mult / total, dP is an integer, D their mean
     v = blank.v.copy()
@@ -173,11 +173,11 @@ def backward_patterns(
         seen_dq[..., chunk] = dq[..., :width] != 0
 
     seen_dk = np.zeros(visible.shape, bool)
-    for some in heads:
-        for chunk, width, q in one_hot(blank.q, some):
+    for heads in one_per_group:
+        for chunk, width, q in one_hot(blank.q, heads):
             inputs = dataclasses.replace(blank, q=q, v=v)
             _, dk, _ = branch.backward(implementation, case, inputs, d_out, d_lse)
-            seen_dk[:, some, chunk] = dk[..., :width].swapaxes(-1, -2) != 0
+            seen_dk[:, heads, chunk] = dk[..., :width].swapaxes(-1, -2) != 0
 
     return [
         Pattern("dv", seen_dv, visible, probed),

@@ -155,7 +155,7 @@ def _total(clause: str, records: Sequence[Record], told: Mapping[str, str]) -> R
         blamed = clause if finding is None else told.get(finding["file"], finding["clause"])
         if blamed != clause:
             # what another clause is to blame for says nothing about this one
-            total.inconclusive["see", record.name, blamed] += 1
+            total.inconclusive["of another clause", record.name, blamed] += 1
             continue
         total.cases += record.cases
         if record.budget_used is not None:

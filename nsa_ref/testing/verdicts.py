@@ -17,12 +17,13 @@ from nsa_ref.testing.pictures import Excerpt
 #: Why a case could not tell, why a property was not tried, what else was seen of a fault, and what
 #: is wrong with an entry of the ledger.
 RemarkName = Literal[
-    "no hidden key", "never all visible", "empty rows", "nothing to cut", "no choice",
+    "no hidden key", "never all visible", "empty rows", "too short to cut", "every block is chosen",
     "uniform rows", "no visible key", "empty in some head", "rounded sums", "NaN rows",
-    "narrow model", "no linear map", "no visible block", "no empty row", "not zero", "powerless",
-    "powerless tensor", "see",
-    "determinism unstated", "short limits", "not causal", "small limits", "little memory",
-    "lost device",
+    "narrow model", "no linear map", "no row sees a key", "no empty row",
+    "empty rows that are not zero", "only powerless bounds", "powerless tensor",
+    "of another clause",
+    "determinism unstated", "limits without long sequences", "not causal",
+    "limits without large tensors", "little memory", "lost device",
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
     "no case", "every case", "stale",

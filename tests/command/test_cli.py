@@ -344,7 +344,7 @@ def shown(records: list[Record], **more: Any) -> str:
 
 
 def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
-    unlucky = {"inconclusive": {("powerless",): 12345}, "not_offered": {"lse": 123}}
+    unlucky = {"inconclusive": {("only powerless bounds",): 12345}, "not_offered": {"lse": 123}}
     text = shown([record(**unlucky, ambiguous=12345, cases=0)])
     assert "port [0, 0] on cpu" in text
     assert "inconclusive" in text and "\u2026" not in text
@@ -352,7 +352,7 @@ def test_brackets_are_not_markup_and_no_word_is_cut() -> None:
 
 
 def test_what_is_not_offered_names_the_method_and_the_implementation() -> None:
-    lse = record(not_offered={"lse of fine": 2}, inconclusive={("powerless",): 1})
+    lse = record(not_offered={"lse of fine": 2}, inconclusive={("only powerless bounds",): 1})
     other = record(implementation="other", not_tried={("not causal",): 1})
     text = shown([record(cases=0, not_offered={"gradients of fine": 1}), lse, other])
     assert "not offered by port [0, 0]: gradients of fine; lse of fine (2 cases)\n" in text

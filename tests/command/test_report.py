@@ -321,7 +321,7 @@ def test_what_moved_and_under_which_circumstances(
     gone = report_of([])
     assert diff(old, gone, place, capsys)[0] == BROKEN
     inconclusive = report_of(
-        [Record(name="x", clause="W1", inconclusive=Counter({("powerless",): 1}))]
+        [Record(name="x", clause="W1", inconclusive=Counter({("only powerless bounds",): 1}))]
     )
     assert diff(old, inconclusive, place, capsys)[0] == BROKEN
     assert diff(inconclusive, old, place, capsys)[0] == HOLDS

@@ -227,7 +227,7 @@ def test_a_suspicion_counts_if_three_fresh_seeds_all_show_it(recurs: int) -> Non
 
 def test_any_other_answer_is_drawn_once() -> None:
     hard = Broken("I4", WrongFactor(tensor="out", slope=1.0, limit=0.5))
-    for answer in (hard, NotOffered("lse"), Inconclusive("powerless")):
+    for answer in (hard, NotOffered("lse"), Inconclusive("only powerless bounds")):
         prop, asked = property_that(answer)
         with pytest.raises(type(answer)):
             judge(prop, OracleImplementation(), Case())

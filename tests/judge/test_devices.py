@@ -264,9 +264,9 @@ def test_what_large_tensors_alone_show(name: str, wrong: str, tmp_path: Path) ->
     [
         ({"batch": (0, 2, 4)}, ""),
         ({"group_size": (4,), "q_heads": (4, 8)}, ""),
-        ({"kv_heads": (3,)}, "small limits"),
-        ({"batch": (1,)}, "small limits"),
-        ({"kv_len": range(100)}, "small limits"),
+        ({"kv_heads": (3,)}, "limits without large tensors"),
+        ({"batch": (1,)}, "limits without large tensors"),
+        ({"kv_len": range(100)}, "limits without large tensors"),
     ],
     ids=str,
 )
@@ -368,7 +368,7 @@ def test_long_sequences_keep_to_the_limits(
     assert judged.finding is None
     assert bool(judged.cases) == bool(lengths)
     if not lengths:
-        assert judged.not_tried == {("short limits",): 1}
+        assert judged.not_tried == {("limits without long sequences",): 1}
 
 
 def forgotten(case: Case, v: np.ndarray) -> np.ndarray:

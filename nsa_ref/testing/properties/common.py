@@ -249,7 +249,7 @@ def settle(comparisons: Sequence[Comparison], *, sent: bool = True) -> Outcome:
     sent : False if no gradient was sent: that none comes back then shows nothing
     """
     if comparisons and all(c.powerless for c in comparisons):
-        raise Inconclusive("powerless")
+        raise Inconclusive("only powerless bounds")
     return Outcome(
         compared=sum(c.elements for c in comparisons) if sent else 0,
         budget=max((c.budget for c in comparisons if not c.powerless), default=None),

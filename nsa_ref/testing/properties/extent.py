@@ -336,7 +336,7 @@ def _first_entry(
 def no_long_sequences(implementation: Implementation) -> Remark | None:
     """Why long sequences are not tried, if they are not."""
     if not far_lengths(implementation):
-        return ("short limits",)
+        return ("limits without long sequences",)
     causal = any(semantics.causal for semantics in implementation.semantics)
     return None if causal else ("not causal",)
 
@@ -346,7 +346,7 @@ def no_large_tensors(implementation: Implementation) -> Remark | None:
     device = device_of(implementation.device)
     exponent, need = device.offset_limit.bit_length() - 1, 32 * device.offset_limit
     if large_sizes(implementation) is None:
-        return "small limits", exponent
+        return "limits without large tensors", exponent
     if device.free_memory() < need:
         return "little memory", exponent, need / 2**30
     return None

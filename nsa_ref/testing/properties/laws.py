@@ -126,7 +126,7 @@ def permutation(prop: Property, implementation: Implementation, case: Case) -> O
 def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """Causality: taking the last tokens away leaves the rows before them as they are."""
     if min(case.q_len, case.kv_len) < 2:
-        raise Inconclusive("nothing to cut")
+        raise Inconclusive("too short to cut")
     branch, inputs, mask = set_up(prop, case)
     for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
         q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)

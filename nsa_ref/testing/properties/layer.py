@@ -146,7 +146,7 @@ def settle_rows(comparisons: Sequence[Comparison], undecided: np.ndarray) -> Out
 def scores_decide(case: Case) -> None:
     """Inconclusive where every block is chosen, whatever the scores are."""
     if case.batch == 0 or case.num_selection_blocks <= case.num_selected_blocks:
-        raise Inconclusive("no choice")
+        raise Inconclusive("every block is chosen")
 
 
 def rows_decode(case: Case) -> None:

@@ -77,7 +77,7 @@ def mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     if not expected.size:
         raise Inconclusive("no element")
     if branch is COMPRESS and not expected.any():
-        raise Inconclusive("no visible block")
+        raise Inconclusive("no row sees a key")
     # input_norm rounds its weight, a quotient and a product; all else is exact on such inputs
     roundings = 5 if case.semantics.input_norm else 2
     through = ThroughTheLayer(branch.name)

@@ -96,7 +96,7 @@ def empty_rows(prop: Property, implementation: Implementation, case: Case) -> Ou
         wanted = branch.attend(case, mask, inputs)
         return Outcome(compared=check_empty_rows(branch, case, mask, wanted, actual))
     if branch.empty_row(case) != "zero":
-        raise Inconclusive("not zero")
+        raise Inconclusive("empty rows that are not zero")
     d_out, d_lse = upstream(branch, implementation, case, inputs)
     d_out = np.where(empty[..., None], d_out, 0).astype(d_out.dtype)
     d_lse = np.where(empty, d_lse, 0).astype(d_lse.dtype)
