@@ -70,6 +70,11 @@ class Numerics:
         return self.u_store > 0
 
     @property
+    def coarsest(self) -> float:
+        """The unit roundoff of the coarsest thing that it does to a number."""
+        return max(self.u_store, self.u_accumulate, self.u_operand)
+
+    @property
     def u_p(self) -> float:
         """Probabilities, before they meet v or dO."""
         return self.u_store

@@ -21,7 +21,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.selection import Scored
-from nsa_ref.testing.branches import BRANCHES, checked_result
+from nsa_ref.testing.branches import BRANCHES, check_dtype, checked_result
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.clauses import SPEC_VERSION
 from nsa_ref.testing.compare import compare
@@ -325,6 +325,7 @@ def _compared(question: Question, answer: Answer, name: str, clause: str) -> Out
             raise wrong_mask(BRANCH[entry["method"]], clause, case, *pair, "as answered")
         _check_some(expected.shape)
         return Outcome(compared=expected.size)
+    check_dtype(case, what, actual)
     if entry["method"] in BRANCH and name in ("out", "lse"):
         # the other of the two is taken as right
         right = Attention(tensors["out"], tensors["lse"])

@@ -4,7 +4,7 @@ A thin front over pytest: `verify`, `replay` and `mutants` run a suite in xdist 
 an implementation that crashes, aborts or hangs takes a worker down and never the run.
 
 Exit codes: 0 all offered clauses hold (every mutant dies of its clause), 1 a clause is broken (or a
-mutant does not), 2 it could not run.
+mutant does not), 2 it could not run, 3 nothing is broken and an offered clause was not decided.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ from nsa_ref.testing.replays import (
     replayed,
     show_replays,
 )
-from nsa_ref.testing.report import compiled, graphs, show, to_json
+from nsa_ref.testing.report import Clause, clauses, compiled, graphs, show, to_json
 from nsa_ref.testing.suites import number_of_kept
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import annotation, printable, reasons, remark
 
-HOLDS, BROKEN, COULD_NOT_RUN = 0, 1, 2
+HOLDS, BROKEN, COULD_NOT_RUN, UNDECIDED = 0, 1, 2, 3
 
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
@@ -231,6 +231,10 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"
     _say(console, f"nsa-ref judges {names} on {where}, {level}")
+    numerics = {
+        one["name"]: {d: row for d, row in one["numerics"].items() if d in (dtypes or [d])}
+        for one in chosen
+    }
     properties = [p for p in PROPERTIES.values() if not wanted or p.part in wanted]
     options = [
         f"--nsa-level={arguments.level}",
@@ -263,6 +267,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     about = {
         "implementation": names,
         **{name: found[name] for name in ("device", "device_name", "versions")},
+        "numerics": numerics,
         "seed": arguments.seed,
         "level": arguments.level,
         "seconds": round(seconds, 1),
@@ -276,20 +281,24 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.junit:
         errors = [*collector.errors, *(["interrupted"] if collector.interrupted else [])]
         Path(arguments.junit).write_text(to_xml(records, errors, seconds), encoding="utf-8")
-    title = f"{names} on {where}"
-    code = _show(console, collector, names, title=title, seconds=seconds, asked_for=asked_for)
+    more: dict[str, Any] = {"title": f"{names} on {where}", "numerics": numerics}
+    code = _show(console, collector, names, seconds=seconds, asked_for=asked_for, **more)
     if code == HOLDS and arguments.strict and (wrong := wrong_entries(records)):
         lines = "; ".join(map(remark, wrong))
         wrong_ledger = printable(f"nsa-ref: --strict, and the ledger is wrong: {lines}")
         print(wrong_ledger, file=sys.stderr)
         return BROKEN
+    if code == HOLDS:
+        code = _undecided(clauses(records, findings, asked_for))
     if code == HOLDS and arguments.level == "thorough":
         excused = excused_edges(records, [one["limits"] for one in chosen])
         if gaps := [edge for edge in unmet_edges(records) if edge not in excused]:
-            raise CannotRun(
+            gap = (
                 f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
                 "another --seed; what the implementation cannot do belongs into its `limits`"
             )
+            print(f"nsa-ref: {gap}", file=sys.stderr)
+            return UNDECIDED
     return code
 
 
@@ -306,6 +315,16 @@ def _fold(collector: Collector, run: Callable[..., Collector]) -> None:
             options = [f"--nsa-questions={listed}"]
             answers = run(total=len(asked), tests=[str(suite)], options=options).answers
     fold(findings, asked, answers)
+
+
+def _undecided(rows: Sequence[Clause]) -> int:
+    """HOLDS; or UNDECIDED, with a line that names the clauses that are offered and no pass."""
+    left = ", ".join(f"{row.id} is {row.verdict}" for row in rows if row.is_undecided)
+    if not left:
+        return HOLDS
+    line = f"nsa-ref: nothing is broken, but not all is decided: {left}. Below the table stands why"
+    print(line, file=sys.stderr)
+    return UNDECIDED
 
 
 class Found(Protocol):
@@ -606,7 +625,8 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     seconds = time.monotonic() - started
     held_to = ", ".join(f"{dtype} as {' or '.join(rows)}" for dtype, rows in judged.rows.items())
     title = f"{names} ({held_to})" if held_to else names
-    return _show(console, judged, names, title=title, seconds=seconds, edges=False)
+    code = _show(console, judged, names, title=title, seconds=seconds, edges=False)
+    return _undecided(clauses(judged.records, judged.findings)) if code == HOLDS else code
 
 
 def _need_safetensors() -> None:

@@ -18,7 +18,9 @@ from nsa_ref.testing.report import COLOURS, SCHEMA
 from nsa_ref.testing.wording import printable
 
 #: What makes two runs comparable: where one of these differs, it is said.
-CIRCUMSTANCES = ("implementation", "device", "device_name", "spec_version", "seed", "level")
+CIRCUMSTANCES = (
+    *("implementation", "device", "device_name", "numerics", "spec_version", "seed", "level"),
+)
 
 #: The verdicts that say something; all others stand between them, none better than another.
 RANKS = {"fail": 0, "pass": 2}

@@ -14,7 +14,7 @@ from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.ledger import to_toml
 from nsa_ref.testing.narrowing import entry_of
 from nsa_ref.testing.pictures import Excerpt, side_by_side
-from nsa_ref.testing.report import summary
+from nsa_ref.testing.report import rows_named, summary
 from nsa_ref.testing.verdicts import Convention
 from nsa_ref.testing.wording import convention, printable, shortened
 
@@ -60,6 +60,7 @@ def to_html(report: Mapping[str, Any]) -> str:
     known = any(clause["known"] for clause in report["clauses"])
     return environment.get_template("report.html").render(
         report=report,
+        rows_named=rows_named,
         summary=summary(report["clauses"], report["seconds"]),
         result="fail" if report["findings"] else "pass" if verdicts == {"pass"} else "",
         sentences=CLAUSES,

@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nsa_ref.numerics import NUMERICS
+from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import wrong_entries
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import message, printable, reasons, remark
+from nsa_ref.testing.wording import message, printable, reasons, remark, undecided
 
 SCHEMA = "nsa-ref-report-2"
 
@@ -74,6 +77,11 @@ class Clause:
         if self.total.inconclusive:
             return "inconclusive"
         return "ambiguous" if self.total.ambiguous else "not_offered"
+
+    @property
+    def is_undecided(self) -> bool:
+        """True if it is offered, and neither broken nor a pass."""
+        return self.verdict in ("inconclusive", "ambiguous")
 
     @property
     def known(self) -> int:
@@ -210,6 +218,16 @@ def compiled(records: Sequence[Record]) -> dict[str, Counter[str]]:
     return found
 
 
+def rows_named(numerics: Mapping[str, str]) -> str:
+    """The row of bounds of each dtype, and which of them is coarser than the dtype."""
+
+    def named(dtype: str, row: str) -> str:
+        coarser = NUMERICS[row].coarsest > float(ml_dtypes.finfo(DTYPES[dtype]).eps) / 2
+        return f"{dtype} as {row}" + (f" (coarser than {dtype})" if coarser else "")
+
+    return ", ".join(named(dtype, row) for dtype, row in numerics.items())
+
+
 def graphs(counts: Mapping[str, int]) -> str:
     """Counts of `devices.compile_counts`, or of a port's own, in words."""
     listed = ", ".join(f"{kind}: {number}" for kind, number in counts.items() if number)
@@ -224,10 +242,13 @@ def show(
     title: str,
     seconds: float,
     asked_for: Mapping[str, int] | None = None,
+    numerics: Mapping[str, Mapping[str, str]] | None = None,
     edges: bool = True,
 ) -> None:
-    """The table; what was not offered or reached; each finding with what is needed to see it
-    again; then one line, which is what a screen full of findings still shows.
+    """The table; rows of bounds; what was not offered or reached; each finding with what is needed
+    to see it again; then one line, which is what a screen full of findings still shows.
+
+    numerics : implementation -> dtype -> row, where these are known
     """
     # 80 columns hold the longest words, if nothing is spent on vertical lines
     table = Table(
@@ -249,7 +270,8 @@ def show(
         table.add_row(clause.id, verdict, str(row["cases"]), *failed, budget, *counts)
     console.print()
     console.print(table)
-    lines = _remarks(records, rows)
+    lines = [f"bounds of {name}: {rows_named(held)}" for name, held in (numerics or {}).items()]
+    lines += _remarks(records, rows)
     if edges:
         excused = excused_edges(records, ())
         missing = [edge for edge in unmet_edges(records) if edge not in excused]
@@ -295,7 +317,7 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
-        if clause.verdict == "inconclusive":
-            why = "; ".join([*clause.unfinished, *map(remark, clause.total.inconclusive)])
-            lines.append(f"{clause.id} inconclusive: {why}")
+        if clause.is_undecided:
+            why = "; ".join([*clause.unfinished, *undecided(clause.total)])
+            lines.append(f"{clause.id} {clause.verdict}: {why}")
     return lines

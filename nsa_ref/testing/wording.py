@@ -321,5 +321,14 @@ def reasons(record: Record) -> list[str]:
         *(f"not offered: {what}" for what in record.not_offered),
         *(f"not tried: {remark(why)}" for why in record.not_tried),
         *(f"inconclusive: {remark(why)}" for why in record.inconclusive),
-        *(["ambiguous: every row may be chosen either way"] if record.undecided else []),
+        *(f"ambiguous: {why}" for why in _ambiguous(record)),
     ]
+
+
+def undecided(record: Record) -> list[str]:
+    """Why those were not that were offered."""
+    return [*map(remark, record.inconclusive), *_ambiguous(record)]
+
+
+def _ambiguous(record: Record) -> list[str]:
+    return ["every row may be chosen either way"] if record.undecided else []

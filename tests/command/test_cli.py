@@ -22,7 +22,7 @@ from rich.console import Console
 from commands import HELPERS, nsa_ref
 from nsa_ref.testing import Case, OracleImplementation, cli, findings, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
-from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
+from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
 from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
@@ -384,20 +384,75 @@ def test_nothing_but_ambiguous_rows_is_no_pass(tmp_path: Path) -> None:
     assert clause.verdict == "ambiguous"
 
 
-def test_thorough_without_an_edge_could_not_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+VERIFY = ("verify", "port_zoo:SlidingMask", "--device=cpu")
+
+
+def leaves(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
+    """No run is made, and all is well but for what is said of some clauses."""
+
     def run(console: Console, *_: Any, total: int, **__: Any) -> cli.Collector:
         collector = cli.Collector(console, total)
-        collector.records = [record(edges=met) for _ in range(total)]
+        collector.records = [
+            record(name=prop.name, clause=prop.clause, **changes.get(prop.clause, {}))
+            for prop in PROPERTIES.values()
+        ]
         return collector
 
     monkeypatch.setattr(cli, "_run", run)
-    arguments = ("verify", "port_zoo:SlidingMask", "--device=cpu", "--level=thorough")
-    met = {edge: 1 for edge in EDGES if edge not in ("batch 3", "n = 0")}
-    assert "no decided case had batch 3. Try another --seed" in could_not_run(capsys, *arguments)
-    met["batch 3"] = 1
-    assert main([*arguments]) == HOLDS
+
+
+def test_thorough_without_an_edge_has_not_decided_all(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    met = dict.fromkeys((edge for edge in EDGES if edge != "batch 3"), 1)
+    leaves(monkeypatch, W1={"edges": met})
+    assert main([*VERIFY, "--level=thorough"]) == UNDECIDED
+    assert "no decided case had batch 3. Try another --seed" in capsys.readouterr().err
+    leaves(monkeypatch, W1={"edges": met | {"batch 3": 1}})
+    assert main([*VERIFY, "--level=thorough"]) == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"cases": 0, "inconclusive": {("no hidden key",): 4}}, UNDECIDED, "A5 is inconclusive"),
+        ({"cases": 0, "ambiguous": 4, "undecided": 1}, UNDECIDED, "A5 is ambiguous"),
+        ({"cases": 3, "inconclusive": {("no hidden key",): 4}}, HOLDS, ""),
+        ({"cases": 0, "not_offered": {"fine": 1}}, HOLDS, ""),
+        ({"cases": 0, "known": {"a": 1}}, HOLDS, ""),
+    ],
+)
+def test_what_is_offered_and_not_decided_does_not_hold(
+    changes: dict[str, Any],
+    code: int,
+    words: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An exit code of its own: nothing is broken, and nothing is wrong with the call."""
+    leaves(monkeypatch, A5=changes)
+    assert main([*VERIFY]) == code
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == (code != HOLDS)
+
+
+def test_the_rows_of_bounds_are_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is coarser than its dtype stands out: in the table, and in JSON."""
+    (place / "coarse.py").write_text(
+        "from port_zoo import SlidingMask\n\n\n"
+        "class Port(SlidingMask):\n"
+        "    numerics = {'float64': 'bf16', 'float32': 'tf32', 'bfloat16': 'bf16-eager'}\n"
+    )
+    leaves(monkeypatch)
+    asked = ("coarse:Port", "--device=cpu", "--json=report.json", "--dtype=float64")
+    assert main(["verify", *asked, "--dtype=bfloat16"]) == HOLDS
+    said = "bounds of mask: float64 as bf16 (coarser than float64), bfloat16 as bf16-eager\n"
+    assert said in capsys.readouterr().out
+    rows = {"float64": "bf16", "bfloat16": "bf16-eager"}
+    assert json.loads((place / "report.json").read_text())["numerics"] == {"mask": rows}
 
 
 # --- pictures -------------------------------------------------------------------------------------

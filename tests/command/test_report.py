@@ -66,6 +66,7 @@ def records_of(folder: Path) -> list[Record]:
 def report_of(records: list[Record], **more: Any) -> dict[str, Any]:
     findings = [record.finding for record in records if record.finding is not None]
     about = {"implementation": HOSTILE, "device": "cpu", "device_name": "", "seed": 0}
+    about |= {"numerics": {HOSTILE: {"float32": "bf16"}}}
     about |= {"versions": {"port": HOSTILE}, "level": "quick", "seconds": 1.0, "complete": True}
     made = report.to_json(about | more, records, findings)
     data: dict[str, Any] = json.loads(json.dumps(made, allow_nan=False))
