@@ -24,7 +24,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -712,12 +711,17 @@ def _own_pytest() -> Iterator[None]:
 
     Hypothesis keeps its caches out of the user's folder, too.
     """
-    with _temporary_folder() as folder, mock.patch.dict(os.environ):
+    before = dict(os.environ)
+    with _temporary_folder() as folder:
         os.environ.pop("PYTEST_ADDOPTS", None)
         os.environ.pop("PYTEST_PLUGINS", None)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
-        yield
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _check_writable(file: str) -> None:

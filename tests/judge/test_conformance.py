@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 
 import trials
+from commands import python
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
@@ -423,6 +422,5 @@ def test_a_profile_keeps_its_settings_where_ci_is_true(level: str) -> None:
         "print(s.max_examples, s.deadline, s.database, s.derandomize, s.print_blob)"
     )
     environment = os.environ | {"CI": "true"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{7 * LEVELS[level]} None None True False\n"
+    done = python("-c", program, env=environment)
+    assert done.stdout == f"{7 * LEVELS[level]} None None True False\n", done.stderr

@@ -135,6 +135,7 @@ def long_mask(prop: Property, implementation: Implementation, case: Case) -> Out
         whole = off[0] <= count_slack(number) and (off[1] <= sum_slack(read, number)).all()
         raise broken if whole else broken.noted(clause="A1") from None
     if counted is not None:
+        # raises if it is wrong; the count of keys is no budget, and no more elements than out's
         compare(
             # where the sums are told to be right, so is the number of keys
             "A1" if told.any() else prop.clause,
