@@ -6,6 +6,7 @@ comes back from an implementation is checked for shape here and turned into floa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -177,14 +178,28 @@ SLIDING, COMPRESS, FINE = Branch("sliding"), Branch("compress"), Branch("fine")
 BRANCHES = (COMPRESS, FINE, SLIDING)
 
 
+#: What torch says where a kernel has no gradients on the device that it runs on.
+NO_BACKWARD = re.compile(
+    r"does not support backward on \w"
+    r"|Could not run '\S*backward\S*' with arguments from the '\w+' backend"
+)
+
+
 def call(method: Any, *arguments: Any) -> Any:
-    """Call the implementation; what it raises becomes `Raised`."""
+    """Call the implementation; what it raises becomes `Raised`.
+
+    Raises
+    ------
+    NotOffered : it says that it is not, or torch that there is no backward on this device
+    """
     try:
         with handed_over():
             return method(*arguments)
     except (NotOffered, NoAnswer, Raised):
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and NO_BACKWARD.search(str(error)):
+            raise NotOffered(str(error)) from error  # NotImplementedError is a RuntimeError
         raise Raised(f"{type(error).__name__}: {error}") from error
 
 

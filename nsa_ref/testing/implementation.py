@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.devices import compile_counts, device_of
-from nsa_ref.testing.handing_over import handed_over
+from nsa_ref.testing.handing_over import Stopped, handed_over
 from nsa_ref.testing.verdicts import Raised
+from nsa_ref.testing.wording import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -203,16 +205,24 @@ def refusal(implementation: Implementation, case: Case) -> str | None:
 
     Raises
     ------
-    WrongDeclaration : `supports` answers with a bool, or with anything but None or a text
+    WrongDeclaration : `supports` raises, or answers with anything but None or a text; an empty
+        text says nothing
     """
-    with handed_over():
-        reason: Any = implementation.supports(case)
-    if reason is None or isinstance(reason, str):
+    asked = f"{type(implementation).__name__}.supports(case)"
+    rule = "it must return None where the case can be run, and a text that says why not where it "
+    rule += "cannot."
+    try:
+        with handed_over():
+            reason: Any = implementation.supports(case)
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}"
+        raise WrongDeclaration(f"{asked} raised {one_line(error)} at {place}; {rule}") from error
+    if reason is None or (isinstance(reason, str) and reason.strip()):
         return reason
-    raise WrongDeclaration(
-        f"{type(implementation).__name__}.supports(case) returned {reason!r}; it must return None "
-        "where the case can be run, and a text that says why not where it cannot."
-    )
+    raise WrongDeclaration(f"{asked} returned {reason!r}; {rule}")
 
 
 def _copied(argument: Any) -> Any:

@@ -17,11 +17,11 @@ from nsa_ref.testing.implementation import (
     WrongDeclaration,
     refusal,
 )
-from nsa_ref.testing.loading import one_line
 from nsa_ref.testing.properties import extent, masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken, Failure, NoAnswer, Raised
+from nsa_ref.testing.wording import one_line
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
 
@@ -39,7 +39,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     Raises
     ------
     Broken, Inconclusive, NotTried, NotOffered
-    WrongDeclaration : the implementation answers `supports` with no text
+    WrongDeclaration : `supports` of the implementation says neither yes nor why not
     Stopped : an alarm rang that is not the implementation's, such as that of pytest-timeout
     """
     try:

@@ -22,6 +22,7 @@ from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
+from nsa_ref.testing.wording import one_line
 
 #: Names that stand for an adapter.
 SHORT_NAMES = {
@@ -131,15 +132,6 @@ def _is_adapter(value: Any, module: Any) -> bool:
     if isinstance(value, type):
         return issubclass(value, Implementation) and value.__module__ == module.__name__
     return isinstance(value, Implementation)
-
-
-def one_line(error: BaseException) -> str:
-    """The exception's type and message, on one line."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:
-        text = "(its message cannot be printed)"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def check_declarations(implementations: Collection[Implementation]) -> None:

@@ -101,6 +101,15 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def one_line(error: BaseException) -> str:
+    """The exception's type and message, on one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its message cannot be printed)"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def shortened(text: str, file: str) -> str:
     """What was seen, without its middle if it is long; the file has it whole."""
     if len(text) <= LONGEST_TEXT:

@@ -282,6 +282,7 @@ def test_a_seed_is_the_cases(tmp_path: Path) -> None:
         ("port_zoo:Refuses", "sliding", "it is Sunday"),
         ("port_zoo:DiesInWorkers", "sliding", "not in the workers"),
         ("port_zoo:SupportsAnswers", "sliding", "supports(case) returned True; it must"),
+        ("port_zoo:BadRefusal", "sliding", "supports(case) raised KeyError: 'head_dim' at "),
     ],
 )
 def test_a_run_that_decides_nothing_is_no_pass(

@@ -118,8 +118,11 @@ class BadRefusal(SlidingMask):
 
     name = "bad refusal"
 
+    def __init__(self, *, error: BaseException | None = None) -> None:
+        self.error = error or KeyError("head_dim")
+
     def supports(self, case: Case) -> str | None:
-        raise KeyError("head_dim")
+        raise self.error
 
 
 class SupportsAnswers(SlidingMask):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis
@@ -17,7 +19,17 @@ import pytest
 import trials
 from commands import python
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation, conformance_suite, judging, last_words, running
+from nsa_ref.testing import (
+    Attention,
+    Case,
+    Implementation,
+    OracleImplementation,
+    TorchImplementation,
+    conformance_suite,
+    judging,
+    last_words,
+    running,
+)
 from nsa_ref.testing.last_words import announced, finding_of_dead_worker, folder_of_run
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.masks import WindowPlusOne
@@ -95,12 +107,20 @@ def test_whatever_a_method_returns_is_a_finding(value: Any, tmp_path: Path) -> N
     assert found["text"]
 
 
-def test_a_refusal_that_raises_is_a_finding(tmp_path: Path) -> None:
-    found = found_in(BadRefusal(), tmp_path)
-    assert "KeyError: 'head_dim'" in found["text"]
+@pytest.mark.parametrize(
+    "error", [KeyError("head_dim"), pytest.skip.Exception("not today"), Unprintable()], ids=repr
+)
+def test_a_refusal_that_raises_is_no_finding(error: BaseException, tmp_path: Path) -> None:
+    """The adapter says nothing of the case: neither that it can be run nor why not."""
+    with pytest.raises(TypeError) as caught:
+        judged(BadRefusal(error=error), tmp_path)
+    line = str(caught.value)
+    assert line.startswith(f"BadRefusal.supports(case) raised {type(error).__name__}")
+    assert re.search(r" at .*port_zoo\.py:\d+; it must return None ", line)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("answer", [True, False, 0, ["no"]], ids=repr)
+@pytest.mark.parametrize("answer", [True, False, 0, ["no"], "", " "], ids=repr)
 def test_supports_must_say_why_not(answer: Any, tmp_path: Path) -> None:
     """A bool can be read either way: True would refuse every case, False run what cannot be run."""
     with pytest.raises(TypeError) as caught:
@@ -108,6 +128,66 @@ def test_supports_must_say_why_not(answer: Any, tmp_path: Path) -> None:
     line = f"SupportsAnswers.supports(case) returned {answer!r}; it must return None where the"
     assert str(caught.value).startswith(line)
     assert not list(tmp_path.iterdir()), "it is no finding"
+
+
+class NoBackward(OracleImplementation):
+    """Has gradients by its name, and none where it runs."""
+
+    semantics = (PAPER,)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def sliding_vjp(self, case: Case, *tensors: Any) -> tuple[Any, ...]:
+        raise self.error
+
+    def layer_vjp(self, case: Case, *tensors: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "name", ["A3_sliding_gradients", "A5_sliding_canary_backward", "A4_layer_gradients"]
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("FlexAttention does not support backward on CPU. Please set the in"),
+        NotImplementedError(
+            "Could not run 'aten::_flash_attention_backward' with arguments from the 'CPU' "
+            "backend. This could be because the operator doesn't exist for this backend"
+        ),
+    ],
+    ids=["flex", "dispatcher"],
+)
+def test_a_backend_without_a_backward_here_has_none_to_offer(
+    name: str, error: Exception, tmp_path: Path
+) -> None:
+    """As torch says it; nothing is broken."""
+    record = trials.record(name, NoBackward(error), tmp_path)
+    assert record.finding is None and not record.cases
+    assert set(record.not_offered) == {str(error)}
+
+
+def test_another_failure_of_a_backward_is_a_finding(tmp_path: Path) -> None:
+    error = RuntimeError("backward does not support strides")
+    found = trials.finding("A3_sliding_gradients", NoBackward(error), tmp_path)
+    assert str(error) in found["text"]
+
+
+def test_flexattention_says_so(tmp_path: Path) -> None:
+    """As it is in torch."""
+    pytest.importorskip("torch", reason="FlexAttention is torch's")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(TorchImplementation):
+        numerics = MappingProxyType({"float32": "fp32"})
+
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+            return Attention(flex_attention(q, k, v, enable_gqa=True), None)  # type: ignore[arg-type]
+
+    record = trials.record("A3_sliding_gradients", Flex(), tmp_path)
+    assert record.finding is None and not record.cases
+    assert all("does not support backward on CPU" in why for why in record.not_offered)
 
 
 def test_a_mistake_of_the_judge_is_nobodys_finding(
