@@ -25,7 +25,7 @@ def sliding_mask(q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = P
     ::
 
         causal      (W1, W3)   mask[t, j] = 1  iff  0 <= p - j <= w    that is w + 1 keys
-        non-causal  (W2)       mask[t, j] = 1  iff  |p - j| <= w
+        non-causal  (W2)       mask[t, j] = 1  iff  |p - j| <= w and p >= 0
         not window_closed      < w instead of <= w: w keys, and none for w = 0
 
     Shapes

@@ -20,7 +20,7 @@ CLAUSES = {
     "changes, and its own gradients are exactly 0.",
     "W1": "Causal sliding window: key j is visible iff 0 <= p - j <= w, that is w + 1 keys "
     "(w keys if window_closed is False), where p = t + kv_len - q_len.",
-    "W2": "Non-causal sliding window: key j is visible iff |p - j| <= w.",
+    "W2": "Non-causal sliding window: key j is visible iff |p - j| <= w and p >= 0.",
     "W3": "w = 0 shows the own key only; w >= kv_len is full causal attention.",
     "C1": "Compressed block i covers tokens [i d, i d + l), incomplete windows dropped "
     '(alignment "start"), or [(i+1) d - l, (i+1) d) with zeros left of token 0 ("end").',
@@ -32,7 +32,7 @@ CLAUSES = {
     "F1": "Key j is visible iff its block j // l' is selected for (t, kv head) and j <= p.",
     "F2": "The last block may be short, is selectable, and attends only real tokens.",
     "F3": "A block selected twice counts once (twice if duplicates is multiset).",
-    "F4": "Non-causal: the selected blocks only, with no cut.",
+    "F4": "Non-causal: the selected blocks only, with no cut, and nothing for rows with p < 0.",
     "I1": "p_cmp is a softmax over the visible compressed blocks and the memory columns; memory "
     "is no candidate.",
     "I2": "The importance of block b sums p_cmp[i] times the number of strides that window i and "

@@ -112,8 +112,8 @@ def narrowed(sample: Sample) -> tuple[Condition, ...]:
         free = (c for c in holding if c.name not in chosen)  # a table has one rule for a name
         best = max(free, key=lambda c: sum(not c.holds(case) for case in left))
         kept = [case for case in left if best.holds(case)]
-        if len(kept) == len(left):
-            break
+        if (chosen and 2 * len(kept) >= len(left)) or len(kept) == len(left):
+            break  # what tells few apart may be a coincidence of the sample
         left = kept
         chosen[best.name] = best
     return tuple(chosen.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from nsa_ref.semantics import PRESETS
+from nsa_ref.semantics import PAPER, PRESETS
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.explaining import SUBJECTS, SWITCHES, explain
@@ -34,7 +35,9 @@ def test_a_new_port_runs_as_it_was_written(
     monkeypatch.syspath_prepend(str(place))
     (port,) = load(f"{name}_adapter:My{kind.capitalize()}", "cpu")
     assert isinstance(port, base) and port.name == f"my {kind}"
-    names = ["A1_sliding_output_by_shape", "A2_sliding_empty_rows", "W1_sliding_mask_as_read"]
+    port.semantics = (PAPER, dataclasses.replace(PAPER, causal=False))
+    names = ["A1_sliding_output_by_shape", "A2_sliding_empty_rows", "A5_sliding_canary"]
+    names += ["W1_sliding_mask_as_read", "W2_sliding_mask_as_read"]
     for prop in [*names, *["A3_sliding_gradients"] * (kind == "torch")]:
         record = run_property(PROPERTIES[prop], port, Options(findings=place))
         assert record.finding is None and record.cases, (prop, record)
