@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -17,11 +16,11 @@ from typing import Any
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import Semantics
-from nsa_ref.sizes import COMPRESS_MAPS
-from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
+from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
+from nsa_ref.testing.limits import check_limits
 from nsa_ref.testing.wording import one_line
 
 #: Names that stand for an adapter.
@@ -30,18 +29,6 @@ SHORT_NAMES = {
     "oracle": "nsa_ref.testing.implementation:OracleImplementation",
 }
 DEVICES = ("auto", "cpu", "cuda", "interpreter")
-
-
-#: Fields of a case that `limits` cannot restrict, and why.
-NO_LIMITS = {
-    "inputs": "which is what a property is about",
-    "seed": "which stands for all data of its kind",
-    "semantics": "which the attribute semantics declares",
-    "dtype": "which the attribute numerics declares",
-}
-
-#: Fields whose values are names -> all valid names.
-NAMED_VALUES = {"compress_map": COMPRESS_MAPS, "indices": INDICES, "layout": LAYOUTS}
 
 
 class CannotRun(Exception):
@@ -161,36 +148,12 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                 "without it there is no bound to judge by."
             )
         for dtype, row in one.numerics.items():
-            if dtype not in DTYPES or row not in NUMERICS:
+            if dtype not in DTYPES or not isinstance(row, str) or row not in NUMERICS:
                 raise ValueError(
                     f"{where}numerics has {dtype!r}: {row!r}; a dtype is one of "
                     f"{', '.join(DTYPES)} and its row one of {', '.join(NUMERICS)}."
                 )
-        fields = [field.name for field in dataclasses.fields(Case)]
-        if not isinstance(one.limits, Mapping):
-            raise TypeError(f"{where}limits={one.limits!r} must be a dict of field -> values.")
-        for field, values in one.limits.items():
-            if field in NO_LIMITS:
-                raise ValueError(
-                    f"{where}limits has {field!r}, {NO_LIMITS[field]}. What cannot be run is "
-                    "refused by supports(case)."
-                )
-            if field not in (*fields, "group_size"):
-                raise ValueError(
-                    f"{where}limits has {field!r}, which is no field of a case. Valid are "
-                    f"group_size, {', '.join(fields)}."
-                )
-            if not isinstance(values, Collection) or isinstance(values, str) or not values:
-                raise ValueError(
-                    f"{where}limits[{field!r}]={values!r} must be the allowed values, at least "
-                    f"one. Try ({values!r},)."
-                )
-            for value in values:
-                if value not in NAMED_VALUES.get(field, (value,)):
-                    raise ValueError(
-                        f"{where}limits[{field!r}] has {value!r}; valid are "
-                        f"{', '.join(NAMED_VALUES[field])}."
-                    )
+        check_limits(f"{where}limits", one.limits)
     names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]
     for one, name in zip(implementations, names):
         if names.count(name) > 1:

@@ -17,6 +17,14 @@ from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.limits import (
+    BLOCKS,
+    HEADS,
+    LENGTHS,
+    block_sizes,
+    head_counts,
+    layer_lengths,
+)
 
 #: Fields of a case, drawn so far.
 Drawn = dict[str, Any]
@@ -97,12 +105,21 @@ def cases(
     limits = implementation.limits
     groups = ABOUT[about]
 
-    def pick(field: str, choices: Sequence[Any], group: str | None = None) -> Any:
-        """One of `choices` within the limits; of the limit's own values if none is."""
+    def pick(
+        field: str,
+        choices: Sequence[Any],
+        group: str | None = None,
+        allowed: Collection[Any] | None = None,
+    ) -> Any:
+        """One of `choices` that is allowed; of what is allowed, if none is.
+
+        allowed : by default what the limits say
+        """
         if group is not None and group not in groups:
             choices = choices[:1]
-        if field in limits:
-            choices = [c for c in choices if c in limits[field]] or sorted(limits[field])
+        allowed = limits.get(field) if allowed is None else allowed
+        if allowed is not None:
+            choices = [c for c in choices if c in allowed] or sorted(allowed)
         return choices[0] if len(choices) == 1 else draw(st.sampled_from(choices))
 
     sizes: Drawn = {}
@@ -127,11 +144,9 @@ def cases(
         sizes["kv_heads"] = sizes["kv_heads"] if "kv_heads" in limits else 1
         sizes["batch"] = sizes["batch"] if "batch" in limits else 1
     sizes["q_heads"] = sizes["kv_heads"] * group_size
-    if "q_heads" in limits:
-        sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],))
-        groups_of = limits.get("group_size", range(1, sizes["q_heads"] + 1))
-        divisors = [sizes["q_heads"] // g for g in groups_of if sizes["q_heads"] % g == 0]
-        sizes["kv_heads"] = pick("kv_heads", divisors)
+    if (heads := head_counts(limits)) is not None:
+        sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],), allowed=heads)
+        sizes["kv_heads"] = pick("kv_heads", heads[sizes["q_heads"]])
     sizes["head_dim"] = pick("head_dim", head_dims)
     sizes["value_dim"] = pick("value_dim", head_dims)
 
@@ -179,10 +194,10 @@ def cases(
     if shape in EXTENTS:
         strides = (16, 4, 8)  # as in the paper, or near it: the blocks of a mask are not tokens
     group = "compress" if "compress" in groups else "blocks"
-    if "selection_block_size" in limits:
-        size = sizes["selection_block_size"] = pick("selection_block_size", ())
-        fitting = [s for s in strides if size % s == 0]
-        stride = pick("compress_block_sliding_stride", fitting, group)
+    if (blocks := block_sizes(limits)) is not None:
+        size = sizes["selection_block_size"] = pick("selection_block_size", (), allowed=blocks)
+        fitting = [s for s in strides if s in blocks[size]]
+        stride = pick("compress_block_sliding_stride", fitting, group, allowed=blocks[size])
     else:
         stride = pick("compress_block_sliding_stride", strides, group)
         most = 2 if shape == "many blocks" else 4
@@ -200,7 +215,9 @@ def cases(
         sizes["kv_len"] = sizes["selection_block_size"] * draw(st.integers(129, 170))
         sizes["kv_len"] += draw(st.integers(0, 1))
         sizes["q_len"] = draw(st.integers(shortest, 4))
-    if shape not in EXTENTS and ("q_len" in limits or "kv_len" in limits):
+    if about == "layer" and (lengths := layer_lengths(limits)) is not None:
+        sizes["q_len"] = sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],), allowed=lengths)
+    elif shape not in EXTENTS and ("q_len" in limits or "kv_len" in limits):
         sizes["q_len"] = pick("q_len", (sizes["q_len"],))
         sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],))
 
@@ -229,10 +246,10 @@ def cases(
     if adjust is not None:
         within = dict(sizes)
         adjust(draw, sizes)
-        heads = {"q_heads", "kv_heads", "group_size"}
         now = sizes | {"group_size": sizes["q_heads"] // sizes["kv_heads"]}
         beyond = {field for field in limits if field in now and now[field] not in limits[field]}
-        beyond |= heads if beyond & heads else set()
+        for together in (HEADS, BLOCKS, *([LENGTHS] if about == "layer" else [])):
+            beyond |= together if beyond & together else set()
         sizes.update({field: within[field] for field in beyond if field in within})
     return Case(**sizes)
 

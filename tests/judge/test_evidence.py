@@ -205,8 +205,9 @@ def decided(implementation: Implementation, folder: Path) -> dict[str, int]:
     [
         (NeverOffered(), ()),
         (Limited(batch=(0,)), ("varlen",)),  # packed sequences have no batch
+        (Limited(q_len=(0,), batch=(1, 2)), ("pool", "windows_as_read")),
     ],
-    ids=["never offered", "batch 0"],
+    ids=["never offered", "batch 0", "q_len 0"],
 )
 def test_a_case_with_nothing_in_it_decides_nothing(
     implementation: Implementation, not_about_it: tuple[str, ...], tmp_path: Path

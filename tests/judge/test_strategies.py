@@ -150,11 +150,19 @@ LIMITS: list[dict[str, Collection[Any]]] = [
     {"q_heads": (6, 12)},
     {"kv_heads": (4,)},
     {"batch": (2,)},
+    {"q_heads": (6, 8), "kv_heads": (4,)},
+    {"q_heads": (6, 9), "group_size": (2,)},
+    {"selection_block_size": (4, 8)},
+    {"selection_block_size": (6,)},
+    {"selection_block_size": (4, 6), "compress_block_sliding_stride": (3,)},
     {"selection_block_size": (16, 32)},
     {"selection_block_size": (6,), "compress_block_sliding_stride": (2, 3)},
     {"selection_block_size": (64,), "compress_block_size": (32,)},
     {"compress_block_sliding_stride": (5,)},
     {"q_len": (128,), "kv_len": (128, 256)},
+    {"q_len": (4, 7), "kv_len": (7, 9)},
+    {"q_len": (0, 1)},
+    {"kv_len": (5,)},
     {"num_selected_blocks": (16,), "num_mem_kv": (1,)},
     {"sliding_window_size": (512,)},
     {"layout": ("contiguous", "transposed"), "dtype": ("bfloat16",)},
@@ -185,6 +193,34 @@ def test_limits_are_respected(limits: dict[str, Collection[Any]], data: Any) -> 
             # what nothing reads keeps its default
             if field != "indices" or about == "fine":
                 assert getattr(case, field) in allowed, field
+
+
+#: Properties that move sizes away from what was drawn, and far.
+MOVING = [p for p in PROPERTIES.values() if p.extent == "far" or p.about == "layer"]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "-".join(limits))
+@settings(quiet, max_examples=20)
+@given(data=st.data())
+def test_whatever_a_property_adjusts_lies_within_the_limits(
+    limits: dict[str, Collection[Any]], data: Any
+) -> None:
+    """And is a case: sizes that depend on each other are taken back together."""
+    port = OracleImplementation()
+    port.limits = limits
+    asked = [p for p in MOVING if not p.why_not_offered(port) and not p.why_not_tried(port)]
+    case = data.draw(st.one_of([lot for prop in asked for lot in prop.strata(port)]))
+    for field, allowed in limits.items():
+        assert field == "indices" or getattr(case, field) in allowed, field
+    assert case.q_len == case.kv_len or case.model_dim == 1, "a layer's queries are its keys"
+
+
+def test_a_layer_for_which_the_limits_leave_no_length_is_not_offered() -> None:
+    port = OracleImplementation()
+    port.limits = {"q_len": (1,), "kv_len": (16, 32)}
+    for prop in PROPERTIES.values():
+        reason = prop.why_not_offered(port)
+        assert ("q_len is kv_len" in reason) == (prop.about == "layer"), prop.name
 
 
 @settings(quiet, max_examples=50)

@@ -16,6 +16,7 @@ from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
+from nsa_ref.testing.limits import layer_lengths
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
 from nsa_ref.testing.verdicts import Inconclusive, Remark, WrongElement, WrongFactor
 
@@ -115,6 +116,8 @@ class Property:
             return f"gradients of {self.method}"
         if not any(map(self.semantics, implementation.semantics)):
             return f"none of the declared semantics has what {self.clause} is about"
+        if self.about == "layer" and layer_lengths(implementation.limits) == []:
+            return f"{self.method}: q_len is kv_len, and no length lies within the limits of both"
         return ""
 
     def could_draw(self, case: Case) -> bool:
