@@ -37,7 +37,7 @@ from nsa_ref.testing.causes import by_weight, fold, questions
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
 from nsa_ref.testing.explaining import explain, pages_folder
-from nsa_ref.testing.findings import Finding, grouped
+from nsa_ref.testing.findings import Finding, clauses_of_cause, grouped, write_json
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
@@ -314,6 +314,8 @@ def _fold(collector: Collector, run: Callable[..., Collector]) -> None:
             options = [f"--nsa-questions={listed}"]
             answers = run(total=len(asked), tests=[str(suite)], options=options).answers
     fold(findings, asked, answers)
+    for finding in findings:
+        write_json(Path(finding["file"]), finding)
 
 
 def _undecided(rows: Sequence[Clause]) -> int:
@@ -517,12 +519,17 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
         raise KeyboardInterrupt
     if collector.errors and not collector.sampled.cases:
         raise CannotRun(collector.errors[0])
-    sample = collector.sampled.sample(case, DIED if "ended" in finding else finding["clause"])
-    entry = entry_of(finding, narrowed(sample), [one.id for one in known])
+    clauses = clauses_of_cause(finding, path.parent)
+    sample = collector.sampled.sample(case, [DIED] if "ended" in finding else clauses)
+    entry = entry_of(finding, narrowed(sample), [one.id for one in known], clauses)
+    what = entry.clause, entry.method, entry.where
+    for other in known:
+        if what == (other.clause, other.method, other.where):
+            raise CannotRun(f"the ledger has it already: {other.id}")
     before = ledger.read_text() + "\n" if ledger.exists() else ""
     ledger.write_text(before + to_toml(entry))
     _say(console, to_toml(entry))
-    fate = "die" if "ended" in finding else f"break {entry.clause}"
+    fate = "die" if "ended" in finding else f"break {' or '.join(entry.clause)}"
     covered = sum(map(entry.covers, sample.passed))
     _say(
         console,

@@ -154,8 +154,8 @@ class Entry:
     id : what reports call it
     why : the link or the sentence that explains it
     status : one of STATUSES
-    clause, property, method : what fails, at least one of them; in the last two * and ? stand for
-        anything. `method` is the plug's, as in "fine" or "fine_vjp"
+    clause, property, method : what fails, at least one of them; clauses may be several, and in the
+        others * and ? stand for anything. `method` is the plug's, as in "fine" or "fine_vjp"
     where : conditions that all hold for the cases that fail
 
     Raises
@@ -166,7 +166,7 @@ class Entry:
     id: str
     why: str
     status: str = "tolerated"
-    clause: str = ""
+    clause: tuple[str, ...] = ()
     property: str = ""
     method: str = ""
     where: tuple[Condition, ...] = ()
@@ -177,13 +177,13 @@ class Entry:
                 raise LedgerError(f"{name} is missing; every known failure needs one")
         try:
             check_one_of("status", self.status, STATUSES)
-            if self.clause:
-                check_one_of("clause", self.clause, tuple(CLAUSES))
+            for clause in self.clause:
+                check_one_of("clause", clause, tuple(CLAUSES))
         except ValueError as error:
             raise LedgerError(str(error)) from None
         if not self.clause and not self.property and not self.method:
             raise LedgerError("it names neither a clause nor a property nor a method")
-        if not any(self._names(prop, self.clause) for prop in PROPERTIES.values()):
+        if not any(self._means(prop) for prop in PROPERTIES.values()):
             patterns = f"property={self.property!r} and method={self.method!r}"
             raise LedgerError(f"no property of this version is meant by {patterns}")
 
@@ -193,17 +193,16 @@ class Entry:
 
     def is_about(self, prop: Property) -> bool:
         """Whether this is what the property asks."""
-        return self._names(prop, prop.clause)
+        return self._means(prop) and (not self.clause or prop.clause in self.clause)
 
     def explains(self, prop: Property, clause: str, case: Case) -> bool:
         """Whether a case that broke the clause, as the property found, is this known failure."""
-        return self._names(prop, clause) and self.covers(case)
+        named = not self.clause or clause in self.clause
+        return named and self._means(prop) and self.covers(case)
 
-    def _names(self, prop: Property, clause: str) -> bool:
-        return (
-            self.clause in ("", clause)
-            and fnmatch.fnmatchcase(prop.name, self.property or "*")
-            and fnmatch.fnmatchcase(method_of(prop), self.method or "*")
+    def _means(self, prop: Property) -> bool:
+        return fnmatch.fnmatchcase(prop.name, self.property or "*") and fnmatch.fnmatchcase(
+            method_of(prop), self.method or "*"
         )
 
 
@@ -244,11 +243,19 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     for name, value in fields.items():
         if name not in known:
             raise LedgerError(f"{name!r} is no key of an entry; there are {', '.join(known)}")
-        kind, called = (dict, "a table") if name == "where" else (str, "a text")
-        if not isinstance(value, kind):
-            raise LedgerError(f"{name} = {value!r} must be {called}")
+        if name == "clause":
+            listed = value if isinstance(value, list) else [value]
+            right, wanted = all(isinstance(one, str) for one in listed), "a text or a list of them"
+        elif name == "where":
+            right, wanted = isinstance(value, dict), "a table"
+        else:
+            right, wanted = isinstance(value, str), "a text"
+        if not right:
+            raise LedgerError(f"{name} = {value!r} must be {wanted}")
     where = tuple(Condition(name, rule) for name, rule in fields.get("where", {}).items())
-    return Entry(**{"id": "", "why": ""} | dict(fields) | {"where": where})
+    clause = fields.get("clause", [])
+    clauses = tuple(clause) if isinstance(clause, list) else (clause,)
+    return Entry(**{"id": "", "why": ""} | dict(fields) | {"clause": clauses, "where": where})
 
 
 def ledger_of(implementation: object, named: Path | None = None) -> tuple[Entry, ...]:
@@ -295,7 +302,9 @@ def to_toml(entry: Entry) -> str:
     lines = ["[[known]]"]
     for field in dataclasses.fields(Entry):
         value = getattr(entry, field.name)
-        if isinstance(value, str) and value:
+        if field.name == "clause":
+            value = value[0] if len(value) == 1 else value
+        if value and field.name != "where":
             lines.append(f"{field.name} = {_toml(value)}")
     conditions = ", ".join(f"{c.name} = {_toml(c.rule)}" for c in entry.where)
     return "\n".join([*lines, f"where = {{ {conditions} }}" if conditions else "where = {}", ""])

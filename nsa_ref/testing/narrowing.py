@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,11 @@ class Sampled:
         else:
             self.clauses[said["number"]] = said["broken"]
 
-    def sample(self, case: Case, clause: str) -> Sample:
-        """With the finding's own case, which broke the clause."""
+    def sample(self, case: Case, clauses: Collection[str]) -> Sample:
+        """With the finding's own case, which broke one of the clauses."""
         sample = Sample([case], [])
         for number, broken in self.clauses.items():
-            if broken == clause:
+            if broken in clauses:
                 sample.broken.append(self.cases[number])
             elif broken == "":
                 sample.passed.append(self.cases[number])
@@ -142,11 +142,15 @@ def _candidates(sample: Sample) -> list[Condition]:
 
 
 def entry_of(
-    finding: Finding, conditions: tuple[Condition, ...], taken: Collection[str] = ()
+    finding: Finding,
+    conditions: tuple[Condition, ...],
+    taken: Collection[str] = (),
+    clauses: Sequence[str] = (),
 ) -> Entry:
     """The entry that calls a finding known: its clause where these hold, or the method that dies.
 
     taken : ids that other entries have
+    clauses : those that its cause breaks, if they are more than its own
     """
     ended = "ended" in finding
     name = f"{finding['clause']}-{finding['kind']}".replace(" ", "-")
@@ -155,7 +159,7 @@ def entry_of(
         id=next(id for id in itertools.chain([name], numbered) if id not in taken),
         why=finding["text"].partition("\n")[0],
         status="quarantined" if ended else "tolerated",
-        clause="" if ended else finding["clause"],
+        clause=() if ended else tuple(clauses) or (finding["clause"],),
         method=method_of(PROPERTIES[finding["property"]]) if ended else "",
         where=conditions,
     )

@@ -269,15 +269,25 @@ def _why_not_asked(
 def judge_generated(prop: Property, implementation: Implementation, options: Options) -> None:
     """Judge generated cases of a property until one is broken; nothing is counted or kept.
 
+    What the ledger knows counts as it would if it were right.
+
     Raises
     ------
     Broken
     """
 
+    ledger = ledger_of(implementation, options.ledger)
+
     def trial(case: Case) -> None:
+        if any(entry.status == "quarantined" and entry.covers(case) for entry in ledger):
+            return
         not_decided = contextlib.suppress(NotOffered, Inconclusive)
-        with announced(prop, implementation, options, case), not_decided:
-            judge(prop, implementation, case)
+        try:
+            with announced(prop, implementation, options, case), not_decided:
+                judge(prop, implementation, case)
+        except Broken as broken:
+            if not any(entry.explains(prop, broken.clause, case) for entry in ledger):
+                raise
 
     if is_asked(prop, implementation, options):
         generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)

@@ -83,7 +83,7 @@ def test_a_condition_is_a_small_closed_language(name: str, rule: Any, holds: boo
 
 ENTRY = Entry(
     id="short-last-block",
-    clause="F2",
+    clause=("F2",),
     why='see "our" issue\n#12 at C:\\port',
     where=(Condition("kv_len_mod_selection_block_size", "!= 0"), Condition("causal", True)),
 )
@@ -91,7 +91,7 @@ ENTRY = Entry(
 
 def test_an_entry_is_read_as_it_was_written(tmp_path: Path) -> None:
     ledger = tmp_path / "known.toml"
-    other = dataclasses.replace(ENTRY, id="other", clause="", property="fine_*", where=())
+    other = dataclasses.replace(ENTRY, id="other", clause=("F1", "A1"), property="fine_*", where=())
     ledger.write_text(to_toml(ENTRY) + "\n" + to_toml(other))
     assert read_ledger(ledger) == (ENTRY, other)
 
