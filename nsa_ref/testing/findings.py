@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -136,9 +135,8 @@ def alike_as(finding: Finding) -> tuple[str, ...]:
     """What findings share that are alike in all but place and numbers."""
     who, fault = finding["implementation"], finding["fault"]
     if finding["kind"] in FAILURES:
-        # the line that raised says more than the message, which may name sizes
-        place = fault["where"][-1] if fault["where"] else re.sub(r"\d+", "", fault["what"])
-        return who, finding["kind"], place
+        # the line that raised, and not the message, which may name sizes
+        return who, finding["kind"], fault["where"][-1] if fault["where"] else finding["tensor"]
     if fault.get("actual") == "nan":
         return who, "nan", finding["tensor"].partition(" ")[0]
     return who, finding["clause"], finding["kind"], finding["tensor"]
