@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -123,7 +124,12 @@ def test_tests_beside_the_suite_do_not_notice_it(
     )
     (stranger / "test_port.py").write_text(GUEST)
     arguments = ("-n", "1", "--device=theirs", "--nsa-branch=sliding", "--nsa-device=cpu")
-    done = run_pytest(*PLUGIN, *arguments)
+    # a run that was started in the background ignores Ctrl-C, and so would its children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run_pytest(*PLUGIN, *arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
 

@@ -107,7 +107,9 @@ def test_forward_of_a_broken_build_is_read_out(
     name = f"{clause}_{branch}_mask_as_read"
     broken = implementation(build, kind)
     if kind not in READINGS[build][2]:
-        assert passes(name, broken, tmp_path).cases >= PROPERTIES[name].examples
+        record = passes(name, broken, tmp_path)
+        # some cases have no element that could be wrong
+        assert record.cases + record.inconclusive.total() >= PROPERTIES[name].examples
         return
     found = pictured(name, broken, clause, tmp_path)
     assert f"{branch}, forward read out by one-hot values: " in found["text"]

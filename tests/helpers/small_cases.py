@@ -50,7 +50,8 @@ def reaches(
 ) -> None:
     """One of `within` cases stands in the corner: the name of an edge, or a condition.
 
-    Narrowed, the cases would leave a second definition nothing to differ on.
+    Narrowed, the cases would leave a second definition nothing to differ on. Which cases are drawn
+    depends on the modules that are loaded: `within` leaves room for that.
     """
 
     def met(case: Case) -> bool:

@@ -44,7 +44,10 @@ from trials import finding, passes, record  # noqa: E402
 
 
 def test_a_lost_context_ends_that_case_and_a_fresh_worker_goes_on(place: Path) -> None:
-    """Every property of the window loses it; those of the compressed blocks are judged after it."""
+    """Every property of the window loses it; those of the compressed blocks are judged after it.
+
+    That is told once, and the other clause of the window is not judged.
+    """
     done = nsa_ref(
         "verify", "standin_gpu:IllegalAccess", "--device=cpu", "-n", "1", "--json=report.json"
     )
@@ -52,7 +55,11 @@ def test_a_lost_context_ends_that_case_and_a_fresh_worker_goes_on(place: Path) -
     report = json.loads(Path("report.json").read_text())
     verdicts = {clause["id"]: clause["verdict"] for clause in report["clauses"]}
     judged = {clause: verdict for clause, verdict in verdicts.items() if verdict != "not_offered"}
-    assert judged == {"W1": "fail", "W3": "fail", "C2": "pass", "C3": "pass"}
+    assert judged.pop("C2") == judged.pop("C3") == "pass"
+    assert sorted(judged.items()) in (
+        [("W1", "fail"), ("W3", "inconclusive")],
+        [("W1", "inconclusive"), ("W3", "fail")],
+    )
     assert report["complete"]
     assert report["implementation"] == "illegal access"
     assert len(report["findings"]) == 2

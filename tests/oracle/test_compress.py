@@ -166,7 +166,7 @@ EDGES = "l no multiple of d", "kv_len < l", "batch 0", "G = 2"
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
 @pytest.mark.parametrize("corner", [*CORNERS.values(), *EDGES], ids=[*CORNERS, *EDGES])
 def test_pooled_cases_reach_the_corner(compress_map, corner):
-    reaches(pooled(compress_map), corner, within=100)
+    reaches(pooled(compress_map), corner, within=300)
 
 
 def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
