@@ -27,6 +27,8 @@ from nsa_ref.testing.wording import one_line
 SHORT_NAMES = {
     "nsa_fast": "nsa_fast.adapter:implementations",
     "oracle": "nsa_ref.testing.implementation:OracleImplementation",
+    "lucidrains": "nsa_ref.testing.ports.lucidrains:implementations",
+    "fla": "nsa_ref.testing.ports.fla:implementations",
 }
 DEVICES = ("auto", "cpu", "cuda", "interpreter")
 
