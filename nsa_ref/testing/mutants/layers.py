@@ -279,6 +279,23 @@ class WindowOneOffAtDecode(LayerInSteps):
         return WindowOneOffInTheLayer().decoded(case, weights, x)
 
 
+@mutant(
+    "G3",
+    "a cache that was not emptied holds the first token of an earlier request",
+    seen_in="public caches",
+)
+class CacheOfAnotherRequest(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.earlier: dict[Case, Tensor] = {}
+
+    def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        import torch
+
+        earlier = self.earlier.setdefault(case, x)
+        return super().decode(case, weights, torch.cat([earlier[:, :1], x[:, 1:]], dim=1))
+
+
 class _NewestStride(CompressionMap):
     """Windows are zero but for their newest stride."""
 

@@ -292,6 +292,8 @@ ROWS = (
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=16),
     layer_row("G3_decode", "G3", None, "decode", layer.output,
               by_dtype=True, semantics=causal, adjust=adjust.affordable_layer),
+    layer_row("G3_decode_after_another_request", "G3", None, "decode", layer.second_request,
+              semantics=causal, adjust=adjust.affordable_layer, populated=True, examples=6),
     layer_row("G3_decode_where_scores_decide", "G3", None, "decode", layer.output,
               precondition=layer.scores_decide, by_dtype=True, semantics=causal,
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=16),

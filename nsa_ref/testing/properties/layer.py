@@ -24,6 +24,7 @@ from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, settle
+from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import (
     Broken,
     Convention,
@@ -165,6 +166,14 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
     if clause == "G3":
         rows_decode(case)
     return check_output(Asked.about(implementation, prop.method, case), clause)
+
+
+def second_request(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G3: what an earlier request left behind is in no row of the next one, as long as it."""
+    rows_decode(case)
+    earlier = fresh_seeds(case, 1)[0].tokens()
+    call(implementation.run, prop.method, case, case.layer_weights(), earlier)
+    return output(prop, implementation, case)
 
 
 def check_output(asked: Asked, clause: str) -> Outcome:
