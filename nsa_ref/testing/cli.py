@@ -36,6 +36,7 @@ from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.causes import by_weight, fold, questions
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
+from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import explain, pages_folder
 from nsa_ref.testing.findings import Finding, clauses_of_cause, grouped, write_json
 from nsa_ref.testing.implementation import TorchImplementation
@@ -46,6 +47,7 @@ from nsa_ref.testing.loading import (
     DEVICES,
     SHORT_NAMES,
     CannotRun,
+    Declared,
     own_version,
     try_loading,
     versions,
@@ -72,6 +74,9 @@ from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import annotation, printable, reasons, remark
 
 HOLDS, BROKEN, COULD_NOT_RUN, UNDECIDED = 0, 1, 2, 3
+
+#: Cases that are drawn for edges that a thorough run did not meet.
+THOROUGH_DRAWS = 3000
 
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
@@ -260,9 +265,12 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     collector = run(total=len(properties) * len(chosen), options=options)
     seconds = time.monotonic() - started
     asked_for = Counter(p.clause for p in properties for _ in chosen)
+    records, findings = collector.records, collector.findings
+    stated = [Declared.from_json(one) for one in chosen]
+    evidence: dict[str, Evidence] = {}
     if not collector.interrupted:
         _fold(collector, run)
-    records, findings = collector.records, collector.findings
+        evidence = weighed(records, stated)
     about = {
         "implementation": names,
         **{name: found[name] for name in ("device", "device_name", "versions")},
@@ -272,7 +280,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         "seconds": round(seconds, 1),
         "complete": not collector.interrupted and not collector.errors,
     }
-    report = to_json(about, records, findings, warmed=warmed, asked_for=asked_for)
+    how: dict[str, Any] = {"asked_for": asked_for, "evidence": evidence}
+    report = to_json(about, records, findings, warmed=warmed, **how)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     if arguments.html:
@@ -280,25 +289,44 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.junit:
         errors = [*collector.errors, *(["interrupted"] if collector.interrupted else [])]
         Path(arguments.junit).write_text(to_xml(records, errors, seconds), encoding="utf-8")
-    more: dict[str, Any] = {"title": f"{names} on {where}", "numerics": numerics}
-    code = _show(console, collector, names, seconds=seconds, asked_for=asked_for, **more)
+    title = f"{names} on {where}"
+    how |= {"title": title, "seconds": seconds, "numerics": numerics}
+    code = _show(console, collector, names, **how)
     if code == HOLDS and arguments.strict and (wrong := wrong_entries(records)):
         lines = "; ".join(map(remark, wrong))
         wrong_ledger = printable(f"nsa-ref: --strict, and the ledger is wrong: {lines}")
         print(wrong_ledger, file=sys.stderr)
         return BROKEN
     if code == HOLDS:
-        code = _undecided(clauses(records, findings, asked_for))
+        code = _undecided(clauses(records, findings, asked_for, evidence))
     if code == HOLDS and arguments.level == "thorough":
-        excused = excused_edges(records, [one["limits"] for one in chosen])
-        if gaps := [edge for edge in unmet_edges(records) if edge not in excused]:
-            gap = (
-                f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
-                "another --seed; what the implementation cannot do belongs into its `limits`"
-            )
-            print(f"nsa-ref: {gap}", file=sys.stderr)
-            return UNDECIDED
+        code = _thorough(console, records, stated)
     return code
+
+
+def _thorough(console: Console, records: Sequence[Record], declared: Sequence[Declared]) -> int:
+    """HOLDS; or UNDECIDED, with a line that names the edges that no decided case stood on.
+
+    An edge on which none of many more cases stands, drawn within what is declared, is out of reach.
+    """
+    excused = excused_edges(records)
+    unmet = [edge for edge in unmet_edges(records) if edge not in excused]
+    reached: set[str] = set()
+    for one in declared:
+        own = [r for r in records if r.implementation == one.name and r.asked]
+        props = [PROPERTIES[record.name] for record in own]
+        reached |= reachable(unmet, props, one, draws=THOROUGH_DRAWS)
+    if outside := [edge for edge in unmet if edge not in reached]:
+        why = f"none of {THOROUGH_DRAWS} cases drawn within what is declared has them"
+        _say(console, f"edges out of reach: {', '.join(outside)} ({why})")
+    if gaps := [edge for edge in unmet if edge in reached]:
+        gap = (
+            f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
+            "another --seed; what the implementation cannot do belongs into its `limits`"
+        )
+        print(f"nsa-ref: {gap}", file=sys.stderr)
+        return UNDECIDED
+    return HOLDS
 
 
 def _fold(collector: Collector, run: Callable[..., Collector]) -> None:

@@ -47,6 +47,10 @@ class NotOffered(Exception):
     """The implementation does not have this; counted and shown, never a pass."""
 
 
+class Refused(NotOffered):
+    """`supports` says why this one case cannot be run; others may be."""
+
+
 class WrongDeclaration(TypeError):
     """An adapter says something about itself that has no meaning; nothing can be judged."""
 

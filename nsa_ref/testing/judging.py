@@ -14,6 +14,7 @@ from nsa_ref.testing.implementation import (
     Implementation,
     NotOffered,
     OracleImplementation,
+    Refused,
     WrongDeclaration,
     refusal,
 )
@@ -59,7 +60,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
 
 def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     if reason := refusal(implementation, case):
-        raise NotOffered(reason)
+        raise Refused(reason)
     try:
         outcome = prop.run(implementation, case)
         if outcome.suspicion:

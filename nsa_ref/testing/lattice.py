@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from operator import lt, ne
+from operator import gt, lt, ne
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
 from nsa_ref.testing.verdicts import Record
 
-#: What `Edge.reads` calls the number of visible keys of each row, which follows from the mask.
-VISIBLE = "visible"
+#: What `Edge.reads` calls the mask, multiplicities (batch, q_heads, q_len, columns).
+MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Edge:
     """A corner that cases are to stand on.
 
     name : as reports print it
-    reads : the fields of a case that decide it, or VISIBLE
+    reads : the fields of a case that decide it, or MASK
     met : whether a case stands on it, a function of the values of `reads`
     about : cases about anything else never stand on it (keys of `strategies.ABOUT`)
     empty : such cases may have nothing in them; it is enough that they are tried
@@ -36,9 +36,9 @@ class Edge:
     about: Collection[str] = tuple(ABOUT)
     empty: bool = False
 
-    def met_by(self, case: Case, visible: np.ndarray) -> bool:
-        """True if the case stands on it, given the number of visible keys of each row."""
-        return self.met(*(visible if r == VISIBLE else getattr(case, r) for r in self.reads))
+    def met_by(self, case: Case, mask: np.ndarray) -> bool:
+        """True if the case, which has this mask, stands on it."""
+        return self.met(*(mask if r == MASK else getattr(case, r) for r in self.reads))
 
     def can_be_met(self, about: str) -> bool:
         """True if cases about this can stand on it: all that it reads varies in them."""
@@ -56,23 +56,33 @@ LENGTHS = ("q_len", "kv_len")
 WINDOW = ("compress_block_size", "compress_block_sliding_stride")
 BLOCKS = ("kv_len", "selection_block_size")
 CHOICE = ("num_selected_blocks", *BLOCKS)
+FORCED = ("num_initial_blocks", "num_local_blocks")
 REACH = ("sliding_window_size", "kv_len")
 GROUP = ("q_heads", "kv_heads")
-HEADS = {*GROUP, "group_size"}
 
 
 def _count(kv_len: int, block: int) -> int:
     return -(-kv_len // block)
 
 
+def _rows_see(some: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], bool]:
+    """Whether there are rows whose number of visible keys is such."""
+    return lambda mask: bool(some((mask != 0).sum(-1)).any())
+
+
 _EDGES = (
-    Edge("no visible key", (VISIBLE,), lambda visible: bool((visible == 0).any())),
-    Edge("one visible key", (VISIBLE,), lambda visible: bool((visible == 1).any())),
+    Edge("no visible key", (MASK,), _rows_see(lambda keys: keys == 0)),
+    Edge("one visible key", (MASK,), _rows_see(lambda keys: keys == 1)),
+    Edge("several visible keys", (MASK,), _rows_see(lambda keys: keys > 1)),
+    Edge("a hidden key", (MASK,), lambda mask: bool((mask == 0).any())),
     Edge("partial last block", BLOCKS, lambda kv_len, block: kv_len % block != 0),
     Edge("kv_len < l", ("kv_len", "compress_block_size"), lt),
     Edge("kv_len < d", ("kv_len", "compress_block_sliding_stride"), lt),
     Edge("l no multiple of d", WINDOW, lambda block, stride: block % stride != 0, WINDOWS),
     Edge("l < d", WINDOW, lt, WINDOWS),
+    Edge("l > d", WINDOW, gt),
+    Edge("several windows", ("kv_len", *WINDOW), lambda kv_len, l, d: kv_len >= l + d),  # noqa: E741
+    Edge("l' > d", ("selection_block_size", WINDOW[1]), gt),
     Edge("kv_len < l'", BLOCKS, lt),
     Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS, empty=True),
     Edge("q_len 1", ("q_len",), lambda q_len: q_len == 1),
@@ -83,13 +93,18 @@ _EDGES = (
     Edge("n = 1", ("num_selected_blocks",), lambda n: n == 1),
     Edge("n = 0", ("num_selected_blocks",), lambda n: n == 0),
     Edge("n = all blocks", CHOICE, lambda n, kv_len, block: n == _count(kv_len, block)),
+    Edge("0 < n < blocks", CHOICE, lambda n, kv_len, block: 0 < n < _count(kv_len, block)),
     Edge("n > blocks", CHOICE, lambda n, kv_len, block: n > _count(kv_len, block)),
+    Edge("forced blocks", FORCED, lambda initial, local: initial + local > 0),
     Edge("w = 0", ("sliding_window_size",), lambda w: w == 0),
     Edge("w = 1", ("sliding_window_size",), lambda w: w == 1),
+    Edge("0 < w < kv_len - 1", REACH, lambda w, kv_len: 0 < w < kv_len - 1),
     Edge("w = kv_len - 1", REACH, lambda w, kv_len: w == kv_len - 1),
     Edge("w = kv_len", REACH, lambda w, kv_len: w == kv_len),
     Edge("w > kv_len", REACH, lambda w, kv_len: w > kv_len),
     Edge("G = 1", GROUP, lambda q_heads, kv_heads: q_heads == kv_heads),
+    Edge("G > 1", GROUP, gt),
+    Edge("several groups", GROUP, lambda q_heads, kv_heads: q_heads > kv_heads > 1),
     Edge("G = 2", GROUP, lambda q_heads, kv_heads: q_heads == 2 * kv_heads),
     Edge("G prime > 2", GROUP, lambda q_heads, kv_heads: q_heads // kv_heads in (3, 5)),
     Edge("G = 16", GROUP, lambda q_heads, kv_heads: q_heads == 16 * kv_heads, NOT_LAYERS),
@@ -100,6 +115,7 @@ _EDGES = (
     Edge("batch 0", ("batch",), lambda batch: batch == 0, empty=True),
     Edge("batch 3", ("batch",), lambda batch: batch == 3, NOT_LAYERS),
     Edge("memory 0", ("num_mem_kv",), lambda memory: memory == 0),
+    Edge("memory", ("num_mem_kv",), lambda memory: memory > 0),
     Edge("memory 1", ("num_mem_kv",), lambda memory: memory == 1),
     Edge("memory 16", ("num_mem_kv",), lambda memory: memory == 16),
     Edge("more than 128 blocks", BLOCKS, lambda kv_len, block: _count(kv_len, block) > 128),
@@ -116,11 +132,41 @@ _EDGES = (
 )
 EDGES = {edge.name: edge for edge in _EDGES}
 
+#: Clause -> the edges that it is about. It does not pass unless decided cases of its own stood on
+#: each of them that what is declared can reach.
+CLAUSE_EDGES: dict[str, tuple[str, ...]] = {
+    "A1": ("several visible keys", "several groups"),
+    "A2": ("no visible key",),
+    "A3": ("several visible keys", "several groups"),
+    "A4": ("0 < n < blocks",),
+    "A5": ("a hidden key",),
+    "W1": ("0 < w < kv_len - 1",),
+    "W2": ("0 < w < kv_len - 1",),
+    "W3": ("w = 0", "w > kv_len"),
+    "C1": ("several windows", "l > d"),
+    "C2": ("several windows", "a hidden key"),
+    "C3": ("memory",),
+    "C4": ("several windows",),
+    "F1": ("0 < n < blocks", "a hidden key"),
+    "F2": ("partial last block",),
+    "F3": ("indices same",),
+    "F4": ("0 < n < blocks",),
+    "I1": ("several windows", "memory"),
+    "I2": ("several windows", "l > d"),
+    "I3": ("G > 1",),
+    "I4": ("0 < n < blocks", "forced blocks"),
+    "I5": ("inputs equal",),
+    "I6": ("n > blocks", "indices mixed"),
+    "G1": ("0 < n < blocks", "several windows"),
+    "G2": ("several windows",),
+    "G3": ("0 < n < blocks", "several windows"),
+    "G4": ("0 < n < blocks", "several windows"),
+}
+
 
 def edges(case: Case, mask: np.ndarray) -> list[str]:
     """The edges that a case stands on, given its mask (batch, q_heads, q_len, columns)."""
-    visible = (mask != 0).sum(-1)
-    return [edge.name for edge in _EDGES if edge.met_by(case, visible)]
+    return [edge.name for edge in _EDGES if edge.met_by(case, mask)]
 
 
 def case_edges(prop: Property, case: Case) -> list[str]:
@@ -128,8 +174,7 @@ def case_edges(prop: Property, case: Case) -> list[str]:
     if prop.extent:
         return []
     # the choice of blocks and a whole layer have no keys of their own: those of compress count
-    branch = COMPRESS if prop.part in ("selection", "layer") else prop.the_branch
-    return edges(case, oracle_mask(branch, case))
+    return edges(case, oracle_mask(prop.branch or COMPRESS, case))
 
 
 def unmet_edges(records: Sequence[Record]) -> list[str]:
@@ -138,24 +183,14 @@ def unmet_edges(records: Sequence[Record]) -> list[str]:
     return [edge for edge in EDGES if edge not in met]
 
 
-def excused_edges(records: Sequence[Record], limits: Collection[Collection[str]]) -> dict[str, str]:
-    """Edges that need not be met, each with the reason.
-
-    limits : the fields that each implementation limits. An edge that reads a limited field may
-        lie outside of the limits, which is the implementation's declaration and not a gap.
-    """
+def excused_edges(records: Sequence[Record]) -> dict[str, str]:
+    """Edges that need not be met whatever is declared, each with the reason."""
     excused = {}
     refused = {edge for record in records for edge in record.refused_edges}
     asked = {PROPERTIES[record.name].about for record in records if record.cases}
     for name in unmet_edges(records):
-        edge = EDGES[name]
-        reads = set(edge.reads)
-        if HEADS & reads:
-            reads |= HEADS  # a limit on any of the three fields of heads is a limit on all
-        if limits and all(reads & set(fields) for fields in limits):
-            excused[name] = "outside of the declared limits"
-        elif name in refused:
+        if name in refused:
             excused[name] = "every such case was refused"
-        elif not any(map(edge.can_be_met, asked)):
+        elif not any(map(EDGES[name].can_be_met, asked)):
             excused[name] = "nothing that was asked reads it"
     return excused

@@ -6,12 +6,14 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import operator
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from nsa_ref.numerics import NUMERICS
@@ -31,6 +33,30 @@ SHORT_NAMES = {
     "fla": "nsa_ref.testing.ports.fla:implementations",
 }
 DEVICES = ("auto", "cpu", "cuda", "interpreter")
+
+
+class Declared(Implementation):
+    """What an implementation says of itself, for a process that does not load it."""
+
+    def __init__(self, said: Implementation) -> None:
+        self.name, self.device = said.name, said.device
+        self.semantics, self.numerics, self.limits = said.semantics, said.numerics, said.limits
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        limits = {
+            field: [v if isinstance(v, (str, bool)) else operator.index(v) for v in values]
+            for field, values in self.limits.items()
+        }
+        semantics = [semantics.to_json() for semantics in self.semantics]
+        about = {"name": self.name, "device": self.device, "numerics": dict(self.numerics)}
+        return about | {"limits": limits, "semantics": semantics}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Declared:
+        """The inverse of `to_json`."""
+        semantics = [Semantics.from_json(switches) for switches in data["semantics"]]
+        return cls(SimpleNamespace(**(data | {"semantics": semantics})))  # type: ignore[arg-type]
 
 
 class CannotRun(Exception):
@@ -181,8 +207,8 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
 
     Returns
     -------
-    {"device": the one chosen, "device_name": what it calls itself, "implementations": [{"name",
-    "numerics", "limits": fields}], "ledgers": where they would stand, "versions": {...}}
+    {"device": the one chosen, "device_name": what it calls itself, "implementations": what each
+    declares (`Declared.to_json`), "ledgers": where they would stand, "versions": {...}}
 
     Raises
     ------
@@ -239,10 +265,7 @@ def _main(spec: str, device: str, answer_file: str) -> None:
         answer: dict[str, Any] = {
             "device": chosen,
             "device_name": device_of(chosen).describe(),
-            "implementations": [
-                {"name": i.name, "numerics": dict(i.numerics), "limits": sorted(i.limits)}
-                for i in implementations
-            ],
+            "implementations": [Declared(i).to_json() for i in implementations],
             "ledgers": [str(place) for i in implementations if (place := place_of(i))],
             "versions": versions(SHORT_NAMES.get(spec, spec).partition(":")[0]),
         }

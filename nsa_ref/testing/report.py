@@ -17,6 +17,7 @@ from rich.text import Text
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
+from nsa_ref.testing.evidence import Evidence
 from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import wrong_entries
@@ -37,6 +38,7 @@ COLOURS = {
     "pass": "green",
     "known": "cyan",
     "fail": "bold red",
+    "thin": "yellow",
     "inconclusive": "yellow",
     "ambiguous": "yellow",
     "not_offered": "dim",
@@ -51,6 +53,7 @@ class Clause:
     findings : cases that broke it, by whichever property
     asked_for, missing : how many properties were asked for, and how many of them came to no end
     untold : properties that could not judge it for a failure that another clause's finding tells
+    evidence : what speaks against a pass of what is not broken
     """
 
     id: str
@@ -59,12 +62,14 @@ class Clause:
     asked_for: int
     missing: int
     untold: int = 0
+    evidence: Evidence = Evidence()
 
     @property
     def verdict(self) -> str:
-        """pass | known | fail | inconclusive | ambiguous | not_offered; the first alone is a pass.
+        """pass | known | fail | thin | inconclusive | ambiguous | not_offered; only one is a pass.
 
         known : all that fails is in the ledger
+        thin : nothing fails, and too few cases were decided, or none on an edge that it is about
         """
         if self.findings:
             return "fail"
@@ -72,8 +77,10 @@ class Clause:
             return "inconclusive"
         if self.known:
             return "known"
+        if self.evidence.outside:
+            return "not_offered"
         if self.total.cases:
-            return "pass"
+            return "thin" if self.evidence.thin else "pass"
         if self.total.inconclusive:
             return "inconclusive"
         return "ambiguous" if self.total.ambiguous else "not_offered"
@@ -81,7 +88,12 @@ class Clause:
     @property
     def is_undecided(self) -> bool:
         """True if it is offered, and neither broken nor a pass."""
-        return self.verdict in ("inconclusive", "ambiguous")
+        return self.verdict in ("thin", "inconclusive", "ambiguous")
+
+    @property
+    def against(self) -> list[str]:
+        """Why it is thin, or lies outside of what is declared."""
+        return [remark(why) for why in (*self.evidence.thin, *self.evidence.outside)]
 
     @property
     def known(self) -> int:
@@ -113,12 +125,13 @@ class Clause:
             "id": self.id,
             "verdict": self.verdict,
             "cases": self.total.cases,
+            "asked": self.total.asked,
             "known": self.known,
             "budget_used": self.budget_used,
             "inconclusive": self.total.inconclusive.total(),
             "ambiguous": self.total.ambiguous,
             "not_offered": self.total.not_offered.total() + self.total.not_tried.total(),
-            "reason": "; ".join([*self.unfinished, *reasons(self.total)]),
+            "reason": "; ".join([*self.unfinished, *self.against, *reasons(self.total)]),
         }
 
 
@@ -126,12 +139,15 @@ def clauses(
     records: Sequence[Record],
     findings: Sequence[Finding],
     asked_for: Mapping[str, int] | None = None,
+    evidence: Mapping[str, Evidence] | None = None,
 ) -> list[Clause]:
     """Verdicts in the order of the specification, of the clauses that were asked about.
 
     asked_for : clause -> number of records that a complete run has; fewer are no pass
+    evidence : as `weighed` gives it, where cases were drawn
     """
     asked_for, told = asked_for or {}, seen_under(findings)
+    evidence = evidence or {}
     names = {r.clause for r in records} | {f["clause"] for f in findings} | set(asked_for)
     verdicts = []
     for name in CLAUSES:
@@ -144,7 +160,8 @@ def clauses(
         broken = [finding for finding in all_broken if finding["file"] not in told]
         untold = len(all_broken) - len(broken)
         total = _total(name, own, told)
-        verdicts.append(Clause(name, total, broken, asked, asked - ended, untold))
+        against = evidence.get(name, Evidence())
+        verdicts.append(Clause(name, total, broken, asked, asked - ended, untold, against))
     return verdicts
 
 
@@ -166,6 +183,7 @@ def _total(clause: str, records: Sequence[Record], told: Mapping[str, str]) -> R
             total.inconclusive["of another clause", record.name, blamed] += 1
             continue
         total.cases += record.cases
+        total.asked += record.asked
         if record.budget_used is not None:
             total.budget_used = max(total.budget_used or 0.0, record.budget_used)
     return total
@@ -178,6 +196,7 @@ def to_json(
     *,
     warmed: Sequence[Record] = (),
     asked_for: Mapping[str, int] | None = None,
+    evidence: Mapping[str, Evidence] | None = None,
 ) -> dict[str, Any]:
     """The report of `--json`: JSON values only, numbers that are not finite as strings.
 
@@ -187,7 +206,7 @@ def to_json(
         "schema": SCHEMA,
         "spec_version": SPEC_VERSION,
         **about,
-        "clauses": [clause.to_json() for clause in clauses(records, findings, asked_for)],
+        "clauses": [row.to_json() for row in clauses(records, findings, asked_for, evidence)],
         "findings": [{name: f[name] for name in REPORTED if name in f} for f in findings],
         "ledger": {
             "failed": sum((record.known for record in records), Counter[str]()),
@@ -242,6 +261,7 @@ def show(
     title: str,
     seconds: float,
     asked_for: Mapping[str, int] | None = None,
+    evidence: Mapping[str, Evidence] | None = None,
     numerics: Mapping[str, Mapping[str, str]] | None = None,
     edges: bool = True,
 ) -> None:
@@ -256,7 +276,7 @@ def show(
     )
     table.add_column("clause", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    rows = clauses(records, findings, asked_for)
+    rows = clauses(records, findings, asked_for, evidence)
     known = ["known"] if any(clause.known for clause in rows) else []
     headings = ("budget\nused", "inconclusive", "ambiguous\nrows", "not\noffered")
     for heading in ("cases", *known, *headings):
@@ -267,13 +287,14 @@ def show(
         verdict = Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict])
         counts = (str(row[name] or "") for name in ("inconclusive", "ambiguous", "not_offered"))
         failed = [str(row[name] or "") for name in known]
-        table.add_row(clause.id, verdict, str(row["cases"]), *failed, budget, *counts)
+        of = f" of {row['asked']}" if clause.verdict == "thin" else ""
+        table.add_row(clause.id, verdict, f"{row['cases']}{of}", *failed, budget, *counts)
     console.print()
     console.print(table)
     lines = [f"bounds of {name}: {rows_named(held)}" for name, held in (numerics or {}).items()]
     lines += _remarks(records, rows)
     if edges:
-        excused = excused_edges(records, ())
+        excused = excused_edges(records)
         missing = [edge for edge in unmet_edges(records) if edge not in excused]
         lines += ["edges not reached: " + ", ".join(missing)] if missing else []
     for line in lines:
@@ -318,6 +339,8 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:
         if clause.is_undecided:
-            why = "; ".join([*clause.unfinished, *undecided(clause.total)])
+            why = "; ".join([*clause.unfinished, *clause.against, *undecided(clause.total)])
             lines.append(f"{clause.id} {clause.verdict}: {why}")
+        elif clause.verdict == "not_offered" and clause.against:
+            lines.append(f"{clause.id} not offered: {'; '.join(clause.against)}")
     return lines

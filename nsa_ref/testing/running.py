@@ -20,7 +20,7 @@ from nsa_ref.testing.conventions import declaring
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
-from nsa_ref.testing.implementation import Implementation, NotOffered
+from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
 from nsa_ref.testing.lattice import EDGES, case_edges
@@ -39,6 +39,9 @@ from nsa_ref.testing.verdicts import (
 
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
+
+#: For every case that a property asks for, so many are drawn again where `supports` refuses.
+REDRAWS = 5
 
 
 @own_settings()
@@ -61,6 +64,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
             if options.case is not None:
                 trials.run(options.case)
             else:
+                trials.record.asked = asked_of(prop, implementation, options)
                 generate(prop, implementation, options, trials.run)
             if large:
                 device.free_cache()
@@ -72,6 +76,8 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         trials.keep_flaky()
     finally:
         withdraw(options)
+    if not trials.record.cases and not trials.refused and trials.record.not_offered:
+        trials.record.asked = 0  # it is not offered, as only its calls say
     trials.confirm_convention()
     trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return trials.record
@@ -85,11 +91,12 @@ class _Trials:
         self.record = Record(name=prop.name, clause=prop.clause, implementation=implementation.name)
         # a replay shows what it shows, known or not
         self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
+        self.refused = 0  # by `supports`
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
 
-    def run(self, case: Case) -> None:
-        """Judge a case and count it.
+    def run(self, case: Case) -> bool:
+        """Judge a case and count it; True if it is to be drawn again, because it was refused.
 
         After the first broken case only smaller ones are tried, and those are not counted.
 
@@ -102,23 +109,26 @@ class _Trials:
             # out of time: what was seen stays true, and nothing smaller is looked for
             if case in self.broken:
                 raise self.broken[case]
-            return
+            return False
         if counting:
             self._count_covered(case)
         if self._is_spared(case, counting):
-            return
+            return False
         try:
             with announced(self.prop, self.implementation, self.options, case):
                 outcome = judge(self.prop, self.implementation, case)
         except (NotOffered, NoAnswer) as reason:
             if counting:
                 self.count_refused(reason, case)
+            self.refused += isinstance(reason, Refused)
+            return isinstance(reason, Refused)
         except Broken as broken:
             if known := self._known(broken.clause, case):
                 if counting:
                     self.record.known[known.id] += 1
                     self.record.refused_edges.update(case_edges(self.prop, case))
-                return  # to Hypothesis it passed: what else is broken is made smaller beside it
+                # to Hypothesis it passed: what else is broken is made smaller beside it
+                return False
             if counting:
                 self.record.cases += 1
                 self.shrink_until = time.monotonic() + SHRINKING_TIME
@@ -127,6 +137,7 @@ class _Trials:
         else:
             if counting:
                 self._count(case, outcome)
+            return False
 
     def _count_covered(self, case: Case) -> None:
         """Count the case for each entry of the ledger that is about the property."""
@@ -293,36 +304,60 @@ def judge_generated(prop: Property, implementation: Implementation, options: Opt
         generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)
 
 
-def generate(
-    prop: Property, implementation: Implementation, options: Options, trial: Callable[..., None]
-) -> None:
-    """Draw cases for a property, lot by lot, and hand each to `trial`.
+Lots = list[st.SearchStrategy[Case]]
 
-    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
-    """
+
+def _lots(
+    prop: Property, implementation: Implementation, options: Options
+) -> tuple[Lots, hypothesis.settings]:
+    """Cases for a property in several lots, and the settings of each of them."""
     strata = prop.strata(implementation, options.dtypes or None)
     examples = prop.examples
     share = device_of(implementation.device).examples_share
     if share < 1:
         # with so few examples there is one lot: the first case of every lot is its smallest
         strata, examples = [st.one_of(strata)], math.ceil(examples * share)
-    settings = level_settings(options.level, math.ceil(examples / len(strata)))
+    return strata, level_settings(options.level, math.ceil(examples / len(strata)))
+
+
+def asked_of(prop: Property, implementation: Implementation, options: Options) -> int:
+    """How many cases of the property are to be decided."""
+    strata, settings = _lots(prop, implementation, options)
+    return 1 if prop.extent == "large" else len(strata) * settings.max_examples
+
+
+def generate(
+    prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
+) -> None:
+    """Draw cases for a property, lot by lot, and hand each to `trial`.
+
+    Another case is drawn, up to a limit, in the place of one for which `trial` returns True.
+    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
+    """
+    strata, settings = _lots(prop, implementation, options)
     if prop.extent == "large":
         # one case: it takes a minute, and a second shows little more. It is the second that is
         # drawn, because the first is the smallest for every seed
         settings, judged = hypothesis.settings(settings, max_examples=2), trial
         first = iter([lambda case: None])
 
-        def trial(case: Case) -> None:
-            next(first, judged)(case)
+        def trial(case: Case) -> object:
+            return next(first, judged)(case)
 
     if not options.shrink or prop.extent == "large":
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
 
     def run(number: int, settings: hypothesis.settings) -> None:
+        redraws = iter(range(REDRAWS * settings.max_examples))
+
+        def judged_once(case: Case) -> None:
+            if trial(case) is True and next(redraws, None) is not None:
+                hypothesis.reject()
+
         # every run draws the same cases; every property, lot and seed draws others
         seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
-        settings(hypothesis.seed(seed)(given(case=strata[number])(trial)))()
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # all that was drawn was refused
+            settings(hypothesis.seed(seed)(given(case=strata[number])(judged_once)))()
 
     for number in range(len(strata)):
         try:

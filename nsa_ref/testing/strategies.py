@@ -54,6 +54,8 @@ VARIED_BY = {
     "compress_block_sliding_stride": ("compress", "blocks"),
     "selection_block_size": ("compress", "blocks"),
     "num_selected_blocks": ("blocks",),
+    "num_initial_blocks": ("forced",),
+    "num_local_blocks": ("forced",),
     "indices": ("indices",),
 }
 

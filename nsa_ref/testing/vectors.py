@@ -141,8 +141,6 @@ SHOWN: dict[str, dict[str, Any]] = {
 
 #: Sizes that are no fields of VARIED_BY, and the groups of ABOUT for which they are varied.
 ALSO_VARIED_BY = {
-    "num_initial_blocks": ("forced",),
-    "num_local_blocks": ("forced",),
     "compress_map": ("map",),
     "compress_positions": ("map",),
     "model_dim": ("model",),

@@ -27,6 +27,7 @@ RemarkName = Literal[
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
     "no case", "every case", "stale",
+    "few cases", "edge refused", "edge not met", "edge outside",
     "no element", "vector", "larger vectors",
 ]
 # fmt: on
@@ -252,6 +253,7 @@ class Record:
     """What became of one property on one implementation.
 
     cases : how many were decided
+    asked : how many were to be; 0 if the property is not offered
     inconclusive : why a case could not tell -> how many cases
     ambiguous : rows whose choice of blocks may go either way
     undecided : cases that have no other rows
@@ -268,6 +270,7 @@ class Record:
     clause: str
     implementation: str = ""
     cases: int = 0
+    asked: int = 0
     inconclusive: Counter[Remark] = field(default_factory=Counter)
     ambiguous: int = 0
     undecided: int = 0

@@ -85,6 +85,11 @@ REMARKS: dict[RemarkName, str] = {
     "no case": "{} covers none of {} cases",
     "every case": "{} covers all of {} cases",
     "stale": "{} is stale: none of its {} cases failed",
+    # why a clause is thin, or lies outside of what is declared
+    "few cases": "{} decided {} of the {} cases that it is asked",
+    "edge refused": "{} refused every case with this: {} ({} cases)",
+    "edge not met": "no decided case of {} has this: {}",
+    "edge outside": "no case that {} declares has this: {}",
     # of answers to golden vectors
     "no element": "it has no element",
     "vector": "vector: {}",

@@ -391,10 +391,12 @@ VERIFY = ("verify", "port_zoo:SlidingMask", "--device=cpu")
 def leaves(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
     """No run is made, and all is well but for what is said of some clauses."""
 
+    well = {"implementation": "mask", "asked": 3, "edges": dict.fromkeys(EDGES, 1)}
+
     def run(console: Console, *_: Any, total: int, **__: Any) -> cli.Collector:
         collector = cli.Collector(console, total)
         collector.records = [
-            record(name=prop.name, clause=prop.clause, **changes.get(prop.clause, {}))
+            record(name=prop.name, clause=prop.clause, **well | changes.get(prop.clause, {}))
             for prop in PROPERTIES.values()
         ]
         return collector
@@ -405,12 +407,20 @@ def leaves(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
 def test_thorough_without_an_edge_has_not_decided_all(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    met = dict.fromkeys((edge for edge in EDGES if edge != "batch 3"), 1)
-    leaves(monkeypatch, W1={"edges": met})
-    assert main([*VERIFY, "--level=thorough"]) == UNDECIDED
-    assert "no decided case had batch 3. Try another --seed" in capsys.readouterr().err
-    leaves(monkeypatch, W1={"edges": met | {"batch 3": 1}})
-    assert main([*VERIFY, "--level=thorough"]) == HOLDS
+    met = dict.fromkeys((edge for edge in EDGES if edge not in ("batch 3", "G = 16")), 1)
+    leaves(monkeypatch, **{clause: {"edges": met} for clause in CLAUSES})
+    (place / "few_heads.py").write_text(
+        "from port_zoo import SlidingMask\n\n\n"
+        "class Port(SlidingMask):\n"
+        "    limits = {'q_heads': (1, 2, 4)}\n"
+    )
+    thorough = "verify", "few_heads:Port", "--device=cpu", "--level=thorough"
+    assert main([*thorough]) == UNDECIDED
+    shown = capsys.readouterr()
+    assert "no decided case had batch 3. Try another --seed" in shown.err
+    assert "edges out of reach: G = 16 (none of 3000 cases drawn" in shown.out
+    met["batch 3"] = 1
+    assert main([*thorough]) == HOLDS
 
 
 @pytest.mark.parametrize(
@@ -421,6 +431,7 @@ def test_thorough_without_an_edge_has_not_decided_all(
         ({"cases": 3, "inconclusive": {("no hidden key",): 4}}, HOLDS, ""),
         ({"cases": 0, "not_offered": {"fine": 1}}, HOLDS, ""),
         ({"cases": 0, "known": {"a": 1}}, HOLDS, ""),
+        ({"cases": 1, "asked": 9}, UNDECIDED, "A5 is thin"),
     ],
 )
 def test_what_is_offered_and_not_decided_does_not_hold(

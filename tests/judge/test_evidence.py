@@ -1,23 +1,34 @@
-"""What is evidence: a call that leaves its arguments alone, and elements that were compared."""
+"""What is evidence: calls that leave their arguments alone, elements compared, enough cases."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import trials
-from nsa_ref.semantics import PAPER
+from nsa_ref.semantics import LUCIDRAINS, PAPER
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import COMPRESS, FINE
+from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.evidence import reachable, weighed
 from nsa_ref.testing.implementation import NotOffered, TorchImplementation
+from nsa_ref.testing.lattice import CLAUSE_EDGES
+from nsa_ref.testing.loading import Declared
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import clauses
-from nsa_ref.testing.running import run_property
+from nsa_ref.testing.report import Clause, clauses, show
+from nsa_ref.testing.running import REDRAWS, run_property
+from nsa_ref.testing.verdicts import Record
 from port_zoo import Returns, SlidingMask
 
 # --- arguments that a call writes into ------------------------------------------------------------
@@ -279,3 +290,140 @@ def test_an_lse_of_float32_is_right_beside_16_bits(tmp_path: Path) -> None:
         numerics: ClassVar[dict[str, str]] = {"bfloat16": "bf16", "float16": "fp16"}
 
     trials.passes("A1_sliding_lse", Sixteen(), tmp_path)
+
+
+# --- clauses that are thin ------------------------------------------------------------------------
+
+
+class Narrow(OracleImplementation):
+    """The definition of those cases for which `refuses` is false."""
+
+    name = "narrow"
+    semantics = (PAPER,)
+    numerics: ClassVar[dict[str, str]] = {"float32": "fp32"}
+
+    def __init__(self, refuses: Callable[[Case], bool], **limits: Any) -> None:
+        self.refuses, self.limits = refuses, limits
+        self.asked = 0
+
+    def supports(self, case: Case) -> str | None:
+        self.asked += 1
+        return "it is too narrow" if self.refuses(case) else None
+
+
+class WrongHeads(Narrow):
+    """Query head h reads kv head h modulo their number, in one case of eleven; no other is run."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda case: case.seed % 11 != 0)
+
+    def fine(self, case: Case, *tensors: Any) -> Attention:
+        heads = np.arange(case.q_heads) % case.kv_heads
+        q, *of_kv_heads = tensors
+        wide = dataclasses.replace(case, kv_heads=case.q_heads)
+        return super().fine(wide, q, *(np.take(x, heads, axis=1) for x in of_kv_heads))
+
+
+class SaysSoLate(Narrow):
+    """Supports every case, and offers next to none once it is called."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda case: False)
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        if case.seed % 11:
+            raise NotOffered("this seed")
+        return super().run(method, case, *arguments)
+
+
+def judged(clause: str, implementation: Implementation, folder: Path) -> Clause:
+    """The verdict of a clause."""
+    options = Options(findings=folder, shrink=False)
+    asked = [prop for prop in PROPERTIES.values() if prop.clause == clause and not prop.extent]
+    records = [run_property(prop, implementation, options) for prop in asked]
+    findings = [record.finding for record in records if record.finding]
+    verdicts = clauses(records, findings, evidence=weighed(records, [implementation]))
+    return next(verdict for verdict in verdicts if verdict.id == clause)
+
+
+def test_a_case_that_is_refused_is_drawn_again(tmp_path: Path) -> None:
+    port = Narrow(lambda case: case.seed % 2 != 0)
+    record = trials.passes("F1_fine_mask_as_exposed", port, tmp_path)
+    assert record.cases == record.asked
+    assert record.not_offered["it is too narrow"] == port.asked - record.cases > 0
+
+
+def test_what_refuses_everything_is_soon_left_alone(tmp_path: Path) -> None:
+    port = Narrow(lambda case: True)
+    record = trials.record("F1_fine_mask_as_exposed", port, tmp_path)
+    assert not record.cases and record.asked < port.asked <= (1 + REDRAWS) * record.asked
+
+
+def test_a_mistake_behind_refusals_is_no_pass(tmp_path: Path) -> None:
+    """With what was left of its 44 cases, F1 passed."""
+    assert judged("F1", WrongHeads(), tmp_path).verdict in ("fail", "thin")
+
+
+def test_a_small_share_of_what_was_asked_is_thin(tmp_path: Path) -> None:
+    clause = judged("W1", SaysSoLate(), tmp_path)
+    assert clause.verdict == "thin" and clause.is_undecided
+    assert re.search(r"^narrow decided \d of the \d\d cases that it is asked$", clause.against[0])
+
+
+def test_a_clause_no_case_of_which_stood_on_its_edge_is_thin(tmp_path: Path) -> None:
+    """Which query head reads which kv head shows in several groups alone."""
+    clause = judged("A1", Narrow(lambda case: case.q_heads > case.kv_heads > 1), tmp_path)
+    assert clause.verdict == "thin"
+    said = r"narrow refused every case with this: several groups \(\d+ cases\)"
+    assert re.search(said, clause.to_json()["reason"])
+
+
+@pytest.mark.parametrize(
+    ("clause", "limits"),
+    [
+        ("F2", {"kv_len": (16, 32), "selection_block_size": (8,)}),
+        ("W3", {"sliding_window_size": (2,), "kv_len": (5, 9)}),
+        ("A4", {"num_selected_blocks": (9,), "selection_block_size": (4,), "kv_len": (9, 12)}),
+    ],
+)
+def test_what_lies_outside_of_the_limits_is_not_offered(
+    clause: str, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    """F2 passed with cases none of which had a short block."""
+    verdict = judged(clause, Narrow(lambda case: False, **limits), tmp_path)
+    assert verdict.verdict in ("not_offered", "inconclusive")
+    if verdict.total.cases:
+        assert verdict.verdict == "not_offered"
+        assert (
+            f"no case that narrow declares has this: {CLAUSE_EDGES[clause][0]}"
+            in (verdict.to_json()["reason"])
+        )
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_a_clause_is_about_edges_that_its_properties_reach(clause: str) -> None:
+    """Else what is right would be thin."""
+    asked = [prop for prop in PROPERTIES.values() if prop.clause == clause]
+    edges = CLAUSE_EDGES[clause]
+    assert edges and reachable(edges, asked, OracleImplementation()) == set(edges)
+
+
+def test_a_thin_clause_is_shown_with_what_was_asked_of_it() -> None:
+    record = Record(name="F1_fine_mask_as_read", clause="F1", cases=4, asked=44)
+    record.implementation, record.edges = "narrow", Counter(CLAUSE_EDGES["F1"])
+    evidence = weighed([record], [Narrow(lambda case: False)])
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(console, [record], [], title="narrow", seconds=1.0, evidence=evidence)
+    text = console.export_text()
+    assert re.search(r"F1 +thin +4 of 44 ", text)
+    assert "F1 thin: narrow decided 4 of the 44 cases that it is asked\n" in text
+
+
+def test_a_declaration_survives_its_way_to_a_process_that_does_not_load_it() -> None:
+    port = Narrow(lambda case: False, kv_len=range(3), layout=("strided",), q_heads={np.int64(4)})
+    port.semantics = (PAPER, LUCIDRAINS)
+    sent = json.loads(json.dumps(Declared(port).to_json()))
+    back = Declared.from_json(sent)
+    assert (back.name, back.device, back.numerics) == (port.name, port.device, port.numerics)
+    assert tuple(back.semantics) == port.semantics
+    assert back.limits == {"kv_len": [0, 1, 2], "layout": ["strided"], "q_heads": [4]}

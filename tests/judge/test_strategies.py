@@ -16,7 +16,7 @@ from nsa_ref.semantics import LUCIDRAINS
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
-from nsa_ref.testing.lattice import EDGES, VISIBLE, Edge, edges
+from nsa_ref.testing.lattice import EDGES, MASK, Edge, edges
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
@@ -56,8 +56,8 @@ def test_an_edge_that_can_be_met_is_met(edge: Edge, branch: Branch) -> None:
     """What is not excused for a branch is found among its cases."""
 
     def stands_on_it(case: Case) -> bool:
-        mask = oracle_mask(branch, case) if VISIBLE in edge.reads else np.zeros((0, 0))
-        return edge.met_by(case, (mask != 0).sum(-1))
+        mask = oracle_mask(branch, case) if MASK in edge.reads else np.zeros((0, 0))
+        return edge.met_by(case, mask)
 
     case = next(filter(stands_on_it, drawn_about(branch.name)), None)
     if case is None and edge.can_be_met(branch.name):  # a rare one
@@ -67,7 +67,7 @@ def test_an_edge_that_can_be_met_is_met(edge: Edge, branch: Branch) -> None:
 
 
 @pytest.mark.parametrize(
-    "edge", [e for e in EDGES.values() if VISIBLE not in e.reads], ids=lambda edge: edge.name
+    "edge", [e for e in EDGES.values() if MASK not in e.reads], ids=lambda edge: edge.name
 )
 def test_every_field_that_an_edge_reads_can_decide_it(edge: Edge) -> None:
     """It sees no other; one that decides nothing would excuse it wherever that is limited."""
