@@ -51,6 +51,8 @@ class Edge:
 NOT_LAYERS = tuple(about for about in ABOUT if about != "layer")
 #: l and d are free of each other only where nothing needs eq. 9.
 WINDOWS = ("compress", "pool")
+COMPRESSED = tuple(about for about, groups in ABOUT.items() if "compress" in groups)
+SELECTED = tuple(about for about, groups in ABOUT.items() if "blocks" in groups)
 
 LENGTHS = ("q_len", "kv_len")
 WINDOW = ("compress_block_size", "compress_block_sliding_stride")
@@ -80,9 +82,9 @@ _EDGES = (
     Edge("kv_len < d", ("kv_len", "compress_block_sliding_stride"), lt),
     Edge("l no multiple of d", WINDOW, lambda block, stride: block % stride != 0, WINDOWS),
     Edge("l < d", WINDOW, lt, WINDOWS),
-    Edge("l > d", WINDOW, gt),
+    Edge("l > d", WINDOW, gt, COMPRESSED),
     Edge("several windows", ("kv_len", *WINDOW), lambda kv_len, l, d: kv_len >= l + d),  # noqa: E741
-    Edge("l' > d", ("selection_block_size", WINDOW[1]), gt),
+    Edge("l' > d", ("selection_block_size", WINDOW[1]), gt, SELECTED),
     Edge("kv_len < l'", BLOCKS, lt),
     Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS, empty=True),
     Edge("q_len 1", ("q_len",), lambda q_len: q_len == 1),

@@ -331,7 +331,7 @@ class SaysSoLate(Narrow):
         super().__init__(lambda case: False)
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
-        if case.seed % 11:
+        if case.seed % 31:
             raise NotOffered("this seed")
         return super().run(method, case, *arguments)
 
@@ -349,8 +349,9 @@ def judged(clause: str, implementation: Implementation, folder: Path) -> Clause:
 def test_a_case_that_is_refused_is_drawn_again(tmp_path: Path) -> None:
     port = Narrow(lambda case: case.seed % 2 != 0)
     record = trials.passes("F1_fine_mask_as_exposed", port, tmp_path)
-    assert record.cases == record.asked
-    assert record.not_offered["it is too narrow"] == port.asked - record.cases > 0
+    tried = record.cases + record.inconclusive.total()  # one without an element decides nothing
+    assert tried == record.asked
+    assert record.not_offered["it is too narrow"] == port.asked - tried > 0
 
 
 def test_what_refuses_everything_is_soon_left_alone(tmp_path: Path) -> None:
@@ -360,14 +361,14 @@ def test_what_refuses_everything_is_soon_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_mistake_behind_refusals_is_no_pass(tmp_path: Path) -> None:
-    """With what was left of its 44 cases, F1 passed."""
-    assert judged("F1", WrongHeads(), tmp_path).verdict in ("fail", "thin")
+    """With what was left of their cases, all passed."""
+    assert judged("A1", WrongHeads(), tmp_path).verdict in ("fail", "thin")
 
 
 def test_a_small_share_of_what_was_asked_is_thin(tmp_path: Path) -> None:
     clause = judged("W1", SaysSoLate(), tmp_path)
     assert clause.verdict == "thin" and clause.is_undecided
-    assert re.search(r"^narrow decided \d of the \d\d cases that it is asked$", clause.against[0])
+    assert re.search(r"^narrow decided \d+ of the \d+ cases that it is asked$", clause.against[0])
 
 
 def test_a_clause_no_case_of_which_stood_on_its_edge_is_thin(tmp_path: Path) -> None:
