@@ -255,10 +255,23 @@ class Case(Sizes):
                 values = 1 + values / 4
             elif ".weight" in name:
                 values = values / shape[-1] ** 0.5
-            if name == "to_q.weight" and self.inputs == "flat":
-                values = values / 5
+            if name == "to_q.weight":
+                values = self._of_queries(values)
             weights[name] = values.astype(DTYPES[self.dtype])
         return weights
+
+    def _of_queries(self, values: np.ndarray) -> np.ndarray:
+        """What `inputs` makes of the weight of a layer's queries; its keys stay as they are."""
+        match self.inputs:
+            case "flat":
+                return values / 5
+            case "huge":
+                return 400.0 * values  # as if both q and k were 20 times as large
+            case "heavy":
+                rng = self.generator("weights/to_q.weight tails")
+                return values * np.clip(rng.standard_t(2, values.shape), -100, 100)
+            case _:
+                return values
 
     def tokens(self) -> np.ndarray:
         """x, what the layer reads: (batch, kv_len, model_dim)."""

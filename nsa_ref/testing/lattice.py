@@ -49,6 +49,8 @@ class Edge:
 
 #: A layer reads its own tokens, all of them and at least one, and takes long: its cases are small.
 NOT_LAYERS = tuple(about for about in ABOUT if about != "layer")
+#: What layers are filled with.
+IN_LAYERS = ("randn", "flat", "huge", "heavy")
 #: l and d are free of each other only where nothing needs eq. 9.
 WINDOWS = ("compress", "pool")
 COMPRESSED = tuple(about for about, groups in ABOUT.items() if "compress" in groups)
@@ -122,12 +124,9 @@ _EDGES = (
     Edge("memory 16", ("num_mem_kv",), lambda memory: memory == 16),
     Edge("more than 128 blocks", BLOCKS, lambda kv_len, block: _count(kv_len, block) > 128),
     Edge("length around 128", ("kv_len",), lambda kv_len: 127 <= kv_len <= 130, NOT_LAYERS),
-    Edge("inputs randn", ("inputs",), "randn".__eq__),
-    Edge("inputs flat", ("inputs",), "flat".__eq__),
     *(
-        Edge(f"inputs {kind}", ("inputs",), kind.__eq__, NOT_LAYERS)
+        Edge(f"inputs {kind}", ("inputs",), kind.__eq__, ABOUT if kind in IN_LAYERS else NOT_LAYERS)
         for kind in INPUTS
-        if kind not in ("randn", "flat")
     ),
     *(Edge(f"indices {kind}", ("indices",), kind.__eq__) for kind in INDICES),
     *(Edge(f"layout {kind}", ("layout",), kind.__eq__) for kind in LAYOUTS),

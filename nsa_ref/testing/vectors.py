@@ -33,7 +33,7 @@ from nsa_ref.testing.case import DTYPES, LAYOUTS, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.clauses import SPEC_VERSION
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.lattice import EDGES, edges
+from nsa_ref.testing.lattice import EDGES, IN_LAYERS, edges
 from nsa_ref.testing.loading import CannotRun, own_version
 from nsa_ref.testing.properties.common import bounds_of
 from nsa_ref.testing.properties.layer import Truth, Weights, rows_decode
@@ -241,7 +241,8 @@ def _case(about: str, fields: dict[str, Any], semantics: Semantics, dtype: str) 
         if group > 5 or fields["head_dim"] > 128:
             return None
         fields["q_len"] = fields["kv_len"]
-        fields["inputs"] = "flat" if fields.get("inputs") == "flat" else "randn"
+        if fields.get("inputs") not in IN_LAYERS:
+            fields.pop("inputs", None)
     return Case(semantics=semantics, dtype=dtype, **fields)
 
 

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_ref.attention import attend
+from nsa_ref.layer import selection_inputs
 from nsa_ref.semantics import PRESETS, ROTARY, PerBranch, Semantics
 from nsa_ref.sizes import Sizes
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
+from nsa_ref.testing.lattice import IN_LAYERS
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.strategies import ABOUT, cases
 
@@ -238,6 +240,19 @@ def test_an_expanded_case_shows_one_batch_entry_three_times(layout: str) -> None
     for array in replace(SIZED, layout=layout).qkv():
         assert array.flags.c_contiguous
         assert (array == array[:1]).all() == (layout == "expanded")
+
+
+@pytest.mark.parametrize("inputs", IN_LAYERS)
+def test_the_logits_of_a_layer_are_what_its_inputs_are_called(inputs: str) -> None:
+    """All else in it stays as it is, and so do keys and values."""
+    case = replace(SIZED, inputs=inputs, model_dim=16)
+    usual = replace(case, inputs="randn").layer_weights()
+    differ = {n for n, weight in case.layer_weights().items() if (weight != usual[n]).any()}
+    assert differ == (set() if inputs == "randn" else {"to_q.weight"})
+    q, k, _ = selection_inputs(case.tokens(), case.layer_weights(), **case.geometry)
+    scores = case.scale * np.einsum("bhtd,bhjd->bhtj", q, np.repeat(k, case.group_size, axis=1))
+    low, high = {"flat": (0, 2), "randn": (1, 10), "heavy": (5, 88), "huge": (88, 4000)}[inputs]
+    assert low < np.abs(scores).max() < high
 
 
 def test_weights_keep_pooled_values_near_one() -> None:

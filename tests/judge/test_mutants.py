@@ -16,6 +16,7 @@ from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps
+from nsa_ref.testing.mutants.layers import LayerWithFloor
 from nsa_ref.testing.mutants.rounding import Rounding, Way
 from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.mutants.suite import test_mutant_is_killed_by_its_clause  # noqa: F401
@@ -47,6 +48,10 @@ for base in (Kernel(), CompressionMap(), Selector(), LayerInSteps()):
     clauses = {m.clause for m in ZOO.values() if isinstance(m.implementation, type(base))}
     asked = (p for p in PROPERTIES.values() if p.clause in clauses)
     RIGHT += [(base, p) for p in asked if not (p.why_not_offered(base) or p.why_not_tried(base))]
+
+#: The score floor of the mutants of `LayerWithFloor` is all that it has beside `LayerInSteps`.
+LARGE = [prop for prop in PROPERTIES.values() if prop.name.endswith("_of_large_logits")]
+RIGHT += [(LayerWithFloor(), prop) for prop in LARGE]
 
 #: Properties that compare several runs; all others are the same for it as for `Kernel`.
 TWICE = ("canary", "canary_backward", "heads", "linear_in_v", "permutation", "what_follows")

@@ -17,7 +17,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.numerics import NUMERICS
-from nsa_ref.semantics import BRANCHES, LUCIDRAINS_FLEX, PAPER
+from nsa_ref.semantics import BRANCHES, LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, TorchImplementation
 from nsa_ref.testing.mutants.compression import CompressionMap
@@ -65,7 +65,7 @@ class LayerInSteps(TorchImplementation):
     """The row of numerics follows from the case's dtype, or is `row`."""
 
     name = "layer in steps"
-    semantics = (
+    semantics: tuple[Semantics, ...] = (
         PAPER,
         LUCIDRAINS_FLEX,
         dataclasses.replace(PAPER, rotary="all", input_norm=True),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nsa_ref.attention import Attention
+from nsa_ref.semantics import LUCIDRAINS_FLEX
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
@@ -146,6 +147,50 @@ class RotaryByBlock(LayerInSteps):
 class PoolsKeysAsTheyAre(LayerInSteps):
     def turns_before_pooling(self, case: Case) -> bool:
         return False
+
+
+# --- logits that are large ------------------------------------------------------------------------
+
+
+class _NoMaximum(Kernel):
+    """Right while no logit is above 88; in float64 709."""
+
+    def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        return np.zeros_like(before)
+
+
+@mutant("G1", "the maximum is not subtracted, seen through the layer alone")
+class NoMaximumInTheLayer(LayerInSteps):
+    kernel = _NoMaximum()
+
+
+@mutant("G4", "the maximum is subtracted, but not of packed sequences")
+class NoMaximumWhenPacked(LayerInSteps):
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        return NoMaximumInTheLayer().sequence(case, weights, x, start, stop)
+
+
+class LayerWithFloor(LayerInSteps):
+    """Blocks of next to no score are not read, as in upstream's plain path."""
+
+    name = "layer with a floor"
+    semantics = (dataclasses.replace(LUCIDRAINS_FLEX, score_floor=1e-10),)
+
+
+@mutant(
+    "G3",
+    "decoding knows no score_floor",
+    seen_in="lucidrains/native-sparse-attention-pytorch, the other way round",
+)
+class FloorIgnoredAtDecode(LayerWithFloor):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return super().decoded(switched(case, score_floor=None), weights, x)
+
+
+@mutant("G4", "packed sequences know no score_floor")
+class FloorIgnoredWhenPacked(LayerWithFloor):
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        return super().sequence(switched(case, score_floor=None), weights, x, start, stop)
 
 
 # --- masks and choice -----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ LAYER_DIMS = (8, 4, 2, 16)
 
 RANDN = ("randn",)
 LAYER_INPUTS = ("randn", "flat")
+LARGE_LOGITS = ("huge", "heavy")
 LONG_INPUTS = ("randn", "flat", "offsets")
 CANARY_INPUTS = ("randn", "flat", "integers")
 LINEAR_INPUTS = ("randn", "flat", "integers", "huge")
@@ -290,8 +291,14 @@ ROWS = (
     layer_row("G1_layer_output_where_scores_decide", "G1", None, "layer", layer.output,
               precondition=layer.scores_decide, by_dtype=True,
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=16),
+    layer_row("G1_layer_output_of_large_logits", "G1", None, "layer", layer.output,
+              precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
+              adjust=adjust.layer_of_groups_that_chooses, examples=8),
     layer_row("G3_decode", "G3", None, "decode", layer.output,
               by_dtype=True, semantics=causal, adjust=adjust.affordable_layer),
+    layer_row("G3_decode_of_large_logits", "G3", None, "decode", layer.output,
+              precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
+              semantics=causal, adjust=adjust.layer_of_groups_that_chooses, examples=8),
     layer_row("G3_decode_after_another_request", "G3", None, "decode", layer.second_request,
               semantics=causal, adjust=adjust.affordable_layer, populated=True, examples=6),
     layer_row("G3_decode_where_scores_decide", "G3", None, "decode", layer.output,
@@ -303,6 +310,9 @@ ROWS = (
               adjust=adjust.many_blocks, populated=True, examples=2),
     layer_row("G4_varlen", "G4", None, "varlen", packed.output,
               by_dtype=True, adjust=adjust.affordable_layer, examples=12),
+    layer_row("G4_varlen_of_large_logits", "G4", None, "varlen", packed.output,
+              precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
+              adjust=adjust.layer_of_groups_that_chooses, examples=8),
     layer_row("G4_varlen_of_many_blocks", "G4", None, "varlen", packed.output,
               precondition=layer.scores_decide, by_dtype=True,
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=8),
