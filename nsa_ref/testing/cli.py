@@ -33,12 +33,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nsa_ref.testing.beginning import begin
 from nsa_ref.testing.branches import BRANCHES
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.causes import by_weight, fold, questions
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
+from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import explain, pages_folder
-from nsa_ref.testing.findings import Finding, clauses_of_cause, grouped, write_json
+from nsa_ref.testing.findings import (
+    Finding,
+    clauses_of_cause,
+    grouped,
+    size_of,
+    write_json,
+)
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
@@ -55,7 +63,7 @@ from nsa_ref.testing.loading import (
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
 from nsa_ref.testing.narrowing import DIED, SAMPLED, Sampled, entry_of, narrowed
-from nsa_ref.testing.options import SHARED_OPTIONS
+from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration
 from nsa_ref.testing.page import to_html
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES
@@ -77,6 +85,9 @@ HOLDS, BROKEN, COULD_NOT_RUN, UNDECIDED = 0, 1, 2, 3
 
 #: Cases that are drawn for edges that a thorough run did not meet.
 THOROUGH_DRAWS = 3000
+
+#: With `--time`, the share of it that may be spent behind it on which findings have one cause.
+CAUSES_SHARE = 1 / 10
 
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
@@ -203,6 +214,30 @@ class Collector:
         self._idle_deaths = 0
         self._progress.update(self._task, advance=1, description=description)
 
+    def join_turns(self) -> None:
+        """One record, and one finding, of each property; it is lost if one of its turns is."""
+        joined: dict[tuple[str, str], Record] = {}
+        ended: Counter[tuple[str, str]] = Counter()
+        for record in self.records:
+            whose = record.name, record.implementation
+            ended[whose] += 1
+            if whose in joined:
+                joined[whose].add(record)
+            else:
+                joined[whose] = record
+        for whose, record in joined.items():
+            record.lost = record.lost or ended[whose] < TURNS
+            record.settle()
+        self.records[:] = joined.values()
+        smallest: dict[str, Finding] = {}
+        for finding in sorted(self.findings, key=lambda f: size_of(Case.from_json(f["case"]))):
+            smallest.setdefault(finding["file"], finding)
+        self.findings[:] = smallest.values()
+        for record in self.records:
+            if record.finding is not None:
+                record.unreached = 0
+                record.finding = smallest[record.finding["file"]]
+
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     """The line that says what the error was about."""
@@ -226,6 +261,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
+    budget = arguments.time
     declared = {dtype for one in chosen for dtype in one["numerics"]}
     wanted, dtypes = arguments.branch or (), arguments.dtype or ()
     for dtype in dtypes:
@@ -262,14 +298,22 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         _say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
         if warming.errors:
             _say(console, f"while warming up workers died {len(warming.errors)} times")
-    collector = run(total=len(properties) * len(chosen), options=options)
+    total = len(properties) * len(chosen)
+    if budget is None:
+        collector = run(total=total, options=options)
+    else:
+        # in the order of the turns, one after the other: see `suite_in_turns`
+        deadline = time.time() - (time.monotonic() - started) + budget
+        timed = ["--dist=load", "--maxschedchunk=1", f"--nsa-deadline={deadline}"]
+        collector = run(total=TURNS * total, options=[*options, *timed])
+        collector.join_turns()
     seconds = time.monotonic() - started
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     stated = [Declared.from_json(one) for one in chosen]
     evidence: dict[str, Evidence] = {}
     if not collector.interrupted:
-        _fold(collector, run)
+        _fold(collector, run, None if budget is None else deadline + CAUSES_SHARE * budget)
         evidence = weighed(records, stated)
     about = {
         "implementation": names,
@@ -277,6 +321,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         "numerics": numerics,
         "seed": arguments.seed,
         "level": arguments.level,
+        "time": arguments.time,
         "seconds": round(seconds, 1),
         "complete": not collector.interrupted and not collector.errors,
     }
@@ -329,7 +374,7 @@ def _thorough(console: Console, records: Sequence[Record], declared: Sequence[De
     return HOLDS
 
 
-def _fold(collector: Collector, run: Callable[..., Collector]) -> None:
+def _fold(collector: Collector, run: Callable[..., Collector], deadline: float | None) -> None:
     """Find out which of the findings have one cause, and put first what is to be looked at."""
     collector.findings[:] = findings = by_weight(collector.findings)
     asked = questions(findings)
@@ -340,6 +385,8 @@ def _fold(collector: Collector, run: Callable[..., Collector]) -> None:
             listed.write_text(json.dumps([question.to_json() for question in asked]))
             suite = Path(__file__).parent / "asking_suite.py"
             options = [f"--nsa-questions={listed}"]
+            if deadline is not None:
+                options.append(f"--nsa-deadline={deadline}")
             answers = run(total=len(asked), tests=[str(suite)], options=options).answers
     fold(findings, asked, answers)
     for finding in findings:
@@ -392,6 +439,8 @@ def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
         others = len(collector.errors) - 1
         raise CannotRun(collector.errors[0] + (f" (and {others} more like it)" if others else ""))
     if not any(record.cases or record.known for record in collector.records):
+        if any(record.unreached for record in collector.records):
+            raise CannotRun(f"the time was up before any case of {names} was judged: more --time")
         why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
     return HOLDS
@@ -816,6 +865,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("implementation", nargs="?", default="nsa_fast", help=what)
     for name, about in SHARED_OPTIONS.items():
         command.add_argument(name, **about)
+    spend = "wall time to spend, e.g. 5m: small cases of every clause first (default: no end)"
+    command.add_argument("--time", type=parse_duration, metavar="TIME", help=spend)
     command.add_argument("--json", metavar="FILE", help="write the report as data")
     command.add_argument("--html", metavar="FILE", help="write it as a page (needs jinja2)")
     command.add_argument("--junit", metavar="FILE", help="write it as XML that CI services show")

@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.drawing import generate
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.running import generate
 from nsa_ref.testing.verdicts import Record, Remark
 
 #: A clause is thin if a smaller share of the cases was decided than this. A port without lse has
@@ -54,6 +54,10 @@ def weighed(records: Sequence[Record], declared: Sequence[Implementation]) -> di
             why: list[Remark] = []
             if answered < SHARE * asked:
                 why.append(("few cases", name, decided, asked))
+                if any(record.unreached for record in own):
+                    thin[clause] = [*thin.get(clause, []), *why]
+                    inside.add(clause)
+                    continue  # the time is up: which edges are within reach is not the question
             unmet = [edge for edge in edges if not any(edge in record.edges for record in own)]
             props = [PROPERTIES[record.name] for record in own if record.asked]
             reached = reachable(unmet, props, implementation)

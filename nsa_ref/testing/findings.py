@@ -121,13 +121,12 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
         groups.setdefault(key, []).append(finding)
     for key, group in groups.items():
         if len(key) > 1:
-            group.sort(key=_size)
+            group.sort(key=lambda finding: size_of(Case.from_json(finding["case"])))
     return list(groups.values())
 
 
-def _size(finding: Finding) -> tuple[int, ...]:
-    """Of its case: tokens, then heads, then features."""
-    case = Case.from_json(finding["case"])
+def size_of(case: Case) -> tuple[int, ...]:
+    """What makes a case larger: tokens, then heads, then features."""
     return case.q_len + case.kv_len, case.batch * case.q_heads, case.head_dim + case.value_dim
 
 

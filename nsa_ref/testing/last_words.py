@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -47,7 +48,7 @@ def folder_of_run(findings: Path, run: str) -> Path:
     return findings / "running" / run
 
 
-def _own_folder(options: Options) -> Path:
+def own_folder(options: Options) -> Path:
     return folder_of_run(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
 
 
@@ -64,7 +65,7 @@ def announced(
     if worker is None:
         yield
         return
-    folder = _own_folder(options)
+    folder = own_folder(options)
     write_json(folder / f"{worker}.json", described(prop, implementation, options, case))
     trace = _trace_file(folder / f"{worker}.trace") if options.traces else sys.__stderr__
     assert trace is not None
@@ -76,6 +77,42 @@ def timeout_of(prop: Property, device: str, timeout: float) -> float:
     """Seconds that a case of this property may take on this device."""
     large = LARGE_TIME_FACTOR if prop.extent == "large" else 1
     return timeout * device_of(device).time_factor * large
+
+
+def note_broken(prop: Property, implementation: str, folder: Path) -> None:
+    """Tell all workers that this property has its finding: its later turns need none."""
+    write_json(_file_of_turns(prop, implementation, folder, "broken"), {})
+
+
+def is_known_to_break(prop: Property, implementation: Implementation, options: Options) -> bool:
+    """Whether a worker of this run has noted a finding of this property."""
+    folder = own_folder(options)
+    return _file_of_turns(prop, implementation.name, folder, "broken").exists()
+
+
+def leave_to_turns(
+    prop: Property, implementation: Implementation, options: Options, numbers: Sequence[int]
+) -> None:
+    """Tell the later turns of a property which of its cases this one had no time for."""
+    path = _file_of_turns(prop, implementation.name, own_folder(options), f"left-{options.turn}")
+    if numbers:
+        write_json(path, {"numbers": numbers})
+
+
+def left_by_turns(prop: Property, implementation: Implementation, options: Options) -> list[int]:
+    """The numbers of the cases that earlier turns have left, which are left no more."""
+    numbers: list[int] = []
+    for turn in range(options.turn or 0):
+        folder = own_folder(options)
+        path = _file_of_turns(prop, implementation.name, folder, f"left-{turn}")
+        with contextlib.suppress(FileNotFoundError):
+            numbers += json.loads(path.read_text())["numbers"]
+            path.unlink()
+    return sorted(numbers)
+
+
+def _file_of_turns(prop: Property, implementation: str, folder: Path, what: str) -> Path:
+    return folder / f"{prop.name}-{zlib.crc32(implementation.encode())}-{what}.json"
 
 
 _trace_files: dict[Path, TextIO] = {}
@@ -93,7 +130,7 @@ def withdraw(options: Options) -> None:
     """Remove this worker's announcement: its property is done."""
     if (worker := worker_id()) is None:
         return
-    folder = _own_folder(options)
+    folder = own_folder(options)
     (folder / f"{worker}.json").unlink(missing_ok=True)
     remove_if_empty(folder, folder.parent, options.findings)
 
@@ -103,7 +140,7 @@ def end_worker(finding: Finding, options: Options) -> NoReturn:
 
     `finding_of_dead_worker` reports the finding from what is written here.
     """
-    path = _own_folder(options) / f"{worker_id()}.json"
+    path = own_folder(options) / f"{worker_id()}.json"
     write_json(path, finding | {"ended": "device"})
     os._exit(1)
 
@@ -144,6 +181,7 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
         )
         finding |= broken_data(Broken(prop.clause, failure))
     record.implementation, record.cases = finding["implementation"], 1
+    note_broken(prop, record.implementation, folder)
     record.finding = save_finding(finding, findings)
     return record
 

@@ -20,7 +20,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,8 +278,9 @@ def place_of(implementation: object) -> Path | None:
     return None if file is None else Path(file).with_name(FILE_NAME)
 
 
-def wrong_entries(records: Iterable[Record]) -> list[Remark]:
-    """What is wrong with entries, as far as their properties were tried."""
+def wrong_entries(records: Sequence[Record]) -> list[Remark]:
+    """What is wrong with entries of whose properties every case was tried."""
+    late = {name for r in records if r.unreached for name in {*r.inside, *r.outside}}
     inside, outside, failed, spared = (Counter[str]() for _ in range(4))
     for record in records:
         inside += record.inside
@@ -287,7 +288,7 @@ def wrong_entries(records: Iterable[Record]) -> list[Remark]:
         failed += record.known
         spared += record.spared
     found: list[Remark] = []
-    for name in sorted({*inside, *outside, *failed}):
+    for name in sorted({*inside, *outside, *failed} - late):
         if not inside[name] and not failed[name]:
             found.append(("no case", name, outside[name]))
         elif not failed[name] and not spared[name]:

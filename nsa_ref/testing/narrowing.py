@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.drawing import generate
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.ledger import FIELDS, Condition, Entry, method_of, value_of
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.running import generate
 from nsa_ref.testing.verdicts import Broken, Inconclusive
 
 #: Numbers that kernels cut into tiles.

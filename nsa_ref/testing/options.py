@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,10 @@ class Options:
     any_property : no property found the case, so that some may not be about such cases
     ledger : the file of known failures; None for the one beside the implementation, if any
     timeout : seconds that the port may run in one case; only worker processes are ended for it
+    deadline : when the time is up that `--time` gives, as `time.time` counts
+    turn : which of a property's turns it is, each with some of its cases (see `drawing`); None for
+        all cases at once
+    share : of the time that is left to all workers, what this turn may take
     traces : a worker that dies writes where it was to a file (True) or to standard error (False)
     shrink : a broken case is made smaller
     """
@@ -34,8 +42,21 @@ class Options:
     findings: Path = Path("nsa-ref-findings")
     ledger: Path | None = None
     timeout: float = 120.0
+    deadline: float = math.inf
+    turn: int | None = None
+    share: float = 1.0
     traces: bool = False
     shrink: bool = True
+
+    @property
+    def for_all_turns(self) -> Options:
+        """The same for every turn of a property, none of which draws other cases."""
+        return dataclasses.replace(self, turn=None, share=1.0, deadline=math.inf)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; 0 behind it."""
+        return max(0.0, self.deadline - time.time())
 
 
 def parse_seed(text: str) -> int:
@@ -54,6 +75,15 @@ def parse_seconds(text: Any) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
     return value
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, from "90s", "5m" or "2h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a time such as 90s, 5m or 2h")
+    return seconds
 
 
 #: name -> what argparse is told about it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ device = "auto"
 
 #: The suite warms them up and judges nothing, from --nsa-warm.
 warming = False
+
+#: The suite gives every property several turns, because --nsa-deadline ends the run.
+in_turns = False
 
 #: The cases that the suite runs again, from --nsa-case.
 kept: list[tuple[Case, Finding]] = []
@@ -106,12 +110,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
     group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
     group.addoption("--nsa-questions", default="", help="for nsa-ref verify: what is to be tried")
+    deadline = "for nsa-ref verify --time: when the time is up"
+    group.addoption("--nsa-deadline", type=float, default=math.inf, help=deadline)
     group.addoption("--nsa-case", action="append", help="for nsa-ref replay: run this file's case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global device, warming
+    global device, warming, in_turns
     device, warming = config.getoption("--nsa-device"), config.getoption("--nsa-warm")
+    in_turns = config.getoption("--nsa-deadline") < math.inf
     kept[:] = [read_finding(Path(file)) for file in config.getoption("--nsa-case") or ()]
     spec = config.getoption("--nsa-implementation")
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
@@ -123,6 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
         findings=Path(config.getoption("--nsa-findings")).absolute(),
         ledger=Path(ledger).absolute() if (ledger := config.getoption("--nsa-ledger")) else None,
         timeout=config.getoption("--nsa-case-timeout"),
+        deadline=config.getoption("--nsa-deadline"),
         traces=True,
     )
     if distributes(config):

@@ -81,7 +81,7 @@ class Clause:
             return "not_offered"
         if self.total.cases:
             return "thin" if self.evidence.thin else "pass"
-        if self.total.inconclusive:
+        if self.total.inconclusive or self.total.unreached:
             return "inconclusive"
         return "ambiguous" if self.total.ambiguous else "not_offered"
 
@@ -126,6 +126,7 @@ class Clause:
             "verdict": self.verdict,
             "cases": self.total.cases,
             "asked": self.total.asked,
+            "unreached": self.total.unreached,
             "known": self.known,
             "budget_used": self.budget_used,
             "inconclusive": self.total.inconclusive.total(),
@@ -184,6 +185,7 @@ def _total(clause: str, records: Sequence[Record], told: Mapping[str, str]) -> R
             continue
         total.cases += record.cases
         total.asked += record.asked
+        total.unreached += record.unreached
         if record.budget_used is not None:
             total.budget_used = max(total.budget_used or 0.0, record.budget_used)
     return total
@@ -334,6 +336,10 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
             lines.append(f"not offered by {name}: {'; '.join(counted)}")
         if untried := dict.fromkeys(remark(why) for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
+    totals = ((clause.id, clause.total.unreached, clause.total.asked) for clause in rows)
+    late = [f"{name} ({count} of {asked} cases)" for name, count, asked in totals if count]
+    if late:
+        lines.append(f"not reached before the time was up: {', '.join(late)}")
     lines += [f"in the ledger: {remark(wrong)}" for wrong in wrong_entries(records)]
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")

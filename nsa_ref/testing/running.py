@@ -7,26 +7,32 @@ import dataclasses
 import math
 import time
 import traceback
-import zlib
 from collections import Counter
-from collections.abc import Callable
 
 import hypothesis
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.conventions import declaring
 from nsa_ref.testing.devices import device_of
+from nsa_ref.testing.drawing import REST, asked_of, generate, small_first, turn_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
 from nsa_ref.testing.judging import judge
-from nsa_ref.testing.last_words import announced, end_worker, withdraw, worker_id
+from nsa_ref.testing.last_words import (
+    announced,
+    end_worker,
+    is_known_to_break,
+    leave_to_turns,
+    left_by_turns,
+    note_broken,
+    own_folder,
+    withdraw,
+    worker_id,
+)
 from nsa_ref.testing.lattice import EDGES, case_edges
 from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Outcome, Property
 from nsa_ref.testing.verdicts import (
     Broken,
@@ -40,20 +46,18 @@ from nsa_ref.testing.verdicts import (
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
 
-#: For every case that a property asks for, so many are drawn again where `supports` refuses.
-REDRAWS = 5
-
 
 @own_settings()
 def run_property(prop: Property, implementation: Implementation, options: Options) -> Record:
-    """Try a property on generated cases, or on the one case of the options.
+    """Try a property on generated cases, on those of a turn, or on the one case of the options.
 
     Raises nothing of the implementation's: what is broken is the record's `finding`, that of the
     smallest case found.
     """
     trials = _Trials(prop, implementation, options)
     if reason := _why_not_asked(prop, implementation, options):
-        trials.count_refused(reason)
+        if not options.turn:
+            trials.count_refused(reason)
         return trials.record
 
     compiled_before = Counter(implementation.compile_counts())
@@ -63,6 +67,8 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         with device.exclusive() if large else contextlib.nullcontext():
             if options.case is not None:
                 trials.run(options.case)
+            elif options.turn is not None:
+                trials.take_turn(options.turn)
             else:
                 trials.record.asked = asked_of(prop, implementation, options)
                 generate(prop, implementation, options, trials.run)
@@ -76,8 +82,8 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         trials.keep_flaky()
     finally:
         withdraw(options)
-    if not trials.record.cases and not trials.refused and trials.record.not_offered:
-        trials.record.asked = 0  # it is not offered, as only its calls say
+    if options.turn is None:
+        trials.record.settle()
     trials.confirm_convention()
     trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return trials.record
@@ -91,7 +97,6 @@ class _Trials:
         self.record = Record(name=prop.name, clause=prop.clause, implementation=implementation.name)
         # a replay shows what it shows, known or not
         self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
-        self.refused = 0  # by `supports`
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
 
@@ -120,7 +125,7 @@ class _Trials:
         except (NotOffered, NoAnswer) as reason:
             if counting:
                 self.count_refused(reason, case)
-            self.refused += isinstance(reason, Refused)
+            self.record.refused += counting and isinstance(reason, Refused)
             return isinstance(reason, Refused)
         except Broken as broken:
             if known := self._known(broken.clause, case):
@@ -131,13 +136,67 @@ class _Trials:
                 return False
             if counting:
                 self.record.cases += 1
-                self.shrink_until = time.monotonic() + SHRINKING_TIME
+                left = min(SHRINKING_TIME, self.options.seconds_left)
+                self.shrink_until = time.monotonic() + left
             broken = self._kept(case, broken)
             raise broken
         else:
             if counting:
                 self._count(case, outcome)
             return False
+
+    def take_turn(self, turn: int) -> None:
+        """Judge the cases of a turn, the small ones first, while there is time.
+
+        The first of a turn may take more than its share. No case begins that would outlast the
+        deadline, as far as the one before it tells.
+
+        Raises
+        ------
+        Broken : as `run`, once the case was made smaller
+        """
+        prop, implementation, options = self.prop, self.implementation, self.options
+        refused, ordered = small_first(prop, implementation, options.for_all_turns)
+        cases = list(turn_of(ordered, turn))
+        if turn == 0:
+            self.record.asked = asked_of(prop, implementation, options)
+            self.record.unreached = len(ordered)
+            for case in refused:
+                self.run(case)
+        elif is_known_to_break(prop, implementation, options):
+            return
+        if turn >= REST:
+            left = left_by_turns(prop, implementation, options)
+            cases[:0] = [ordered[number] for number in left]
+        what = prop.name, implementation.name
+        until = time.time() + options.share * options.seconds_left
+        begun = 0
+        for case in cases:
+            started = time.time()
+            last = min(until, options.deadline) if begun else options.deadline
+            if started + _took.get(what, 0.0) >= last:
+                break
+            begun += 1
+            self.record.unreached -= 1
+            try:
+                self.run(case)
+            except Broken:
+                self._make_smaller(case)
+                raise
+            _took[what] = time.time() - started
+        leave_to_turns(prop, implementation, options, [*map(ordered.index, cases[begun:])])
+
+    def _make_smaller(self, case: Case) -> None:
+        """Let Hypothesis draw until it meets the broken case, and go on from there."""
+        met = False
+
+        def trial(drawn: Case) -> None:
+            nonlocal met
+            met = met or drawn == case
+            if met:
+                self.run(drawn)
+
+        generate(self.prop, self.implementation, self.options, trial)
 
     def _count_covered(self, case: Case) -> None:
         """Count the case for each entry of the ledger that is about the property."""
@@ -203,6 +262,8 @@ class _Trials:
             if worker_id() is not None:
                 end_worker(self._finding(case, broken), self.options)
             _lost_devices[self.implementation.device] = fault
+        if self.options.turn is not None and not self.broken:
+            note_broken(self.prop, self.implementation.name, own_folder(self.options))
         self.broken.pop(case, None)
         self.broken[case] = broken
         self.record.finding = save_finding(self._finding(case, broken), self.options.findings)
@@ -223,12 +284,16 @@ class _Trials:
         convention = Convention(**finding["convention"])
         if convention.value is None:
             return
+        explained = False
         try:
-            judge_generated(self.prop, declaring(self.implementation, convention), options)
+            judged = judge_generated(self.prop, declaring(self.implementation, convention), options)
+            explained = judged > 0
         except Broken:
-            self.record.finding = save_finding(finding | {"convention": None}, options.findings)
+            pass
         finally:
             withdraw(options)
+        if not explained:
+            self.record.finding = save_finding(finding | {"convention": None}, options.findings)
 
     def _finding(self, case: Case, broken: Broken) -> Finding:
         data = described(self.prop, self.implementation, self.options, case)
@@ -244,6 +309,9 @@ def _drop_tensors(error: BaseException) -> None:
         seen.append(one)
         left += [e for e in (one.__cause__, one.__context__) if e is not None and e not in seen]
 
+
+#: (property, implementation) -> seconds that its last case took in this process
+_took: dict[tuple[str, str], float] = {}
 
 #: device -> why every call on it fails in this process
 _lost_devices: dict[str, str] = {}
@@ -277,10 +345,12 @@ def _why_not_asked(
     return None
 
 
-def judge_generated(prop: Property, implementation: Implementation, options: Options) -> None:
-    """Judge generated cases of a property until one is broken; nothing is counted or kept.
+def judge_generated(prop: Property, implementation: Implementation, options: Options) -> int:
+    """Judge generated cases of a property until one is broken, or the time is up; none is kept.
 
     What the ledger knows counts as it would if it were right.
+
+    returns : how many there was time for
 
     Raises
     ------
@@ -288,8 +358,13 @@ def judge_generated(prop: Property, implementation: Implementation, options: Opt
     """
 
     ledger = ledger_of(implementation, options.ledger)
+    judged = 0
 
     def trial(case: Case) -> None:
+        nonlocal judged
+        if not options.seconds_left:
+            return
+        judged += 1
         if any(entry.status == "quarantined" and entry.covers(case) for entry in ledger):
             return
         not_decided = contextlib.suppress(NotOffered, Inconclusive)
@@ -302,68 +377,4 @@ def judge_generated(prop: Property, implementation: Implementation, options: Opt
 
     if is_asked(prop, implementation, options):
         generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)
-
-
-Lots = list[st.SearchStrategy[Case]]
-
-
-def _lots(
-    prop: Property, implementation: Implementation, options: Options
-) -> tuple[Lots, hypothesis.settings]:
-    """Cases for a property in several lots, and the settings of each of them."""
-    strata = prop.strata(implementation, options.dtypes or None)
-    examples = prop.examples
-    share = device_of(implementation.device).examples_share
-    if share < 1:
-        # with so few examples there is one lot: the first case of every lot is its smallest
-        strata, examples = [st.one_of(strata)], math.ceil(examples * share)
-    return strata, level_settings(options.level, math.ceil(examples / len(strata)))
-
-
-def asked_of(prop: Property, implementation: Implementation, options: Options) -> int:
-    """How many cases of the property are to be decided."""
-    strata, settings = _lots(prop, implementation, options)
-    return 1 if prop.extent == "large" else len(strata) * settings.max_examples
-
-
-def generate(
-    prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
-) -> None:
-    """Draw cases for a property, lot by lot, and hand each to `trial`.
-
-    Another case is drawn, up to a limit, in the place of one for which `trial` returns True.
-    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
-    """
-    strata, settings = _lots(prop, implementation, options)
-    if prop.extent == "large":
-        # one case: it takes a minute, and a second shows little more. It is the second that is
-        # drawn, because the first is the smallest for every seed
-        settings, judged = hypothesis.settings(settings, max_examples=2), trial
-        first = iter([lambda case: None])
-
-        def trial(case: Case) -> object:
-            return next(first, judged)(case)
-
-    if not options.shrink or prop.extent == "large":
-        settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
-
-    def run(number: int, settings: hypothesis.settings) -> None:
-        redraws = iter(range(REDRAWS * settings.max_examples))
-
-        def judged_once(case: Case) -> None:
-            if trial(case) is True and next(redraws, None) is not None:
-                hypothesis.reject()
-
-        # every run draws the same cases; every property, lot and seed draws others
-        seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
-        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # all that was drawn was refused
-            settings(hypothesis.seed(seed)(given(case=strata[number])(judged_once)))()
-
-    for number in range(len(strata)):
-        try:
-            run(number, settings)
-        except Broken:
-            if number and options.shrink:
-                # the first lot has the smallest cases, and one of them may be broken, too
-                run(0, hypothesis.settings(settings, max_examples=100))
-            raise
+    return judged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import pytest
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.drawing import AGAIN, REST, TURNS, asked_of, generate, turn_of
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.handing_over import own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
@@ -21,7 +23,7 @@ from nsa_ref.testing.ledger import ledger_of
 from nsa_ref.testing.loading import check_declarations
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.running import generate, is_asked, run_property
+from nsa_ref.testing.running import is_asked, run_property
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, printable, reasons
 
@@ -60,6 +62,53 @@ def conformance_suite(*implementations: Implementation) -> dict[str, Callable[..
                 name += f"_{_identifier(implementation.name)}"
             tests[name] = _judging_test(name, prop, implementation)
     return tests
+
+
+def suite_in_turns(*implementations: Implementation) -> dict[str, Callable[..., None]]:
+    """Test functions for a run that has little time: a few cases of each property at a time.
+
+    The first turn comes first, and in it one property of every clause, then the second ones. A
+    turn has a share of the time that is left, by how many cases it and the later ones have; what
+    it does not need is left to those.
+    """
+    tests: dict[str, Callable[..., None]] = {}
+    places: Counter[tuple[str, str]] = Counter()
+    queue = []
+    for implementation in implementations:
+        for prop in PROPERTIES.values():
+            whose = prop.clause, implementation.name
+            asked = is_asked(prop, implementation, Options())
+            places[whose] += asked
+            place = places[whose] if asked else len(PROPERTIES)
+            queue += [(turn, place, prop, implementation) for turn in range(TURNS)]
+    for turn, _, prop, implementation in sorted(queue, key=lambda one: one[:2]):
+        name = f"test_{prop.name}_{_identifier(implementation.name)}_turn_{turn}"
+        tests[name] = _judging_test(name, prop, implementation, {"turn": turn})
+    return tests
+
+
+def _share(request: pytest.FixtureRequest, options: Options) -> float:
+    """Of the time that is left to all workers, what the turn that now begins may take.
+
+    The first turns go by how many cases they have. The cases of all others are spread evenly over
+    the properties: what costs little is done with them all, and leaves the time to the next ones.
+    """
+    items = request.session.items
+    if _WEIGHTS not in request.session.stash:
+        turns = [item.function.nsa_ref_turn for item in items]  # type: ignore[attr-defined]
+        cases = [count(options) for _, count in turns]
+        rest = [n for n, (turn, _) in zip(cases, turns) if turn == REST]
+        request.session.stash[_WEIGHTS] = [
+            sum(rest) / len(rest) if turn == REST else n for n, (turn, _) in zip(cases, turns)
+        ]
+    left = request.session.stash[_WEIGHTS][items.index(request.node) :]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    own, all_left = (left[0], sum(left)) if options.turn != AGAIN else (1, len(left))
+    return workers * own / max(1, all_left)
+
+
+#: What the turns of a run weigh.
+_WEIGHTS = pytest.StashKey[list[float]]()
 
 
 def replaying_suite(
@@ -103,6 +152,8 @@ def _judging_test(
 
     def test(request: pytest.FixtureRequest) -> None:
         options = dataclasses.replace(_options(request), **changes)
+        if options.turn is not None:
+            options = dataclasses.replace(options, share=_share(request, options))
         record = run_property(prop, implementation, options)
         request.node.user_properties.append(("nsa_ref", record.to_json()))
         if record.finding is not None:
@@ -114,10 +165,17 @@ def _judging_test(
             why = ", ".join(reasons(record)) or "no case was decided"
             pytest.skip(printable(f"{prop.clause}: {why}"))
 
+    def cases(options: Options) -> int:
+        if not is_asked(prop, implementation, options):
+            return 0
+        asked = asked_of(prop, implementation, options)
+        return len(turn_of(range(asked), changes["turn"]))
+
     test.__name__ = test.__qualname__ = name
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
     test.nsa_ref_branch = prop.part  # type: ignore[attr-defined]
     test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
+    test.nsa_ref_turn = changes.get("turn"), cases  # type: ignore[attr-defined]
     return test
 
 

@@ -254,6 +254,8 @@ class Record:
 
     cases : how many were decided
     asked : how many were to be; 0 if the property is not offered
+    unreached : how many were not tried because the time was up
+    refused : how many `supports` refused
     inconclusive : why a case could not tell -> how many cases
     ambiguous : rows whose choice of blocks may go either way
     undecided : cases that have no other rows
@@ -271,6 +273,8 @@ class Record:
     implementation: str = ""
     cases: int = 0
     asked: int = 0
+    unreached: int = 0
+    refused: int = 0
     inconclusive: Counter[Remark] = field(default_factory=Counter)
     ambiguous: int = 0
     undecided: int = 0
@@ -286,6 +290,21 @@ class Record:
     spared: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
     lost: bool = False
+
+    def settle(self) -> None:
+        """Once all its cases were tried: nothing is asked of what its calls say is not there."""
+        if not self.cases and not self.refused and self.not_offered:
+            self.asked = 0
+
+    def add(self, other: Record) -> None:
+        """Count what became of more cases of the same property."""
+        for name, value in vars(other).items():
+            if isinstance(value, Counter) or type(value) is int:
+                setattr(self, name, getattr(self, name) + value)
+        self.lost = self.lost or other.lost
+        used = [b for b in (self.budget_used, other.budget_used) if b is not None]
+        self.budget_used = max(used, default=None)
+        self.finding = self.finding or other.finding
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which can cross processes."""

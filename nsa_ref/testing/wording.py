@@ -336,12 +336,18 @@ def reasons(record: Record) -> list[str]:
         *(f"not tried: {remark(why)}" for why in record.not_tried),
         *(f"inconclusive: {remark(why)}" for why in record.inconclusive),
         *(f"ambiguous: {why}" for why in _ambiguous(record)),
+        *_unreached(record),
     ]
 
 
 def undecided(record: Record) -> list[str]:
     """Why those were not that were offered."""
-    return [*map(remark, record.inconclusive), *_ambiguous(record)]
+    return [*map(remark, record.inconclusive), *_ambiguous(record), *_unreached(record)]
+
+
+def _unreached(record: Record) -> list[str]:
+    count = record.unreached
+    return [f"the time was up before {count} of its cases"] if count else []
 
 
 def _ambiguous(record: Record) -> list[str]:

@@ -70,6 +70,8 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
         (["verify", "--seed", "-1"], "at least 0"),
         (["verify", "--case-timeout", "0"], "above 0"),
         (["verify", "--case-timeout", "nan"], "above 0"),
+        (["verify", "--time", "5"], "such as 90s, 5m or 2h"),
+        (["verify", "--time", "0m"], "such as 90s, 5m or 2h"),
         (["verify", "nsafast"], "package.module:object"),
         (["verify", "oracle", "--dtype=float8"], "bfloat16"),
         (

@@ -19,7 +19,7 @@ import pytest
 
 from nsa_ref.masks import sliding_mask
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Case, Implementation
+from nsa_ref.testing import Case, Implementation, OracleImplementation
 
 
 class SlidingMask(Implementation):
@@ -102,6 +102,21 @@ class Hangs(SlidingMask):
         while case.sliding_window_size > case.kv_len:  # W3's cases reach this, and W1's may
             time.sleep(60)
         return super().sliding_mask(case)
+
+
+class Sleeps(OracleImplementation):
+    """Right, in one branch, and slow: as an interpreter is."""
+
+    name = "sleeps"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float32": "fp32"})
+
+    def offers(self, method: str) -> bool:
+        return method in ("sliding", "sliding_mask", "sliding_vjp")
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        time.sleep(0.5)
+        return super().run(method, case, *arguments)
 
 
 class Refuses(SlidingMask):

@@ -20,6 +20,7 @@ from nsa_ref.semantics import LUCIDRAINS, PAPER
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import COMPRESS, FINE
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.drawing import REDRAWS
 from nsa_ref.testing.evidence import reachable, weighed
 from nsa_ref.testing.implementation import NotOffered, TorchImplementation
 from nsa_ref.testing.lattice import CLAUSE_EDGES
@@ -27,7 +28,7 @@ from nsa_ref.testing.loading import Declared
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import Clause, clauses, show
-from nsa_ref.testing.running import REDRAWS, run_property
+from nsa_ref.testing.running import run_property
 from nsa_ref.testing.verdicts import Record
 from port_zoo import Returns, SlidingMask
 

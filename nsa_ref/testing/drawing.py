@@ -1,0 +1,135 @@
+"""Which cases a property is asked on: lot by lot, or in turns with the small ones first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import hypothesis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.devices import device_of
+from nsa_ref.testing.findings import size_of
+from nsa_ref.testing.implementation import Implementation, refusal
+from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.profiles import level_settings
+from nsa_ref.testing.properties import Property
+from nsa_ref.testing.verdicts import Broken
+
+T = TypeVar("T")
+
+#: For every case that a property asks for, so many are drawn again where `supports` refuses.
+REDRAWS = 5
+
+#: How many cases of a property its first turns have. The next one has all others, and whatever
+#: its share of the time did not reach is left to the last one.
+FIRST_TURNS = (1, 3, 8)
+REST, AGAIN = len(FIRST_TURNS), len(FIRST_TURNS) + 1
+TURNS = AGAIN + 1
+
+
+Lots = list[st.SearchStrategy[Case]]
+
+
+def _lots(
+    prop: Property, implementation: Implementation, options: Options
+) -> tuple[Lots, hypothesis.settings]:
+    """Cases for a property in several lots, and the settings of each of them."""
+    strata = prop.strata(implementation, options.dtypes or None)
+    examples = prop.examples
+    share = device_of(implementation.device).examples_share
+    if share < 1:
+        # with so few examples there is one lot: the first case of every lot is its smallest
+        strata, examples = [st.one_of(strata)], math.ceil(examples * share)
+    return strata, level_settings(options.level, math.ceil(examples / len(strata)))
+
+
+def asked_of(prop: Property, implementation: Implementation, options: Options) -> int:
+    """How many cases of the property are to be decided."""
+    strata, settings = _lots(prop, implementation, options)
+    return 1 if prop.extent == "large" else len(strata) * settings.max_examples
+
+
+def generate(
+    prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
+) -> None:
+    """Draw cases for a property, lot by lot, and hand each to `trial`.
+
+    Another case is drawn, up to a limit, in the place of one for which `trial` returns True.
+    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
+    """
+    strata, settings = _lots(prop, implementation, options)
+    if prop.extent == "large":
+        # one case: it takes a minute, and a second shows little more. It is the second that is
+        # drawn, because the first is the smallest for every seed
+        settings, judged = hypothesis.settings(settings, max_examples=2), trial
+        first = iter([lambda case: None])
+
+        def trial(case: Case) -> object:
+            return next(first, judged)(case)
+
+    if not options.shrink or prop.extent == "large":
+        settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
+
+    def run(number: int, settings: hypothesis.settings) -> None:
+        redraws = iter(range(REDRAWS * settings.max_examples))
+
+        def judged_once(case: Case) -> None:
+            if trial(case) is True and next(redraws, None) is not None:
+                hypothesis.reject()
+
+        # every run draws the same cases; every property, lot and seed draws others
+        seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # all that was drawn was refused
+            settings(hypothesis.seed(seed)(given(case=strata[number])(judged_once)))()
+
+    for number in range(len(strata)):
+        try:
+            run(number, settings)
+        except Broken:
+            if number and options.shrink:
+                # the first lot has the smallest cases, and one of them may be broken, too
+                run(0, hypothesis.settings(settings, max_examples=100))
+            raise
+
+
+@functools.lru_cache(maxsize=256)  # a turn asks for the same cases as the one before it
+def small_first(
+    prop: Property, implementation: Implementation, options: Options
+) -> tuple[list[Case], list[Case]]:
+    """The cases that `generate` draws: those that `supports` refuses; and the others in order.
+
+    The smallest on each edge that the clause is about come first, then all by size, empty ones
+    behind them.
+    """
+    drawn: dict[bool, list[Case]] = {True: [], False: []}
+
+    def note(case: Case) -> bool:
+        refused = refusal(implementation, case) is not None
+        drawn[refused].append(case)
+        return refused
+
+    generate(prop, implementation, dataclasses.replace(options, shrink=False), note)
+    # an empty one says little
+    ordered = sorted(drawn[False], key=lambda case: (not case.batch * case.q_len, size_of(case)))
+    first: list[Case] = []
+    for edge in CLAUSE_EDGES[prop.clause]:
+        first += itertools.islice((c for c in ordered if edge in case_edges(prop, c)), 1)
+    return drawn[True], list(dict.fromkeys([*first, *ordered]))
+
+
+def turn_of(cases: Sequence[T], turn: int) -> Sequence[T]:
+    """Those of the ordered cases that are judged first in this turn."""
+    before = sum(FIRST_TURNS[:turn])
+    if turn >= REST:
+        return cases[before:] if turn == REST else cases[:0]
+    return cases[before : before + FIRST_TURNS[turn]]
