@@ -364,6 +364,7 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
     d = (
         x.scale * (row.accumulate(head_dim) + row.u_operands) * x.a  # the dot product q.k
         + x.scale * head_dim * row.eta_accumulate  # products that underflow
+        + _scaled_query(x, row)  # q, scaled and stored before it meets k
         + row.u_scores * (np.abs(x.s) + x.moved)  # logits stored in 16 bits
         + C_SCALE * u_e * (np.abs(x.s) + x.moved)  # scale and log2 e: constants and products
         # s - m, and its product with log2 e where that is not folded into the scale (the
@@ -403,6 +404,15 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
     return _Forward(out, lse, d, pe, z, by_logits)
 
 
+def _scaled_query(x: Group, row: Numerics) -> Array:
+    """What a logit is off by if scale q is stored on its own: (rows, columns)."""
+    if not row.rounds_every_operation:
+        return np.zeros_like(x.s)
+    of_key = x.k.size.sum(axis=1)
+    off: Array = x.scale * row.u_query * x.a + row.eta * of_key
+    return (1.0 + row.u_scores) * off
+
+
 def _largest_visible(x: Group, of_key: Array) -> Array:
     """The largest of the visible keys' values: (rows, value_dim)."""
     columns = [np.max(np.where(x.visible, each, 0.0), axis=1, initial=0.0) for each in of_key.T]
@@ -420,7 +430,8 @@ def _statistical_forward(x: Group, row: Numerics) -> _Forward:
         + 2.0 * (u_e * x.s) ** 2
         + 2.0 * (u_e * (x.s - x.m)) ** 2
     )
-    d += x.scale * row.u_operands * x.a  # a rounded row of q is shared by all keys: linear
+    # a rounded row of q is shared by all keys: linear
+    d += x.scale * row.u_operands * x.a + _scaled_query(x, row)
     d *= x.visible
     pe = _weight_error(x, d, c_exp)
     common = C_SCALE * u_e

@@ -224,8 +224,6 @@ def rounded_branch(given: AttentionInputs, empty_row: str, row: Numerics) -> Rou
     # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k
     mask = np.where(uniform[..., None], 1.0, mask)
     q = given.q.map(lambda part: np.where(uniform[..., None], 0.0, part))
-    if row.rounds_every_operation:  # q may be scaled, and stored, on its own
-        q = rounded.stored(q, row)
     found = rounded_attention(given._replace(q=q, mask=mask), row)
     if empty_row == "nan":
         found.out.error[empty] = np.inf

@@ -95,6 +95,11 @@ class Numerics:
         return self._stored_twice if self.rounds_every_operation else 0.0
 
     @property
+    def u_query(self) -> float:
+        """q that is scaled before it meets k, and stored, where every operation is."""
+        return self.u_store if self.rounds_every_operation else 0.0
+
+    @property
     def u_dp(self) -> float:
         """dP, where every operation is stored."""
         return self.u_store if self.rounds_every_operation else 0.0

@@ -160,7 +160,7 @@ def _logit_mean_bounds(
     total = mean(moved)
     for row in (of_kernel, NUMERICS["fp64"]):
         size = np.where(visible, np.abs(s) + moved, of_kernel.largest / 10.0)
-        d = (row.accumulate(head_dim) + row.u_operands) * a  # the dot product
+        d = (row.accumulate(head_dim) + row.u_operands + row.u_query) * a  # the dot product
         # scaled, stored
         d = d + (C_SCALE * row.u_elementwise + row.u_scores) * (np.abs(s) + moved)
         d = np.where(visible, d, 0.0)

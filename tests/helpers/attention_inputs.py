@@ -165,6 +165,7 @@ def draw_way(rng: Generator, row: str) -> Way:
     """Block size, orders and whatever else right kernels of the row differ on."""
     # tensor cores may truncate; plain float32 and float64 arithmetic does not
     orders = ORDERS if row in ("fp64", "fp32") else (*ORDERS, "truncated")
+    fused = not NUMERICS[row].rounds_every_operation
     return Way(
         block=int(rng.choice([16, 32, 64])),
         order=str(rng.choice(orders)),
@@ -174,7 +175,8 @@ def draw_way(rng: Generator, row: str) -> Way:
         d_lse_joins=str(rng.choice(["delta", "dp"])),
         scale_before=bool(rng.random() < 0.3),
         reciprocal=bool(rng.random() < 0.5),
-        fused=not NUMERICS[row].rounds_every_operation,
+        fused=fused,
+        scale_first=not fused and bool(rng.random() < 0.5),
     )
 
 
