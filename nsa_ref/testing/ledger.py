@@ -29,6 +29,7 @@ from nsa_ref.checks import check_one_of
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import Record, Remark
 
@@ -156,6 +157,8 @@ class Entry:
     status : one of STATUSES
     clause, property, method : what fails, at least one of them; clauses may be several, and in the
         others * and ? stand for anything. `method` is the plug's, as in "fine" or "fine_vjp"
+    implementation : the name of the one that fails, where several stand beside the ledger; * and ?
+        stand for anything; empty for all of them
     where : conditions that all hold for the cases that fail
 
     Raises
@@ -169,6 +172,7 @@ class Entry:
     clause: tuple[str, ...] = ()
     property: str = ""
     method: str = ""
+    implementation: str = ""
     where: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
@@ -258,8 +262,8 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     return Entry(**{"id": "", "why": ""} | dict(fields) | {"clause": clauses, "where": where})
 
 
-def ledger_of(implementation: object, named: Path | None = None) -> tuple[Entry, ...]:
-    """The entries of the ledger that was named, or of the one beside an implementation.
+def ledger_of(implementation: Implementation, named: Path | None = None) -> tuple[Entry, ...]:
+    """The entries about an implementation, of the ledger that was named or of the one beside it.
 
     That one lies in the folder of the file that defines the implementation's class.
 
@@ -268,7 +272,14 @@ def ledger_of(implementation: object, named: Path | None = None) -> tuple[Entry,
     LedgerError : as `read_ledger`
     """
     path = named or place_of(implementation)
-    return () if path is None or (named is None and not path.exists()) else read_ledger(path)
+    if path is None or (named is None and not path.exists()):
+        return ()
+    name = implementation.name
+    return tuple(
+        entry
+        for entry in read_ledger(path)
+        if fnmatch.fnmatchcase(name, entry.implementation or "*")
+    )
 
 
 def place_of(implementation: object) -> Path | None:

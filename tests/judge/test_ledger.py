@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.ledger import (
     Condition,
     Entry,
     LedgerError,
+    ledger_of,
     read_ledger,
     to_toml,
     wrong_entries,
@@ -94,6 +96,23 @@ def test_an_entry_is_read_as_it_was_written(tmp_path: Path) -> None:
     other = dataclasses.replace(ENTRY, id="other", clause=("F1", "A1"), property="fine_*", where=())
     ledger.write_text(to_toml(ENTRY) + "\n" + to_toml(other))
     assert read_ledger(ledger) == (ENTRY, other)
+
+
+class First(Implementation):
+    name = "first"
+
+
+class Second(Implementation):
+    name = "second, flex"
+
+
+def test_an_entry_may_be_about_one_of_several_implementations(tmp_path: Path) -> None:
+    """Two adapters in one folder have one ledger."""
+    ledger = tmp_path / "known.toml"
+    of_second = dataclasses.replace(ENTRY, id="of second", implementation="*, flex")
+    ledger.write_text(to_toml(ENTRY) + to_toml(of_second))
+    assert ledger_of(First(), ledger) == (ENTRY,)
+    assert ledger_of(Second(), ledger) == (ENTRY, of_second)
 
 
 @given(st.text())
