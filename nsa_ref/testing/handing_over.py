@@ -23,22 +23,25 @@ class Clock:
     """Ends this process once the implementation has run for so many seconds.
 
     file : where Python writes then what it was doing
+    charged : seconds that it has run so far
     """
 
     seconds: float
     file: TextIO
+    charged: float = 0.0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The time within is charged."""
         started = time.monotonic()
         # it takes no time of 0
-        faulthandler.dump_traceback_later(max(self.seconds, 0.001), exit=True, file=self.file)
+        left = max(self.seconds - self.charged, 0.001)
+        faulthandler.dump_traceback_later(left, exit=True, file=self.file)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            self.seconds -= time.monotonic() - started
+            self.charged += time.monotonic() - started
 
 
 @dataclass
@@ -88,11 +91,11 @@ def own_settings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def timed(seconds: float, file: TextIO) -> Iterator[None]:
+def timed(seconds: float, file: TextIO) -> Iterator[Clock]:
     """End this process once the implementation has run for so long in here."""
     before, _now.clock = _now.clock, Clock(seconds, file)
     try:
-        yield
+        yield _now.clock
     finally:
         _now.clock = before
 

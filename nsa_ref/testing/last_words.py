@@ -27,7 +27,7 @@ from nsa_ref.testing.findings import (
     save_finding,
     write_json,
 )
-from nsa_ref.testing.handing_over import timed
+from nsa_ref.testing.handing_over import Clock, timed
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -36,6 +36,19 @@ from nsa_ref.testing.verdicts import Broken, Failure, Record
 #: A case with tensors of more than 2^31 elements may take so many times as long as another one:
 #: they are copied to their device and back.
 LARGE_TIME_FACTOR = 5
+
+
+#: So many cases of a property say how slow the port is.
+FIRST_CASES = 3
+
+#: A case may take so many times as long as the slowest of those: the smallest makes one call where
+#: one of some tokens and heads makes a hundred. It never has more than so many timeouts.
+CALLS, MOST_TIMEOUTS = 100, 10
+
+
+def grown_timeout(timeout: float, first: Sequence[float]) -> float:
+    """Seconds for a case of a property whose first ones took so long; never less than `timeout`."""
+    return min(max([timeout, *(CALLS * seconds for seconds in first)]), MOST_TIMEOUTS * timeout)
 
 
 def worker_id() -> str | None:
@@ -55,22 +68,22 @@ def own_folder(options: Options) -> Path:
 @contextlib.contextmanager
 def announced(
     prop: Property, implementation: Implementation, options: Options, case: Case
-) -> Iterator[None]:
+) -> Iterator[Clock | None]:
     """Write the case down before it is launched; end this worker if the port takes too long.
 
-    Only in a worker process: the run's own process must not be ended. The file stays until
-    `withdraw`, because a crash may come a little later than its cause.
+    Only in a worker process, which then has a clock: the run's own process must not be ended. The
+    file stays until `withdraw`, because a crash may come a little later than its cause.
     """
     worker = worker_id()
     if worker is None:
-        yield
+        yield None
         return
     folder = own_folder(options)
     write_json(folder / f"{worker}.json", described(prop, implementation, options, case))
     trace = _trace_file(folder / f"{worker}.trace") if options.traces else sys.__stderr__
     assert trace is not None
-    with timed(timeout_of(prop, implementation.device, options.timeout), trace):
-        yield
+    with timed(timeout_of(prop, implementation.device, options.timeout), trace) as clock:
+        yield clock
 
 
 def timeout_of(prop: Property, device: str, timeout: float) -> float:

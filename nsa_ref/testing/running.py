@@ -20,8 +20,10 @@ from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import (
+    FIRST_CASES,
     announced,
     end_worker,
+    grown_timeout,
     is_known_to_break,
     leave_to_turns,
     left_by_turns,
@@ -99,6 +101,8 @@ class _Trials:
         self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
+        self.timeout = options.timeout
+        self.first: list[float] = []  # seconds that the port took for its first cases
 
     def run(self, case: Case) -> bool:
         """Judge a case and count it; True if it is to be drawn again, because it was refused.
@@ -120,8 +124,7 @@ class _Trials:
         if self._is_spared(case, counting):
             return False
         try:
-            with announced(self.prop, self.implementation, self.options, case):
-                outcome = judge(self.prop, self.implementation, case)
+            outcome = self._judged(case)
         except (NotOffered, NoAnswer) as reason:
             if counting:
                 self.count_refused(reason, case)
@@ -144,6 +147,20 @@ class _Trials:
             if counting:
                 self._count(case, outcome)
             return False
+
+    def _judged(self, case: Case) -> Outcome:
+        """What the property says of the case; its first cases say how much time later ones have."""
+        with announced(self.prop, self.implementation, self.options, case) as clock:
+            try:
+                return judge(self.prop, self.implementation, case)
+            except Refused:
+                clock = None  # it was not run
+                raise
+            finally:
+                if clock is not None and len(self.first) < FIRST_CASES:
+                    self.first.append(clock.charged)
+                    timeout = grown_timeout(self.timeout, self.first)
+                    self.options = dataclasses.replace(self.options, timeout=timeout)
 
     def take_turn(self, turn: int) -> None:
         """Judge the cases of a turn, the small ones first, while there is time.

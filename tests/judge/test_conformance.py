@@ -349,6 +349,35 @@ def test_only_what_a_port_takes_counts_as_its_time(
     assert left[0] == 2.0 and 1.6 < left[-1] <= 1.9  # 0.1 s of its own, 0.4 s of the judge's
 
 
+@pytest.mark.parametrize(
+    ("first", "seconds"), [([0.01], 120), ([5.0], 500), ([1, 2, 1], 200), ([60], 1200)]
+)
+def test_a_case_has_more_time_where_the_first_ones_took_long(
+    first: list[float], seconds: float
+) -> None:
+    """A hundred times what they took: five seconds for one call are no hang, nor five hundred."""
+    assert last_words.grown_timeout(120.0, first) == seconds
+
+
+def test_the_first_cases_say_how_long_later_ones_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: None)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda s, **_: given.append(s))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
+
+    class Slow(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            time.sleep(0.05)
+            return super().sliding_mask(case)
+
+    record = run_property(EXPOSED, Slow(), Options(findings=tmp_path, timeout=1.0))
+    assert record.finding is None
+    assert given[0] == 1.0  # nothing is known yet
+    assert 4.9 < max(given) <= 10.0
+
+
 def test_an_alarm_of_somebody_else_ends_the_property(tmp_path: Path) -> None:
     """That of pytest-timeout, which fails the test from a signal's handler: it rings once."""
     calls = []
