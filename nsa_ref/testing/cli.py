@@ -143,9 +143,11 @@ class Collector:
         while not self._over.wait(TOLD_EVERY):
             task = self._progress.tasks[0]
             of = "" if task.total is None else f" of {task.total:g}"
-            cases = sum(record.cases for record in self.records)
-            done = f"{task.completed:g}{of} done, {cases} cases, {len(self.findings)} findings"
-            _say(self._console, f"{task.elapsed or 0:.0f} s: {done}")
+            done = f"{task.elapsed or 0:.0f} s: {task.completed:g}{of} done"
+            if self.records:
+                cases = sum(record.cases for record in self.records)
+                done += f", {cases} cases, {len(self.findings)} findings"
+            _say(self._console, done)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One property is done, or died with its worker."""
@@ -307,14 +309,15 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         timed = ["--dist=load", "--maxschedchunk=1", f"--nsa-deadline={deadline}"]
         collector = run(total=TURNS * total, options=[*options, *timed])
         collector.join_turns()
-    seconds = time.monotonic() - started
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     stated = [Declared.from_json(one) for one in chosen]
     evidence: dict[str, Evidence] = {}
     if not collector.interrupted:
-        _fold(collector, run, None if budget is None else deadline + CAUSES_SHARE * budget)
+        causes_until = None if budget is None else deadline + CAUSES_SHARE * budget
+        _fold(collector, run, console, causes_until)
         evidence = weighed(records, stated)
+    seconds = time.monotonic() - started
     about = {
         "implementation": names,
         **{name: found[name] for name in ("device", "device_name", "versions")},
@@ -374,12 +377,18 @@ def _thorough(console: Console, records: Sequence[Record], declared: Sequence[De
     return HOLDS
 
 
-def _fold(collector: Collector, run: Callable[..., Collector], deadline: float | None) -> None:
+def _fold(
+    collector: Collector,
+    run: Callable[..., Collector],
+    console: Console,
+    deadline: float | None,
+) -> None:
     """Find out which of the findings have one cause, and put first what is to be looked at."""
     collector.findings[:] = findings = by_weight(collector.findings)
     asked = questions(findings)
     answers: dict[int, str | None] = {}
     if asked:
+        _say(console, f"{len(findings)} findings: judging {len(asked)} cases to see their causes")
         with _temporary_folder() as folder:
             listed = Path(folder) / "questions.json"
             listed.write_text(json.dumps([question.to_json() for question in asked]))

@@ -32,17 +32,17 @@ class Difference:
 
     circumstances : (name, old, new)
     clauses : (id, old, new) of those that are not the same, None where a report has no such clause
-    new, gone : findings of which the other report has none like it
+    new, gone : causes, each a list of findings of which the other report has none like it
     """
 
     circumstances: list[tuple[str, Any, Any]]
     clauses: list[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]
-    new: list[dict[str, Any]]
-    gone: list[dict[str, Any]]
+    new: list[list[dict[str, Any]]]
+    gone: list[list[dict[str, Any]]]
 
     @property
     def is_worse(self) -> bool:
-        """True if a clause fell, or a finding is new."""
+        """True if a clause fell, or a cause is new."""
         return bool(self.new) or any(_rank(old) > _rank(new) for _, old, new in self.clauses)
 
 
@@ -84,7 +84,7 @@ def _check(report: Mapping[str, Any]) -> None:
         if clause["budget_used"] is not None:
             clause["budget_used"] + 0.0
     for finding in report["findings"]:
-        hash(_cause(finding))
+        hash((_identity(finding), finding.get("cause")))
         finding["text"].partition("\n")
 
 
@@ -113,13 +113,16 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
     )
 
 
-def _without(findings: Sequence[Any], others: Sequence[Any]) -> list[dict[str, Any]]:
-    """Those of which the others have none like it."""
-    known = {_cause(finding) for finding in others}
-    return [finding for finding in findings if _cause(finding) not in known]
+def _without(findings: Sequence[Any], others: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """The causes of which the others have no finding."""
+    causes: dict[Any, list[dict[str, Any]]] = {}
+    for finding in findings:
+        causes.setdefault(finding.get("cause") or _identity(finding), []).append(finding)
+    known = {_identity(finding) for finding in others}
+    return [cause for cause in causes.values() if known.isdisjoint(map(_identity, cause))]
 
 
-def _cause(finding: Mapping[str, Any]) -> tuple[Any, ...]:
+def _identity(finding: Mapping[str, Any]) -> tuple[Any, ...]:
     """Place and numbers of a finding change from run to run, and the case with the seed."""
     names = ("implementation", "clause", "property", "kind", "tensor")
     return tuple(finding[name] for name in names)
@@ -150,13 +153,14 @@ def show_difference(console: Console, difference: Difference) -> None:
                 Text(printable(str(name))), Text(cells[0], style=style), *map(Text, cells[1:])
             )
         console.print(table)
-    for called, style, findings in (
+    for called, style, causes in (
         ("new", COLOURS["fail"], difference.new),
         ("gone", COLOURS["pass"], difference.gone),
     ):
-        for finding in findings:
-            first = finding["text"].partition("\n")[0]
-            say(f"{called}: {finding['clause']} by {finding['property']}: {first}", style)
+        for first, *others in causes:
+            seen = first["text"].partition("\n")[0]
+            more = f" (and {len(others)} more of this cause)" if others else ""
+            say(f"{called}: {first['clause']} by {first['property']}: {seen}{more}", style)
     if not (difference.clauses or difference.new or difference.gone):
         say("the same verdicts, cases and budgets")
     else:

@@ -13,8 +13,8 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.ledger import to_toml
 from nsa_ref.testing.narrowing import entry_of
-from nsa_ref.testing.pictures import Excerpt, side_by_side
-from nsa_ref.testing.report import rows_named, summary
+from nsa_ref.testing.pictures import UNCOUNTED, Excerpt, side_by_side
+from nsa_ref.testing.report import rows_named, same_as, summary
 from nsa_ref.testing.verdicts import Convention
 from nsa_ref.testing.wording import convention, printable, shortened
 
@@ -76,9 +76,11 @@ def _finding(group: Sequence[Finding]) -> dict[str, Any]:
     finding, *others = group
     fault, text = dict(finding["fault"]), finding["text"]
     pictures: list[Picture] = []
+    uncounted = ""
     if masks := fault.pop("masks", None):
         excerpt = Excerpt(**masks)
         text = text.replace(f"\n{side_by_side(excerpt)}", "")
+        uncounted = UNCOUNTED if "?" in "".join(excerpt.actual) else ""
         pictures = [_picture("expected", excerpt), _picture("actual", excerpt)]
     explains = finding["convention"]
     return {
@@ -86,13 +88,14 @@ def _finding(group: Sequence[Finding]) -> dict[str, Any]:
         "implementation": finding["implementation"],
         "seen": shortened(text, finding["file"]),
         "pictures": pictures,
+        "uncounted": uncounted,
         "numbers": list(_numbers(fault)),
         "convention": explains and convention(Convention(**explains)),
         "case": str(Case.from_json(finding["case"])),
         "replay": finding["replay"],
         "add": f"nsa-ref ledger add {shlex.quote(finding['file'])}",
         "entry": to_toml(entry_of(finding, ())),
-        "others": others,
+        "same": same_as(finding, others),
     }
 
 

@@ -10,6 +10,9 @@ import numpy as np
 #: the row numbers fill the 80 columns of a terminal.
 ROWS, COLUMNS = 24, 35
 
+#: What a "?" says.
+UNCOUNTED = "NaN or no number of times"
+
 #: One mask alone may be larger.
 ROWS_ALONE, COLUMNS_ALONE = 48, 72
 
@@ -49,9 +52,12 @@ def side_by_side(masks: Excerpt) -> str:
     width = len(masks.expected[0])
     last_row, last_column = masks.top + len(masks.expected) - 1, masks.left + width - 1
     width = max(width, len("expected"))
+    cells = "".join(masks.actual)
+    signs = ["# both", "+ extra", "- missing"]
+    signs += ["2 seen twice"] if any(map(str.isdigit, cells)) else []
+    signs += [f"? {UNCOUNTED}"] if "?" in cells else []
     lines = [
-        f"rows {masks.top}..{last_row}, columns {masks.left}..{last_column}"
-        "   (# both, + extra, - missing, 2 seen twice)",
+        f"rows {masks.top}..{last_row}, columns {masks.left}..{last_column}   ({', '.join(signs)})",
         f"{'':5}{'expected':<{width}}   actual",
     ]
     for t, (want, have) in enumerate(zip(masks.expected, masks.actual), masks.top):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nsa_ref.testing.case import Case
@@ -135,7 +137,7 @@ def message(finding: Mapping[str, Any]) -> str:
         f"{finding['clause']}: {CLAUSES[finding['clause']]}",
         f"{size}: {Case.from_json(finding['case'])}",
         shortened(finding["text"], finding["file"]),
-        f"replay: {finding['replay']}",
+        f"replay: {from_here(finding)}",
     ]
     if finding["convention"] is not None:
         # last, because it is read only if the rest is no surprise
@@ -144,6 +146,15 @@ def message(finding: Mapping[str, Any]) -> str:
         gone, of = finding["gone"]
         lines.append(f"With that declared, {gone} of {of} findings are gone.")
     return printable("\n".join(lines))
+
+
+def from_here(finding: Mapping[str, Any]) -> str:
+    """The replay command, with the path from the present folder if the file lies in it."""
+    replay, path = finding["replay"], Path(finding["file"])
+    if path.is_relative_to(Path.cwd()):
+        near = shlex.quote(str(path.relative_to(Path.cwd())))
+        replay = replay.replace(shlex.quote(str(path)), near)
+    return str(replay)
 
 
 def annotation(finding: Mapping[str, Any]) -> str:

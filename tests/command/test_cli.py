@@ -53,6 +53,26 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
         assert ("0 of 3 done, 7 cases, 0 findings\n" in log.getvalue()) is not is_terminal
 
 
+def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is printed leads from here to the finding."""
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(2)
+        fold(*arguments)
+
+    fold, started = cli.fold, time.monotonic()
+    monkeypatch.setattr(cli, "fold", slow)
+    command = ["verify", "port_zoo:OneKeyFewer", "--device=cpu", "--branch=sliding"]
+    assert main([*command, "--json=report.json", "--findings=kept"]) == BROKEN
+    took = time.monotonic() - started
+    assert json.loads(Path("report.json").read_text())["seconds"] > took - 2
+    out = capsys.readouterr().out
+    assert "2 findings: judging " in out and " cases to see their causes\n" in out
+    assert "replay: nsa-ref replay kept/W" in out and "the same by: W" in out
+
+
 # --- what cannot run ------------------------------------------------------------------------------
 
 

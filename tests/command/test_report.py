@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from browser import CHROMIUM, chromium, measured
-from nsa_ref.testing import Case, cli, report, wording
+from nsa_ref.testing import Attention, Case, cli, report, wording
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.options import Options
@@ -212,6 +212,25 @@ def test_a_browser_prints_the_page(page: Path) -> None:
     assert printed.read_bytes().startswith(b"%PDF")
 
 
+def test_a_cell_that_cannot_be_counted_is_in_the_legend(tmp_path: Path) -> None:
+    """`?` is explained where it is shown, in letters and on the page, and nowhere else."""
+    pytest.importorskip("jinja2", reason="the extra 'report' is not installed")
+
+    class NotANumber(SlidingMask):
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Any:
+            out = np.full((case.batch, case.q_heads, case.q_len, case.value_dim), np.nan)
+            return Attention(out, None)
+
+    prop = PROPERTIES["W1_sliding_mask_as_read"]
+    record = run_property(prop, NotANumber(), Options(findings=tmp_path))
+    assert record.finding is not None and "?" in record.finding["fault"]["masks"]["actual"][0]
+    assert "? NaN or no number of times" in record.finding["text"]
+    told = Reader(to_html(report_of([record]))).words
+    assert "? NaN or no number of times" in told
+    (other,) = records_of(tmp_path)[:1]
+    assert other.finding is not None and "NaN or" not in other.finding["text"]
+
+
 def luminance(colour: str) -> float:
     """Of an sRGB colour "#rrggbb", as WCAG 2 defines it."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -304,6 +323,27 @@ def test_two_reports_are_compared(
     assert code == BROKEN and "pass -> fail" in text
     assert text.count("new: W1 by ") == 3 and text.endswith("worse\n")
     assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_findings_of_one_cause_are_one_in_a_difference_too(
+    records: list[Record], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cause is new if none of its findings was there; which properties see it is chance."""
+    one, two, _ = (dict(r.finding) for r in records[:3] if r.finding is not None)
+    one["cause"] = two["cause"] = one["file"]
+    two["implementation"] = one["implementation"]
+    two["tensor"] = "of another branch"
+    asked = [Record(name="x", clause="W1", cases=1)]
+    reports = {
+        name: report_of(asked) | {"findings": found}
+        for name, found in {"none": [], "one": [one], "two": [two], "both": [one, two]}.items()
+    }
+    code, text = diff(reports["none"], reports["both"], place, capsys)
+    assert code == BROKEN and text.count("new: ") == 1 and "and 1 more of this cause" in text
+    for old, new in (("one", "both"), ("both", "two"), ("both", "one")):
+        code, text = diff(reports[old], reports[new], place, capsys)
+        assert code == HOLDS and "new" not in text and "gone" not in text
+    assert diff(reports["one"], reports["two"], place, capsys)[0] == BROKEN
 
 
 def test_what_moved_and_under_which_circumstances(
