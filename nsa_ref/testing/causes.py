@@ -1,13 +1,14 @@
 """Which findings have one cause: cases of others are judged again, to see.
 
 A switch that would explain a finding is tried on the others' cases. The property of a finding is
-tried on the others' cases. What raises, or gives NaN, is one cause wherever it does so.
+tried on the others' cases. What raises, or gives NaN, is one cause wherever it does so. Findings of
+one clause in several branches are one cause if `same_mistake` shows it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.conventions import declaring, under
 from nsa_ref.testing.findings import Finding, alike_as
 from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.judging import BRANCH_NAMES
 from nsa_ref.testing.last_words import announced
 from nsa_ref.testing.narrowing import broken_clause
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import judge_generated
+from nsa_ref.testing.same_mistake import same_mistake
 from nsa_ref.testing.verdicts import FAILURES, Broken, Convention
 
 #: A finding's case is tried on so many findings before it.
@@ -32,6 +35,8 @@ class Question:
     """Does the case break the property, if the implementation declared the convention?
 
     finding, of : numbers of the finding whose case it is, and of the one that may be its cause
+    beside : property and case of that one, if it is about another branch; then the question is
+        whether both branches make the same mistake
     """
 
     finding: int
@@ -40,17 +45,22 @@ class Question:
     implementation: str
     case: Case
     convention: Convention | None = None
+    beside: tuple[str, Case] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which can cross processes."""
         convention = self.convention and dataclasses.asdict(self.convention)
-        return vars(self) | {"case": self.case.to_json(), "convention": convention}
+        beside = self.beside and [self.beside[0], self.beside[1].to_json()]
+        case = self.case.to_json()
+        return vars(self) | {"case": case, "convention": convention, "beside": beside}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Question:
         """The inverse of `to_json`."""
         convention = data["convention"] and Convention(**data["convention"])
-        return cls(**dict(data) | {"case": Case.from_json(data["case"]), "convention": convention})
+        beside = data["beside"] and (data["beside"][0], Case.from_json(data["beside"][1]))
+        case = Case.from_json(data["case"])
+        return cls(**dict(data) | {"case": case, "convention": convention, "beside": beside})
 
     def answered(self, implementation: Implementation, options: Options) -> str | None:
         """The clause that is broken, or nothing; None if it was not decided.
@@ -65,6 +75,10 @@ class Question:
         if not prop.semantics(case.semantics):
             return None
         with announced(prop, implementation, options, case):
+            if self.beside is not None:
+                name, other = self.beside
+                same = same_mistake(implementation, (prop, case), (PROPERTIES[name], other))
+                return None if same is None else prop.clause if same else ""
             broken = broken_clause(prop, implementation, case)
         if broken == "" and self.convention is not None:
             try:
@@ -81,7 +95,7 @@ def by_weight(findings: Iterable[Finding]) -> list[Finding]:
         case = finding["case"]
         kinds = (*FAILURES, "wrong mask", "wrong reader", "wrong pattern", "wrong choice")
         rank = kinds.index(finding["kind"]) if finding["kind"] in kinds else len(kinds)
-        sizes = ("batch", "q_heads", "q_len", "kv_len", "head_dim", "value_dim")
+        sizes = ("batch", "q_heads", "q_len", "kv_len", "num_mem_kv", "head_dim", "value_dim")
         size = [case[name] for name in sizes]
         clause = list(CLAUSES).index(finding["clause"])
         return rank, finding["convention"] is None, *size, clause
@@ -119,7 +133,34 @@ def questions(findings: Sequence[Finding]) -> list[Question]:
                 asked.append(Question(j, i, own, who, case, Convention(**found)))
             if is_first:
                 asked.append(Question(j, i, findings[i]["property"], who, case))
-    return asked
+    return asked + list(_between_branches(findings, sorted(first_alike.values())))
+
+
+def _between_branches(findings: Sequence[Finding], firsts: Sequence[int]) -> Iterator[Question]:
+    """Whether findings of one clause in several branches are one mistake; firsts : to be asked."""
+
+    def about(finding: Finding) -> tuple[Any, ...]:
+        """What findings of one mistake have in common."""
+        prop = PROPERTIES[finding["property"]]
+        return finding["implementation"], finding["clause"], prop.clause, prop.backward
+
+    told = {
+        j: PROPERTIES[findings[j]["property"]]
+        for j in firsts
+        if findings[j]["kind"] not in FAILURES
+        and (findings[j]["convention"] or {}).get("value") is None
+    }
+    asked = {j: p for j, p in told.items() if p.part in BRANCH_NAMES and not p.extent}
+    for j, prop in asked.items():
+        before = [
+            i
+            for i, other in asked.items()
+            if i < j and other.part != prop.part and about(findings[i]) == about(findings[j])
+        ]
+        for i in before[:MOST_TRIED]:
+            case, other = (Case.from_json(findings[n]["case"]) for n in (j, i))
+            beside = findings[i]["property"], other
+            yield Question(j, i, prop.name, findings[j]["implementation"], case, beside=beside)
 
 
 def fold(

@@ -21,6 +21,7 @@ from nsa_ref.testing.evidence import Evidence
 from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import wrong_entries
+from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, printable, reasons, remark, undecided
 
@@ -306,11 +307,18 @@ def show(
         console.print()
         console.rule(Text(f"finding {number} of {len(groups)}"), style="red")
         console.print(Text(message(first)), soft_wrap=True)
-        for other in others:
-            same = f"the same by {other['property']}: {other['replay']}"
-            console.print(Text(printable(same)), soft_wrap=True)
+        for line in same_as(first, others):
+            console.print(Text(printable(line)), soft_wrap=True)
     console.print()
     console.print(Text(summary([clause.to_json() for clause in rows], seconds)), soft_wrap=True)
+
+
+def same_as(first: Finding, others: Sequence[Finding]) -> list[str]:
+    """In which other branches the cause of a finding was seen, and by which other properties."""
+    _, *parts = dict.fromkeys(PROPERTIES[f["property"]].part for f in (first, *others))
+    names = dict.fromkeys(finding["property"] for finding in others)
+    lines = [f"the same in: {', '.join(sorted(parts))}"] if parts else []
+    return lines + ([f"the same by: {', '.join(names)}"] if names else [])
 
 
 def summary(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:

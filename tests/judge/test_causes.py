@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 
+from nsa_ref.semantics import PAPER
 from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.causes import Question, by_weight, fold, questions
 from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
-from nsa_ref.testing.report import clauses
+from nsa_ref.testing.report import clauses, same_as
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message
@@ -33,6 +36,8 @@ class ShortWindow(OracleImplementation):
     """w keys in the window, in all that it does; and nothing is said of it."""
 
     name = "short"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float32": "fp32", "float64": "fp64"})
 
     def _as_it_is(self, case: Case) -> Case:
         semantics = dataclasses.replace(case.semantics, window_closed=False)
@@ -61,9 +66,89 @@ class Raises(OracleImplementation):
         raise RuntimeError(f"no kernel for {case.q_len} rows")
 
 
+class SharedHelper(OracleImplementation):
+    """Attention of all branches goes through one function, which scales and maps heads."""
+
+    name = "shared"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float32": "fp32"})
+
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q, k, v
+
+    def attend(self, case: Case, branch: str, mask: Any, *tensors: Any) -> Any:
+        return super().attend(case, branch, mask, *self.mistake(case, branch, *tensors))
+
+
+class WrongScale(SharedHelper):
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q * np.sqrt(case.head_dim).astype(q.dtype), k, v
+
+
+class WrongHeads(SharedHelper):
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q, np.roll(k, 1, axis=1), np.roll(v, 1, axis=1)
+
+
+class NanForEmptyRows(SharedHelper):
+    def attend(self, case: Case, branch: str, mask: Any, *tensors: Any) -> Any:
+        found = super().attend(case, branch, mask, *tensors)
+        empty = np.asarray(mask).sum(-1, keepdims=True) == 0
+        return found._replace(out=np.where(empty, np.nan, found.out))
+
+
+class GradientWithoutScale(SharedHelper):
+    def attend_vjp(self, case: Case, branch: str, mask: Any, *tensors: Any) -> Any:
+        dq, dk, dv = super().attend_vjp(case, branch, mask, *tensors)
+        return dq / case.scale, dk, dv
+
+
+class TwoScales(SharedHelper):
+    """The same clause, the same kind: with one key both are wrong by their factor alone."""
+
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q * {"compress": 1, "fine": 2, "sliding": 3}[branch], k, v
+
+
+class ScaleAndLse(SharedHelper):
+    """With one key lse is the one logit: a scale twice as large and lse twice as large agree."""
+
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q * (2 if branch == "sliding" else 1), k, v
+
+    def fine(self, case: Case, *arrays: Any) -> Any:
+        found = super().fine(case, *arrays)
+        return found._replace(lse=found.lse * 2)
+
+
+class ScaleAndFewBlocks(SharedHelper):
+    """The helper is wrong, and the fine branch by itself where not all blocks are chosen."""
+
+    def mistake(self, case: Case, branch: str, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        return q * (1 if branch == "fine" and self._by_itself(case) else 2), k, v
+
+    def _by_itself(self, case: Case) -> bool:
+        return case.num_selected_blocks < case.num_selection_blocks
+
+    def fine(self, case: Case, *arrays: Any) -> Any:
+        found = super().fine(case, *arrays)
+        return found._replace(out=found.out * 2) if self._by_itself(case) else found
+
+
 def judged(port: OracleImplementation, place: Path, names: tuple[str, ...]) -> list[Record]:
     options = Options(findings=place)
     return [run_property(PROPERTIES[name], port, options) for name in names]
+
+
+def broken_on(port: OracleImplementation, place: Path, cases: dict[str, Case]) -> list[Record]:
+    """Of properties that each break on the case that is given."""
+    options = Options(findings=place)
+    records = [
+        run_property(PROPERTIES[name], port, dataclasses.replace(options, case=case))
+        for name, case in cases.items()
+    ]
+    assert all(record.finding is not None for record in records)
+    return records
 
 
 def found_by_cause(port: OracleImplementation, records: list[Record]) -> list[list[Finding]]:
@@ -85,6 +170,52 @@ def test_a_convention_is_one_finding_whatever_it_breaks(tmp_path: Path) -> None:
     gone, of = first["gone"]
     assert gone == of > 2
     assert f"With that declared, {gone} of {of} findings are gone." in message(first)
+
+
+PARTS = ("compress", "fine", "sliding")
+SMALLEST = Case(dtype="float32", head_dim=8, value_dim=8)
+HEADS = Case(dtype="float32", q_heads=4, kv_heads=2, q_len=2, kv_len=2, head_dim=16, value_dim=16)
+GRADIENTS = dataclasses.replace(
+    HEADS, q_len=3, kv_len=3, sliding_window_size=1, num_selected_blocks=2
+)
+EMPTY_ROW = dataclasses.replace(SMALLEST, q_len=3, kv_len=2)
+MEMORY = dataclasses.replace(SMALLEST, num_mem_kv=1)
+FEW_BLOCKS = dataclasses.replace(SMALLEST, q_len=4, kv_len=4, sliding_window_size=4)
+
+
+@pytest.mark.parametrize(
+    ("port", "cases"),
+    [
+        (
+            WrongScale(),
+            {f"A1_{part}_lse": SMALLEST for part in PARTS} | {"A1_compress_output": MEMORY},
+        ),
+        (WrongHeads(), {f"A1_{part}_{what}": HEADS for part in PARTS for what in ("heads", "lse")}),
+        (GradientWithoutScale(), {f"A3_{part}_gradients": GRADIENTS for part in PARTS}),
+        (NanForEmptyRows(), {f"A2_{part}_empty_rows": EMPTY_ROW for part in PARTS}),
+    ],
+)
+def test_what_branches_share_is_one_finding(
+    port: OracleImplementation, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    (group,) = found_by_cause(port, broken_on(port, tmp_path, cases))
+    assert {finding["property"] for finding in group} == set(cases)
+    elsewhere = [part for part in PARTS if part not in group[0]["property"]]
+    assert same_as(group[0], group[1:])[0] == f"the same in: {', '.join(elsewhere)}"
+
+
+@pytest.mark.parametrize(
+    ("port", "cases"),
+    [
+        (TwoScales(), {"A1_fine_lse": SMALLEST, "A1_sliding_lse": SMALLEST}),
+        (ScaleAndLse(), {"A1_fine_lse": SMALLEST, "A1_sliding_lse": SMALLEST}),
+        (ScaleAndFewBlocks(), {"A1_fine_output": FEW_BLOCKS, "A1_sliding_output": FEW_BLOCKS}),
+    ],
+)
+def test_two_mistakes_in_two_branches_are_two_findings(
+    port: OracleImplementation, cases: dict[str, Case], tmp_path: Path
+) -> None:
+    assert len(found_by_cause(port, broken_on(port, tmp_path, cases))) == 2
 
 
 def test_what_the_convention_does_not_explain_is_a_finding_of_its_own(tmp_path: Path) -> None:
