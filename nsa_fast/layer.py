@@ -40,7 +40,7 @@ from nsa_fast.selection import select_blocks
 from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 
-#: Of the input norm, in every dtype: float32's machine epsilon.
+#: Of the input norm: float32's machine epsilon, in every dtype unless it is to be the dtype's own.
 NORM_EPS = 2.0**-23
 
 #: Offsets of cu_seqlens that an error prints.
@@ -206,7 +206,7 @@ def native_sparse_attention(
 
     ::
 
-        h            = x, or x / sqrt(mean x^2 + 2^-23) * norm.weight with input_norm
+        h            = x, or x / sqrt(mean x^2 + eps) * norm.weight with input_norm
         q, k, v      = h W^T, by heads. Where semantics.rotary is not "none", q and k of fine and
                        sliding are rotated at their position. So are, in compress, q and the pooled
                        k, at i d ("all"), or q and k of every token before pooling
@@ -341,7 +341,9 @@ def _normed(x: Tensor, weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
     if not layer.semantics.input_norm:
         return x
     wide = x.to(wide_dtype(x.dtype))
-    root = (wide.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    own = layer.semantics.input_norm == "machine_eps"
+    eps = torch.finfo(wide.dtype).eps if own else NORM_EPS
+    root = (wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()
     return (wide / root * weights["norm.weight"].to(wide.dtype)).to(x.dtype)
 
 

@@ -100,7 +100,8 @@ class NativeSparseAttention(nn.Module):
         if semantics.importance == "overlap":
             check_stride_divides("compress_block_size", compress_block_size, layer.windows.stride)
         if semantics.input_norm:
-            self.norm = nn.RMSNorm(model_dim, eps=NORM_EPS)
+            own = semantics.input_norm == "machine_eps"
+            self.norm = nn.RMSNorm(model_dim, eps=None if own else NORM_EPS)
         self.to_q = nn.Linear(model_dim, q_heads * head_dim, bias=False)
         for kind, dim in (("k", head_dim), ("v", value_dim)):
             for suffix in layer.suffixes:

@@ -101,7 +101,7 @@ def from_upstream(module: torch.nn.Module) -> UpstreamLayer:
         causal=causal,
         empty_row=rows if causal else rows._replace(fine="zero"),
         share_selection=_attribute(module, "query_heads_share_selected_kv"),
-        input_norm="norm.weight" in weights,
+        input_norm="machine_eps" if "norm.weight" in weights else False,
     )
     return UpstreamLayer(sizes, semantics, weights)
 

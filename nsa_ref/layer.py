@@ -24,7 +24,7 @@ from nsa_ref.selection import select
 from nsa_ref.semantics import BRANCHES, PAPER, Semantics, check_semantics
 from nsa_ref.sizes import Sizes, check_sizes
 
-#: Added to the mean square that `input_norm` divides by: float32's epsilon, in every dtype.
+#: Added to the mean square that `input_norm` divides by: float32's machine epsilon.
 NORM_EPS = 2.0**-23
 
 #: The angle of pair i at position p is p * ROTARY_BASE ** (-2 i / head_dim).
@@ -151,6 +151,11 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x.real > 0, 1 / (1 + e), e / (1 + e))
 
 
+def norm_eps(semantics: Semantics) -> float:
+    """What is added to the mean square (G1). Here all is computed in float64: its own is 2^-52."""
+    return 2.0**-52 if semantics.input_norm == "machine_eps" else NORM_EPS
+
+
 def is_rotated(semantics: Semantics, branch: str) -> bool:
     """Whether a branch's q and k are rotated (G2)."""
     if branch == "compress":
@@ -204,7 +209,7 @@ class _Parts:
     def tokens(self, x: np.ndarray) -> _Tokens:
         h = x
         if "norm.weight" in self.weights:
-            root = np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS)
+            root = np.sqrt((x * x).mean(axis=-1, keepdims=True) + norm_eps(self.semantics))
             h = x / root * self.weights["norm.weight"]
 
         def heads(name: str, number: int) -> np.ndarray:
@@ -335,7 +340,7 @@ def layer(
 
     ::
 
-        h      = x, or with input_norm x / sqrt(mean x^2 + 2^-23) times norm.weight
+        h      = x, or with input_norm x / sqrt(mean x^2 + `norm_eps`) times norm.weight
         q      = to_q h, k_c = to_k h, v_c = to_v h         one q; k, v for each branch or for all
         k_cmp  = the compression map over k_compress, v_cmp over v_compress
         rotary   "fine_and_sliding": q and k of these two at their positions
@@ -492,7 +497,7 @@ def layer_vjp(
 
     if "norm.weight" not in weights:
         return dh, dweights
-    r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + NORM_EPS)
+    r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + norm_eps(semantics))
     dweights["norm.weight"] += (dh * x * r).sum(axis=(0, 1))
     d_normed = dh * weights["norm.weight"]
     dx = r * (d_normed - x * r**2 * (x * d_normed).mean(axis=-1, keepdims=True))

@@ -36,6 +36,7 @@ from nsa_ref.layer import (
     layer_width,
     map_weights,
     merge_heads,
+    norm_eps,
     projection_name,
     split_heads,
 )
@@ -250,7 +251,9 @@ class RoundedLayer:
         self.x, self.weights, self.row = x, weights, row
         self.sizes, self.semantics = sizes, semantics
         seq_len = x.shape[1]
-        self.norm = rounded.normed(x, weights["norm.weight"], row) if semantics.input_norm else None
+        self.norm = None
+        if semantics.input_norm:
+            self.norm = rounded.normed(x, weights["norm.weight"], norm_eps(semantics), row)
         self.h = exact(x) if self.norm is None else self.norm.out
         self.turn = self.block_turn = None
         if semantics.rotary != "none":

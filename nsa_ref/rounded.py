@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref.checks import as_float64
-from nsa_ref.layer import NORM_EPS, ROTARY_BASE
+from nsa_ref.layer import ROTARY_BASE
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, C_TRIG, Array, Numerics
 
 
@@ -254,7 +254,7 @@ class Normed(NamedTuple):
     out_of_r: Rounded  # x r weight, where the implementation's own r counts as exact
 
 
-def normed(x: Array, weight: Array, row: Numerics) -> Normed:
+def normed(x: Array, weight: Array, eps: float, row: Numerics) -> Normed:
     """RMSNorm of exact x, (batch, seq_len, dim).
 
     ::
@@ -268,7 +268,7 @@ def normed(x: Array, weight: Array, row: Numerics) -> Normed:
     """
     given, factor = exact(x), exact(weight)
     mean = scaled(inner(given, given, row), 1.0 / x.shape[-1], row).at(..., None)
-    square = plus(mean, NORM_EPS, row.u_elementwise, row)
+    square = plus(mean, eps, row.u_elementwise, row)
     t = np.minimum(square.error / square.value, 1.0)
     root = square.value**-0.5
     error = root * ((1.0 - t) ** -0.5 - 1.0)  # inf where the mean may be 0 or less

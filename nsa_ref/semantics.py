@@ -19,6 +19,9 @@ BRANCHES = ("compress", "fine", "sliding")
 #: Values of `Semantics.rotary`, from nothing turned to everything turned before all else.
 ROTARY = ("none", "fine_and_sliding", "all", "before_pooling")
 
+#: Values of `Semantics.input_norm`.
+INPUT_NORM = (False, True, "machine_eps")
+
 T = TypeVar("T")
 
 
@@ -50,7 +53,9 @@ class Semantics:
     kv_per_branch : every branch has keys and values of its own (layer)
     rotary : whose q and k are rotated: "none"; "fine_and_sliding"; "all", with pooled keys where
         their windows start; "before_pooling", all, and keys are pooled once they are turned (G2)
-    input_norm, output_projection : what the layer does before and after (layer)
+    input_norm : RMSNorm before the layer: False; True adds 2^-23 to the mean square in every dtype,
+        "machine_eps" the epsilon of the dtype that the norm is computed in (G1)
+    output_projection : what the layer does behind it (G1)
 
     Raises
     ------
@@ -71,7 +76,7 @@ class Semantics:
     empty_lse: PerBranch[float] = PerBranch(-math.inf, -math.inf, -math.inf)
     kv_per_branch: bool = True
     rotary: str = "none"
-    input_norm: bool = False
+    input_norm: bool | str = False
     output_projection: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ class Semantics:
         check_one_of("importance", self.importance, ("overlap", "logit_mean"))
         check_one_of("duplicates", self.duplicates, ("set", "multiset"))
         check_one_of("rotary", self.rotary, ROTARY)
+        check_one_of("input_norm", self.input_norm, INPUT_NORM)
         for switch in ("empty_row", "empty_lse"):
             wanted = "a PerBranch(compress=, fine=, sliding=)"
             check_kind(switch, getattr(self, switch), PerBranch, wanted)
@@ -161,7 +167,7 @@ LUCIDRAINS = Semantics(
     empty_row=PerBranch("uniform", "uniform", "uniform"),
     kv_per_branch=False,
     rotary="fine_and_sliding",
-    input_norm=True,
+    input_norm="machine_eps",
     output_projection=True,
 )
 

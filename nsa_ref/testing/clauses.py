@@ -6,7 +6,7 @@ docs/semantics.md says of each what the sentence leaves open.
 from __future__ import annotations
 
 #: Changes whenever a clause or a switch is added, removed or means something else.
-SPEC_VERSION = "5"
+SPEC_VERSION = "6"
 
 CLAUSES = {
     "A1": "out = sum_j P_j v_j and lse = log sum_j mult_j exp(s_j), where P_j = mult_j "

@@ -118,7 +118,7 @@ FORMULAS: dict[str, tuple[Rounded, float]] = {
         2 * MORE + (S + A) * 2 * (15 + MORE) + ETA,
     ),
     "normed, its root": (
-        rounded.normed(np.ones((1, 1, 2)), np.ones(2), ROW).r,
+        rounded.normed(np.ones((1, 1, 2)), np.ones(2), NORM_EPS, ROW).r,
         R + ((1 + S) ** 2 - 1) * (ROOT + R) + 2 * ETA,
     ),
     "turn": (rounded.turn(np.array([3.0]), 4, ROW).sine.at(0, 0), store(math.sin(3), C_TRIG * E)),
@@ -229,7 +229,7 @@ def norm(d: Drawn, *, way: str, gradient: bool) -> Results:
     dh, g = d.normal(MANY, 2)
     y, dn = given.value.astype(wide), g.value.astype(wide) * w.value
     r = 1.0 / np.sqrt((y * y).mean(axis=-1, keepdims=True) + NORM_EPS)
-    found = rounded.normed(given.value[None], w.value, d.numerics)
+    found = rounded.normed(given.value[None], w.value, NORM_EPS, d.numerics)
     got = normed(x, weight, way)
     if not gradient:
         return got, y * r * w.value, found.out.at(0)

@@ -315,8 +315,8 @@ def upstream_layer(
 ) -> tuple[torch.nn.Module, Tensor]:
     """Upstream's module, every parameter random, and an input.
 
-    In float64 two of its constants are not the definition's and are set to that: the frequencies,
-    which it computes in float32, and the norm's epsilon, 2^-52.
+    In float64 one of its constants is not the definition's and is set to that: the frequencies,
+    which it computes in float32.
     """
     from native_sparse_attention_pytorch import SparseAttention
 
@@ -342,8 +342,6 @@ def upstream_layer(
         if dtype == torch.float64:
             exponent = torch.arange(0, sizes.head_dim, 2).double() / sizes.head_dim
             module.rotary_emb.freqs.copy_(10000.0**-exponent)
-    if sizes.norm and dtype == torch.float64:
-        module.norm.eps = 2.0**-23
     shape = (sizes.batch, sizes.seq_len, sizes.model_dim)
     return module, torch.randn(shape, generator=generator, dtype=dtype)
 
@@ -413,6 +411,8 @@ def valid_choice(module: torch.nn.Module, x: Tensor, *, flex: bool = False) -> D
         LUCIDRAINS_FLEX if flex else LUCIDRAINS,
         **{name: getattr(parts.semantics, name) for name in switches},
     )
+    if semantics.input_norm and x.dtype != torch.float64:
+        semantics = dataclasses.replace(semantics, input_norm=True)  # what is declared is float32's
     sizes = nsa_ref.Sizes(**parts.sizes)
     weights = {name: weight.double().numpy() for name, weight in parts.weights.items()}
     tokens = x.detach().double().numpy()
@@ -737,12 +737,12 @@ def test_its_rotation_repeats_positions_in_half_precision(dtype: str, position: 
 
 
 @needs_upstream
-def test_its_norm_divides_by_another_epsilon_in_float64() -> None:
-    """The layer's is 2^-23 in every dtype; upstream's is that of the dtype, 2^-52."""
+def test_its_norm_divides_by_the_epsilon_of_the_dtype() -> None:
+    """2^-52 in float64, which the layer follows, and not 2^-23."""
     module, x = upstream_layer(UpstreamSizes(seq_len=1, norm=True), 0)
     x *= 2.0**-12
     assert agree(module(x).detach(), own_layer(module, x).detach())
-    module.norm.eps = None
+    module.norm.eps = 2.0**-23
     assert not agree(module(x).detach(), own_layer(module, x).detach())
 
 

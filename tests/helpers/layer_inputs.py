@@ -146,7 +146,11 @@ def with_semantics(semantics: Semantics, rng: Generator) -> Semantics:
         changes["causal"] = False
     if rng.random() < 0.3:
         changes["rotary"] = str(rng.choice(ROTARY))
-    for switch in ("kv_per_branch", "input_norm", "output_projection", "share_selection"):
+    if rng.random() < 0.2:
+        changes["input_norm"] = not semantics.input_norm
+    elif semantics.input_norm:
+        changes["input_norm"] = True  # the same in every row of numerics
+    for switch in ("kv_per_branch", "output_projection", "share_selection"):
         if rng.random() < 0.2:
             changes[switch] = not getattr(semantics, switch)
     return dataclasses.replace(semantics, **changes)

@@ -21,7 +21,7 @@ SOURCES = [
 PAGES = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")]
 
 #: The version, and what has it: both change when a sentence or a switch does.
-SPECIFICATION = "5", 0x72B71730
+SPECIFICATION = "6", 0x72B71730
 
 EQUATION = r"(?<!2104\.09864, )\beq\. \d+(?:(?:,| and| to) \d+)*"
 #: What comments and docstrings cite: W1, eq. 9, section 3.2; NUMERICS 2, "Selection".

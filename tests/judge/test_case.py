@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nsa_ref.attention import attend
 from nsa_ref.layer import selection_inputs
-from nsa_ref.semantics import PRESETS, ROTARY, PerBranch, Semantics
+from nsa_ref.semantics import INPUT_NORM, PRESETS, ROTARY, PerBranch, Semantics
 from nsa_ref.sizes import Sizes
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.case import DTYPES, INDICES, INPUTS, LAYOUTS, describe, load_case
@@ -46,6 +46,7 @@ SWITCHES = dict(
     empty_row=st.builds(PerBranch, ROWS, ROWS, ROWS),
     empty_lse=st.builds(PerBranch, LSES, LSES, LSES),
     rotary=st.sampled_from(ROTARY),
+    input_norm=st.sampled_from(INPUT_NORM),
     **dict.fromkeys(FLAGS, st.booleans()),
 )
 any_semantics = st.builds(Semantics, **SWITCHES)

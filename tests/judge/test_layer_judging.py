@@ -168,6 +168,28 @@ def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_pat
     assert found["clause"] == "G4"
 
 
+class NormOfTorch(LayerInSteps):
+    """By torch's own RMSNorm, that is with the machine epsilon of what it computes in."""
+
+    def normed(self, case: Case, weights: Any, x: Any) -> Any:
+        import torch
+
+        if not case.semantics.input_norm:
+            return x
+        norm = torch.nn.functional.rms_norm
+        return norm(x, x.shape[-1:], weights["norm.weight"])
+
+
+def test_a_norm_may_have_the_epsilon_of_its_dtype(tmp_path: Path) -> None:
+    """Who follows torch's default says so, and is right in float64 as well."""
+    numerics = {"float64": "fp64", "float32": "fp32"}
+    for value in ("machine_eps", True):
+        semantics = (dataclasses.replace(PAPER, input_norm=value),)
+        asked = port(NormOfTorch, semantics=semantics, numerics=numerics)
+        found = record("G1_layer_output", asked, tmp_path, shrink=False).finding
+        assert (found is None) == (value == "machine_eps"), found
+
+
 # --- who is to blame: what was not decided is not right -------------------------------------------
 
 

@@ -77,7 +77,6 @@ class LayerInSteps(TorchImplementation):
     kernel: RoundedImplementation = Kernel()
     maps: RoundedImplementation = CompressionMap()
     selector: RoundedImplementation = Selector()
-    norm_eps = 2.0**-23
 
     def __init__(self, way: LayerWay | None = None, row: str = "") -> None:
         super().__init__("cpu")
@@ -93,11 +92,15 @@ class LayerInSteps(TorchImplementation):
         """In float32, where the way is to keep more digits for a moment."""
         return x.float() if self.way.wide and x.element_size() < 4 else x
 
+    def norm_eps(self, case: Case) -> float:
+        own = case.semantics.input_norm == "machine_eps" and case.dtype == "float64"
+        return 2.0**-52 if own else 2.0**-23
+
     def normed(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         if not case.semantics.input_norm:
             return x
         wide, weight = self.upcast(x), weights["norm.weight"]
-        mean = (wide * wide).mean(-1, keepdim=True) + self.norm_eps
+        mean = (wide * wide).mean(-1, keepdim=True) + self.norm_eps(case)
         if self.way.reverse:
             return (wide / mean.sqrt()).to(x.dtype) * weight
         return (wide * mean.rsqrt() * self.upcast(weight)).to(x.dtype)

@@ -73,7 +73,14 @@ class GatesOfTheUnnormed(LayerInSteps):
 
 @mutant("G1", "the norm adds an epsilon of 1e-2 to the mean square")
 class LargeNormEpsilon(LayerInSteps):
-    norm_eps = 1e-2
+    def norm_eps(self, case: Case) -> float:
+        return 1e-2
+
+
+@mutant("G1", "the norm's epsilon is 2^-23 in float64, too, where machine_eps is declared")
+class NormEpsilonOfFloat32(LayerInSteps):
+    def norm_eps(self, case: Case) -> float:
+        return 2.0**-23
 
 
 @mutant("G1", "the last token is missing in the gradient of the queries' weight")

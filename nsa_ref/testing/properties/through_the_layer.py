@@ -8,7 +8,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.compress import compress_windows
-from nsa_ref.layer import NORM_EPS
+from nsa_ref.layer import norm_eps
 from nsa_ref.semantics import BRANCHES
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call, checked_tensor
@@ -44,7 +44,7 @@ class ThroughTheLayer(Branch):
                 weights[name][:, : case.kv_len] = values
         if "norm.weight" in weights:
             # the root mean square of a one-hot row, so that it stays one
-            root = (1 / case.model_dim + NORM_EPS) ** 0.5
+            root = (1 / case.model_dim + norm_eps(case.geometry["semantics"])) ** 0.5
             weights["norm.weight"] = np.full(case.model_dim, root, dtype)
         if "to_out.weight" in weights:
             weights["to_out.weight"] = np.eye(*weights["to_out.weight"].shape, dtype=dtype)

@@ -68,7 +68,7 @@ class Lucidrains(TorchImplementation):
 
     name = "lucidrains"
     semantics = (LUCIDRAINS,)
-    # in float64 its frequencies are those of float32, and its norm has another epsilon
+    # in float64 its frequencies are those of float32
     numerics: Mapping[str, str] = {"float32": "fp32"}
     limits = LIMITS
 
@@ -189,7 +189,7 @@ def _module(case: Case) -> Any:
         return _package().SparseAttention(
             **sizes,
             causal=case.semantics.causal,
-            norm=case.semantics.input_norm,
+            norm=bool(case.semantics.input_norm),
             query_heads_share_selected_kv=case.semantics.share_selection,
         )
 
