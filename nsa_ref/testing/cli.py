@@ -270,6 +270,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         if dtype not in declared:
             known = ", ".join(sorted(declared))
             raise CannotRun(f"--dtype {dtype}: {names} on {device} declares {known}")
+    ledgers = [arguments.ledger] if arguments.ledger else filter(os.path.exists, found["ledgers"])
+    for ledger in ledgers:
+        _checked_entries(Path(ledger))
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"
     _say(console, f"nsa-ref judges {names} on {where}, {level}")
@@ -286,7 +289,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         *(f"--nsa-dtype={dtype}" for dtype in dtypes),
     ]
     if arguments.ledger:
-        options.append(f"--nsa-ledger={_checked_ledger(arguments.ledger)}")
+        options.append(f"--nsa-ledger={Path(arguments.ledger).absolute()}")
     asked = console, arguments.implementation, device
     run = functools.partial(_run, *asked, workers=arguments.n, findings=Path(arguments.findings))
     warmed: list[Record] = []
@@ -623,12 +626,6 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
         f"{covered} pass; {len(sample.passed) - covered} others pass.",
     )
     return HOLDS
-
-
-def _checked_ledger(path: str) -> Path:
-    """The ledger's absolute path, once it was read."""
-    _checked_entries(Path(path))
-    return Path(path).absolute()
 
 
 def _checked_entries(path: Path) -> tuple[Entry, ...]:

@@ -14,13 +14,14 @@ clause, and why; those cases are no findings, and everything around them is judg
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import operator
 import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,12 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<": operator.lt,
     ">": operator.gt,
+    "in": lambda value, listed: value in listed,
+    "..": lambda value, ends: ends[0] <= value <= ends[1],
 }
+
+#: What a rule may be where the case has a number.
+OF_NUMBERS = "a whole number, a list of them, a range '2..8', or a comparison '!= 0' or '>= q_len'"
 
 
 class LedgerError(ValueError):
@@ -84,58 +90,103 @@ class Condition:
     rule: Any
 
     def __post_init__(self) -> None:
-        name, modulo, divisor = self.name.partition("_mod_")
-        numbers = FIELDS | {divisor: int(divisor)} if divisor.isdigit() else FIELDS
-        for part in (name, divisor) if modulo else (name,):
-            if part not in numbers:
-                listed = ", ".join(sorted(FIELDS))
-                raise LedgerError(f"{part!r} is no field of a case; there are {listed}")
-            if modulo and type(numbers[part]) is not int:
-                raise LedgerError(f"{self.name!r} must name numbers, as kv_len_mod_q_len does")
-        compared, _ = self._read(Case())
-        for value in compared if isinstance(compared, list) else [compared]:
-            example = 0 if modulo else FIELDS[name]
-            if type(value) is not type(example):
+        example, divisor = self._example()
+        symbol, compared, is_field = self._read()
+        says = f"{self.name} = {self.rule!r}"
+        if is_field and compared == self.name:
+            raise LedgerError(f"{says} compares it with itself; name a number or another field")
+        values = compared if isinstance(compared, list) else [compared]
+        if not values:
+            raise LedgerError(f"{says} never holds; it must list a value at least")
+        for value in [FIELDS[compared]] if is_field else values:
+            if isinstance(example, str):
+                _check_word(self.name, self.rule if symbol == ".." else value)
+            elif type(value) is not type(example):
+                right = OF_NUMBERS if type(example) is int else "true or false"
+                raise LedgerError(f"{says} must be {right}")
+        if type(example) is not int:
+            if symbol not in ("==", "!=", "in"):
                 raise LedgerError(
-                    f"{self.name} = {self.rule!r} must compare with a value like {example!r}"
+                    f"{says} must say '==' or '!='; only numbers are larger or smaller"
                 )
-            if isinstance(value, str):
-                _check_word(self.name, value)
+        elif not is_field:
+            _check_numbers(says, symbol, values, divisor)
 
     def holds(self, case: Case) -> bool:
         """Whether the case is meant."""
         name, modulo, divisor = self.name.partition("_mod_")
         value = value_of(case, name)
         if modulo:
-            by = int(divisor) if divisor.isdigit() else value_of(case, divisor)
+            by = int(divisor) if divisor.isdecimal() else value_of(case, divisor)
             if not by:
                 return False  # there is no remainder
             value %= by
-        compared, compare = self._read(case)
-        return compare(value, compared)
+        symbol, compared, is_field = self._read()
+        return OPERATORS[symbol](value, value_of(case, compared) if is_field else compared)
 
-    def _read(self, case: Case) -> tuple[Any, Callable[[Any, Any], bool]]:
-        """What the rule compares the case's value with, and how."""
+    def _example(self) -> tuple[int | str, int | None]:
+        """A value that the case might have there; the divisor, if it is a remainder by a number."""
+        name, modulo, divisor = self.name.partition("_mod_")
+        by = int(divisor) if divisor.isdecimal() else None
+        for part in (name, divisor) if modulo and by is None else (name,):
+            if part not in FIELDS:
+                raise LedgerError(f"{part!r} is no field of a case; {_there_are(part, FIELDS)}")
+            if modulo and type(FIELDS[part]) is not int:
+                raise LedgerError(f"{self.name!r} must name numbers, as kv_len_mod_q_len does")
+        if name == divisor:
+            raise LedgerError(f"{self.name!r} is always 0; name a number or another field")
+        if by is not None and by < 2:
+            raise LedgerError(f"{self.name!r} is no remainder; the divisor must be at least 2")
+        return FIELDS[name], by
+
+    def _read(self) -> tuple[str, Any, bool]:
+        """The operator, what the case's value is compared with, and whether that is a field."""
         if isinstance(self.rule, list):
-            return self.rule, lambda value, allowed: value in allowed
-        if not isinstance(self.rule, str):
-            return self.rule, operator.eq
-        if match := re.fullmatch(r"(\d+)\.\.(\d+)", self.rule):
-            ends = [int(end) for end in match.groups()]
-            return ends, lambda value, ends: ends[0] <= value <= ends[1]
-        if match := re.fullmatch(r"(==|!=|<=|>=|<|>)\s*(\w+)", self.rule):
-            symbol, text = match.groups()
-            if text.isdigit():
-                return int(text), OPERATORS[symbol]
-            if text in FIELDS:
-                return value_of(case, text), OPERATORS[symbol]
+            return "in", self.rule, False
+        text = self.rule if isinstance(self.rule, str) else ""
+        if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+            return "..", [int(end) for end in match.groups()], False
+        if match := re.fullmatch(r"(==|!=|<=|>=|<|>)\s*(\w+)", text):
+            symbol, operand = match.groups()
+            if operand.isdecimal():
+                return symbol, int(operand), False
+            if operand in FIELDS:
+                return symbol, operand, True
             if symbol in ("==", "!="):
-                return text, OPERATORS[symbol]
-            raise LedgerError(f"{self.name} = {self.rule!r}: {text!r} is no number and no field")
-        return self.rule, operator.eq
+                return symbol, operand, False
+            near = _there_are(operand, FIELDS)
+            raise LedgerError(
+                f"{self.name} = {self.rule!r}: {operand!r} is no number and no field; {near}"
+            )
+        return "==", self.rule, False
 
 
-def _check_word(name: str, word: str) -> None:
+def _there_are(name: str, known: Collection[str]) -> str:
+    """The names that are spelled like it, and then all."""
+    alike = difflib.get_close_matches(name, known, n=3)
+    did_you = f"did you mean {' or '.join(alike)}? There are " if alike else "there are "
+    return f"{did_you}{', '.join(sorted(known))}"
+
+
+def _check_numbers(says: str, symbol: str, values: Sequence[int], divisor: int | None) -> None:
+    """Raise LedgerError if no number, or no remainder by the divisor, is what the rule says."""
+    if symbol == ".." and values[0] > values[1]:
+        raise LedgerError(f"{says} never holds; try '{values[1]}..{values[0]}'")
+    if divisor is not None:
+        remainders = range(divisor)
+        compared = values if symbol in ("in", "..") else values[0]
+        met = any(OPERATORS[symbol](remainder, compared) for remainder in remainders)
+        if not met or not set(values) <= set(remainders):
+            raise LedgerError(
+                f"{says} must compare with a remainder by {divisor}: 0 to {divisor - 1}"
+            )
+    elif min(values) < 0:
+        raise LedgerError(f"{says} must compare with numbers of at least 0")
+    elif symbol == "<" and values[0] == 0:
+        raise LedgerError(f"{says} never holds; try '> 0' or '== 0'")
+
+
+def _check_word(name: str, word: object) -> None:
     """Raise LedgerError if no case could have this word there."""
     try:
         dataclasses.replace(PAPER if name in SWITCHES else Case(), **{name: word})  # type: ignore
@@ -177,7 +228,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         for name in ("id", "why"):
-            if not getattr(self, name):
+            if not getattr(self, name).strip():
                 raise LedgerError(f"{name} is missing; every known failure needs one")
         try:
             check_one_of("status", self.status, STATUSES)
@@ -246,7 +297,7 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     known = [f.name for f in dataclasses.fields(Entry)]
     for name, value in fields.items():
         if name not in known:
-            raise LedgerError(f"{name!r} is no key of an entry; there are {', '.join(known)}")
+            raise LedgerError(f"{name!r} is no key of an entry; {_there_are(name, known)}")
         if name == "clause":
             listed = value if isinstance(value, list) else [value]
             right, wanted = all(isinstance(one, str) for one in listed), "a text or a list of them"
@@ -256,6 +307,8 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
             right, wanted = isinstance(value, str), "a text"
         if not right:
             raise LedgerError(f"{name} = {value!r} must be {wanted}")
+        if name in ("clause", "property", "method", "implementation") and not value:
+            raise LedgerError(f"{name} = {value!r} names nothing; name what fails, or leave it out")
     where = tuple(Condition(name, rule) for name, rule in fields.get("where", {}).items())
     clause = fields.get("clause", [])
     clauses = tuple(clause) if isinstance(clause, list) else (clause,)

@@ -128,9 +128,10 @@ def test_a_ledger_without_meaning_is_one_line(
     (place / "mine.toml").write_text(wrong)
     for name in ("mine.toml", "none.toml"):
         assert main(["verify", "port:Port", f"--ledger={name}"]) == COULD_NOT_RUN
-        line = capsys.readouterr().err
-        assert line.count("\n") == 1 and name in line
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and name in said.err and not said.out
     (place / FILE_NAME).write_text(wrong)
     assert main(["verify", "port:Port"]) == COULD_NOT_RUN
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and FILE_NAME in line and "W9" in line
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and FILE_NAME in said.err and "W9" in said.err
+    assert not said.out, "it is found before anything is said of a run"

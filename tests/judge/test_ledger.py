@@ -47,7 +47,9 @@ CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads
         ("kv_len_mod_selection_block_size", 1, True),
         ("kv_len_mod_sliding_window_size", 0, False),
         ("kv_len_mod_4", 1, True),
-        ("kv_len_mod_0", 1, False),
+        ("kv_len", "5..5", True),
+        ("kv_len_mod_4", [1, 3], True),
+        ("kv_len_mod_4", "2..3", False),
         ("group_size", 2, True),
         ("num_selection_blocks", 3, True),
         ("dtype", "bfloat16", True),
@@ -118,8 +120,9 @@ def test_an_entry_may_be_about_one_of_several_implementations(tmp_path: Path) ->
 @given(st.text())
 def test_any_reason_can_be_written(why: str) -> None:
     fits = why.encode(errors="replace").decode()
-    written = to_toml(dataclasses.replace(ENTRY, why=fits or "nothing"))
-    assert tomllib.loads(written)["known"][0]["why"] == (fits or "nothing")
+    reason = fits if fits.strip() else "nothing"
+    written = to_toml(dataclasses.replace(ENTRY, why=reason))
+    assert tomllib.loads(written)["known"][0]["why"] == reason
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,12 @@ def test_any_reason_can_be_written(why: str) -> None:
         ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nstatus = "ok"', "status='ok'"),
         ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nwhen = "x"', "'when' is no key"),
         ('[[known]]\nid = "a"\nwhy = 3\nclause = "F2"', "must be a text"),
+        ('[[known]]\nid = "a"\nwhy = " "\nclause = "F2"', "why is missing"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = []', "clause = [] names nothing"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nmethod = ""', "method = '' names nothing"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\npropery = "x"', "mean property?"),
+        ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nwhere = { dtype = [] }', "dtype = []"),
+        ('[known]\nid = "a"', "[[known]] tables"),
         (2 * '[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\n', "the same id"),
     ],
 )
@@ -151,6 +160,48 @@ def test_what_has_no_meaning_is_refused_by_name(tmp_path: Path, text: str, named
 def test_a_ledger_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"known\.toml"):
         read_ledger(tmp_path / "known.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "right"),
+    [
+        ("kv_len_mod_0", 0, "at least 2"),
+        ("kv_len_mod_1", 0, "at least 2"),
+        ("kv_len_mod_kv_len", 0, "another field"),
+        ("kv_len_mod_4", 4, "0 to 3"),
+        ("kv_len_mod_4", "3..4", "0 to 3"),
+        ("kv_len_mod_4", "!= 7", "0 to 3"),
+        ("kv_len", "== kv_len", "another field"),
+        ("kv_len", [], "a value at least"),
+        ("dtype", [], "a value at least"),
+        ("kv_len", "8..2", "'2..8'"),
+        ("kv_len", -1, "at least 0"),
+        ("kv_len", "< 0", "'> 0'"),
+        ("kv_len", "5", "a whole number"),
+        ("kv_len", "=> 5", "'>= q_len'"),
+        ("kv_len", 5.0, "a whole number"),
+        ("kv_len", {"<": 5}, "a whole number"),
+        ("causal", "yes", "true or false"),
+        ("causal", 1, "true or false"),
+        ("dtype", 3, "'bfloat16'"),
+        ("dtype", "2..8", "'bfloat16'"),
+        ("dtype", "float8", "'bfloat16'"),
+        ("dtype", "bfloat", "'bfloat16'"),
+        ("kv_length", 5, "kv_len"),
+        ("selection_size", 5, "selection_block_size"),
+        ("kv_len_mod_selection_size", 0, "selection_block_size"),
+        ("zzz", 5, "compress_block_size"),
+    ],
+)
+def test_a_rule_without_meaning_is_told_what_would_be_right(
+    tmp_path: Path, name: str, rule: Any, right: str
+) -> None:
+    with pytest.raises(LedgerError) as error:
+        Condition(name, rule)
+    line = str(error.value)
+    assert right in line and "\n" not in line
+    assert name.partition("_mod_")[0] in line or name.rpartition("_mod_")[2] in line
+    assert str(rule) in line or repr(rule) in line or "'kv_len_mod" in line or "no field" in line
 
 
 def test_an_entry_explains_its_own_clause_alone() -> None:
