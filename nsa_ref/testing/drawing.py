@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.findings import size_of
+from nsa_ref.testing.geometries import lots_within
 from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.options import Options
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 #: For every case that a property asks for, so many are drawn again where `supports` refuses.
 REDRAWS = 5
+
+#: The share of its cases that an implementation is asked whose pace is slow, and how many at least.
+SLOW_SHARE, SLOW_LEAST = 1 / 10, 3
 
 #: How many cases of a property its first turns have. The next one has all others, and whatever
 #: its share of the time did not reach is left to the last one.
@@ -44,7 +48,11 @@ def _lots(
     prop: Property, implementation: Implementation, options: Options
 ) -> tuple[Lots, hypothesis.settings]:
     """Cases for a property in several lots, and the settings of each of them."""
-    strata = prop.strata(implementation, options.dtypes or None)
+    dtypes = [d for d in implementation.numerics if d in (options.dtypes or [d])]
+    strata: Lots = []
+    if implementation.pace == "compiles" and prop.extent != "large":
+        strata = lots_within(prop, implementation, dtypes, options.seed)
+    strata = strata or prop.strata(implementation, dtypes)
     examples = prop.examples
     share = device_of(implementation.device).examples_share
     if share < 1:
@@ -56,13 +64,57 @@ def _lots(
 def asked_of(prop: Property, implementation: Implementation, options: Options) -> int:
     """How many cases of the property are to be decided."""
     strata, settings = _lots(prop, implementation, options)
-    return 1 if prop.extent == "large" else len(strata) * settings.max_examples
+    asked = 1 if prop.extent == "large" else len(strata) * settings.max_examples
+    return min(asked, _most(asked)) if implementation.pace == "slow" else asked
+
+
+def _most(drawn: int) -> int:
+    """How many of so many cases a slow implementation is asked."""
+    return max(SLOW_LEAST, math.ceil(SLOW_SHARE * drawn))
 
 
 def generate(
     prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
 ) -> None:
-    """Draw cases for a property, lot by lot, and hand each to `trial`.
+    """Draw cases for a property and hand each to `trial`; of a slow one, only the smallest.
+
+    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
+    """
+    if implementation.pace != "slow":
+        draw(prop, implementation, options, trial)
+        return
+    refused, ordered = small_first(prop, implementation, options.for_all_turns)
+    for case in (*refused, *ordered):
+        try:
+            trial(case)
+        except Broken:
+            if options.shrink:
+                make_smaller(prop, implementation, options, case, trial)
+            raise
+
+
+def make_smaller(
+    prop: Property,
+    implementation: Implementation,
+    options: Options,
+    broken: Case,
+    trial: Callable[..., object],
+) -> None:
+    """Let Hypothesis draw until it meets the broken case, and go on from there."""
+    met = False
+
+    def passing(case: Case) -> object:
+        nonlocal met
+        met = met or case == broken
+        return trial(case) if met else None
+
+    draw(prop, implementation, options, passing)
+
+
+def draw(
+    prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
+) -> None:
+    """Draw cases for a property, lot by lot, however slow it is, and hand each to `trial`.
 
     Another case is drawn, up to a limit, in the place of one for which `trial` returns True.
     Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
@@ -106,10 +158,10 @@ def generate(
 def small_first(
     prop: Property, implementation: Implementation, options: Options
 ) -> tuple[list[Case], list[Case]]:
-    """The cases that `generate` draws: those that `supports` refuses; and the others in order.
+    """The cases that are drawn: those that `supports` refuses; and the others in order.
 
     The smallest on each edge that the clause is about come first, then all by size, empty ones
-    behind them.
+    behind them. A slow implementation is asked the first of these.
     """
     drawn: dict[bool, list[Case]] = {True: [], False: []}
 
@@ -118,13 +170,14 @@ def small_first(
         drawn[refused].append(case)
         return refused
 
-    generate(prop, implementation, dataclasses.replace(options, shrink=False), note)
+    draw(prop, implementation, dataclasses.replace(options, shrink=False), note)
     # an empty one says little
     ordered = sorted(drawn[False], key=lambda case: (not case.batch * case.q_len, size_of(case)))
     first: list[Case] = []
     for edge in CLAUSE_EDGES[prop.clause]:
         first += itertools.islice((c for c in ordered if edge in case_edges(prop, c)), 1)
-    return drawn[True], list(dict.fromkeys([*first, *ordered]))
+    ordered = list(dict.fromkeys([*first, *ordered]))
+    return drawn[True], ordered[: asked_of(prop, implementation, options)]
 
 
 def turn_of(cases: Sequence[T], turn: int) -> Sequence[T]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.drawing import generate
+from nsa_ref.testing.drawing import draw
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.options import Options
@@ -102,7 +102,7 @@ def reachable(
                 drawn += 1
                 found.update(wanted.intersection(case_edges(prop, case)))
 
-            generate(prop, implementation, Options(seed=seed, shrink=False), note)
+            draw(prop, implementation, Options(seed=seed, shrink=False), note)
         if not drawn:
             return found
     raise AssertionError  # the loop has no end of its own

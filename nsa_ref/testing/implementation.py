@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attention", "Implementation", "OracleImplementation", "TorchImplementation"]
 
+#: What an implementation may say of how fast it is.
+PACES = ("fast", "slow", "compiles")
+
 #: One flat dict of arrays; of a layer, with the names and shapes of `nsa_ref.layer_weight_shapes`.
 Weights = dict[str, Any]
 Gradients = tuple[Any, Weights]
@@ -61,6 +64,7 @@ class Implementation:
     name : shown in reports
     semantics : the conventions it follows; every case is drawn from one of them
     numerics : dtype -> row of bounds ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", ...)
+    pace : "fast"; "slow", if a case takes a second or more; "compiles", if every new shape compiles
     limits : Case field (or "group_size") -> allowed values; steers the generation of cases
     nonfinite_invisible : invisible keys may even hold inf and NaN (A5)
     lse_gradient : a gradient may arrive through lse; False if the backward takes none
@@ -70,6 +74,7 @@ class Implementation:
     name: str = "unnamed"
     semantics: Sequence[Semantics] = (PRESETS["PAPER"],)
     numerics: Mapping[str, str] = {"float32": "fp32"}
+    pace: str = "fast"
     limits: Mapping[str, Collection[Any]] = {}
     nonfinite_invisible: bool = False
     lse_gradient: bool = True

@@ -20,7 +20,7 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.implementation import PACES, Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
 from nsa_ref.testing.limits import check_limits
 from nsa_ref.testing.wording import one_line
@@ -41,6 +41,7 @@ class Declared(Implementation):
     def __init__(self, said: Implementation) -> None:
         self.name, self.device = said.name, said.device
         self.semantics, self.numerics, self.limits = said.semantics, said.numerics, said.limits
+        self.pace = said.pace
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -50,6 +51,7 @@ class Declared(Implementation):
         }
         semantics = [semantics.to_json() for semantics in self.semantics]
         about = {"name": self.name, "device": self.device, "numerics": dict(self.numerics)}
+        about["pace"] = self.pace
         return about | {"limits": limits, "semantics": semantics}
 
     @classmethod
@@ -181,6 +183,8 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                     f"{where}numerics has {dtype!r}: {row!r}; a dtype is one of "
                     f"{', '.join(DTYPES)} and its row one of {', '.join(NUMERICS)}."
                 )
+        if one.pace not in PACES:
+            raise ValueError(f"{where}pace={one.pace!r} must be one of {', '.join(PACES)}.")
         check_limits(f"{where}limits", one.limits)
     names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]
     for one, name in zip(implementations, names):

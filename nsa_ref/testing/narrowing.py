@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.drawing import generate
+from nsa_ref.testing.drawing import draw
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
@@ -83,7 +83,7 @@ def drawn(prop: Property, implementation: Implementation, options: Options) -> l
     cases: dict[Case, None] = {}
     for seed in range(1, MOST_ROUNDS + 1):
         asked = dataclasses.replace(options, case=None, shrink=False, seed=options.seed + seed)
-        generate(prop, implementation, asked, lambda case: cases.setdefault(case, None))
+        draw(prop, implementation, asked, lambda case: cases.setdefault(case, None))
         if len(cases) >= SAMPLED:
             break
     return list(cases)[:SAMPLED]

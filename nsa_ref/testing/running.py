@@ -14,7 +14,14 @@ import hypothesis
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.conventions import declaring
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.drawing import REST, asked_of, generate, small_first, turn_of
+from nsa_ref.testing.drawing import (
+    REST,
+    asked_of,
+    generate,
+    make_smaller,
+    small_first,
+    turn_of,
+)
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
@@ -44,6 +51,9 @@ from nsa_ref.testing.verdicts import (
     NotTried,
     Record,
 )
+
+#: A case of an implementation that is slow, or compiles, may take so many times as long.
+SLOW_TIME_FACTOR = 5
 
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
@@ -101,7 +111,8 @@ class _Trials:
         self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
-        self.timeout = options.timeout
+        self.timeout = options.timeout * (1 if implementation.pace == "fast" else SLOW_TIME_FACTOR)
+        self.options = dataclasses.replace(options, timeout=self.timeout)
         self.first: list[float] = []  # seconds that the port took for its first cases
 
     def run(self, case: Case) -> bool:
@@ -198,22 +209,10 @@ class _Trials:
             try:
                 self.run(case)
             except Broken:
-                self._make_smaller(case)
+                make_smaller(prop, implementation, options, case, self.run)
                 raise
             _took[what] = time.time() - started
         leave_to_turns(prop, implementation, options, [*map(ordered.index, cases[begun:])])
-
-    def _make_smaller(self, case: Case) -> None:
-        """Let Hypothesis draw until it meets the broken case, and go on from there."""
-        met = False
-
-        def trial(drawn: Case) -> None:
-            nonlocal met
-            met = met or drawn == case
-            if met:
-                self.run(drawn)
-
-        generate(self.prop, self.implementation, self.options, trial)
 
     def _count_covered(self, case: Case) -> None:
         """Count the case for each entry of the ledger that is about the property."""

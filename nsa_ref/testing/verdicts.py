@@ -23,7 +23,7 @@ RemarkName = Literal[
     "empty rows that are not zero", "only powerless bounds", "powerless tensor",
     "of another clause",
     "determinism unstated", "limits without long sequences", "not causal",
-    "limits without large tensors", "little memory", "lost device",
+    "limits without large tensors", "little memory", "lost device", "slow pace",
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
     "no case", "every case", "stale",

@@ -67,6 +67,7 @@ REMARKS: dict[RemarkName, str] = {
     # why a property was not tried
     "determinism unstated": "whether it is deterministic, which it does not state",
     "limits without long sequences": "long sequences, which its limits exclude",
+    "slow pace": "long sequences and large tensors, because its pace is slow",
     "not causal": "long sequences, which are causal ones, and it declares none",
     "limits without large tensors": "tensors beyond 2^{} elements, which its limits exclude",
     "little memory": "tensors beyond 2^{} elements, which take a GPU with {:.3g} GiB free",

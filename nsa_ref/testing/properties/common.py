@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -179,6 +180,11 @@ def set_up(prop: Property, case: Case) -> tuple[Branch, Inputs, np.ndarray]:
     branch = prop.the_branch
     inputs = branch.inputs(case)
     return branch, inputs, branch.mask(case, inputs.block_indices)
+
+
+def chooses_lengths(implementation: Implementation, case: Case) -> Case:
+    """The case that further lengths are drawn from: one for all, where every shape compiles."""
+    return dataclasses.replace(case, seed=0) if implementation.pace == "compiles" else case
 
 
 def is_declared(implementation: Implementation, case: Case) -> bool:

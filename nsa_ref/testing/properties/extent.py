@@ -336,6 +336,8 @@ def _first_entry(
 
 def no_long_sequences(implementation: Implementation) -> Remark | None:
     """Why long sequences are not tried, if they are not."""
+    if implementation.pace == "slow":
+        return ("slow pace",)
     if not far_lengths(implementation):
         return ("limits without long sequences",)
     causal = any(semantics.causal for semantics in implementation.semantics)
@@ -344,6 +346,8 @@ def no_long_sequences(implementation: Implementation) -> Remark | None:
 
 def no_large_tensors(implementation: Implementation) -> Remark | None:
     """Why tensors of more than 2^31 elements are not tried, if they are not."""
+    if implementation.pace == "slow":
+        return ("slow pace",)
     device = device_of(implementation.device)
     exponent, need = device.offset_limit.bit_length() - 1, 32 * device.offset_limit
     if large_sizes(implementation) is None:

@@ -15,6 +15,7 @@ from nsa_ref.testing.properties.common import (
     Outcome,
     Property,
     bounds_of,
+    chooses_lengths,
     is_declared,
     set_up,
     settle,
@@ -128,7 +129,8 @@ def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcom
     if min(case.q_len, case.kv_len) < 2:
         raise Inconclusive("too short to cut")
     branch, inputs, mask = set_up(prop, case)
-    for cut in case.generator("prefix").permutation(min(case.q_len, case.kv_len) - 1) + 1:
+    generator = chooses_lengths(implementation, case).generator("prefix")
+    for cut in generator.permutation(min(case.q_len, case.kv_len) - 1) + 1:
         q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
         short = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
         if is_declared(implementation, short):

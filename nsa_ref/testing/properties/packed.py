@@ -15,7 +15,7 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import layer
-from nsa_ref.testing.properties.common import Outcome, Property, is_declared
+from nsa_ref.testing.properties.common import Outcome, Property, chooses_lengths, is_declared
 from nsa_ref.testing.properties.layer import Asked, Truth, Weights
 from nsa_ref.testing.verdicts import Broken
 
@@ -41,7 +41,8 @@ class Packed:
         """The sequences of a case, of the lengths that are declared."""
         layer.check_pairs(case)
         # packed tokens have no batch, so that limits of it do not matter
-        every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in case.sequence_lengths()]
+        lengths = chooses_lengths(implementation, case).sequence_lengths()
+        every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in lengths]
         every = [each for each in every if is_declared(implementation, each)]
         alone = [dataclasses.replace(each, batch=1) for each in every]
         cu_seqlens = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
