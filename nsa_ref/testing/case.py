@@ -180,11 +180,13 @@ class Case(Sizes):
         """
         rng = self.generator(name)
         shared = ("q", "k", "v", "k_cmp", "v_cmp", "mem_k", "mem_v", "x", "d_out", "d_lse")
-        if self.layout == "expanded" and name in shared and shape[0] > 1:
-            # one batch entry, seen `batch` times: an expanded tensor has nothing else to show
-            values = np.broadcast_to(self._fill(rng, name, (1, *shape[1:])), shape)
-        else:
-            values = self._fill(rng, name, shape)
+        filled = list(shape)
+        if self.layout == "expanded" and name in shared:
+            # one batch entry, seen `batch` times, or one head of keys and values, seen by all:
+            # an expanded tensor has nothing else to show
+            axis = 1 if shape[0] == 1 and name.removeprefix("mem_")[0] in "kv" else 0
+            filled[axis] = min(1, shape[axis])
+        values = np.broadcast_to(self._fill(rng, name, tuple(filled)), shape)
         return values.astype(DTYPES[self.dtype], order="C")
 
     def _fill(self, rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -41,6 +41,9 @@ __all__ = ["Attention", "Implementation", "OracleImplementation", "TorchImplemen
 #: What an implementation may say of how fast it is.
 PACES = ("fast", "slow", "compiles")
 
+#: Rows of poison behind those of a strided tensor: as many as a small tile has.
+PADDED_ROWS = 16
+
 #: One flat dict of arrays; of a layer, with the names and shapes of `nsa_ref.layer_weight_shapes`.
 Weights = dict[str, Any]
 Gradients = tuple[Any, Weights]
@@ -308,12 +311,17 @@ class TorchImplementation(Implementation):
                 case "transposed":  # (batch, len, heads, dim) in memory, as projections leave it
                     tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
                 case "strided":  # every other element of a row, from the second on, poison between
+                    # and in further rows, as of a batch that is padded
                     poison = math.nan if tensor.is_floating_point() else 2**40
-                    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), poison)
-                    wide[..., 1::2] = tensor
-                    tensor = wide[..., 1::2]
-                case "expanded" if tensor.shape[0] > 1 and bool((tensor == tensor[:1]).all()):
-                    tensor = tensor[:1].expand(tensor.shape)
+                    *outer, rows, width = tensor.shape
+                    wide = tensor.new_full((*outer, rows + PADDED_ROWS, 2 * width), poison)
+                    wide[..., :rows, 1::2] = tensor
+                    tensor = wide[..., :rows, 1::2]
+                case "expanded":  # over the batch; keys and values of one entry over the heads
+                    axis = 0 if tensor.shape[0] > 1 or tensor.ndim < 4 else 1
+                    one = tensor.narrow(axis, 0, min(1, tensor.shape[axis]))
+                    if tensor.shape[axis] > 1 and bool((tensor == one).all()):
+                        tensor = one.expand(tensor.shape)
         return tensor.detach().requires_grad_(grad)
 
     def array(self, value: Any) -> Any:

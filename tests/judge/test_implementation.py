@@ -14,8 +14,9 @@ from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.branches import BRANCHES, SLIDING, Raised
 from nsa_ref.testing.case import DTYPES, LAYOUTS
-from nsa_ref.testing.implementation import NotOffered, TorchImplementation
+from nsa_ref.testing.implementation import PADDED_ROWS, NotOffered, TorchImplementation
 from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.verdicts import Broken
 
 torch = pytest.importorskip("torch", reason="TorchImplementation hands out tensors")
 
@@ -71,7 +72,7 @@ def test_a_tensor_holds_the_array_however_it_lies(layout: str, dtype: str) -> No
     [
         ("contiguous", (40, 20, 4, 1)),
         ("transposed", (40, 4, 8, 1)),
-        ("strided", (80, 40, 8, 2)),
+        ("strided", (336, 168, 8, 2)),
         ("expanded", (0, 20, 4, 1)),
     ],
 )
@@ -86,11 +87,32 @@ def test_layouts_are_what_they_are_called(layout: str, stride: tuple[int, ...]) 
 
 
 def test_what_lies_between_strided_elements_is_poison() -> None:
-    """A kernel that walks memory instead of strides reads NaN."""
+    """A kernel that walks memory instead of strides reads NaN, and so does one that reads on."""
     case = a_case("strided")
     tensor = TorchImplementation().tensor(case, case.qkv()[0])
     memory = tensor.as_strided((tensor.numel() * 2 - 1,), (1,))
-    assert memory[1::2].isnan().all() and memory[::2].isfinite().all()
+    assert memory[1::2].isnan().all()
+    rows = tensor.shape[2]
+    further = tensor.as_strided((*tensor.shape[:2], rows + PADDED_ROWS, 4), tensor.stride())
+    assert (further[:, :, :rows] == tensor).all() and further[:, :, rows:].isnan().all()
+
+
+class TakesOneHeadForAll(Dense):
+    """Heads at stride 0 are one head to it, which gets all of the gradient."""
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        if k.stride(1) == 0 and k.shape[1] > 1:
+            k = k[:, :1].expand(k.shape)
+        return super().sliding(case, q, k, v)
+
+
+def test_keys_of_one_entry_are_expanded_over_their_heads() -> None:
+    case = dataclasses.replace(a_case("expanded"), batch=1)
+    q, k, v = (TorchImplementation().tensor(case, array) for array in case.qkv())
+    assert q.stride() == (40, 20, 4, 1) and k.stride() == v.stride() == (40, 0, 4, 1)
+    GRADIENTS.run(Dense(), case)
+    with pytest.raises(Broken, match="dk"):
+        GRADIENTS.run(TakesOneHeadForAll(), case)
 
 
 def test_only_what_is_the_same_in_every_batch_entry_is_expanded() -> None:
