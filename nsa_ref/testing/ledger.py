@@ -99,7 +99,7 @@ class Condition:
         if not values:
             raise LedgerError(f"{says} never holds; it must list a value at least")
         for value in [FIELDS[compared]] if is_field else values:
-            if isinstance(example, str):
+            if isinstance(example, str) or self.name in SWITCHES:
                 _check_word(self.name, self.rule if symbol == ".." else value)
             elif type(value) is not type(example):
                 right = OF_NUMBERS if type(example) is int else "true or false"
@@ -190,7 +190,7 @@ def _check_word(name: str, word: object) -> None:
     """Raise LedgerError if no case could have this word there."""
     try:
         dataclasses.replace(PAPER if name in SWITCHES else Case(), **{name: word})  # type: ignore
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise LedgerError(str(error)) from None
 
 

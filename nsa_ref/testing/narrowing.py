@@ -127,7 +127,7 @@ def _candidates(sample: Sample) -> list[Condition]:
     found += [Condition(a, f"{sign} {b}") for a, b in PAIRS for sign in signs]
     for name in FIELDS:
         seen, others = (
-            sorted({value_of(case, name) for case in cases})
+            sorted({value_of(case, name) for case in cases}, key=lambda x: (str(type(x)), x))
             for cases in (sample.broken, sample.passed)
         )
         if len(seen) == 1:

@@ -58,6 +58,10 @@ CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads
         ("causal", True, True),
         ("causal", False, False),
         ("importance", "overlap", True),
+        ("input_norm", "machine_eps", False),
+        ("input_norm", "!= machine_eps", True),
+        ("input_norm", [False, "machine_eps"], True),
+        ("input_norm", "epsilon", None),
         # what has no meaning
         ("kv_length", 5, None),
         ("kv_len_mod_dtype", 0, None),
@@ -199,7 +203,7 @@ def test_a_rule_without_meaning_is_told_what_would_be_right(
     with pytest.raises(LedgerError) as error:
         Condition(name, rule)
     line = str(error.value)
-    assert right in line and "\n" not in line
+    assert right in line.lower() and "\n" not in line
     assert name.partition("_mod_")[0] in line or name.rpartition("_mod_")[2] in line
     assert str(rule) in line or repr(rule) in line or "'kv_len_mod" in line or "no field" in line
 
@@ -265,3 +269,12 @@ def _sample(breaks: Any) -> Sample:
 )
 def test_an_entry_is_as_narrow_as_the_sample(breaks: Any, where: dict[str, Any]) -> None:
     assert {c.name: c.rule for c in narrowed(_sample(breaks))} == where
+
+
+def test_a_switch_of_words_and_truths_tells_cases_apart() -> None:
+    """Its values have no order among themselves."""
+    values = (False, "machine_eps", True)
+    cases = [Case(semantics=dataclasses.replace(PAPER, input_norm=value)) for value in values]
+    (condition,) = narrowed(Sample(cases[1:2], [cases[0], cases[2]]))
+    assert (condition.name, condition.rule) == ("input_norm", "machine_eps")
+    assert not narrowed(Sample(cases[:2], cases[2:]))
