@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class Standin(devices.Device):
     """Its context is lost once and for all in the process in which a kernel read where it must not.
 
-    An offset does not fit beyond 2^18 elements.
+    An offset does not fit beyond 2^16 elements.
     """
 
     longest = 600
-    offset_limit = 2**18
+    offset_limit = 2**16
     #: What was done to it in this process, for tests.
     done: ClassVar[list[Any]] = []
     lost = ""

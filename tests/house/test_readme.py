@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ def adapter(source: str) -> Implementation:
 
 
 def test_the_adapter_is_right(tmp_path: Path) -> None:
-    """What a stranger copies first must pass, where it offers something."""
+    """What a stranger copies first must pass, where it offers something; in few cases of each."""
     assert SOURCE is not None
     port = adapter(SOURCE.group(1))
     for prop in PROPERTIES.values():
-        record = run_property(prop, port, Options(findings=tmp_path))
+        few = dataclasses.replace(prop, examples=min(prop.examples, 8))
+        record = run_property(few, port, Options(findings=tmp_path))
         assert record.finding is None, record.finding["text"]
         about = prop.method == "sliding" and prop.clause in ("A1", "A3", "W1", "W3")
         if about and not prop.why_not_tried(port):

@@ -136,7 +136,7 @@ class ScaleAndFewBlocks(SharedHelper):
 
 
 def judged(port: OracleImplementation, place: Path, names: tuple[str, ...]) -> list[Record]:
-    options = Options(findings=place)
+    options = Options(findings=place, shrink=False)
     return [run_property(PROPERTIES[name], port, options) for name in names]
 
 
