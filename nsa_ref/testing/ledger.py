@@ -14,22 +14,20 @@ clause, and why; those cases are no findings, and everything around them is judg
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
-import operator
 import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nsa_ref.checks import check_one_of
-from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
+from nsa_ref.testing.conditions import Condition, RuleError, there_are
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import Record, Remark
@@ -40,163 +38,9 @@ FILE_NAME = "nsa-ref-known.toml"
 #: process down
 STATUSES = ("tolerated", "quarantined")
 
-#: What a condition may read, each with a value that it might have: the fields of a case, sizes that
-#: follow from them, and the switches that are True or False or a word.
-FIELDS: dict[str, int | str] = {
-    name: value
-    for name, value in (
-        *((f.name, f.default) for f in dataclasses.fields(Case) if f.name != "seed"),
-        *dict.fromkeys(("group_size", "num_compress_blocks", "num_selection_blocks"), 1).items(),
-        *vars(PAPER).items(),
-    )
-    if isinstance(value, (int, str))
-}
-SWITCHES = frozenset(vars(PAPER))
-
-OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-    "in": lambda value, listed: value in listed,
-    "..": lambda value, ends: ends[0] <= value <= ends[1],
-}
-
-#: What a rule may be where the case has a number.
-OF_NUMBERS = "a whole number, a list of them, a range '2..8', or a comparison '!= 0' or '>= q_len'"
-
 
 class LedgerError(ValueError):
     """An entry has no meaning; the message names the file, the entry, the value and the rule."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One line of an entry's `where`.
-
-    name : a field of the case, or a remainder by another one or by a number
-        ("kv_len_mod_selection_block_size", "q_len_mod_128")
-    rule : a value; a list of values; "!= 0", "< 5", ">= q_len" (a number or a field); "2..8",
-        both ends included
-
-    Raises
-    ------
-    LedgerError : a name or a rule outside of this language
-    """
-
-    name: str
-    rule: Any
-
-    def __post_init__(self) -> None:
-        example, divisor = self._example()
-        symbol, compared, is_field = self._read()
-        says = f"{self.name} = {self.rule!r}"
-        if is_field and compared == self.name:
-            raise LedgerError(f"{says} compares it with itself; name a number or another field")
-        values = compared if isinstance(compared, list) else [compared]
-        if not values:
-            raise LedgerError(f"{says} never holds; it must list a value at least")
-        for value in [FIELDS[compared]] if is_field else values:
-            if isinstance(example, str) or self.name in SWITCHES:
-                _check_word(self.name, self.rule if symbol == ".." else value)
-            elif type(value) is not type(example):
-                right = OF_NUMBERS if type(example) is int else "true or false"
-                raise LedgerError(f"{says} must be {right}")
-        if type(example) is not int:
-            if symbol not in ("==", "!=", "in"):
-                raise LedgerError(
-                    f"{says} must say '==' or '!='; only numbers are larger or smaller"
-                )
-        elif not is_field:
-            _check_numbers(says, symbol, values, divisor)
-
-    def holds(self, case: Case) -> bool:
-        """Whether the case is meant."""
-        name, modulo, divisor = self.name.partition("_mod_")
-        value = value_of(case, name)
-        if modulo:
-            by = int(divisor) if divisor.isdecimal() else value_of(case, divisor)
-            if not by:
-                return False  # there is no remainder
-            value %= by
-        symbol, compared, is_field = self._read()
-        return OPERATORS[symbol](value, value_of(case, compared) if is_field else compared)
-
-    def _example(self) -> tuple[int | str, int | None]:
-        """A value that the case might have there; the divisor, if it is a remainder by a number."""
-        name, modulo, divisor = self.name.partition("_mod_")
-        by = int(divisor) if divisor.isdecimal() else None
-        for part in (name, divisor) if modulo and by is None else (name,):
-            if part not in FIELDS:
-                raise LedgerError(f"{part!r} is no field of a case; {_there_are(part, FIELDS)}")
-            if modulo and type(FIELDS[part]) is not int:
-                raise LedgerError(f"{self.name!r} must name numbers, as kv_len_mod_q_len does")
-        if name == divisor:
-            raise LedgerError(f"{self.name!r} is always 0; name a number or another field")
-        if by is not None and by < 2:
-            raise LedgerError(f"{self.name!r} is no remainder; the divisor must be at least 2")
-        return FIELDS[name], by
-
-    def _read(self) -> tuple[str, Any, bool]:
-        """The operator, what the case's value is compared with, and whether that is a field."""
-        if isinstance(self.rule, list):
-            return "in", self.rule, False
-        text = self.rule if isinstance(self.rule, str) else ""
-        if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-            return "..", [int(end) for end in match.groups()], False
-        if match := re.fullmatch(r"(==|!=|<=|>=|<|>)\s*(\w+)", text):
-            symbol, operand = match.groups()
-            if operand.isdecimal():
-                return symbol, int(operand), False
-            if operand in FIELDS:
-                return symbol, operand, True
-            if symbol in ("==", "!="):
-                return symbol, operand, False
-            near = _there_are(operand, FIELDS)
-            raise LedgerError(
-                f"{self.name} = {self.rule!r}: {operand!r} is no number and no field; {near}"
-            )
-        return "==", self.rule, False
-
-
-def _there_are(name: str, known: Collection[str]) -> str:
-    """The names that are spelled like it, and then all."""
-    alike = difflib.get_close_matches(name, known, n=3)
-    did_you = f"did you mean {' or '.join(alike)}? There are " if alike else "there are "
-    return f"{did_you}{', '.join(sorted(known))}"
-
-
-def _check_numbers(says: str, symbol: str, values: Sequence[int], divisor: int | None) -> None:
-    """Raise LedgerError if no number, or no remainder by the divisor, is what the rule says."""
-    if symbol == ".." and values[0] > values[1]:
-        raise LedgerError(f"{says} never holds; try '{values[1]}..{values[0]}'")
-    if divisor is not None:
-        remainders = range(divisor)
-        compared = values if symbol in ("in", "..") else values[0]
-        met = any(OPERATORS[symbol](remainder, compared) for remainder in remainders)
-        if not met or not set(values) <= set(remainders):
-            raise LedgerError(
-                f"{says} must compare with a remainder by {divisor}: 0 to {divisor - 1}"
-            )
-    elif min(values) < 0:
-        raise LedgerError(f"{says} must compare with numbers of at least 0")
-    elif symbol == "<" and values[0] == 0:
-        raise LedgerError(f"{says} never holds; try '> 0' or '== 0'")
-
-
-def _check_word(name: str, word: object) -> None:
-    """Raise LedgerError if no case could have this word there."""
-    try:
-        dataclasses.replace(PAPER if name in SWITCHES else Case(), **{name: word})  # type: ignore
-    except (TypeError, ValueError) as error:
-        raise LedgerError(str(error)) from None
-
-
-def value_of(case: Case, name: str) -> Any:
-    """What a case has in a field, or what its semantics has in a switch."""
-    return getattr(case.semantics if name in SWITCHES else case, name)
 
 
 @dataclass(frozen=True)
@@ -257,13 +101,8 @@ class Entry:
 
     def _means(self, prop: Property) -> bool:
         return fnmatch.fnmatchcase(prop.name, self.property or "*") and fnmatch.fnmatchcase(
-            method_of(prop), self.method or "*"
+            prop.called, self.method or "*"
         )
-
-
-def method_of(prop: Property) -> str:
-    """The plug's method that a property calls."""
-    return f"{prop.method}_vjp" if prop.backward else prop.method
 
 
 def read_ledger(path: Path) -> tuple[Entry, ...]:
@@ -297,7 +136,7 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     known = [f.name for f in dataclasses.fields(Entry)]
     for name, value in fields.items():
         if name not in known:
-            raise LedgerError(f"{name!r} is no key of an entry; {_there_are(name, known)}")
+            raise LedgerError(f"{name!r} is no key of an entry; {there_are(name, known)}")
         if name == "clause":
             listed = value if isinstance(value, list) else [value]
             right, wanted = all(isinstance(one, str) for one in listed), "a text or a list of them"
@@ -309,7 +148,10 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
             raise LedgerError(f"{name} = {value!r} must be {wanted}")
         if name in ("clause", "property", "method", "implementation") and not value:
             raise LedgerError(f"{name} = {value!r} names nothing; name what fails, or leave it out")
-    where = tuple(Condition(name, rule) for name, rule in fields.get("where", {}).items())
+    try:
+        where = tuple(Condition(name, rule) for name, rule in fields.get("where", {}).items())
+    except RuleError as error:
+        raise LedgerError(str(error)) from None
     clause = fields.get("clause", [])
     clauses = tuple(clause) if isinstance(clause, list) else (clause,)
     return Entry(**{"id": "", "why": ""} | dict(fields) | {"clause": clauses, "where": where})

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.conditions import FIELDS, Condition, value_of
 from nsa_ref.testing.drawing import draw
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.judging import judge
-from nsa_ref.testing.ledger import FIELDS, Condition, Entry, method_of, value_of
+from nsa_ref.testing.ledger import Entry
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import Broken, Inconclusive
@@ -160,6 +161,6 @@ def entry_of(
         why=finding["text"].partition("\n")[0],
         status="quarantined" if ended else "tolerated",
         clause=() if ended else tuple(clauses) or (finding["clause"],),
-        method=method_of(PROPERTIES[finding["property"]]) if ended else "",
+        method=PROPERTIES[finding["property"]].called if ended else "",
         where=conditions,
     )

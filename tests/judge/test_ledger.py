@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.conditions import Condition, RuleError
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.ledger import (
-    Condition,
     Entry,
     LedgerError,
     ledger_of,
@@ -83,7 +83,7 @@ CASE = Case(kv_len=5, q_len=3, selection_block_size=2, dtype="bfloat16", q_heads
 def test_a_condition_is_a_small_closed_language(name: str, rule: Any, holds: bool | None) -> None:
     """None: it has no meaning, and is refused when it is read, not when a case is met."""
     if holds is None:
-        with pytest.raises(LedgerError):
+        with pytest.raises(RuleError):
             Condition(name, rule)
     else:
         assert Condition(name, rule).holds(CASE) is holds
@@ -200,7 +200,7 @@ def test_a_ledger_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_rule_without_meaning_is_told_what_would_be_right(
     tmp_path: Path, name: str, rule: Any, right: str
 ) -> None:
-    with pytest.raises(LedgerError) as error:
+    with pytest.raises(RuleError) as error:
         Condition(name, rule)
     line = str(error.value)
     assert right in line.lower() and "\n" not in line

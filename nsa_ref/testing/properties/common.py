@@ -84,6 +84,11 @@ class Property:
     examples: int = 20
 
     @property
+    def called(self) -> str:
+        """The plug's method that it calls, as in "fine" or "fine_vjp"."""
+        return f"{self.method}_vjp" if self.backward else self.method
+
+    @property
     def about(self) -> str:
         """What its cases are about, a key of `strategies.ABOUT`."""
         return ABOUT_OF.get(self.method) or self.the_branch.name
