@@ -78,6 +78,9 @@ class Condition:
             if isinstance(example, str) or self.name in SWITCHES:
                 _check_word(self.name, self.rule if symbol == ".." else value)
             elif type(value) is not type(example):
+                if isinstance(value, str) and value != self.rule and type(example) is int:
+                    near = there_are(value, FIELDS)
+                    raise RuleError(f"{says}: {value!r} is no number and no field; {near}")
                 right = OF_NUMBERS if type(example) is int else "true or false"
                 raise RuleError(f"{says} must be {right}")
         if type(example) is not int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import zlib
@@ -21,9 +20,11 @@ from nsa_ref.testing.findings import size_of
 from nsa_ref.testing.geometries import lots_within
 from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import Property
+from nsa_ref.testing.remembering import remembered
 from nsa_ref.testing.verdicts import Broken
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def _lots(
     prop: Property, implementation: Implementation, options: Options
 ) -> tuple[Lots, hypothesis.settings]:
     """Cases for a property in several lots, and the settings of each of them."""
+    implementation = limited(implementation, prop.called)
     dtypes = [d for d in implementation.numerics if d in (options.dtypes or [d])]
     strata: Lots = []
     if implementation.pace == "compiles" and prop.extent != "large":
@@ -83,7 +85,7 @@ def generate(
     if implementation.pace != "slow":
         draw(prop, implementation, options, trial)
         return
-    refused, ordered = small_first(prop, implementation, options.for_all_turns)
+    refused, ordered = small_first(implementation, prop, options.for_all_turns)
     for case in (*refused, *ordered):
         try:
             trial(case)
@@ -154,9 +156,9 @@ def draw(
             raise
 
 
-@functools.lru_cache(maxsize=256)  # a turn asks for the same cases as the one before it
+@remembered  # a turn asks for the same cases as the one before it
 def small_first(
-    prop: Property, implementation: Implementation, options: Options
+    implementation: Implementation, prop: Property, options: Options
 ) -> tuple[list[Case], list[Case]]:
     """The cases that are drawn: those that `supports` refuses; and the others in order.
 

@@ -23,6 +23,7 @@ from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.remembering import remembered
 from nsa_ref.testing.strategies import Adjust
 
 #: Geometries that the properties about one thing share; of longest sequences, and of tensors beyond
@@ -88,7 +89,7 @@ def _leaves_alone(adjust: Adjust | None, case: Case) -> bool:
     return all(after[name] == value for name, value in before.items() if name not in VARIED)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered
 def shared_geometries(
     implementation: Implementation, about: str, extent: str, seed: int
 ) -> tuple[Geometry, ...]:

@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import math
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from nsa_ref.masks import compress_mask, fine_mask, sliding_mask
 from nsa_ref.selection import select
 from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.conditions import Condition
 from nsa_ref.testing.devices import compile_counts, device_of
 from nsa_ref.testing.handing_over import Stopped, handed_over
+from nsa_ref.testing.limits import is_within
 from nsa_ref.testing.verdicts import Raised
 from nsa_ref.testing.wording import one_line
 
@@ -68,7 +70,10 @@ class Implementation:
     semantics : the conventions it follows; every case is drawn from one of them
     numerics : dtype -> row of bounds ("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-head", ...)
     pace : "fast"; "slow", if a case takes a second or more; "compiles", if every new shape compiles
-    limits : Case field (or "group_size") -> allowed values; steers the generation of cases
+    limits : Case field (or "group_size") -> allowed values, or a rule as in a ledger; cases are
+        drawn within them
+    limits_of : method, or a pattern of methods such as "*_vjp" -> further limits of these alone
+    rules : the judge's own, see `nsa_ref.testing.limits.limited`
     nonfinite_invisible : invisible keys may even hold inf and NaN (A5)
     lse_gradient : a gradient may arrive through lse; False if the backward takes none
     deterministic : the same call gives the same bits again; if stated, it is tried
@@ -78,7 +83,9 @@ class Implementation:
     semantics: Sequence[Semantics] = (PRESETS["PAPER"],)
     numerics: Mapping[str, str] = {"float32": "fp32"}
     pace: str = "fast"
-    limits: Mapping[str, Collection[Any]] = {}
+    limits: Mapping[str, Any] = {}
+    limits_of: Mapping[str, Mapping[str, Any]] = {}
+    rules: Sequence[Condition] = ()
     nonfinite_invisible: bool = False
     lse_gradient: bool = True
     deterministic: bool = False
@@ -192,12 +199,18 @@ class Implementation:
         """Call `method` with NumPy arrays and give NumPy arrays back."""
         if not self.offers(method):
             raise NotOffered(method)
+        self._check_limits_of(method, case)
         # copies: what is written into them is nothing that the judge goes by
         given = [_copied(argument) for argument in arguments]
         before, handed = _named(method, arguments), _named(method, given)
         found = getattr(self, method)(case, *given)
         _check_untouched(method, before, handed)
         return found
+
+    def _check_limits_of(self, method: str, case: Case) -> None:
+        """Raise NotOffered for a case of another method that is beyond the limits of this one."""
+        if self.limits_of and not is_within(self, method, case):
+            raise NotOffered(f"{method} beyond its limits_of")
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
         """Gradients of `method`: arguments as for it, then d_out (and d_lse for a branch)."""
@@ -379,6 +392,7 @@ class TorchImplementation(Implementation):
 
         if not self.offers(method):
             raise NotOffered(method)
+        self._check_limits_of(f"{method}_vjp", case)
         attention = method in ("sliding", "compress", "fine")
         gradients = 2 if attention else 1
         inputs = self._tensors(case, arguments[:-gradients], grad=True)

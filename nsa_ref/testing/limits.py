@@ -1,17 +1,32 @@
-"""What an implementation's `limits` allow together: what lies within them, and whether anything."""
+"""What an implementation's `limits` allow together: what lies within them, and whether anything.
+
+A limit is a list of values, or a rule of the language that ledgers speak (`conditions`). What holds
+for one method alone stands in `limits_of`.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any
+import fnmatch
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nsa_ref.checks import check_at_least
 from nsa_ref.sizes import COMPRESS_MAPS, MAY_BE_ZERO
-from nsa_ref.testing.case import INDICES, LAYOUTS, Case
+from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
+from nsa_ref.testing.conditions import SWITCHES, Condition, RuleError, there_are
+from nsa_ref.testing.remembering import remembered
+
+if TYPE_CHECKING:
+    from nsa_ref.testing.implementation import Implementation
 
 #: Field of a case, or "group_size" -> allowed values.
 Limits = Mapping[str, Collection[Any]]
+
+#: What an author writes: the same, and rules.
+Stated = Mapping[str, Any]
 
 #: Fields of a case that `limits` cannot restrict, and why.
 NO_LIMITS = {
@@ -29,23 +44,41 @@ NAMED_VALUES: dict[str, tuple[Any, ...]] = {
     "layout": LAYOUTS,
 }
 
+#: How far a size may be changed to make a rule hold.
+REACH = 130
+
 #: Fields that make sense together only: where one is taken back, all are.
 HEADS = frozenset({"q_heads", "kv_heads", "group_size"})
 BLOCKS = frozenset({"compress_block_sliding_stride", "selection_block_size"})
 LENGTHS = frozenset({"q_len", "kv_len"})
 
 
-def check_limits(name: str, limits: object) -> None:
+def check_limits(name: str, stated: object, of_method: bool = False) -> None:
     """Limits of fields that can be limited, to values that such a field can have, and together.
 
     name : what the message calls them
+    of_method : they are those of one method, which may have fewer dtypes and semantics than others
 
     Raises
     ------
     TypeError, ValueError : the field, its values and what would be right
     """
-    if not isinstance(limits, Mapping):
-        raise TypeError(f"{name}={limits!r} must be a dict of field -> values.")
+    if not isinstance(stated, Mapping):
+        raise TypeError(f"{name}={stated!r} must be a dict of field -> values.")
+    try:
+        limits = _values_and_rules(stated)[0]
+    except RuleError as error:
+        raise ValueError(f"{name}: {error}.") from None
+    if of_method:
+        for dtype in limits.get("dtype", ()):
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} has dtype {dtype!r}; {there_are(dtype, DTYPES)}.")
+        limits = {field: values for field, values in limits.items() if field != "dtype"}
+    elif switches := SWITCHES & set(stated):
+        raise ValueError(
+            f"{name} has {min(switches)!r}, which the attribute semantics declares; in limits_of "
+            "it may say what one method has of it."
+        )
     fields = ["group_size", *(field.name for field in dataclasses.fields(Case))]
     for field, values in limits.items():
         if field in NO_LIMITS:
@@ -75,6 +108,158 @@ def check_limits(name: str, limits: object) -> None:
         if found is not None and not found:
             said = ", ".join(f"{f}={tuple(limits[f])}" for f in sorted(together & set(limits)))
             raise ValueError(f"{name} leaves no case: {said}; but {rule}.")
+
+
+def check_limits_of(name: str, stated: object, methods: Collection[str]) -> None:
+    """Limits of single methods, each named as the plug names it; * and ? stand for anything.
+
+    Raises
+    ------
+    TypeError, ValueError : as `check_limits`, or a name that is no method's
+    """
+    if not isinstance(stated, Mapping):
+        raise TypeError(f"{name}={stated!r} must be a dict of method -> limits.")
+    for pattern, limits in stated.items():
+        if not fnmatch.filter(methods, pattern):
+            raise ValueError(f"{name} has {pattern!r}, no method; {there_are(pattern, methods)}.")
+        check_limits(f"{name}[{pattern!r}]", limits, of_method=True)
+
+
+def _values_and_rules(stated: Stated) -> tuple[dict[str, Any], tuple[Condition, ...]]:
+    """Limits as lists of values where they are, or can be written as, such; and rules.
+
+    Raises
+    ------
+    RuleError : a rule without a meaning
+    """
+    values: dict[str, Any] = {}
+    rules = []
+    for name, rule in stated.items():
+        listed = isinstance(rule, Collection) and not isinstance(rule, (str, Mapping))
+        if name in SWITCHES or "_mod_" in name:
+            rules.append(Condition(name, list(rule) if listed else rule))
+        elif not isinstance(rule, str) or _is_value(name, rule):
+            values[name] = rule
+        else:
+            condition = Condition(name, rule)
+            found = _listed(name, condition)
+            if found is None:
+                rules.append(condition)
+            else:
+                values[name] = found
+    return values, tuple(rules)
+
+
+def _listed(name: str, condition: Condition) -> Collection[Any] | None:
+    """The values that a rule without another field leaves, if they are not endless."""
+    if name == "dtype" or name in NAMED_VALUES:
+        known = NAMED_VALUES.get(name, tuple(DTYPES))
+        cases = [(value, dataclasses.replace(Case(), **{name: value})) for value in known]
+        return [value for value, case in cases if condition.holds(case)]
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", condition.rule):
+        return range(int(match[1]), int(match[2]) + 1)
+    if match := re.fullmatch(r"(==|<=|<)\s*(\d+)", condition.rule):
+        least = 0 if name in (*MAY_BE_ZERO, "batch", *LENGTHS) else 1
+        stop = int(match[2]) + (match[1] != "<")
+        return range(stop - 1 if match[1] == "==" else least, stop)
+    return None
+
+
+@remembered
+def limited(implementation: Implementation, method: str) -> Implementation:
+    """The implementation as far as one method of it goes: all its limits are values, or `rules`.
+
+    Where it states nothing but values, and nothing of single methods, it is that itself.
+    """
+    stated = [implementation.limits]
+    patterns = implementation.limits_of
+    stated += [own for pattern, own in patterns.items() if fnmatch.fnmatchcase(method, pattern)]
+    values: dict[str, Any] = {}
+    rules = list(implementation.rules)
+    for one in stated:
+        more, others = _values_and_rules(one)
+        for field, allowed in more.items():
+            both = [v for v in allowed if v in values[field]] if field in values else allowed
+            values[field] = both
+        rules += others
+    as_stated = all(values[field] is implementation.limits.get(field) for field in values)
+    if len(stated) == 1 and not rules and as_stated:
+        return implementation
+    limited = copy.copy(implementation)
+    dtypes = values.pop("dtype", tuple(DTYPES))
+    limited.numerics = {d: row for d, row in implementation.numerics.items() if d in dtypes}
+    about_semantics = [rule for rule in rules if rule.name in SWITCHES]
+    limited.semantics = [
+        semantics
+        for semantics in implementation.semantics
+        if all(rule.holds(Case(semantics=semantics)) for rule in about_semantics)
+    ]
+    limited.limits = values
+    limited.rules = tuple(dict.fromkeys(rule for rule in rules if rule not in about_semantics))
+    return limited
+
+
+def is_within(implementation: Implementation, method: str, case: Case) -> bool:
+    """Whether a case lies within the limits that are stated for a method alone."""
+    for pattern, stated in implementation.limits_of.items():
+        if fnmatch.fnmatchcase(method, pattern):
+            values, rules = _values_and_rules(stated)
+            held = all(getattr(case, field) in allowed for field, allowed in values.items())
+            if not held or not all(rule.holds(case) for rule in rules):
+                return False
+    return True
+
+
+def brought_within(
+    sizes: dict[str, Any], rules: Sequence[Condition], limits: Limits, *, square: bool, least: int
+) -> dict[str, Any] | None:
+    """The sizes of a case with as small changes as make all rules hold; None if none was found.
+
+    square : q_len is kv_len, as in a layer
+    least : of q_len and kv_len
+    """
+    for _ in range(len(rules) + 2):
+        broken = [rule for rule in rules if not rule.holds(Case(**sizes))]
+        if not broken:
+            return sizes
+        near = _nearest(sizes, broken[0], limits, square, least)
+        if near is None:
+            return None
+        sizes = near
+    return None
+
+
+def _nearest(
+    sizes: dict[str, Any], rule: Condition, limits: Limits, square: bool, least: int
+) -> dict[str, Any] | None:
+    """The sizes with one of those that the rule reads changed, as little as makes it hold."""
+    for read in rule.reads:
+        # what follows from other sizes is changed by one of those
+        field = {"group_size": "q_heads"}.get(read, "kv_len" if read[:4] == "num_" else read)
+        field = read if read in sizes else field
+        now = sizes.get(field)
+        if type(now) is not int:
+            continue
+        tried = set(range(max(0, now - REACH), now + REACH))
+        if rule.number is not None:
+            tried |= {max(0, rule.number - 1), rule.number, rule.number + 1}
+        if field in limits:
+            tried = {v for v in limits[field] if type(v) is int and v != now}
+        for value in sorted(tried, key=lambda v: abs(v - now)):
+            if field in LENGTHS and value < least:
+                continue
+            changed = sizes | {field: value}
+            if square and field in LENGTHS:
+                changed |= dict.fromkeys(LENGTHS, value)
+            try:
+                case = Case(**changed)
+            except ValueError:
+                continue
+            heads = {"group_size": case.group_size, **changed}
+            allowed = all(heads[f] in limits[f] for f in (*HEADS, *LENGTHS) if f in limits)
+            if allowed and rule.holds(case):
+                return changed
+    return None
 
 
 def _is_value(field: str, value: object) -> bool:

@@ -16,13 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
+from hypothesis import strategies as st
+
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import PACES, Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
-from nsa_ref.testing.limits import check_limits
+from nsa_ref.testing.limits import check_limits, check_limits_of, limited
+from nsa_ref.testing.profiles import level_settings
+from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.wording import one_line
 
 #: Names that stand for an adapter.
@@ -41,24 +46,31 @@ class Declared(Implementation):
     def __init__(self, said: Implementation) -> None:
         self.name, self.device = said.name, said.device
         self.semantics, self.numerics, self.limits = said.semantics, said.numerics, said.limits
-        self.pace = said.pace
+        self.pace, self.limits_of = said.pace, said.limits_of
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        limits = {
-            field: [v if isinstance(v, (str, bool)) else operator.index(v) for v in values]
-            for field, values in self.limits.items()
-        }
+        limits_of = {method: _as_json(limits) for method, limits in self.limits_of.items()}
         semantics = [semantics.to_json() for semantics in self.semantics]
         about = {"name": self.name, "device": self.device, "numerics": dict(self.numerics)}
-        about["pace"] = self.pace
-        return about | {"limits": limits, "semantics": semantics}
+        about |= {"pace": self.pace, "limits": _as_json(self.limits), "limits_of": limits_of}
+        return about | {"semantics": semantics}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Declared:
         """The inverse of `to_json`."""
         semantics = [Semantics.from_json(switches) for switches in data["semantics"]]
         return cls(SimpleNamespace(**(data | {"semantics": semantics})))  # type: ignore[arg-type]
+
+
+def _as_json(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Limits as JSON has them: rules as they are, and values as lists."""
+
+    def value(one: Any) -> Any:
+        return one if isinstance(one, (str, bool)) else operator.index(one)
+
+    listed = {f: isinstance(v, Collection) and not isinstance(v, str) for f, v in limits.items()}
+    return {f: [value(v) for v in r] if listed[f] else value(r) for f, r in limits.items()}
 
 
 class CannotRun(Exception):
@@ -186,6 +198,9 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
         if one.pace not in PACES:
             raise ValueError(f"{where}pace={one.pace!r} must be one of {', '.join(PACES)}.")
         check_limits(f"{where}limits", one.limits)
+        methods = {prop.called for prop in PROPERTIES.values()}
+        check_limits_of(f"{where}limits_of", one.limits_of, methods)
+        _check_some_case(where, one)
     names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]
     for one, name in zip(implementations, names):
         if names.count(name) > 1:
@@ -193,6 +208,21 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                 f"{type(one).__name__}.name={one.name!r} is the name of another implementation "
                 "as well: their findings could not be told apart."
             )
+
+
+def _check_some_case(where: str, implementation: Implementation) -> None:
+    """Raise ValueError if rules leave a method no case."""
+    of_method = {prop.called: prop for prop in PROPERTIES.values() if not prop.extent}
+    settings = hypothesis.settings(level_settings("quick", 100), phases=[hypothesis.Phase.generate])
+    for method, prop in of_method.items():
+        rules = limited(implementation, method).rules
+        if not rules or prop.why_not_offered(implementation):
+            continue
+        try:
+            hypothesis.find(st.one_of(prop.strata(implementation)), bool, settings=settings)
+        except (hypothesis.errors.NoSuchExample, hypothesis.errors.Unsatisfiable):
+            said = ", ".join(f"{rule.name} = {rule.rule!r}" for rule in rules)
+            raise ValueError(f"{where}limits leave no case of {method}: {said}.") from None
 
 
 def _call(make: Any, device: str) -> Any:

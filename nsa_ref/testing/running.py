@@ -41,6 +41,7 @@ from nsa_ref.testing.last_words import (
 )
 from nsa_ref.testing.lattice import EDGES, case_edges
 from nsa_ref.testing.ledger import Entry, ledger_of
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Outcome, Property
 from nsa_ref.testing.verdicts import (
@@ -66,6 +67,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
     Raises nothing of the implementation's: what is broken is the record's `finding`, that of the
     smallest case found.
     """
+    implementation = limited(implementation, prop.called)
     trials = _Trials(prop, implementation, options)
     if reason := _why_not_asked(prop, implementation, options):
         if not options.turn:
@@ -184,7 +186,7 @@ class _Trials:
         Broken : as `run`, once the case was made smaller
         """
         prop, implementation, options = self.prop, self.implementation, self.options
-        refused, ordered = small_first(prop, implementation, options.for_all_turns)
+        refused, ordered = small_first(implementation, prop, options.for_all_turns)
         cases = list(turn_of(ordered, turn))
         if turn == 0:
             self.record.asked = asked_of(prop, implementation, options)
@@ -345,7 +347,7 @@ def _why_not_asked(
         return NotTried("lost device", implementation.device, fault)
     if what := prop.why_not_offered(implementation):
         return NotOffered(what)
-    if reason := prop.why_not_tried(implementation):
+    if reason := prop.why_not_tried(limited(implementation, prop.called)):
         return NotTried(*reason)
     if options.dtypes and not set(options.dtypes) & set(implementation.numerics):
         return NotOffered(", ".join(options.dtypes))

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 
 from nsa_ref.semantics import Semantics
@@ -22,6 +23,7 @@ from nsa_ref.testing.limits import (
     HEADS,
     LENGTHS,
     block_sizes,
+    brought_within,
     head_counts,
     layer_lengths,
 )
@@ -253,6 +255,13 @@ def cases(
         for together in (HEADS, BLOCKS, *([LENGTHS] if about == "layer" else [])):
             beyond |= together if beyond & together else set()
         sizes.update({field: within[field] for field in beyond if field in within})
+    if implementation.rules:
+        square, least = about == "layer", 2 if populated else 0
+        rules = implementation.rules
+        inside = brought_within(sizes, rules, limits, square=square, least=least)
+        if inside is None:
+            reject()
+        sizes = inside
     return Case(**sizes)
 
 

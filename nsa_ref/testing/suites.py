@@ -20,6 +20,7 @@ from nsa_ref.testing.handing_over import own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
 from nsa_ref.testing.last_words import announced, withdraw
 from nsa_ref.testing.ledger import ledger_of
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.loading import check_declarations
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -245,7 +246,9 @@ def _one_case_a_graph(
     An implementation compiles one graph for each value of what it has limits on, but for lengths;
     and one for each length of a long sequence.
     """
-    fields = [f for f in implementation.limits if f not in ("q_len", "kv_len", "group_size")]
+    method = f"{branch.name}_vjp" if backward else branch.name
+    own = limited(implementation, method).limits
+    fields = [f for f in own if f not in ("q_len", "kv_len", "group_size")]
     kinds: dict[tuple[Any, ...], tuple[Property, Case]] = {}
 
     def keep(case: Case) -> None:

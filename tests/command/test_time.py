@@ -59,7 +59,7 @@ def test_the_turns_of_a_property_have_the_cases_of_a_run_without_an_end(name: st
     prop, port = PROPERTIES[name], OracleImplementation()
     drawn: list[Case] = []
     generate(prop, port, Options(shrink=False), drawn.append)
-    refused, ordered = small_first(prop, port, Options())
+    refused, ordered = small_first(port, prop, Options())
     assert not refused
     assert Counter(ordered) == Counter(dict.fromkeys(drawn, 1))
     assert [case for turn in range(TURNS) for case in turn_of(ordered, turn)] == ordered

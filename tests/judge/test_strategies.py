@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 from collections.abc import Callable, Collection
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import Phase, find, given, seed, settings
 from hypothesis import strategies as st
 
-from nsa_ref.semantics import LUCIDRAINS
-from nsa_ref.testing import Case, OracleImplementation
+import trials
+from nsa_ref.semantics import LUCIDRAINS, PAPER
+from nsa_ref.testing import Case, OracleImplementation, conformance_suite
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
+from nsa_ref.testing.drawing import asked_of, draw
 from nsa_ref.testing.lattice import EDGES, MASK, Edge, edges
+from nsa_ref.testing.loading import Declared
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
@@ -264,3 +270,144 @@ def test_fresh_seeds_are_the_same_case_with_other_data(count: int, start: int) -
     for other in fresh:
         assert other.seed > 2**16
         assert dataclasses.replace(other, seed=start) == case
+
+
+# --- limits that are rules, and of single methods -------------------------------------------------
+
+
+class Narrow(OracleImplementation):
+    """Right, in prefill without short blocks; with fewer gradients, and one request at a time."""
+
+    name = "narrow"
+    semantics = (PAPER, dataclasses.replace(PAPER, causal=False))
+    limits: ClassVar[dict[str, Any]] = {
+        "q_len": "== kv_len",
+        "kv_len_mod_selection_block_size": 0,
+        "head_dim": (8, 16),
+        "group_size": "<= 4",
+    }
+    limits_of: ClassVar[dict[str, Any]] = {
+        "decode": {"batch": (1,), "num_mem_kv": "== 0"},
+        "*_vjp": {"kv_len": "<= 64", "dtype": ["float32"], "causal": True},
+    }
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        assert is_meant(case, method), (method, case)
+        return super().run(method, case, *arguments)
+
+
+def is_meant(case: Case, method: str) -> bool:
+    """What the limits of `Narrow` say."""
+    within = case.q_len == case.kv_len and case.kv_len % case.selection_block_size == 0
+    within = within and case.head_dim in (8, 16) and case.group_size <= 4
+    if method == "decode":
+        within = within and case.batch == 1 and case.num_mem_kv == 0
+    if method.endswith("_vjp"):
+        within = within and case.kv_len <= 64 and case.dtype == "float32" and case.semantics.causal
+    return within
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "W3_sliding_mask_as_exposed",
+        "A1_fine_output_by_shape",
+        "A2_compress_empty_rows",
+        "A3_fine_gradients",
+        "I4_selection",
+        "G3_decode",
+        "A4_layer_gradients",
+        "A1_sliding_output_of_long_sequences",
+    ],
+)
+def test_cases_are_drawn_within_relations_and_the_limits_of_their_method(name: str) -> None:
+    """None is refused and drawn again."""
+    prop, port = PROPERTIES[name], Narrow()
+    drawn: list[Case] = []
+    draw(prop, port, Options(shrink=False), drawn.append)
+    assert len(drawn) >= 0.8 * asked_of(prop, port, Options())
+    assert all(is_meant(case, prop.called) for case in drawn)
+    lengths = {case.kv_len for case in drawn}
+    assert len(lengths) > (len(drawn) > 4) * 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A3_sliding_gradients",
+        "sliding_rows_do_not_know_what_follows",
+        "F3_fine_mask_as_exposed",
+        "C4_pool_gradients",
+        "G4_varlen",
+    ],
+)
+def test_a_port_is_called_within_its_limits_alone(name: str, tmp_path: Path) -> None:
+    trials.passes(name, Narrow(), tmp_path)
+
+
+def test_limits_of_a_method_are_nothing_to_the_others() -> None:
+    class Decodes(OracleImplementation):
+        limits_of: ClassVar[dict[str, Any]] = {"decode": {"batch": (1,)}}
+
+    for name in ("G1_layer_output", "A3_fine_gradients"):
+        every = []
+        for port in (OracleImplementation(), Decodes()):
+            drawn: list[Case] = []
+            draw(PROPERTIES[name], port, Options(shrink=False), drawn.append)
+            every.append(drawn)
+        assert every[0] == every[1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"q_length": "== kv_len"}, "'q_length' is no field of a case; did you mean q_len"),
+        ({"q_len": "== kv_length"}, "'kv_length' is no number and no field; did you mean kv_len"),
+        ({"q_len": "=< kv_len"}, "q_len = '=< kv_len' must be a whole number, a list"),
+        ({"kv_len_mod_l": 0}, "'l' is no field of a case"),
+        ({"head_dim": "big"}, "head_dim = 'big' must be a whole number, a list"),
+        ({"compress_map": "!= median"}, "compress_map='median' must be one of"),
+        ({"causal": True}, "'causal', which the attribute semantics declares"),
+        ({"q_len": "> kv_len", "kv_len": "> q_len"}, "limits leave no case of "),
+    ],
+)
+def test_rules_without_a_meaning_are_refused_in_a_line(limits: dict[str, Any], words: str) -> None:
+    port = OracleImplementation()
+    port.limits = limits
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        conformance_suite(port)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"decoder": {"batch": (1,)}}, "limits_of has 'decoder', no method; did you mean decode"),
+        ({"decode": {"batch": 1}}, "limits_of['decode']['batch']=1 must be the allowed values"),
+        ({"fine_vjp": {"dtype": ("float8",)}}, "limits_of['fine_vjp'] has dtype 'float8'"),
+        ({"fine_vjp": (64,)}, "limits_of['fine_vjp']=(64,) must be a dict"),
+    ],
+)
+def test_limits_of_methods_without_a_meaning_are_refused(limits: Any, words: str) -> None:
+    port = OracleImplementation()
+    port.limits_of = limits
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        conformance_suite(port)
+
+
+def test_a_method_without_a_dtype_left_is_not_offered(tmp_path: Path) -> None:
+    port = OracleImplementation()
+    port.numerics = {"float16": "fp16"}
+    port.limits_of = {"fine_vjp": {"dtype": ("float32",)}}
+    record = trials.record("A3_fine_gradients", port, tmp_path)
+    why = "fine_vjp: none of the declared dtypes lies within its limits"
+    assert dict(record.not_offered) == {why: 1}
+
+
+def test_rules_survive_their_way_to_a_process_that_does_not_load_the_port() -> None:
+    sent = json.loads(json.dumps(Declared(Narrow()).to_json()))
+    back, prop = Declared.from_json(sent), PROPERTIES["F1_fine_mask_as_exposed"]
+    drawn: list[list[Case]] = [[], []]
+    for port, cases_of in zip((Narrow(), back), drawn):
+        draw(prop, port, Options(shrink=False), cases_of.append)
+    assert drawn[0] == drawn[1]

@@ -17,7 +17,7 @@ from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
-from nsa_ref.testing.limits import layer_lengths
+from nsa_ref.testing.limits import layer_lengths, limited
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
 from nsa_ref.testing.verdicts import Inconclusive, Remark, WrongElement, WrongFactor
 
@@ -120,6 +120,9 @@ class Property:
             return self.method
         if self.backward and not implementation.offers_vjp(self.method):
             return f"gradients of {self.method}"
+        implementation = limited(implementation, self.called)
+        if not implementation.numerics:
+            return f"{self.called}: none of the declared dtypes lies within its limits"
         if not any(map(self.semantics, implementation.semantics)):
             return f"none of the declared semantics has what {self.clause} is about"
         if self.about == "layer" and layer_lengths(implementation.limits) == []:
@@ -144,6 +147,7 @@ class Property:
 
         Every shape is a lot, or every dtype where `by_dtype` says that rounding matters more.
         """
+        implementation = limited(implementation, self.called)
         allowed = [s for s in implementation.semantics if self.semantics(s)]
         declared = [d for d in implementation.numerics if d in (dtypes or [d])]
         if self.extent == "large":
@@ -195,6 +199,7 @@ def chooses_lengths(implementation: Implementation, case: Case) -> Case:
 def is_declared(implementation: Implementation, case: Case) -> bool:
     """Whether a case that was derived from another one lies within what is declared as well."""
     within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
+    within = within and all(rule.holds(case) for rule in implementation.rules)
     return within and refusal(implementation, case) is None
 
 
