@@ -263,7 +263,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
-    budget = arguments.time
+    budget, loaded = arguments.time, time.time()
     declared = {dtype for one in chosen for dtype in one["numerics"]}
     wanted, dtypes = arguments.branch or (), arguments.dtype or ()
     for dtype in dtypes:
@@ -308,7 +308,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         collector = run(total=total, options=options)
     else:
         # in the order of the turns, one after the other: see `suite_in_turns`
-        deadline = time.time() - (time.monotonic() - started) + budget
+        deadline = loaded + budget
         timed = ["--dist=load", "--maxschedchunk=1", f"--nsa-deadline={deadline}"]
         collector = run(total=TURNS * total, options=[*options, *timed])
         collector.join_turns()
