@@ -1,4 +1,4 @@
-"""lucidrains' `SparseAttention` before the judge: its plain path, and that through FlexAttention.
+"""lucidrains' `SparseAttention` before the judge: causal, not causal, and through FlexAttention.
 
 An environment of its own, beside one that has torch and nsa-ref::
 
@@ -13,13 +13,14 @@ takes a choice of blocks or packed sequences.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX
+from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Attention, NotOffered, TorchImplementation
 from nsa_ref.testing.ports import check_installed
@@ -51,10 +52,9 @@ LIMITS: dict[str, Collection[Any]] = {
     "num_mem_kv": (1, 2, 16),
     "num_initial_blocks": (0,),
     "num_local_blocks": (0,),
-    # one width for keys and values, of pairs that are turned
+    # one width for keys and values
     "head_dim": (8,),
     "value_dim": (8,),
-    "sliding_window_size": range(1, 4096),
     # the factory of fine masks scatters indices, all of which must be blocks
     "indices": ("distinct", "few", "same", "all"),
 }
@@ -67,9 +67,16 @@ class Lucidrains(TorchImplementation):
     """The plain path, and the mask factories with what they build not compiled."""
 
     name = "lucidrains"
-    semantics = (LUCIDRAINS,)
-    # in float64 its frequencies are those of float32
-    numerics: Mapping[str, str] = {"float32": "fp32"}
+    semantics: tuple[Semantics, ...] = (
+        LUCIDRAINS,
+        dataclasses.replace(LUCIDRAINS, share_selection=False),
+    )
+    numerics: Mapping[str, str] = {
+        "float64": "fp64",
+        "float32": "fp32",
+        "bfloat16": "bf16-eager",
+        "float16": "fp16-eager",
+    }
     limits = LIMITS
 
     def supports(self, case: Case) -> str | None:
@@ -83,7 +90,9 @@ class Lucidrains(TorchImplementation):
 
     def sliding_mask(self, case: Case) -> Any:
         with _masks_of() as package:
-            return package.create_sliding_mask(case.q_len, case.sliding_window_size)
+            return package.create_sliding_mask(
+                case.q_len, case.sliding_window_size, causal=case.semantics.causal
+            )
 
     def compress_mask(self, case: Case) -> Any:
         with _masks_of() as package:
@@ -92,6 +101,7 @@ class Lucidrains(TorchImplementation):
                 case.num_compress_blocks,
                 case.compress_block_sliding_stride,
                 case.num_mem_kv,
+                causal=case.semantics.causal,
             )
 
     def sliding(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attention:
@@ -121,11 +131,25 @@ class Lucidrains(TorchImplementation):
         return torch.func.functional_call(module, parameters, (x,), how)
 
 
+class LucidrainsNotCausal(Lucidrains):
+    """The plain path without causality, which is what the module does unless it is told."""
+
+    name = "lucidrains not causal"
+    semantics = (dataclasses.replace(LUCIDRAINS, causal=False),)
+
+    def offers(self, method: str) -> bool:
+        return method in ("layer", "sliding", "sliding_mask")
+
+
 class LucidrainsFlex(Lucidrains):
     """The path through FlexAttention, forward alone: on a CPU it has no backward."""
 
     name = "lucidrains flex"
-    semantics = (LUCIDRAINS_FLEX,)
+    semantics = (
+        LUCIDRAINS_FLEX,
+        dataclasses.replace(LUCIDRAINS_FLEX, share_selection=False),
+        dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
+    )
 
     def offers(self, method: str) -> bool:
         return method in ("layer", "fine_mask")
@@ -137,21 +161,24 @@ class LucidrainsFlex(Lucidrains):
         if case.num_selected_blocks > case.num_selection_blocks:
             raise NotOffered("slots that hold no block")
         with _masks_of() as package:
-            made = package.create_fine_mask(case.q_len, case.selection_block_size)
+            made = package.create_fine_mask(
+                case.q_len, case.selection_block_size, causal=case.semantics.causal
+            )
             return made(block_indices, case.q_heads // block_indices.shape[1])
 
     def layer(self, case: Case, weights: Weights, x: Tensor) -> Tensor:
+        causal = case.semantics.causal
         with _masks_of() as package:
-            fine = package.create_fine_mask(case.q_len, case.selection_block_size)
-            sliding = package.create_sliding_mask(case.q_len, case.sliding_window_size)
+            fine = package.create_fine_mask(case.q_len, case.selection_block_size, causal)
+            sliding = package.create_sliding_mask(case.q_len, case.sliding_window_size, causal)
             masks = {"fine_selection_flex_mask": fine, "sliding_window_flex_mask": sliding}
             return self.called(case, weights, x, **masks)
 
 
 def implementations(device: str = "cpu") -> list[TorchImplementation]:
-    """Both paths."""
+    """All paths."""
     check_installed(PACKAGE, "native-sparse-attention-pytorch==0.2.3")
-    return [Lucidrains(device), LucidrainsFlex(device)]
+    return [Lucidrains(device), LucidrainsNotCausal(device), LucidrainsFlex(device)]
 
 
 def upstream_parameters(case: Case, weights: Weights) -> Weights:
