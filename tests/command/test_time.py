@@ -136,7 +136,7 @@ def test_a_run_ends_when_its_time_is_up(
         if row["unreached"]:
             assert f"{name} ({row['unreached']} of {row['asked']} cases)" in shown
     assert report["time"] == budget
-    assert sum(row["cases"] > 0 for row in rows.values()) >= 4
+    assert any(row["cases"] for row in rows.values())
 
 
 def test_a_turn_that_came_to_no_end_leaves_its_property_undecided() -> None:
