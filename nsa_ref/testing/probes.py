@@ -50,6 +50,14 @@ def zeros(case: Case, branch: Branch) -> Inputs:
     )
 
 
+def _with_logits(inputs: Inputs) -> Inputs:
+    """The same, with larger logits at every other key, the same for all queries."""
+    q, k = np.zeros_like(inputs.q), np.zeros_like(inputs.k)
+    q[..., 0] = 4
+    k[:, :, ::2, 0] = 4
+    return dataclasses.replace(inputs, q=q, k=k)
+
+
 def forward_mask(
     implementation: Implementation,
     branch: Branch,
@@ -65,19 +73,31 @@ def forward_mask(
     smallest weight counts as 1. (All keys of a row counted twice is no difference here: lse tells.)
     A row that reads more than the real columns (padding) sums to less than 1 and is marked by -1
     in the columns it should see, a row of NaN by -2: it may be 0 / 0. A row that should see nothing
-    sees nothing if it weighs all columns alike: what it must hold is A2's question.
+    sees nothing if it weighs all columns alike, whatever the logits are: what it must hold is A2's
+    question.
 
     roundings : how often a weight is rounded to the dtype on its way: P and out, if no more
     """
     inputs = zeros(case, branch)
-    weights = np.zeros(expected.shape)
-    for chunk, width, v in one_hot(inputs.v):
-        out = branch.forward(implementation, case, dataclasses.replace(inputs, v=v)).out
-        weights[..., chunk] = out[..., :width]
 
+    def weights_for(inputs: Inputs) -> np.ndarray:
+        weights = np.zeros(expected.shape)
+        for chunk, width, v in one_hot(inputs.v):
+            out = branch.forward(implementation, case, dataclasses.replace(inputs, v=v)).out
+            weights[..., chunk] = out[..., :width]
+        return weights
+
+    def alike_in(weights: np.ndarray) -> np.ndarray:
+        return (weights == weights[..., :1]).all(-1, keepdims=True)
+
+    weights = weights_for(inputs)
     total = expected.sum(-1, keepdims=True)
-    alike = (weights == weights[..., :1]).all(-1, keepdims=True)
+    alike = alike_in(weights)
     no_number = np.isnan(weights).all(-1, keepdims=True)
+    if ((total == 0) & alike & (weights != 0)).any():
+        # a mean over all columns, or attention to all of them: another logit at every other one
+        # tells, of more than one
+        alike = alike & alike_in(weights_for(_with_logits(inputs)))
     nothing = ((total == 0) & alike) | no_number
     weights = np.where(nothing, 0.0, weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import trials
-from nsa_ref.testing import Case, Implementation
+from nsa_ref.semantics import PAPER, PerBranch
+from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
 from nsa_ref.testing.mutants.arithmetic import (
     InterleavedHeads,
     LastKeyNotRead,
@@ -67,6 +69,74 @@ def test_a_wrong_mask_is_blamed_by_the_laws_about_it(
     base = SecondKeyOfShortSequences if name in PREFIXES else LastKeyNotRead
     found = finding(name, base(), tmp_path)
     assert (found["clause"], found["kind"]) == (clause, "wrong mask")
+
+
+class NotANumber(Kernel):
+    """A value that no mask makes: every row is, or those of one kind of number."""
+
+    value = np.nan
+
+    def over_values(self, *how: Any) -> np.ndarray:
+        return super().over_values(*how) * self.value
+
+
+class Infinite(NotANumber):
+    value = np.inf
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "W1_sliding_mask_as_read",
+        "W2_sliding_mask_as_read",
+        "C2_compress_mask_as_read",
+        "F1_fine_mask_as_read",
+        "F3_fine_mask_as_read",
+    ],
+)
+@pytest.mark.parametrize("base", [NotANumber, Infinite])
+def test_what_is_no_number_is_no_wrong_mask(
+    base: type[Implementation], name: str, tmp_path: Path
+) -> None:
+    """It is none where every key is visible, either."""
+    found = finding(name, base(), tmp_path)
+    assert found["clause"] == "A1" and found["tensor"].endswith(" out"), found["text"]
+
+
+class NoKeyAtAll(OracleImplementation):
+    """0 / 0, in every row of a window of 0."""
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        out, lse = super().sliding(case, q, k, v)
+        return Attention(out * (np.nan if case.sliding_window_size == 0 else 1), lse)
+
+
+def test_rows_that_no_key_is_left_to_are_a_wrong_mask(tmp_path: Path) -> None:
+    case = Case(q_len=3, kv_len=3, head_dim=16, value_dim=16)
+    assert finding("W1_sliding_mask_as_read", NoKeyAtAll(), tmp_path, case=case)["clause"] == "W1"
+
+
+# --- rows before every token ----------------------------------------------------------------------
+
+
+class SeesAll(Kernel):
+    """Rows with p < 0 attend to every key, where nothing is causal."""
+
+    def read(self, mask: np.ndarray) -> np.ndarray:
+        return np.where(mask.any(-1, keepdims=True), mask, 1.0)
+
+
+@pytest.mark.parametrize("branch", ["sliding", "fine"])
+@pytest.mark.parametrize("empty_row", ["zero", "uniform"])
+def test_a_row_that_reads_every_key_is_not_empty(
+    branch: str, empty_row: str, tmp_path: Path
+) -> None:
+    """With logits of 0 it looks like a mean over all columns, and with others it does not."""
+    rows = PerBranch(empty_row, empty_row, empty_row)
+    port, name = SeesAll(), {"sliding": "W2_sliding", "fine": "F4_fine"}[branch]
+    port.semantics = (dataclasses.replace(PAPER, causal=False, empty_row=rows),)
+    found = finding(f"{name}_mask_as_read", port, tmp_path)
+    assert (found["clause"], found["kind"]) == (name[:2], "wrong mask"), found["text"]
 
 
 # --- long sequences -------------------------------------------------------------------------------

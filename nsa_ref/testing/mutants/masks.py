@@ -66,6 +66,25 @@ class WindowLooksBack(OracleImplementation):
         return super().sliding_mask(switched(case, causal=True))
 
 
+def _early_rows(case: Case, mask: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The mask, and in rows with p < 0 another one, where nothing is causal."""
+    return mask if case.semantics.causal else np.where(positions(case) >= 0, mask, other)
+
+
+@mutant("W2", "without causality, rows before every token see the first keys of their window")
+class EarlyRowsSeeTheWindow(OracleImplementation):
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        reach = case.sliding_window_size + case.semantics.window_closed
+        near = np.arange(case.kv_len) - positions(case) < reach
+        return _early_rows(case, super().sliding_mask(case), near)
+
+
+@mutant("W2", "without causality, rows before every token see every key")
+class EarlyRowsSeeAll(OracleImplementation):
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        return _early_rows(case, super().sliding_mask(case), np.ones(case.kv_len, int))
+
+
 @mutant("W3", "a window of 0 is taken for no window at all")
 class NoWindow(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
@@ -182,6 +201,15 @@ class AlwaysCausalFine(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         causal = switched(case, causal=True, own_block_extra=False)
         return super().fine_mask(causal, block_indices)
+
+
+@mutant("F4", "without causality, rows before every token see the blocks that they selected")
+class EarlyRowsSeeTheirBlocks(OracleImplementation):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        more = dataclasses.replace(case, kv_len=max(case.q_len, case.kv_len))
+        blocks = np.where(block_indices < case.num_selection_blocks, block_indices, -1)
+        all_see = super().fine_mask(more, blocks)[..., : case.kv_len]
+        return _early_rows(case, super().fine_mask(case, block_indices), all_see)
 
 
 @mutant("I6", "-1 is read as block 0", seen_in="ports whose unused slots hold 0")

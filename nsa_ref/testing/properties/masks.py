@@ -11,10 +11,10 @@ from nsa_ref.semantics import PRESETS, Semantics
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, FINE, Branch, call
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.compare import first_at
+from nsa_ref.testing.compare import first_at, wrong_element
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.pictures import excerpt
-from nsa_ref.testing.properties.common import Outcome, Property, oracle_mask
+from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask
 from nsa_ref.testing.verdicts import Broken, Convention, NoAnswer, Raised, WrongMask
 
 #: The switches that change a branch's mask, and the other value that such a switch can have.
@@ -125,9 +125,43 @@ def read_forward(prop: Property, implementation: Implementation, case: Case) -> 
     expected = oracle_mask(branch, case)
     actual = probes.forward_mask(implementation, branch, case, expected)
     if (actual != expected).any():
+        _blame_the_values(implementation, branch, case)
         reading = f"{branch.name}, forward read out by one-hot values"
         raise wrong_mask(branch, prop.clause, case, expected, actual, reading)
     return Outcome(compared=expected.size)
+
+
+def _blame_the_values(implementation: Implementation, branch: Branch, case: Case) -> None:
+    """Raise Broken for A1 if no row is a finite number, not even with every key in sight.
+
+    A row that a wrong mask leaves without a key is NaN as well, but not where everything is to be
+    seen.
+    """
+    all_blocks = {"indices": "all", "num_selected_blocks": case.num_selection_blocks}
+    open_to: dict[str, dict[str, Any]] = {
+        "sliding": {"sliding_window_size": case.q_len + case.kv_len},
+        "fine": all_blocks,
+        # the last row, far behind some blocks
+        "compress": {
+            "q_len": 1,
+            "kv_len": case.compress_block_size + 2 * case.compress_block_sliding_stride + 1,
+        },
+    }
+    case = dataclasses.replace(case, **open_to[branch.name])
+    if not is_declared(implementation, case):
+        return
+    inputs = probes.zeros(case, branch)
+    inputs = dataclasses.replace(inputs, v=np.ones_like(inputs.v))
+    sees = np.asarray(oracle_mask(branch, case).any(-1))
+    try:
+        out = branch.forward(implementation, case, inputs).out
+    except (Raised, NoAnswer, NotOffered):
+        return
+    if sees.any() and not np.isfinite(out[sees]).any():
+        why = "q = k = 0, v = 1, and every key is visible"
+        at = first_at(np.broadcast_to(sees[..., None], out.shape))
+        fault = wrong_element(f"{branch.name} out", at, out, np.ones_like(out), why=why)
+        raise Broken("A1", fault)
 
 
 def blame_the_mask(implementation: Implementation, case: Case, prop: Property) -> bool:
