@@ -22,6 +22,7 @@ from nsa_ref.testing.mutants.arithmetic import (
 )
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.masks import switched
+from nsa_ref.testing.mutants.selection import Selector
 from standin_gpu import Mistaken, OnStandin
 
 finding = functools.partial(trials.finding, shrink=False)
@@ -137,6 +138,26 @@ def test_a_row_that_reads_every_key_is_not_empty(
     port.semantics = (dataclasses.replace(PAPER, causal=False, empty_row=rows),)
     found = finding(f"{name}_mask_as_read", port, tmp_path)
     assert (found["clause"], found["kind"]) == (name[:2], "wrong mask"), found["text"]
+
+
+# --- the choice of blocks -------------------------------------------------------------------------
+
+
+class WorstBlocks(Selector):
+    """Takes the blocks of the lowest score, by the negative of every logit."""
+
+    def scores(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        return super().scores(case, -q, k_cmp, mem_k)
+
+
+@pytest.mark.parametrize("seed", [6, 14, 15])
+def test_a_choice_among_ties_is_not_called_right(seed: int, tmp_path: Path) -> None:
+    """A single head's query is 0 here: what it chooses does not blame the sum over heads."""
+    sizes = {"q_heads": 2, "q_len": 1, "kv_len": 8, "head_dim": 1, "num_selected_blocks": 2}
+    case = Case(inputs="integers", seed=seed, **sizes)
+    assert not dataclasses.replace(case, q_heads=1).compressed()[0].any()
+    found = finding("I3_selection", WorstBlocks(), tmp_path, case=case)
+    assert found["clause"] == "I2", found["text"]
 
 
 # --- long sequences -------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from nsa_ref.selection import Scored, scored
 from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing.branches import as_array, call
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, valid_selection
+from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, undecided_rows, valid_selection
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
+from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken, Raised, WrongChoice
 
 #: A finding has the scores of at most so many blocks.
@@ -81,7 +82,10 @@ def _wrong_without_forced_blocks(implementation: Implementation, case: Case) -> 
 
 
 def _whose_order(implementation: Implementation, case: Case) -> str:
-    """Which of I1, I2, I3 the scores break: the one whose part is needed to see it."""
+    """Which of I1, I2, I3 the scores break: the one whose part is needed to see it.
+
+    What is right without the part must be so with other data as well, some of which decides.
+    """
     smaller: tuple[tuple[str, dict[str, Any]], ...] = (
         ("I1", {"num_mem_kv": 0}),
         ("I3", {"num_mem_kv": 0, "q_heads": case.kv_heads}),
@@ -90,19 +94,34 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
         without = dataclasses.replace(case, **less)
         if without == case or not is_declared(implementation, without):
             continue
-        if not _invalid_rows(implementation, without)[1]:
+        tried = [without, *fresh_seeds(without, 4)]
+        wrong = any(_invalid_rows(implementation, one)[1] for one in tried)
+        if not wrong and any(_scores_decide(implementation, one) for one in tried):
             return clause
     return "I3" if case.semantics.importance == "logit_mean" else "I2"
+
+
+def _scores_decide(implementation: Implementation, case: Case) -> bool:
+    """Whether there is a row in which scores leave one choice of several."""
+    of_blocks, bounds = _scores(implementation, case)
+    several = of_blocks.candidates.sum(-1) > case.num_selected_blocks
+    decided = several & ~undecided_rows(of_blocks, bounds, **case.geometry)
+    return bool(case.num_selected_blocks and decided.any())
+
+
+def _scores(implementation: Implementation, case: Case) -> tuple[Scored, np.ndarray]:
+    """What is known of the blocks, and how exactly the implementation can know their scores."""
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    how: dict[str, Any] = {"kv_len": case.kv_len, **case.geometry}
+    numerics = implementation.numerics[case.dtype]
+    return scored(q, k_cmp, mem_k, **how), score_bounds(q, k_cmp, mem_k, **how, numerics=numerics)
 
 
 def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
     """`invalid_rows` of what the implementation chooses."""
     q, k_cmp, _, mem_k, _ = case.compressed()
     indices = as_array(call(implementation.run, "select", case, q, k_cmp, mem_k))
-    numerics = implementation.numerics[case.dtype]
-    of_blocks = scored(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry)
-    bounds = score_bounds(q, k_cmp, mem_k, kv_len=case.kv_len, **case.geometry, numerics=numerics)
-    return invalid_rows(case, indices, of_blocks, bounds)
+    return invalid_rows(case, indices, *_scores(implementation, case))
 
 
 def invalid_rows(
