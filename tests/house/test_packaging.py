@@ -42,6 +42,13 @@ def test_a_wheel_has_the_pages_the_template_and_the_marks_of_types(tmp_path: Pat
         *(f"nsa_ref/docs/{file}" for file in pages),
     ):
         assert (tmp_path / "lib" / name).is_file(), name
+    linked = 0
+    for path in (tmp_path / "lib" / "nsa_ref" / "docs").glob("*.md"):
+        for target in LINK.findall(path.read_text(encoding="utf-8")):
+            if not target.startswith(("http", "#")):
+                linked += 1
+                assert (path.parent / target.partition("#")[0]).exists(), (path.name, target)
+    assert linked > 50
 
 
 def test_the_command_says_where_the_pages_are(capsys: pytest.CaptureFixture[str]) -> None:
