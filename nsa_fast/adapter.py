@@ -420,8 +420,8 @@ def implementations(device: str) -> list[Implementation]:
     if kind == "interpreter":
         if reason := interpreter.missing():
             raise RuntimeError(
-                f"the interpreter does not run here: {reason}. What it needs is in the extra "
-                "[interpreter], at the versions of constraints.txt"
+                f"the interpreter does not run here: {reason}. "
+                "Try pip install 'nsa-ref[fast,interpreter]'"
             )
         return [NsaFastInterpreted()]
     raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda', 'interpreter'.")

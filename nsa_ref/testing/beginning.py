@@ -39,7 +39,9 @@ def begin(port: str, folder: Path, *, numpy: bool) -> list[Path]:
         folder / "nsa-ref-workflow.yml": "workflow",
     }
     if there := [path.name for path in files if path.exists()]:
-        raise CannotRun(f"{' and '.join(there)} is there already, and nothing was written")
+        are = "is" if len(there) == 1 else "are"
+        why = f"{' and '.join(there)} {are} there already, and nothing was written"
+        raise CannotRun(f"{why}. Try another folder, or move it away")
     for path, template in files.items():
         text = (TEMPLATES / f"{template}.txt").read_text("utf-8")
         try:

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nsa_ref.semantics import PRESETS
 from nsa_ref.testing.beginning import begin
 from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.case import Case
@@ -39,7 +40,7 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
 from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
-from nsa_ref.testing.explaining import explain, pages_folder
+from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.findings import (
     Finding,
     clauses_of_cause,
@@ -660,9 +661,12 @@ def explain_subject(arguments: argparse.Namespace, console: Console) -> int:
         page = explain(arguments.subject)
     except KeyError as error:
         (alike,) = error.args
-        near = f" Did you mean {', '.join(alike)}?" if alike else ""
+        near = f"Did you mean {', '.join(alike)}?"
+        if not alike:
+            near = f"There are the clauses {', '.join(CLAUSES)}, the switches {', '.join(SWITCHES)}"
+            near += f" and the presets {', '.join(PRESETS)}"
         raise CannotRun(
-            f"{arguments.subject!r} is no clause, switch, preset or property.{near}"
+            f"{arguments.subject!r} is no clause, switch, preset or property. {near}"
         ) from None
     if console.is_terminal:
         console.print(Markdown(page))

@@ -25,16 +25,30 @@ def explain(subject: str) -> str:
 
     Raises
     ------
-    KeyError : there is no such thing; the argument names those that are spelled alike
+    KeyError : there is no such thing; the argument names those that it may be about
     """
     name = {known.lower(): known for known in SUBJECTS}.get(subject.lower())
     if name is None:
-        raise KeyError(difflib.get_close_matches(subject, SUBJECTS, n=5, cutoff=0.4))
+        raise KeyError(_near(subject))
     if name in CLAUSES:
         return _clause(name)
     if name in SWITCHES:
         return _switch(name)
     return _preset(name) if name in PRESETS else _property(name)
+
+
+def _near(subject: str) -> list[str]:
+    """Clauses that have the words in their sentence, names that have them, and names like it."""
+    words = subject.lower().split()
+    said = [
+        clause
+        for clause, sentence in CLAUSES.items()
+        if words
+        and all(re.search(rf"\b{re.escape(w.rstrip('s'))}", sentence.lower()) for w in words)
+    ]
+    named = [name for name in (*SWITCHES, *PRESETS) if subject.lower() in name.lower()]
+    alike = difflib.get_close_matches(subject, SUBJECTS, n=5, cutoff=0.7)
+    return list(dict.fromkeys([*said[:4], *named[:3], *alike]))
 
 
 def pages_folder() -> Path:

@@ -103,6 +103,8 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
+    if "case" not in data and data.keys() & {"spec", "property", "clause"}:
+        raise ValueError("it has no 'case', which every finding has")
     for name in ("spec", "property", "implementation", "device"):
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"{name}={data[name]!r} must be a text")

@@ -128,6 +128,8 @@ def load(spec: str, device: str) -> list[Implementation]:
             why += "Install it, or go to where it lies"
         else:
             why = f"importing {module_name} failed: it needs {wanted!r}, which is not installed"
+            if module_name.startswith("nsa_fast"):
+                why += ": pip install 'nsa-ref[fast]'"
         raise CannotRun(why) from error
     except (Exception, SystemExit) as error:
         raise CannotRun(f"importing {module_name} failed: {one_line(error)}") from error

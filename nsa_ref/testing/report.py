@@ -281,12 +281,13 @@ def show(
     table.add_column("verdict", no_wrap=True)
     rows = clauses(records, findings, asked_for, evidence)
     known = ["known"] if any(clause.known for clause in rows) else []
-    headings = ("budget\nused", "inconclusive", "ambiguous\nrows", "not\noffered")
+    headings = ("budget\nused", "inconcl.", "ambig.\nrows", "not\noffered")
     for heading in ("cases", *known, *headings):
         table.add_column(heading, justify="right")
     for clause in rows:
         row = clause.to_json()
-        budget = "" if row["budget_used"] is None else f"{row['budget_used']:.3f}"
+        used = row["budget_used"]
+        budget = "" if used is None else f"{used:.3f}" if used < 1000 else f"{used:.2e}"
         verdict = Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict])
         counts = (str(row[name] or "") for name in ("inconclusive", "ambiguous", "not_offered"))
         failed = [str(row[name] or "") for name in known]
@@ -315,7 +316,9 @@ def show(
 
 def same_as(first: Finding, others: Sequence[Finding]) -> list[str]:
     """In which other branches the cause of a finding was seen, and by which other properties."""
-    _, *parts = dict.fromkeys(PROPERTIES[f["property"]].part for f in (first, *others))
+    # what answers to golden vectors break is no property of these
+    asked = (PROPERTIES.get(finding["property"]) for finding in (first, *others))
+    _, *parts = dict.fromkeys([prop.part for prop in asked if prop] or [""])
     names = dict.fromkeys(finding["property"] for finding in others)
     lines = [f"the same in: {', '.join(sorted(parts))}"] if parts else []
     return lines + ([f"the same by: {', '.join(names)}"] if names else [])

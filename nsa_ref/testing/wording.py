@@ -94,7 +94,7 @@ REMARKS: dict[RemarkName, str] = {
     "edge not met": "no decided case of {} has this: {}",
     "edge outside": "no case that {} declares has this: {}",
     # of answers to golden vectors
-    "no element": "it has no element",
+    "no element": "nothing that came back has an element that could be wrong",
     "vector": "vector: {}",
     "larger vectors": "and {} larger ones, such as {}",
 }
@@ -103,10 +103,11 @@ REMARKS: dict[RemarkName, str] = {
 def printable(text: str) -> str:
     """The same text with everything that steers a terminal, or that no screen shows, written out.
 
-    An implementation chooses its name and its exceptions' messages.
+    An implementation chooses its name and its exceptions' messages. GitHub's runner obeys a line
+    that begins with "::", which any text may when it is wrapped, or that has "##[" in it.
     """
-    shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-    return "".join(shown)
+    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return re.sub(r"(?<!\S):(?=:)", r"\\x3a", shown).replace("##[", r"#\x23[")
 
 
 def one_line(error: BaseException) -> str:

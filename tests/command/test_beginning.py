@@ -64,6 +64,16 @@ def test_nothing_that_is_there_is_overwritten(
         assert main(["new", name]) == COULD_NOT_RUN
         assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in place.iterdir()] == ["nsa-ref-known.toml"]
+    assert main(["new", "my_port"]) == COULD_NOT_RUN
+    assert "Try another folder, or move it away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_an_adapter_names_pages_that_are_where_it_was_written(kind: str, place: Path) -> None:
+    """A wheel has no docs/ beside the port."""
+    assert main(["new", "my_port", f"--{kind}"]) == HOLDS
+    text = (place / "my_port_adapter.py").read_text()
+    assert "docs/" not in text and "nsa-ref --help" in text
 
 
 def test_everything_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +93,18 @@ def test_everything_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_cannot_be_explained_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for subject, words in {"window_close": "window_closed", "§": "no clause"}.items():
+    asked = {
+        "window_close": "window_closed",
+        "§": "no clause",
+        "sliding": "W1",
+        "lse": "empty_lse",
+        "topk": "clauses A1, ",
+        "xyzzy": "presets PAPER, ",
+        "short last block": "F2",
+        "gates": "G1",
+        "rope": "clauses A1, ",
+    }
+    for subject, words in asked.items():
         assert main(["explain", subject]) == COULD_NOT_RUN
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and words in line

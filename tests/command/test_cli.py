@@ -24,6 +24,7 @@ from nsa_ref.testing import Case, OracleImplementation, cli, findings, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
 from nsa_ref.testing.lattice import EDGES
+from nsa_ref.testing.loading import CannotRun, load
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
@@ -108,6 +109,8 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
         (["replay", "empty"], "the folder empty holds no case"),
         (["show", "."], "directory"),
         (["replay", "a-file"], "holds no case"),
+        (["replay", "no-case.json"], "no-case.json holds no case: it has no 'case'"),
+        (["ledger", "add", "no-case.json"], "no-case.json holds no case: it has no 'case'"),
         (["show", "list.json"], "JSON object"),
         (["show", "other.json"], "unknown fields ['colour']"),
         (["show", "wrong.json"], "q_heads=3"),
@@ -135,6 +138,7 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(
         "wrong": case | {"q_heads": 3, "kv_heads": 2},
         "empty-batch": case | {"batch": 0},
         "right": case,
+        "no-case": {"property": "A1_sliding_lse", "clause": "A1", "spec": "oracle"},
         "old": kept | {"property": "W9"},
         "hasty": kept | {"timeout": -1},
         **{field: kept | {field: ["a"]} for field in TEXTS},
@@ -145,6 +149,14 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(
     before = sorted(place.iterdir())
     assert words in could_not_run(capsys, *arguments)
     assert sorted(place.iterdir()) == before, "a run that did not start leaves nothing behind"
+
+
+def test_without_torch_the_fast_path_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nsa_fast"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CannotRun, match=r"needs 'torch'.*pip install 'nsa-ref\[fast\]'$"):
+        load("nsa_fast", "cpu")
 
 
 ADAPTERS = {

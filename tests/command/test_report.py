@@ -289,6 +289,42 @@ def test_a_finding_is_one_annotation_on_github(records: list[Record]) -> None:
         assert title == text.partition(" on cpu\n")[0]
 
 
+def test_no_text_of_a_port_is_a_command_of_the_runner(records: list[Record]) -> None:
+    """GitHub obeys a line that begins with "::", or has "##[" in it, wherever it comes from."""
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    port = Raises(ValueError("no\n::error::taken\n \t::set-output name=a::b\n##[add-mask]c"))
+    port.name = "a name ::warning::taken " * 4
+    prop = PROPERTIES["W1_sliding_mask_as_exposed"]
+    record = run_property(prop, port, Options(case=Case(q_len=2, kv_len=2), findings=Path("f")))
+    assert record.finding is not None
+    report.show(console, [record], [record.finding], title=port.name, seconds=1.0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines += wording.annotation(record.finding).splitlines()[1:]
+    assert any("taken" in line for line in lines)
+    assert not any(line.lstrip().startswith("::") or "##[" in line for line in lines), lines
+    assert wording.printable("a.py::test_b 1:2 C::d") == "a.py::test_b 1:2 C::d"
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    """Nothing is cut, however large its numbers are."""
+    known = Record(
+        name="A1_sliding_lse", clause="A1", cases=12345, known=Counter(one=1234), ambiguous=123456
+    )
+    known.budget_used = 1.9071651623e15
+    known.inconclusive[("no hidden key",)] = 1234
+    known.not_offered["x"] = 12345
+    stuck = Record(
+        name="A2_sliding_empty_rows", clause="A2", inconclusive=Counter({("no hidden key",): 99999})
+    )
+    absent = Record(name="A3_sliding_gradients", clause="A3", not_offered=Counter(x=12345))
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    report.show(console, [known, stuck, absent], [], title="a port", seconds=1.0)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\u2026" not in text and "1.91e+15" in text
+    for words in ("inconclusive", "ambig.", "12345", "123456", "not offered"):
+        assert words in text
+
+
 def test_no_name_and_no_message_steers_the_terminal(records: list[Record]) -> None:
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
     findings = [record.finding for record in records if record.finding is not None]
