@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_ref.testing.loading import CannotRun
-from nsa_ref.testing.report import COLOURS, SCHEMA
+from nsa_ref.testing.report import COLOURS, SCHEMA, share
 from nsa_ref.testing.wording import printable
 
 #: What makes two runs comparable: where one of these differs, it is said.
@@ -178,7 +178,7 @@ def _moved(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, what: s
         if c is None
         else ""
         if c[what] is None
-        else f"{c[what]:.3f}"
+        else share(c[what])
         if isinstance(c[what], float)
         else printable(str(c[what])).replace("_", " ")
         for c in (old, new)

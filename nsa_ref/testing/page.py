@@ -14,7 +14,7 @@ from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.ledger import to_toml
 from nsa_ref.testing.narrowing import entry_of
 from nsa_ref.testing.pictures import UNCOUNTED, Excerpt, side_by_side
-from nsa_ref.testing.report import rows_named, same_as, summary
+from nsa_ref.testing.report import rows_named, same_as, share, summary
 from nsa_ref.testing.verdicts import Convention
 from nsa_ref.testing.wording import convention, printable, shortened
 
@@ -61,6 +61,7 @@ def to_html(report: Mapping[str, Any]) -> str:
     return environment.get_template("report.html").render(
         report=report,
         rows_named=rows_named,
+        share=share,
         summary=summary(report["clauses"], report["seconds"]),
         result="fail" if report["findings"] else "pass" if verdicts == {"pass"} else "",
         sentences=CLAUSES,
@@ -75,6 +76,8 @@ def _finding(group: Sequence[Finding]) -> dict[str, Any]:
     """What the page says of findings that are likely to have one cause."""
     finding, *others = group
     fault, text = dict(finding["fault"]), finding["text"]
+    if fault.get("reading") and fault["actual"] < 0:
+        fault["actual"] = UNCOUNTED
     pictures: list[Picture] = []
     uncounted = ""
     if masks := fault.pop("masks", None):

@@ -250,6 +250,11 @@ def rows_named(numerics: Mapping[str, str]) -> str:
     return ", ".join(named(dtype, row) for dtype, row in numerics.items())
 
 
+def share(budget: float | None) -> str:
+    """How much of a bound was used, in few characters however much it is."""
+    return "" if budget is None else f"{budget:.3f}" if budget < 1000 else f"{budget:.2e}"
+
+
 def graphs(counts: Mapping[str, int]) -> str:
     """Counts of `devices.compile_counts`, or of a port's own, in words."""
     listed = ", ".join(f"{kind}: {number}" for kind, number in counts.items() if number)
@@ -286,8 +291,7 @@ def show(
         table.add_column(heading, justify="right")
     for clause in rows:
         row = clause.to_json()
-        used = row["budget_used"]
-        budget = "" if used is None else f"{used:.3f}" if used < 1000 else f"{used:.2e}"
+        budget = share(row["budget_used"])
         verdict = Text(clause.verdict.replace("_", " "), style=COLOURS[clause.verdict])
         counts = (str(row[name] or "") for name in ("inconclusive", "ambiguous", "not_offered"))
         failed = [str(row[name] or "") for name in known]

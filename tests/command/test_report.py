@@ -218,11 +218,14 @@ def test_a_cell_that_cannot_be_counted_is_in_the_legend(tmp_path: Path) -> None:
 
     class NotANumber(SlidingMask):
         def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Any:
-            out = np.full((case.batch, case.q_heads, case.q_len, case.value_dim), np.nan)
-            return Attention(out, None)
+            out = np.zeros((case.batch, case.q_heads, case.q_len, case.value_dim))
+            return Attention(
+                out + (np.nan if case.sliding_window_size < case.q_len else v.mean()), None
+            )
 
     prop = PROPERTIES["W1_sliding_mask_as_read"]
-    record = run_property(prop, NotANumber(), Options(findings=tmp_path))
+    hidden = Case(q_len=3, kv_len=3, head_dim=16, value_dim=16, sliding_window_size=1)
+    record = run_property(prop, NotANumber(), Options(case=hidden, findings=tmp_path))
     assert record.finding is not None and "?" in record.finding["fault"]["masks"]["actual"][0]
     assert "? NaN or no number of times" in record.finding["text"]
     told = Reader(to_html(report_of([record]))).words

@@ -452,7 +452,7 @@ def test_counts_come_from_dynamo_and_inductor(monkeypatch: pytest.MonkeyPatch) -
 def test_warm_compiles_each_kind_once_and_then_judges(place: Path) -> None:
     done = nsa_ref(
         *("verify", "standin_gpu:CountsCompilations", "--device=cpu", "--warm", "-n", "1"),
-        *("--branch=sliding", "--json=report.json"),
+        *("--branch=sliding", "--dtype=float32", "--json=report.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warmed up in" in done.stdout
