@@ -19,6 +19,7 @@ from nsa_ref.testing.findings import Finding, alike_as
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.judging import BRANCH_NAMES
 from nsa_ref.testing.last_words import announced
+from nsa_ref.testing.lattice import SPECIAL_CLAUSES
 from nsa_ref.testing.narrowing import broken_clause
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
@@ -89,7 +90,31 @@ class Question:
 
 
 def by_weight(findings: Iterable[Finding]) -> list[Finding]:
-    """Those first that may be the cause of others: failures, then masks, then the smallest case."""
+    """Those first that may be the cause of others: failures, then masks, then the smallest case.
+
+    A mask that is wrong on the edges of a special clause alone stands behind the finding of that
+    clause, and before it if it is wrong elsewhere as well.
+    """
+    findings = list(findings)
+
+    def on_edges(finding: Finding, special: str) -> bool:
+        """Whether a mask is wrong on the edges of the special clause alone, if it has such."""
+        edges = SPECIAL_CLAUSES.get(finding["clause"], {}).get(special, ())
+        return bool(set(edges).intersection(finding.get("edges", ())))
+
+    def is_said_better(finding: Finding) -> bool:
+        """Whether another finding is of the clause that fits."""
+        who, clause = finding["implementation"], finding["clause"]
+        return any(
+            on_edges(finding, other["clause"])
+            or (
+                clause in SPECIAL_CLAUSES.get(other["clause"], {})
+                and "edges" in other
+                and not on_edges(other, clause)
+            )
+            for other in findings
+            if other["implementation"] == who
+        )
 
     def weight(finding: Finding) -> tuple[Any, ...]:
         case = finding["case"]
@@ -98,7 +123,7 @@ def by_weight(findings: Iterable[Finding]) -> list[Finding]:
         sizes = ("batch", "q_heads", "q_len", "kv_len", "num_mem_kv", "head_dim", "value_dim")
         size = [case[name] for name in sizes]
         clause = list(CLAUSES).index(finding["clause"])
-        return rank, finding["convention"] is None, *size, clause
+        return rank, finding["convention"] is None, is_said_better(finding), *size, clause
 
     return sorted(findings, key=weight)
 

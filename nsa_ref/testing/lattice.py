@@ -165,6 +165,18 @@ CLAUSE_EDGES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Clause about a mask -> the clauses that say what is special on edges of it, with those edges.
+SPECIAL_CLAUSES: dict[str, dict[str, tuple[str, ...]]] = {
+    "W1": {"W3": ("w = 0", "w > kv_len")},
+    "C2": {"C3": ("memory",)},
+    "F1": {
+        "F2": ("partial last block",),
+        "F3": ("indices few",),  # of those that F1 is asked about
+        "I6": ("n > blocks",),
+    },
+}
+
+
 def edges(case: Case, mask: np.ndarray) -> list[str]:
     """The edges that a case stands on, given its mask (batch, q_heads, q_len, columns)."""
     return [edge.name for edge in _EDGES if edge.met_by(case, mask)]

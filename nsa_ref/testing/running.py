@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 
 import hypothesis
 
@@ -39,7 +40,7 @@ from nsa_ref.testing.last_words import (
     withdraw,
     worker_id,
 )
-from nsa_ref.testing.lattice import EDGES, case_edges
+from nsa_ref.testing.lattice import EDGES, SPECIAL_CLAUSES, case_edges
 from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
@@ -99,6 +100,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
     if options.turn is None:
         trials.record.settle()
     trials.confirm_convention()
+    trials.note_edges()
     trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
     return trials.record
 
@@ -313,6 +315,26 @@ class _Trials:
         if not explained:
             self.record.finding = save_finding(finding | {"convention": None}, options.findings)
 
+    def note_edges(self) -> None:
+        """Write into the finding of a mask the edges on which all broken cases stand."""
+        finding, options, clause = self.record.finding, self.options, self.prop.clause
+        once = options.case is not None or options.turn is not None or not options.shrink
+        if finding is None or once or clause not in SPECIAL_CLAUSES:
+            return
+        if finding["kind"] != "wrong mask" or finding["clause"] != clause:
+            return
+        common = set(case_edges(self.prop, Case.from_json(finding["case"])))
+
+        def note(case: Case, broken: Broken) -> None:
+            if broken.clause == clause:
+                common.intersection_update(case_edges(self.prop, case))
+
+        try:
+            judge_generated(self.prop, self.implementation, options, note)
+        finally:
+            withdraw(options)
+        self.record.finding = save_finding(finding | {"edges": sorted(common)}, options.findings)
+
     def _finding(self, case: Case, broken: Broken) -> Finding:
         data = described(self.prop, self.implementation, self.options, case)
         return data | broken_data(broken)
@@ -363,11 +385,21 @@ def _why_not_asked(
     return None
 
 
-def judge_generated(prop: Property, implementation: Implementation, options: Options) -> int:
+def _stop(case: Case, broken: Broken) -> None:
+    raise broken
+
+
+def judge_generated(
+    prop: Property,
+    implementation: Implementation,
+    options: Options,
+    on_broken: Callable[[Case, Broken], None] = _stop,
+) -> int:
     """Judge generated cases of a property until one is broken, or the time is up; none is kept.
 
     What the ledger knows counts as it would if it were right.
 
+    on_broken : called with what is broken, and the next case is judged unless it raises
     returns : how many there was time for
 
     Raises
@@ -391,7 +423,7 @@ def judge_generated(prop: Property, implementation: Implementation, options: Opt
                 judge(prop, implementation, case)
         except Broken as broken:
             if not any(entry.explains(prop, broken.clause, case) for entry in ledger):
-                raise
+                on_broken(case, broken)
 
     if is_asked(prop, implementation, options):
         generate(prop, implementation, dataclasses.replace(options, shrink=False), trial)

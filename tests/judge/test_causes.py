@@ -15,6 +15,14 @@ from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.causes import Question, by_weight, fold, questions
 from nsa_ref.testing.findings import Finding, grouped
+from nsa_ref.testing.mutants.masks import (
+    Duplicates,
+    MinusOneIsZero,
+    NoWindow,
+    OwnBlockDropped,
+    PartialBlockDropped,
+    WindowPlusOne,
+)
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import clauses, same_as
@@ -216,6 +224,35 @@ def test_two_mistakes_in_two_branches_are_two_findings(
     port: OracleImplementation, cases: dict[str, Case], tmp_path: Path
 ) -> None:
     assert len(found_by_cause(port, broken_on(port, tmp_path, cases))) == 2
+
+
+WINDOWS = ("W1_sliding_mask_as_read", "W3_sliding_mask_as_exposed")
+BLOCKS = tuple(f"{clause}_fine_mask_as_exposed" for clause in ("F1", "F2", "F3", "I6"))
+
+
+@pytest.mark.parametrize(
+    ("port", "names", "clause"),
+    [
+        (PartialBlockDropped, BLOCKS, "F2"),
+        (MinusOneIsZero, BLOCKS, "I6"),
+        (Duplicates, BLOCKS, "F3"),
+        (OwnBlockDropped, BLOCKS, "F1"),
+        (NoWindow, WINDOWS, "W3"),
+        (WindowPlusOne, WINDOWS, "W1"),
+    ],
+)
+def test_the_clause_that_says_it_most_closely_is_told_first(
+    port: type[OracleImplementation], names: tuple[str, ...], clause: str, tmp_path: Path
+) -> None:
+    """The general one is broken as well, but on the edges of the special one alone."""
+    asked = port()
+    asked.semantics = (PAPER,)
+    asked.numerics = {"float32": "fp32"}
+    options = Options(findings=tmp_path)
+    records = [run_property(PROPERTIES[name], asked, options) for name in names]
+    (first, *_), *others = found_by_cause(asked, records)
+    assert first["clause"] == clause, first["text"]
+    assert not others
 
 
 def test_what_the_convention_does_not_explain_is_a_finding_of_its_own(tmp_path: Path) -> None:
