@@ -99,6 +99,7 @@ def _finding(group: Sequence[Finding]) -> dict[str, Any]:
         "add": f"nsa-ref ledger add {shlex.quote(finding['file'])}",
         "entry": to_toml(entry_of(finding, ())),
         "same": same_as(finding, others),
+        "others": others,
     }
 
 

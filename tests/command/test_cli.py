@@ -443,6 +443,7 @@ def test_thorough_without_an_edge_has_not_decided_all(
 ) -> None:
     met = dict.fromkeys((edge for edge in EDGES if edge not in ("batch 3", "G = 16")), 1)
     leaves(monkeypatch, **{clause: {"edges": met} for clause in CLAUSES})
+    monkeypatch.setattr(cli, "THOROUGH_DRAWS", 300)
     (place / "few_heads.py").write_text(
         "from port_zoo import SlidingMask\n\n\n"
         "class Port(SlidingMask):\n"
@@ -452,7 +453,7 @@ def test_thorough_without_an_edge_has_not_decided_all(
     assert main([*thorough]) == UNDECIDED
     shown = capsys.readouterr()
     assert "no decided case had batch 3. Try another --seed" in shown.err
-    assert "edges out of reach: G = 16 (none of 3000 cases drawn" in shown.out
+    assert "edges out of reach: G = 16 (none of 300 cases drawn" in shown.out
     met["batch 3"] = 1
     assert main([*thorough]) == HOLDS
 

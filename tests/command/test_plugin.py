@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -162,7 +164,8 @@ def test_options_are_checked(option: str, words: str) -> None:
 
 
 def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path) -> None:
-    options = {"--nsa-implementation": "nowhere", "--nsa-device": "cpu"}
+    options: dict[str, Any] = {"--nsa-implementation": "nowhere", "--nsa-device": "cpu"}
+    options["--nsa-deadline"] = math.inf
     options["--nsa-findings"] = str(tmp_path)
     config = SimpleNamespace(option=object(), getoption=options.get)
     with pytest.raises(pytest.UsageError, match=r"package\.module:object"):
