@@ -2,9 +2,10 @@
 
 In this folder: `nsa-ref verify jax_port:JaxPort`. It needs `pip install jax nsa-ref`.
 
-JAX compiles a function anew for every shape of its arguments, and a judge draws many shapes. Thus
-`padded` fills lengths up to 64, 256, 1024 ...; the true lengths and the sizes of the geometry are
-traced numbers, which cost no compilation; and `limits` holds what is left to few values.
+JAX compiles a function anew for every shape of its arguments, and a judge draws many. `pace` has it
+draw few: a dozen geometries for each branch. `padded` makes them fewer still, as it fills lengths up
+to 64, 256, 1024 ...; the true lengths and the sizes of the geometry are traced numbers, which cost
+no compilation. `limits` holds what is left to few values.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class JaxPort(Implementation):
     name = "jax port"
     semantics = (PAPER, dataclasses.replace(PAPER, causal=False))
     numerics = {"float32": "fp32", "float64": "fp64"}  # noqa: RUF012
+    pace = "compiles"
     limits = {  # noqa: RUF012
         "batch": (2,),
         "kv_heads": (2,),
@@ -153,6 +155,10 @@ class JaxPort(Implementation):
         "num_selected_blocks": (3,),
     }
     deterministic = True
+
+    def compile_counts(self) -> dict[str, int]:
+        compiled = (*BRANCHES.values(), gradients, sliding_mask, compress_mask, fine_mask)
+        return {"shapes": sum(function._cache_size() for function in compiled)}
 
     def sliding_mask(self, case: Case) -> Any:
         lengths = padded_length(case.q_len), padded_length(case.kv_len)
