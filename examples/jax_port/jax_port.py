@@ -3,7 +3,7 @@
 In this folder: `nsa-ref verify jax_port:JaxPort`. It needs `pip install jax nsa-ref`.
 
 JAX compiles a function anew for every shape of its arguments, and a judge draws many. `pace` has it
-draw few: a dozen geometries for each branch. `padded` makes them fewer still, as it fills lengths up
+draw few: a dozen geometries for each branch. `padded` makes them fewer still: it fills lengths up
 to 64, 256, 1024 ...; the true lengths and the sizes of the geometry are traced numbers, which cost
 no compilation. `limits` holds what is left to few values.
 """

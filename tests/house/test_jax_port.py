@@ -14,6 +14,9 @@ from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
 
+#: One for all, because its geometries take seconds to choose.
+PORT = jax_port.JaxPort()
+
 
 @pytest.mark.parametrize(
     "name",
@@ -26,7 +29,7 @@ from nsa_ref.testing.running import run_property
     ],
 )
 def test_it_is_right(name: str, tmp_path: Path) -> None:
-    record = run_property(PROPERTIES[name], jax_port.JaxPort(), Options(findings=tmp_path))
+    record = run_property(PROPERTIES[name], PORT, Options(findings=tmp_path))
     assert record.finding is None, record.finding["text"]
     assert record.cases
 
@@ -40,6 +43,6 @@ def test_a_window_one_key_short_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(jax_port, "traced_sizes", short)
     prop = PROPERTIES["W1_sliding_mask_as_exposed"]
-    finding = run_property(prop, jax_port.JaxPort(), Options(findings=tmp_path)).finding
+    finding = run_property(prop, PORT, Options(findings=tmp_path)).finding
     assert finding is not None and finding["clause"] == "W1"
     assert finding["convention"] == {"name": "window_closed", "value": False}
