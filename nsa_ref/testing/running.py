@@ -115,7 +115,8 @@ class _Trials:
         self.ledger = ledger_of(implementation, options.ledger) if options.case is None else ()
         self.broken: dict[Case, Broken] = {}  # the last one is the smallest
         self.shrink_until = 0.0
-        self.timeout = options.timeout * (1 if implementation.pace == "fast" else SLOW_TIME_FACTOR)
+        longer = implementation.pace != "fast" and options.case is None  # a kept case says it all
+        self.timeout = options.timeout * (SLOW_TIME_FACTOR if longer else 1)
         self.options = dataclasses.replace(options, timeout=self.timeout)
         self.first: list[float] = []  # seconds that the port took for its first cases
 
