@@ -18,6 +18,7 @@ from nsa_ref.testing.implementation import (
     WrongDeclaration,
     refusal,
 )
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.properties import extent, masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
@@ -43,6 +44,7 @@ def judge(prop: Property, implementation: Implementation, case: Case) -> Outcome
     WrongDeclaration : `supports` of the implementation says neither yes nor why not
     Stopped : an alarm rang that is not the implementation's, such as that of pytest-timeout
     """
+    implementation = limited(implementation, prop.called)
     try:
         return _ask(prop, implementation, case)
     except (Broken, NotOffered, NoAnswer, WrongDeclaration, Stopped):

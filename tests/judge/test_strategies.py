@@ -23,6 +23,7 @@ from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.drawing import asked_of, draw
 from nsa_ref.testing.lattice import EDGES, MASK, Edge, edges
 from nsa_ref.testing.loading import Declared
+from nsa_ref.testing.narrowing import broken_clause
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
@@ -343,6 +344,13 @@ def test_cases_are_drawn_within_relations_and_the_limits_of_their_method(name: s
 )
 def test_a_port_is_called_within_its_limits_alone(name: str, tmp_path: Path) -> None:
     trials.passes(name, Narrow(), tmp_path)
+
+
+def test_a_case_by_itself_is_judged_within_the_limits() -> None:
+    """As those are that show whether findings have one cause."""
+    case = Case(dtype="float32", q_len=8, kv_len=8, head_dim=8, value_dim=8, sliding_window_size=2)
+    prop = PROPERTIES["sliding_rows_do_not_know_what_follows"]
+    assert broken_clause(prop, Narrow(), case) == ""
 
 
 def test_limits_of_a_method_are_nothing_to_the_others() -> None:
