@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nsa_ref.testing.branches import GRADIENTS, SLIDING, Branch, Inputs
+from nsa_ref.testing.branches import COMPRESS, GRADIENTS, SLIDING, Branch, Inputs
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties import Property
@@ -49,7 +49,8 @@ def same_mistake(
             if not _wrong_alike(implementation, asked, found, inputs, theirs):
                 return False
         for sizes in TELLING:
-            telling = as_one_attention(dataclasses.replace(case, inputs="randn", **sizes))
+            more = dataclasses.replace(case, inputs="randn", **sizes)
+            telling = as_one_attention(more, prop.the_branch, beside.the_branch)
             if is_declared(implementation, telling) and all(
                 _is_one(telling, p.the_branch) for p in (prop, beside)
             ):
@@ -62,24 +63,20 @@ def same_mistake(
     return None
 
 
-def as_one_attention(case: Case) -> Case:
-    """The case with sizes that make its branches one.
+def as_one_attention(case: Case, *branches: Branch) -> Case:
+    """The case with sizes that make these branches one: each sees all keys up to its row.
 
-    Every key is a block of its own, all blocks are chosen, and the window reaches all keys.
+    All blocks are chosen, the window reaches all keys, and every compressed block is one key. What
+    the branches do not read, and what is large enough, stays as it is: a port may have no other.
     """
-    return dataclasses.replace(
-        case,
-        num_mem_kv=0,
-        compress_block_size=1,
-        compress_block_sliding_stride=1,
-        selection_block_size=1,
-        num_selected_blocks=case.kv_len,
-        num_initial_blocks=0,
-        num_local_blocks=0,
-        sliding_window_size=case.q_len + case.kv_len,
-        indices="all",
-        layout="contiguous",
-    )
+    reach, blocks = case.q_len + case.kv_len, case.num_selection_blocks
+    alike: dict[str, Any] = {
+        "sliding_window_size": max(case.sliding_window_size, reach),
+        "num_selected_blocks": max(case.num_selected_blocks, blocks),
+    }
+    if COMPRESS in branches:
+        alike |= {"compress_block_size": 1, "compress_block_sliding_stride": 1, "num_mem_kv": 0}
+    return dataclasses.replace(case, indices="all", layout="contiguous", **alike)
 
 
 def _is_one(case: Case, branch: Branch) -> bool:
@@ -155,7 +152,7 @@ def _row_by_row(
         places = [tuple(place) for place in np.argwhere(seen == keys)]
         rows, at, columns = (keys, -1, keys) if keys else (2, 0, 1)
         sizes: dict[str, Any] = {"batch": len(places), "q_len": int(rows), "kv_len": int(columns)}
-        like = as_one_attention(dataclasses.replace(case, **sizes))
+        like = as_one_attention(dataclasses.replace(case, **sizes), branch)
         if not v.shape[2] or not is_declared(implementation, like) or not _is_one(like, branch):
             raise NotOffered("a row by itself")
         read = [
