@@ -35,7 +35,7 @@ class Evidence:
 
 
 def weighed(records: Sequence[Record], declared: Sequence[Implementation]) -> dict[str, Evidence]:
-    """The evidence of every clause of which cases were decided, by what was asked of whom.
+    """The evidence of every clause of which cases were tried, by what was asked of whom.
 
     declared : the implementations; no more is asked of them than what they declare
     """
@@ -47,12 +47,16 @@ def weighed(records: Sequence[Record], declared: Sequence[Implementation]) -> di
         for clause, edges in CLAUSE_EDGES.items():
             own = [r for r in records if (r.clause, r.implementation) == (clause, name)]
             decided = sum(record.cases for record in own)
-            if not decided or any(record.finding for record in own):
+            if any(record.finding for record in own):
+                continue
+            # cases that could not tell may be all that there are within the limits
+            tried = any(record.inconclusive for record in own)
+            if not decided and (not tried or any(record.unreached for record in own)):
                 continue
             answered = decided + sum(r.known.total() + r.spared.total() for r in own)
             asked = sum(record.asked for record in own)
             why: list[Remark] = []
-            if answered < SHARE * asked:
+            if decided and answered < SHARE * asked:
                 why.append(("few cases", name, decided, asked))
                 if any(record.unreached for record in own):
                     thin[clause] = [*thin.get(clause, []), *why]
@@ -70,7 +74,7 @@ def weighed(records: Sequence[Record], declared: Sequence[Implementation]) -> di
                 outside.setdefault(clause, []).append(("edge outside", name, ", ".join(edges)))
                 continue
             inside.add(clause)
-            thin.setdefault(clause, []).extend(why)
+            thin.setdefault(clause, []).extend(why if decided else [])
     return {
         clause: Evidence(
             tuple(thin.get(clause, ())), () if clause in inside else tuple(outside[clause])
