@@ -45,7 +45,7 @@ class ShortWindow(OracleImplementation):
 
     name = "short"
     semantics = (PAPER,)
-    numerics = MappingProxyType({"float32": "fp32", "float64": "fp64"})
+    numerics = MappingProxyType({"float32": "fp32"})
 
     def _as_it_is(self, case: Case) -> Case:
         semantics = dataclasses.replace(case.semantics, window_closed=False)
