@@ -19,7 +19,7 @@ import functools
 import importlib
 import os
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nsa_ref.semantics import FLA, PerBranch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: The naive reference gives an empty row of the compress branch the lse -inf, the kernels 0.
 NAIVE = dataclasses.replace(FLA, empty_lse=PerBranch(*[float("-inf")] * 3))
 
-LIMITS: dict[str, Collection[Any]] = {
+LIMITS: dict[str, Any] = {
     # 16 or another power of two above it, as `parallel_nsa` demands
     "group_size": (16,),
     "kv_heads": (1, 2),
@@ -58,7 +58,7 @@ LIMITS: dict[str, Collection[Any]] = {
 #: What a CPU does in a part of a second, because the interpreter loops over programs in Python:
 #: two blocks or three, of which the last is short, and a few rows behind more blocks than the
 #: top-k sorts at once.
-SHORT: dict[str, Collection[Any]] = {
+SHORT: dict[str, Any] = {
     "q_len": (*range(1, 11), 17),
     "kv_len": (*range(1, 11), 17, 40, 72),
 }
@@ -135,14 +135,7 @@ class FlaNaive(TorchImplementation):
     # attention is computed in float32 in every dtype
     numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     # it loops over rows in Python
-    limits = LIMITS | {"q_len": range(1, 42), "kv_len": range(1, 42)}
-
-    def supports(self, case: Case) -> str | None:
-        if case.q_len != case.kv_len:
-            return "the reference has no queries apart from keys"
-        if case.q_len == 0:
-            return "it has no sequence of no tokens"
-        return None
+    limits = LIMITS | {"q_len": "== kv_len", "kv_len": (*range(1, 20), 40)}
 
     def fine(self, case: Case, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Attention:
         tensors = map(heads_last, (q, k, v, block_indices))

@@ -17,12 +17,12 @@ import dataclasses
 import functools
 import importlib
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nsa_ref.semantics import LUCIDRAINS, LUCIDRAINS_FLEX, Semantics
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.implementation import Attention, NotOffered, TorchImplementation
+from nsa_ref.testing.implementation import Attention, TorchImplementation
 from nsa_ref.testing.ports import check_installed
 
 if TYPE_CHECKING:
@@ -46,15 +46,20 @@ SIZES = {
     "num_compressed_mem_kv": "num_mem_kv",
 }
 
-LIMITS: dict[str, Collection[Any]] = {
+LIMITS: dict[str, Any] = {
+    # there are no queries apart from keys, and no layer of no tokens
+    "q_len": "== kv_len",
+    "kv_len": ">= 1",
+    # windows are at least as long as the stride, which the constructor asserts
+    "compress_block_size": ">= compress_block_sliding_stride",
     "compress_map": ("mlp",),
     "compress_positions": (True,),
     "num_mem_kv": (1, 2, 16),
     "num_initial_blocks": (0,),
     "num_local_blocks": (0,),
     # one width for keys and values
-    "head_dim": (8,),
-    "value_dim": (8,),
+    "head_dim": (8, 4, 16),
+    "value_dim": "== head_dim",
     # the factory of fine masks scatters indices, all of which must be blocks
     "indices": ("distinct", "few", "same", "all"),
 }
@@ -78,15 +83,6 @@ class Lucidrains(TorchImplementation):
         "float16": "fp16-eager",
     }
     limits = LIMITS
-
-    def supports(self, case: Case) -> str | None:
-        if case.q_len != case.kv_len:
-            return "there are no queries apart from keys"
-        if case.compress_block_size < case.compress_block_sliding_stride:
-            return "windows are at least as long as the stride"
-        if case.kv_len == 0:
-            return "there is no layer of no tokens"
-        return None
 
     def sliding_mask(self, case: Case) -> Any:
         with _masks_of() as package:
@@ -157,9 +153,12 @@ class LucidrainsFlex(Lucidrains):
     def offers_vjp(self, method: str) -> bool:
         return False
 
+    # every slot must hold a block
+    limits_of: Mapping[str, Mapping[str, Any]] = {
+        "fine_mask": {"num_selected_blocks": "<= num_selection_blocks"}
+    }
+
     def fine_mask(self, case: Case, block_indices: Tensor) -> Any:
-        if case.num_selected_blocks > case.num_selection_blocks:
-            raise NotOffered("slots that hold no block")
         with _masks_of() as package:
             made = package.create_fine_mask(
                 case.q_len, case.selection_block_size, causal=case.semantics.causal
