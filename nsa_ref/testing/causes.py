@@ -200,18 +200,33 @@ def fold(
         answer, if it was not decided
     """
     root = list(range(len(findings)))
+    tried = {(q.finding, q.of): answers.get(n) for n, q in enumerate(asked) if q.convention}
+    for i, finding in enumerate(findings):
+        if _is_coincidence(i, findings, tried):
+            finding["convention"] = None
+            tried = {pair: broken for pair, broken in tried.items() if pair[1] != i}
     # what a convention leaves broken has another cause, however alike it looks
-    stays = {(q.finding, q.of) for n, q in enumerate(asked) if q.convention and answers.get(n)}
+    stays = {pair for pair, broken in tried.items() if broken}
     first_of: dict[tuple[str, ...], int] = {}
     for j, finding in enumerate(findings):
         first = first_of.setdefault(alike_as(finding), j)
         root[j] = j if (j, first) in stays else first
     for number, question in enumerate(asked):
         broken, i, j = answers.get(number), question.of, question.finding
+        if question.convention:
+            broken = tried.get((j, i))
         if root[j] != j or broken is None or (j, i) in stays:
             continue
         if broken == ("" if question.convention else findings[i]["clause"]):
             root[j] = root[i]
+    first_with: dict[tuple[Any, ...], int] = {}
+    for j, finding in enumerate(findings):
+        convention = finding["convention"]
+        if root[j] == j and convention and convention["value"] is not None:
+            # one thing to declare is one cause
+            declared = finding["implementation"], *convention.values()
+            first = first_with.setdefault(declared, j)
+            root[j] = j if (j, first) in stays else first
     groups: dict[int, list[Finding]] = {}
     for j, finding in enumerate(findings):
         at = j
@@ -221,10 +236,21 @@ def fold(
     for at, group in groups.items():
         for finding in group:
             finding["cause"] = group[0]["file"]
-        tried = [
-            broken
-            for number, q in enumerate(asked)
-            if q.of == at and q.convention and (broken := answers.get(number)) is not None
-        ]
-        if tried:
-            group[0]["gone"] = [1 + tried.count(""), 1 + len(tried)]
+        known = [broken for (_, of), broken in tried.items() if of == at and broken is not None]
+        if known:
+            group[0]["gone"] = [1 + known.count(""), 1 + len(known)]
+
+
+def _is_coincidence(
+    i: int, findings: Sequence[Finding], tried: Mapping[tuple[int, int], str | None]
+) -> bool:
+    """Whether the convention of a finding explains none of several others that are alike.
+
+    tried : (finding, of) -> what the case of the one breaks under the convention of the other
+    """
+    known = [
+        broken
+        for (j, of), broken in tried.items()
+        if of == i and broken is not None and alike_as(findings[j]) == alike_as(findings[i])
+    ]
+    return len(known) > 1 and all(known)

@@ -308,3 +308,58 @@ def test_a_switch_that_explains_the_smallest_case_alone_is_not_named(tmp_path: P
 
     (record,) = judged(OneTooFar(), tmp_path, NAMES[:1])
     assert record.finding is not None and record.finding["convention"] is None
+
+
+def finding_of(number: int, clause: str, prop: str, convention: str = "") -> Finding:
+    """As data: a wrong mask, and what would explain it."""
+    named = {"name": convention, "value": True} if convention else None
+    case = dataclasses.replace(SMALLEST, seed=number).to_json()
+    return {
+        "file": f"{number}.json",
+        "implementation": "port",
+        "clause": clause,
+        "property": prop,
+        "kind": "wrong mask",
+        "tensor": f"{prop.split('_')[1]} mask",
+        "fault": {},
+        "case": case,
+        "convention": named,
+    }
+
+
+def folded(findings: list[Finding], gone: set[int]) -> list[str]:
+    """The cause of each, if the convention of another explains those in `gone` and no more."""
+    asked = questions(findings)
+    answers = {
+        number: ("" if q.finding in gone else findings[q.finding]["clause"])
+        for number, q in enumerate(asked)
+        if q.convention
+    }
+    fold(findings, asked, answers)
+    return [finding["cause"] for finding in findings]
+
+
+def test_findings_that_one_switch_explains_are_one() -> None:
+    """Under whatever clause they are told, and in whatever branch."""
+    names = (
+        ("F1", "F1_fine_mask_as_read"),
+        ("I6", "I6_fine_mask_as_read"),
+        ("W1", "W1_sliding_mask_as_read"),
+    )
+    findings = [finding_of(n, *names[n], convention="own_block_extra") for n in range(3)]
+    assert folded(findings, {0, 1, 2}) == ["0.json"] * 3
+    other = [*findings[:2], findings[2] | {"convention": {"name": "causal", "value": True}}]
+    assert folded(other, {0, 1, 2}) == ["0.json", "0.json", "2.json"]
+
+
+def test_a_switch_that_explains_none_of_those_that_are_alike_is_a_coincidence() -> None:
+    def alike(convention: str) -> list[Finding]:
+        first = finding_of(0, "I6", "A1_fine_output", convention)
+        return [first, *(finding_of(n, "I6", "I6_fine_mask_as_read") for n in (1, 2, 3))]
+
+    findings = alike("own_block_extra")
+    assert folded(findings, gone=set()) == ["0.json"] * 4
+    assert findings[0]["convention"] is None and "gone" not in findings[0]
+    findings = alike("own_block_extra")
+    assert folded(findings, gone={1}) == ["0.json", "0.json", "2.json", "3.json"]
+    assert findings[0]["gone"] == [2, 4]
