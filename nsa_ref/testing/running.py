@@ -305,10 +305,12 @@ class _Trials:
         convention = Convention(**finding["convention"])
         if convention.value is None:
             return
+        declared = declaring(self.implementation, convention)
+        if not is_asked(self.prop, declared, options):
+            return  # it is about other conventions, of which no case can be broken
         explained = False
         try:
-            judged = judge_generated(self.prop, declaring(self.implementation, convention), options)
-            explained = judged > 0
+            explained = judge_generated(self.prop, declared, options) > 0
         except Broken:
             pass
         finally:

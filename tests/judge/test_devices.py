@@ -233,6 +233,8 @@ def test_an_offset_that_wraps_is_found_by_large_tensors_alone(name: str, tmp_pat
     found = finding(name, port, tmp_path, shrink=False)
     assert found["clause"] == name[:2]
     assert "must be" in found["text"] and "times entry 0" in found["text"]
+    # of the usual sizes none is beyond what the stand-in can tell apart
+    port.limits = {"head_dim": (8, 16), "value_dim": (8, 16), "group_size": (1, 2)}
     passes("A3_sliding_gradients", port, tmp_path)
 
 
