@@ -113,6 +113,12 @@ def narrowed(sample: Sample) -> tuple[Condition, ...]:
         free = (c for c in holding if c.name not in chosen)  # a table has one rule for a name
         best = max(free, key=lambda c: sum(not c.holds(case) for case in left))
         kept = [case for case in left if best.holds(case)]
+        if ".." in str(best.rule):
+            # the other end may be no more than where the sample happened to end
+            ends = [c for c in holding if c.name == best.name and str(c.rule)[:2] in (">=", "<=")]
+            one = min(ends, key=lambda c: sum(map(c.holds, left)))
+            if sum(map(one.holds, left)) < 2 * max(1, len(kept)):
+                best, kept = one, [case for case in left if one.holds(case)]
         if (chosen and 2 * len(kept) >= len(left)) or len(kept) == len(left):
             break  # what tells few apart may be a coincidence of the sample
         left = kept

@@ -278,3 +278,11 @@ def test_a_switch_of_words_and_truths_tells_cases_apart() -> None:
     (condition,) = narrowed(Sample(cases[1:2], [cases[0], cases[2]]))
     assert (condition.name, condition.rule) == ("input_norm", "machine_eps")
     assert not narrowed(Sample(cases[:2], cases[2:]))
+
+
+@pytest.mark.parametrize(("longest", "rule"), [(11, ">= 5"), (30, "5..10")])
+def test_a_range_ends_where_more_than_one_case_says_so(longest: int, rule: str) -> None:
+    """Else what is longer than the sample would be a finding of its own."""
+    broken = [Case(kv_len=n, q_len=3) for n in range(5, 11)]
+    passed = [Case(kv_len=n, q_len=3, seed=1) for n in range(1, longest + 1)]
+    assert [(c.name, c.rule) for c in narrowed(Sample(broken, passed))] == [("kv_len", rule)]
