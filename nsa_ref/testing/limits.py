@@ -1,7 +1,7 @@
 """What an implementation's `limits` allow together: what lies within them, and whether anything.
 
-A limit is a list of values, or a rule of the language that ledgers speak (`conditions`). What holds
-for one method alone stands in `limits_of`.
+A limit is a value, a list of values, or a rule of the language that ledgers speak (`conditions`).
+What holds for one method alone stands in `limits_of`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ HEADS = frozenset({"q_heads", "kv_heads", "group_size"})
 BLOCKS = frozenset({"compress_block_sliding_stride", "selection_block_size"})
 LENGTHS = frozenset({"q_len", "kv_len"})
 
+#: What a list of values may be about.
+LISTED = ("group_size", *(field.name for field in dataclasses.fields(Case)))
+
 
 def check_limits(name: str, stated: object, of_method: bool = False) -> None:
     """Limits of fields that can be limited, to values that such a field can have, and together.
@@ -66,7 +69,7 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
     if not isinstance(stated, Mapping):
         raise TypeError(f"{name}={stated!r} must be a dict of field -> values.")
     try:
-        limits = _values_and_rules(stated)[0]
+        limits, rules = _values_and_rules(stated)
     except RuleError as error:
         raise ValueError(f"{name}: {error}.") from None
     if of_method:
@@ -79,15 +82,15 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
             f"{name} has {min(switches)!r}, which the attribute semantics declares; in limits_of "
             "it may say what one method has of it."
         )
-    fields = ["group_size", *(field.name for field in dataclasses.fields(Case))]
-    for field, values in limits.items():
+    for field in (*limits, *(rule.name for rule in rules)):
         if field in NO_LIMITS:
             raise ValueError(
                 f"{name} has {field!r}, {NO_LIMITS[field]}. What cannot be run is refused by "
                 "supports(case)."
             )
-        if field not in fields:
-            listed = ", ".join(fields)
+    for field, values in limits.items():
+        if field not in LISTED:
+            listed = ", ".join(LISTED)
             raise ValueError(f"{name} has {field!r}, which is no field of a case. Valid: {listed}.")
         if not isinstance(values, Collection) or isinstance(values, (str, Mapping)) or not values:
             right = (values,) if _is_value(field, values) else NAMED_VALUES.get(field, (4, 8))
@@ -134,11 +137,16 @@ def _values_and_rules(stated: Stated) -> tuple[dict[str, Any], tuple[Condition, 
     """
     values: dict[str, Any] = {}
     rules = []
-    for name, rule in stated.items():
+    for name, written in stated.items():
+        rule = plain(written)
         listed = isinstance(rule, Collection) and not isinstance(rule, (str, Mapping))
-        if name in SWITCHES or "_mod_" in name:
+        if not isinstance(name, str):
+            values[name] = rule  # no field is called so
+        elif name in SWITCHES or "_mod_" in name:
             rules.append(Condition(name, list(rule) if listed else rule))
-        elif not isinstance(rule, str) or _is_value(name, rule):
+        elif isinstance(rule, (int, float)) or (isinstance(rule, str) and _is_value(name, rule)):
+            values[name] = (rule,)
+        elif not isinstance(rule, str):
             values[name] = rule
         else:
             condition = Condition(name, rule)
@@ -148,6 +156,11 @@ def _values_and_rules(stated: Stated) -> tuple[dict[str, Any], tuple[Condition, 
             else:
                 values[name] = found
     return values, tuple(rules)
+
+
+def plain(written: Any) -> Any:
+    """Numbers and arrays of NumPy or another library as Python has them; all else as it is."""
+    return written.tolist() if hasattr(written, "tolist") else written
 
 
 def _listed(name: str, condition: Condition) -> Collection[Any] | None:

@@ -25,7 +25,7 @@ from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import PACES, Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
-from nsa_ref.testing.limits import check_limits, check_limits_of, limited
+from nsa_ref.testing.limits import check_limits, check_limits_of, limited, plain
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.wording import one_line
@@ -69,6 +69,7 @@ def _as_json(limits: Mapping[str, Any]) -> dict[str, Any]:
     def value(one: Any) -> Any:
         return one if isinstance(one, (str, bool)) else operator.index(one)
 
+    limits = {field: plain(written) for field, written in limits.items()}
     listed = {f: isinstance(v, Collection) and not isinstance(v, str) for f, v in limits.items()}
     return {f: [value(v) for v in r] if listed[f] else value(r) for f, r in limits.items()}
 

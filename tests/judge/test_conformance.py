@@ -471,7 +471,11 @@ def test_the_suite_takes_instances() -> None:
         ({"numerics": {"float32": "fp33"}}, ValueError, "'fp33'.*fp32"),
         ({"numerics": {"float8": "fp32"}}, ValueError, "bfloat16"),
         ({"limits": {"heads": (1,)}}, ValueError, "'heads'.*q_heads"),
-        ({"limits": {"q_heads": 8}}, ValueError, r"Try \(8,\)"),
+        ({"limits": {"q_heads": 0}}, ValueError, "0; valid are integers of at least 1"),
+        ({"limits": {"q_heads": 8.0}}, ValueError, "8.0; valid are integers of at least 1"),
+        ({"limits": {"inputs": "!= randn"}}, ValueError, "'inputs', which is what a property"),
+        ({"limits": {3: "x"}}, ValueError, "has 3, which is no field of a case.*q_heads"),
+        ({"limits": {"kv_len": np.ones((2, 2), int)}}, ValueError, r"\[1, 1\]; valid are integers"),
         ({"limits": {"inputs": ("randn",)}}, ValueError, "'inputs', which is what a property"),
         (
             {"limits": {"compress_map": ("mean", "per_head")}},
