@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 from pathlib import Path
 from string import Template
 
@@ -21,19 +22,20 @@ def begin(port: str, folder: Path, *, numpy: bool) -> list[Path]:
 
     Raises
     ------
-    CannotRun : the name is none, or one of the files is there already
+    CannotRun : the name is none, none can be made of it for the class, or one of the files is
+        there already
     """
     if not port.isidentifier() or keyword.iskeyword(port):
         raise CannotRun(f"{port!r} must be a name as Python has them. Try my_port")
-    module = f"{port}_adapter"
+    module, adapter = f"{port}_adapter", "numpy_adapter" if numpy else "torch_adapter"
     names = {
         "name": port.replace("_", " "),
         "module": module,
-        "cls": "".join(part[:1].upper() + part[1:] for part in port.split("_")),
+        "cls": _class_name(port, adapter),
         "needs": "" if numpy else " torch",
     }
     files = {
-        folder / f"{module}.py": "numpy_adapter" if numpy else "torch_adapter",
+        folder / f"{module}.py": adapter,
         folder / f"test_{port}_nsa.py": "test",
         folder / FILE_NAME: "ledger",
         folder / "nsa-ref-workflow.yml": "workflow",
@@ -43,9 +45,22 @@ def begin(port: str, folder: Path, *, numpy: bool) -> list[Path]:
         why = f"{' and '.join(there)} {are} there already, and nothing was written"
         raise CannotRun(f"{why}. Try another folder, or move it away")
     for path, template in files.items():
-        text = (TEMPLATES / f"{template}.txt").read_text("utf-8")
         try:
-            path.write_text(Template(text).substitute(names), "utf-8")
+            path.write_text(Template(_text(template)).substitute(names), "utf-8")
         except OSError as error:
             raise CannotRun(f"cannot write {path}: {error.strerror}") from None
     return list(files)
+
+
+def _text(template: str) -> str:
+    return (TEMPLATES / f"{template}.txt").read_text("utf-8")
+
+
+def _class_name(port: str, adapter: str) -> str:
+    """The words of the port's name; "Port" behind a keyword, or what the adapter imports."""
+    name = "".join(part[:1].upper() + part[1:] for part in port.split("_"))
+    if not name.isidentifier():
+        raise CannotRun(f"{port!r} must begin with a letter, which names the class. Try my_port")
+    imports = re.findall(r"^(?:from .+ )?import (.+)$", _text(adapter), re.MULTILINE)
+    taken = re.findall(r"\w+", " ".join(imports))
+    return f"{name}Port" if keyword.iskeyword(name) or name in taken else name

@@ -57,6 +57,37 @@ def test_a_new_port_runs_as_it_was_written(
     )
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize(
+    "name",
+    "true none false attention implementation torch_implementation paper PAPER np torch "
+    "_my_port port my_2".split(),
+)
+def test_a_class_is_no_keyword_and_hides_no_import(name: str, kind: str, place: Path) -> None:
+    """What is written compiles, and each name in it is bound once."""
+    assert main(["new", name, f"--{kind}"]) == HOLDS
+    text = (place / f"{name}_adapter.py").read_text()
+    compile(text, name, "exec")
+    statements = ast.parse(text).body
+    (cls,) = (one.name for one in statements if isinstance(one, ast.ClassDef))
+    imports = (one for one in statements if isinstance(one, ast.Import | ast.ImportFrom))
+    assert cls not in [alias.asname or alias.name for one in imports for alias in one.names]
+    test = (place / f"test_{name}_nsa.py").read_text()
+    compile(test, name, "exec")
+    assert f"import {cls}\n" in test
+    assert f"{name}_adapter:{cls}" in (place / "nsa-ref-workflow.yml").read_text()
+
+
+@pytest.mark.parametrize("name", ["_", "__", "_1", "__2_a"])
+def test_a_name_without_a_letter_at_its_front_is_refused(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new", name]) == COULD_NOT_RUN
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and repr(name) in line and "my_port" in line
+    assert not list(place.iterdir())
+
+
 def test_nothing_that_is_there_is_overwritten(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
