@@ -66,11 +66,12 @@ def _clause(name: str) -> str:
     # the section ends where another heading begins
     section = re.split(rf"^### {name}\n", _page("semantics.md"), flags=re.MULTILINE)[1]
     parts = [f"# {name}", re.split(r"^#", section, flags=re.MULTILINE)[0].strip()]
-    if rows := [row for row in _switches() if name in re.findall(r"\w+", row[3])]:
-        parts.append("## Switches that bear on it")
-        parts.append(
-            "\n".join(f"- {switch} ({values}): {says}" for switch, values, says, _ in rows)
-        )
+    rows = [row for row in _switches() if name in re.findall(r"\w+", row[3])]
+    listed = [f"- {switch} ({values}): {says}" for switch, values, says, _ in rows]
+    if listed:
+        parts += ["## Switches that bear on it", "\n".join(listed)]
+    else:
+        parts.append("No switch bears on it.")
     if wrong := [mutant for mutant in ZOO.values() if mutant.clause == name]:
         parts.append("## How people get it wrong")
         lines = (m.mistake + (f" ({m.seen_in})" if m.seen_in else "") for m in wrong)

@@ -60,8 +60,10 @@ def test_a_new_port_runs_as_it_was_written(
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 @pytest.mark.parametrize(
     "name",
-    "true none false attention implementation torch_implementation paper PAPER np torch "
-    "_my_port port my_2".split(),
+    [
+        *("true", "none", "false", "attention", "implementation", "torch_implementation"),
+        *("paper", "PAPER", "np", "torch", "_my_port", "port", "my_2"),
+    ],
 )
 def test_a_class_is_no_keyword_and_hides_no_import(name: str, kind: str, place: Path) -> None:
     """What is written compiles, and each name in it is bound once."""
@@ -116,6 +118,7 @@ def test_everything_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None
         if subject in CLAUSES:
             assert f"> {CLAUSES[subject]}" in page and "How people get it wrong" in page
             assert all(p.name in page for p in PROPERTIES.values() if p.clause == subject)
+            assert ("Switches that bear on it" in page) != ("No switch bears on it." in page)
         if subject in SWITCHES:
             assert all(f"- {preset}: " in page for preset in PRESETS)
         if subject in PROPERTIES:
