@@ -43,8 +43,8 @@ from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.findings import (
     Finding,
-    clauses_of_cause,
     grouped,
+    of_one_cause,
     size_of,
     write_json,
 )
@@ -609,9 +609,10 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
         raise KeyboardInterrupt
     if collector.errors and not collector.sampled.cases:
         raise CannotRun(collector.errors[0])
-    clauses = clauses_of_cause(finding, path.parent)
-    sample = collector.sampled.sample(case, [DIED] if "ended" in finding else clauses)
-    entry = entry_of(finding, narrowed(sample), [one.id for one in known], clauses)
+    alike = of_one_cause(finding, path.parent)
+    broken = [DIED] if "ended" in finding else [one["clause"] for one in alike]
+    sample = collector.sampled.sample(case, broken)
+    entry = entry_of(alike, narrowed(sample), [one.id for one in known])
     what = entry.clause, entry.method, entry.where
     for other in known:
         if what == (other.clause, other.method, other.where):

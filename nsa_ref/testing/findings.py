@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from nsa_ref.testing.case import Case, load_case
-from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Property
@@ -143,15 +142,15 @@ def alike_as(finding: Finding) -> tuple[str, ...]:
     return who, finding["clause"], finding["kind"], finding["tensor"]
 
 
-def clauses_of_cause(finding: Finding, folder: Path) -> list[str]:
-    """The clauses that the cause of a finding breaks, as far as the folder has its findings."""
-    found = {finding["clause"]}
-    for path in folder.glob("*.json") if "cause" in finding else ():
+def of_one_cause(finding: Finding, folder: Path) -> list[Finding]:
+    """The findings that have the cause of this one, as far as the folder has them; it is first."""
+    found = [finding]
+    for path in sorted(folder.glob("*.json")) if "cause" in finding else ():
         with contextlib.suppress(OSError, ValueError):
             other = json.loads(path.read_text())
             if isinstance(other, dict) and other.get("cause") == finding["cause"]:
-                found.add(other["clause"])
-    return [clause for clause in CLAUSES if clause in found]
+                found.append(other)
+    return found
 
 
 def seen_under(findings: Iterable[Finding]) -> dict[str, str]:

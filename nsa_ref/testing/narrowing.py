@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.conditions import FIELDS, Condition, value_of
 from nsa_ref.testing.drawing import draw
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.judging import judge
+from nsa_ref.testing.judging import BRANCH_NAMES, judge
 from nsa_ref.testing.ledger import Entry
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -149,24 +150,30 @@ def _candidates(sample: Sample) -> list[Condition]:
 
 
 def entry_of(
-    finding: Finding,
-    conditions: tuple[Condition, ...],
-    taken: Collection[str] = (),
-    clauses: Sequence[str] = (),
+    alike: Sequence[Finding], conditions: tuple[Condition, ...], taken: Collection[str] = ()
 ) -> Entry:
-    """The entry that calls a finding known: its clause where these hold, or the method that dies.
+    """The entry that calls findings of one cause known: their clauses, where these hold.
 
+    The methods in which they were found are named, as far as one pattern can: what another method
+    does wrong is another mistake.
+
+    alike : the finding that tells it, and others of its cause
     taken : ids that other entries have
-    clauses : those that its cause breaks, if they are more than its own
     """
+    finding = alike[0]
     ended = "ended" in finding
+    found = {one["clause"] for one in alike}
+    methods = {PROPERTIES[one["property"]].called for one in ([finding] if ended else alike)}
+    parts = (*BRANCH_NAMES, "pool", "select", "layer", "decode", "varlen")
+    shared = [f"{part}*" for part in parts if all(name.startswith(part) for name in methods)]
+    pattern = next(iter(methods if len(methods) == 1 else shared), "")
     name = f"{finding['clause']}-{finding['kind']}".replace(" ", "-")
     numbered = (f"{name}-{number}" for number in itertools.count(2))
     return Entry(
         id=next(id for id in itertools.chain([name], numbered) if id not in taken),
         why=finding["text"].partition("\n")[0],
         status="quarantined" if ended else "tolerated",
-        clause=() if ended else tuple(clauses) or (finding["clause"],),
-        method=PROPERTIES[finding["property"]].called if ended else "",
+        clause=() if ended else tuple(clause for clause in CLAUSES if clause in found),
+        method=pattern,
         where=conditions,
     )

@@ -97,7 +97,7 @@ def _finding(group: Sequence[Finding]) -> dict[str, Any]:
         "case": str(Case.from_json(finding["case"])),
         "replay": finding["replay"],
         "add": f"nsa-ref ledger add {shlex.quote(finding['file'])}",
-        "entry": to_toml(entry_of(finding, ())),
+        "entry": to_toml(entry_of([finding], ())),
         "same": same_as(finding, others),
         "others": others,
     }

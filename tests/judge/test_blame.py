@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -219,3 +219,32 @@ def test_the_forward_is_called_right_where_it_was_read(tmp_path: Path) -> None:
 
     found = finding("A3_sliding_mask_as_read_backward", RaisesOnZeros(), tmp_path)
     assert found["clause"] == "A3" and "the forward" not in found["text"]
+
+
+class NanEverywhere(OracleImplementation):
+    """NaN wherever there is to be a number."""
+
+    semantics = (PAPER,)
+    numerics: ClassVar[dict[str, str]] = {"float32": "fp32"}
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        found = super().run(method, case, *arguments)
+        nan = [np.full_like(x, np.nan) for x in found]
+        return Attention(*nan) if isinstance(found, Attention) else tuple(nan)
+
+
+@pytest.mark.parametrize(
+    "name", ["A5_sliding_canary", "sliding_rows_do_not_know_what_follows", "A5_fine_canary"]
+)
+def test_nan_that_stays_nan_is_no_evidence(name: str, tmp_path: Path) -> None:
+    result = trials.record(name, NanEverywhere(), tmp_path)
+    if result.finding is None:
+        assert not result.cases and result.inconclusive
+    else:
+        assert result.finding["clause"] == "A1"
+
+
+def test_a_gradient_of_nan_reads_no_pair_of_row_and_column(tmp_path: Path) -> None:
+    name = "A3_sliding_mask_of_long_sequences_backward"
+    text = trials.finding(name, NanEverywhere(), tmp_path)["text"]
+    assert " is nan" in text and "pair" not in text

@@ -23,7 +23,7 @@ from nsa_ref.testing.ledger import (
     to_toml,
     wrong_entries,
 )
-from nsa_ref.testing.narrowing import Sample, narrowed
+from nsa_ref.testing.narrowing import Sample, entry_of, narrowed
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
 
@@ -287,3 +287,26 @@ def test_a_range_ends_where_more_than_one_case_says_so(longest: int, rule: str) 
     passed = [Case(kv_len=n, q_len=3, seed=1) for n in range(1, longest + 1)]
     passed += [Case(kv_len=n, q_len=3, seed=seed) for n in range(1, 5) for seed in (2, 3)]
     assert [(c.name, c.rule) for c in narrowed(Sample(broken, passed))] == [("kv_len", rule)]
+
+
+@pytest.mark.parametrize(
+    ("names", "method"),
+    [
+        (("W1_sliding_mask_as_exposed", "W3_sliding_mask_as_exposed"), "sliding_mask"),
+        (("W1_sliding_mask_as_exposed", "A1_sliding_output"), "sliding*"),
+        (("A1_sliding_output", "A3_sliding_gradients"), "sliding*"),
+        (("A1_sliding_output", "A1_fine_output"), ""),
+        (("G1_layer_output", "G1_layer_output_with_blocks"), "layer*"),
+    ],
+)
+def test_an_entry_names_the_methods_that_its_cause_was_found_in(
+    names: tuple[str, ...], method: str
+) -> None:
+    """A mask that is shown wrongly says nothing of the one that is used."""
+    alike = [
+        {"property": name, "clause": PROPERTIES[name].clause, "kind": "wrong mask", "text": "wrong"}
+        for name in names
+    ]
+    entry = entry_of(alike, ())
+    assert entry.method == method
+    assert set(entry.clause) == {PROPERTIES[name].clause for name in names}

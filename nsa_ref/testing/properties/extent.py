@@ -15,7 +15,7 @@ from nsa_ref.numerics import NUMERICS
 from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, GRADIENTS, Branch, Inputs, call, check_dtype
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import check_exact, compare, first_at
+from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, compare_all
@@ -184,6 +184,13 @@ def long_backward_mask(prop: Property, implementation: Implementation, case: Cas
         visible = _row(branch, case, blank.block_indices, t)[:, heads] != 0
         told |= bool(visible.any())
         compared += visible.size
+        keys = visible.sum(-1, keepdims=True)
+        if (missing := np.isnan(dv[..., c]) & (keys > 0)).any():
+            at = first_at(missing)
+            wanted = np.zeros_like(dv)
+            wanted[..., c] = visible / np.maximum(keys, 1)
+            why = "the mean of what the row sees, with q = k = 0"
+            raise Broken("A3", wrong_element(f"{branch.name} dv", (*at, c), dv, wanted, why=why))
         seen = dv[..., c] != 0
         if branch.empty_row(case) != "zero":
             # such a row reads all columns, or none

@@ -122,7 +122,8 @@ def canary(prop: Property, implementation: Implementation, case: Case) -> Outcom
     base = run(inputs, *d)
     bounds = bounds_of(branch, implementation, case, inputs, mask, *d)
     comparisons: list[Comparison] = []
-    elements = sum(int(np.broadcast_to(compared[name], x.shape).sum()) for name, x in base.items())
+    # what is NaN already shows no change
+    elements = sum(int((compared[name] & ~np.isnan(x)).sum()) for name, x in base.items())
     if prop.backward and silent.all():
         elements = 0  # nothing is sent, and nothing comes back
     for what, other in _plants(implementation, planted, where):

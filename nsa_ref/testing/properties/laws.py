@@ -147,6 +147,9 @@ def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcom
     clause = branch.mask_clause(case)
     # an empty row may be the mean of all columns, whose number has changed
     sees = (mask != 0).any(-1)[:, :, :rows, None]
+    if np.isnan(out[sees[..., 0]]).any():
+        # NaN stays NaN, whatever was taken away
+        _blame_the_values(prop, implementation, case, inputs, mask, whole)
     tensors = np.where(sees, other, out), out, bound[:, :, :rows]
     try:
         compared = compare(clause, name, *tensors, part=part, source="out with them")
