@@ -98,10 +98,11 @@ class Condition:
         return (name, *others) if not divisor or divisor.isdecimal() else (name, divisor, *others)
 
     @property
-    def number(self) -> int | None:
-        """The number that the case's value is compared with, if it is one."""
+    def numbers(self) -> list[int]:
+        """The numbers that the case's value is compared with."""
         _, compared, _ = self._read()
-        return compared if type(compared) is int and "_mod_" not in self.name else None
+        values = compared if isinstance(compared, list) else [compared]
+        return [value for value in values if type(value) is int and "_mod_" not in self.name]
 
     def holds(self, case: Case) -> bool:
         """Whether the case is meant."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nsa_ref.checks import check_at_least
 from nsa_ref.sizes import COMPRESS_MAPS, MAY_BE_ZERO
 from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
-from nsa_ref.testing.conditions import SWITCHES, Condition, RuleError, there_are
+from nsa_ref.testing.conditions import FIELDS, SWITCHES, Condition, RuleError, there_are
 from nsa_ref.testing.remembering import remembered
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _values_and_rules(stated: Stated) -> tuple[dict[str, Any], tuple[Condition, 
         listed = isinstance(rule, Collection) and not isinstance(rule, (str, Mapping))
         if not isinstance(name, str):
             values[name] = rule  # no field is called so
-        elif name in SWITCHES or "_mod_" in name:
+        elif "_mod_" in name or (name in FIELDS and name not in LISTED):
             rules.append(Condition(name, list(rule) if listed else rule))
         elif isinstance(rule, (int, float)) or (isinstance(rule, str) and _is_value(name, rule)):
             values[name] = (rule,)
@@ -208,7 +208,8 @@ def limited(implementation: Implementation, method: str) -> Implementation:
         if all(rule.holds(Case(semantics=semantics)) for rule in about_semantics)
     ]
     limited.limits = values
-    limited.rules = tuple(dict.fromkeys(rule for rule in rules if rule not in about_semantics))
+    about_sizes = [rule for rule in rules if rule not in about_semantics]
+    limited.rules = tuple(r for i, r in enumerate(about_sizes) if r not in about_sizes[:i])
     return limited
 
 
@@ -254,8 +255,8 @@ def _nearest(
         if type(now) is not int:
             continue
         tried = set(range(max(0, now - REACH), now + REACH))
-        if rule.number is not None:
-            tried |= {max(0, rule.number - 1), rule.number, rule.number + 1}
+        for number in (n + more for n in rule.numbers for more in (-1, 0, 1)):
+            tried |= {max(0, n) for n in _sizes_for(read, number, sizes)}
         if field in limits:
             tried = {v for v in limits[field] if type(v) is int and v != now}
         for value in sorted(tried, key=lambda v: abs(v - now)):
@@ -273,6 +274,16 @@ def _nearest(
             if allowed and rule.holds(case):
                 return changed
     return None
+
+
+def _sizes_for(read: str, number: int, sizes: dict[str, Any]) -> tuple[int, ...]:
+    """Of the field that is changed, what makes the one that is read this number."""
+    if read == "num_selection_blocks":
+        return (number * sizes["selection_block_size"],)
+    if read == "num_compress_blocks":
+        stride = sizes["compress_block_sliding_stride"]
+        return (number * stride, (number - 1) * stride + sizes["compress_block_size"])
+    return (number,)
 
 
 def _is_value(field: str, value: object) -> bool:

@@ -381,6 +381,38 @@ def test_a_limit_is_a_value_or_anything_that_lists_values(
     assert every[0] and all(drawn == every[0] for drawn in every)
 
 
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [
+        ({"num_selection_blocks": "<= 4"}, range(5)),
+        ({"num_selection_blocks": (1, 3)}, (1, 3)),
+        ({"num_selection_blocks": range(2, 5)}, range(2, 5)),
+        ({"num_compress_blocks": "2..4"}, range(2, 5)),
+        ({"num_compress_blocks": "== 3"}, (3,)),
+        ({"num_compress_blocks": 3}, (3,)),
+        ({"num_compress_blocks": ">= 2"}, range(2, 1000)),
+        ({"kv_len_mod_4": np.array([0, 1])}, None),
+    ],
+    ids=lambda limits: "-".join(map(str, limits.items())) if isinstance(limits, dict) else "",
+)
+def test_a_size_that_follows_from_others_is_limited_like_them(
+    limits: dict[str, Any], allowed: Collection[int] | None
+) -> None:
+    port = OracleImplementation()
+    port.limits = limits
+    conformance_suite(port)
+    back = Declared.from_json(json.loads(json.dumps(Declared(port).to_json())))
+    prop, (field,) = PROPERTIES["I4_selection"], limits
+    for one in (port, back):
+        drawn: list[Case] = []
+        draw(prop, one, Options(shrink=False), drawn.append)
+        assert len(drawn) > 10
+        if allowed is None:
+            assert all(case.kv_len % 4 < 2 for case in drawn)
+        else:
+            assert all(getattr(case, field) in allowed for case in drawn)
+
+
 def test_limits_of_a_method_are_nothing_to_the_others() -> None:
     class Decodes(OracleImplementation):
         limits_of: ClassVar[dict[str, Any]] = {"decode": {"batch": (1,)}}
