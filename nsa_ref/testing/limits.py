@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import fnmatch
 import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ NO_LIMITS = {
 NAMED_VALUES: dict[str, tuple[Any, ...]] = {
     "compress_map": COMPRESS_MAPS,
     "compress_positions": (False, True),
+    "dtype": tuple(DTYPES),
     "indices": INDICES,
     "layout": LAYOUTS,
 }
@@ -72,18 +74,13 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
         limits, rules = _values_and_rules(stated)
     except RuleError as error:
         raise ValueError(f"{name}: {error}.") from None
-    if of_method:
-        for dtype in limits.get("dtype", ()):
-            if dtype not in DTYPES:
-                raise ValueError(f"{name} has dtype {dtype!r}; {there_are(dtype, DTYPES)}.")
-        limits = {field: values for field, values in limits.items() if field != "dtype"}
-    elif switches := SWITCHES & set(stated):
+    if not of_method and (switches := SWITCHES & set(stated)):
         raise ValueError(
             f"{name} has {min(switches)!r}, which the attribute semantics declares; in limits_of "
             "it may say what one method has of it."
         )
     for field in (*limits, *(rule.name for rule in rules)):
-        if field in NO_LIMITS:
+        if field in NO_LIMITS and not (of_method and field == "dtype"):
             raise ValueError(
                 f"{name} has {field!r}, {NO_LIMITS[field]}. What cannot be run is refused by "
                 "supports(case)."
@@ -104,13 +101,27 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
                 known = NAMED_VALUES.get(field)
                 rule = ", ".join(map(str, known)) if known else f"integers of at least {least}"
                 raise ValueError(f"{name}[{field!r}] has {value!r}; valid are {rule}.")
-    for together, rule, found in (
+    if broken := _broken_law(limits):
+        raise ValueError(f"{name} leaves no case: {broken}.")
+
+
+def _broken_law(limits: Limits) -> str:
+    """The values that leave no case, and the law that says so; nothing if there are cases."""
+    for together, law, found in (
         (HEADS, "q_heads is kv_heads times group_size", head_counts(limits)),
         (BLOCKS, "selection_block_size is a multiple of the stride", block_sizes(limits)),
     ):
         if found is not None and not found:
-            said = ", ".join(f"{f}={tuple(limits[f])}" for f in sorted(together & set(limits)))
-            raise ValueError(f"{name} leaves no case: {said}; but {rule}.")
+            said = ", ".join(
+                shown(field, limits[field]) for field in sorted(together & set(limits))
+            )
+            return f"{said}; but {law}"
+    return ""
+
+
+def shown(field: str, values: Collection[Any]) -> str:
+    """The values of a limit as a message has them: of many, the first."""
+    return f"{field}={reprlib.repr(values if isinstance(values, range) else tuple(values))}"
 
 
 def check_limits_of(name: str, stated: object, methods: Collection[str]) -> None:
@@ -126,6 +137,32 @@ def check_limits_of(name: str, stated: object, methods: Collection[str]) -> None
         if not fnmatch.filter(methods, pattern):
             raise ValueError(f"{name} has {pattern!r}, no method; {there_are(pattern, methods)}.")
         check_limits(f"{name}[{pattern!r}]", limits, of_method=True)
+
+
+def check_together(name: str, implementation: Implementation, method: str) -> None:
+    """What is stated in limits and in limits_of for a method, or twice in these, agrees.
+
+    Raises
+    ------
+    ValueError : the method, the field, and the values that exclude each other
+    """
+    values: dict[str, Collection[Any]] = {}
+    for stated in _all_stated(implementation, method):
+        for field, more in _values_and_rules(stated)[0].items():
+            both = [value for value in more if value in values.get(field, more)]
+            if not both:
+                said = f"{shown(field, values[field])} and {shown(field, more)}"
+                raise ValueError(f"{name} leave no case of {method}: {said}.")
+            values[field] = both if field in values else more
+    if broken := _broken_law(values):
+        raise ValueError(f"{name} leave no case of {method}: {broken}.")
+
+
+def _all_stated(implementation: Implementation, method: str) -> list[Stated]:
+    """The limits of all methods, and then those of this one."""
+    patterns = implementation.limits_of
+    own = [limits for pattern, limits in patterns.items() if fnmatch.fnmatchcase(method, pattern)]
+    return [implementation.limits, *own]
 
 
 def _values_and_rules(stated: Stated) -> tuple[dict[str, Any], tuple[Condition, ...]]:
@@ -165,8 +202,8 @@ def plain(written: Any) -> Any:
 
 def _listed(name: str, condition: Condition) -> Collection[Any] | None:
     """The values that a rule without another field leaves, if they are not endless."""
-    if name == "dtype" or name in NAMED_VALUES:
-        known = NAMED_VALUES.get(name, tuple(DTYPES))
+    if name in NAMED_VALUES:
+        known = NAMED_VALUES[name]
         cases = [(value, dataclasses.replace(Case(), **{name: value})) for value in known]
         return [value for value, case in cases if condition.holds(case)]
     if match := re.fullmatch(r"(\d+)\.\.(\d+)", condition.rule):
@@ -184,9 +221,7 @@ def limited(implementation: Implementation, method: str) -> Implementation:
 
     Where it states nothing but values, and nothing of single methods, it is that itself.
     """
-    stated = [implementation.limits]
-    patterns = implementation.limits_of
-    stated += [own for pattern, own in patterns.items() if fnmatch.fnmatchcase(method, pattern)]
+    stated = _all_stated(implementation, method)
     values: dict[str, Any] = {}
     rules = list(implementation.rules)
     for one in stated:
@@ -215,12 +250,11 @@ def limited(implementation: Implementation, method: str) -> Implementation:
 
 def is_within(implementation: Implementation, method: str, case: Case) -> bool:
     """Whether a case lies within the limits that are stated for a method alone."""
-    for pattern, stated in implementation.limits_of.items():
-        if fnmatch.fnmatchcase(method, pattern):
-            values, rules = _values_and_rules(stated)
-            held = all(getattr(case, field) in allowed for field, allowed in values.items())
-            if not held or not all(rule.holds(case) for rule in rules):
-                return False
+    for stated in _all_stated(implementation, method)[1:]:
+        values, rules = _values_and_rules(stated)
+        held = all(getattr(case, field) in allowed for field, allowed in values.items())
+        if not held or not all(rule.holds(case) for rule in rules):
+            return False
     return True
 
 

@@ -25,7 +25,14 @@ from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import PACES, Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
-from nsa_ref.testing.limits import check_limits, check_limits_of, limited, plain
+from nsa_ref.testing.limits import (
+    check_limits,
+    check_limits_of,
+    check_together,
+    limited,
+    plain,
+    shown,
+)
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.wording import one_line
@@ -214,18 +221,23 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
 
 
 def _check_some_case(where: str, implementation: Implementation) -> None:
-    """Raise ValueError if rules leave a method no case."""
+    """Raise ValueError if limits leave a method no case."""
     of_method = {prop.called: prop for prop in PROPERTIES.values() if not prop.extent}
     settings = hypothesis.settings(level_settings("quick", 100), phases=[hypothesis.Phase.generate])
     for method, prop in of_method.items():
-        rules = limited(implementation, method).rules
+        check_together(f"{where}limits", implementation, method)
+        within = limited(implementation, method)
+        rules = within.rules
         if not rules or prop.why_not_offered(implementation):
             continue
         try:
             hypothesis.find(st.one_of(prop.strata(implementation)), bool, settings=settings)
         except (hypothesis.errors.NoSuchExample, hypothesis.errors.Unsatisfiable):
-            said = ", ".join(f"{rule.name} = {rule.rule!r}" for rule in rules)
-            raise ValueError(f"{where}limits leave no case of {method}: {said}.") from None
+            said = [f"{rule.name} = {rule.rule!r}" for rule in rules]
+            read = dict.fromkeys(field for rule in rules for field in rule.reads)
+            said += [shown(field, within.limits[field]) for field in read if field in within.limits]
+            told = f"{where}limits leave no case of {method}: {', '.join(said)}."
+            raise ValueError(told) from None
 
 
 def _call(make: Any, device: str) -> Any:

@@ -452,7 +452,9 @@ def test_rules_without_a_meaning_are_refused_in_a_line(limits: dict[str, Any], w
     [
         ({"decoder": {"batch": (1,)}}, "limits_of has 'decoder', no method; did you mean decode"),
         ({"decode": {"batch": None}}, "limits_of['decode']['batch']=None must be the allowed"),
-        ({"fine_vjp": {"dtype": ("float8",)}}, "limits_of['fine_vjp'] has dtype 'float8'"),
+        ({"fine_vjp": {"dtype": ("float8",)}}, "['dtype'] has 'float8'; valid are float64, "),
+        ({"fine_vjp": {"dtype": None}}, "['dtype']=None must be the allowed values"),
+        ({"fine_vjp": {"dtype": ()}}, "['dtype']=() must be the allowed values"),
         ({"fine_vjp": (64,)}, "limits_of['fine_vjp']=(64,) must be a dict"),
     ],
 )
@@ -461,6 +463,52 @@ def test_limits_of_methods_without_a_meaning_are_refused(limits: Any, words: str
     port.limits_of = limits
     with pytest.raises((TypeError, ValueError), match=re.escape(words)):
         conformance_suite(port)
+
+
+@pytest.mark.parametrize(
+    ("limits", "limits_of", "words"),
+    [
+        (
+            {"kv_len": (1, 2)},
+            {"sliding_mask": {"kv_len": (5,)}},
+            "no case of sliding_mask: kv_len=(1, 2) and kv_len=(5,)",
+        ),
+        (
+            {"kv_len": "<= 4"},
+            {"*_vjp": {"kv_len": 5}},
+            "_vjp: kv_len=range(0, 5) and kv_len=(5,)",
+        ),
+        (
+            {"kv_heads": (4,)},
+            {"sliding_mask": {"q_heads": (6,)}},
+            "no case of sliding_mask: kv_heads=(4,), q_heads=(6,); but q_heads is kv_heads times",
+        ),
+        (
+            {"selection_block_size": 8},
+            {"fine": {"compress_block_sliding_stride": (3, 5)}},
+            "no case of fine: compress_block_sliding_stride=(3, 5), selection_block_size=(8,); but",
+        ),
+        (
+            {},
+            {"*_vjp": {"dtype": "float32"}, "fine_vjp": {"dtype": ["float64"]}},
+            "no case of fine_vjp: dtype=('float32',) and dtype=('float64',)",
+        ),
+        (
+            {"q_len": (5, 6)},
+            {"decode": {"q_len": ">= 7"}},
+            "no case of decode: q_len = '>= 7', q_len=(5, 6)",
+        ),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(
+    limits: dict[str, Any], limits_of: dict[str, Any], words: str
+) -> None:
+    port = OracleImplementation()
+    port.numerics = {"float32": "fp32", "float64": "fp64"}
+    port.limits, port.limits_of = limits, limits_of
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        conformance_suite(port)
+    assert "\n" not in str(error.value)
 
 
 def test_a_method_without_a_dtype_left_is_not_offered(tmp_path: Path) -> None:
