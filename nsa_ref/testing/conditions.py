@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_ref.semantics import PAPER
+from nsa_ref.sizes import MAY_BE_ZERO
 from nsa_ref.testing.case import Case
 
 #: What a condition may read, each with a value that it might have: the fields of a case, sizes that
@@ -28,6 +29,14 @@ FIELDS: dict[str, int | str] = {
     if isinstance(value, (int, str))
 }
 SWITCHES = frozenset(vars(PAPER))
+
+#: What divides what in every case, and of what there is at most one for each key.
+DIVIDES = (
+    ("kv_heads", "q_heads"),
+    ("group_size", "q_heads"),
+    ("compress_block_sliding_stride", "selection_block_size"),
+)
+COUNTED_IN = (("num_compress_blocks", "kv_len"), ("num_selection_blocks", "kv_len"))
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -88,6 +97,8 @@ class Condition:
                 raise RuleError(f"{says} must say '==' or '!='; only numbers are larger or smaller")
         elif not is_field:
             _check_numbers(says, symbol, values, divisor)
+        if type(example) is int and (why := _why_never(self.name, symbol, compared, is_field)):
+            raise RuleError(f"{says} never holds: {why}")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -174,8 +185,33 @@ def _check_numbers(says: str, symbol: str, values: Sequence[int], divisor: int |
             )
     elif min(values) < 0:
         raise RuleError(f"{says} must compare with numbers of at least 0")
-    elif symbol == "<" and values[0] == 0:
-        raise RuleError(f"{says} never holds; try '> 0' or '== 0'")
+
+
+def _why_never(name: str, symbol: str, compared: Any, is_field: bool) -> str:
+    """What is so of every case and excludes the rule; nothing if that leaves some."""
+    of, modulo, divisor = name.partition("_mod_")
+    no_remainder = f"{divisor} divides {of}" if (divisor, of) in DIVIDES else ""
+    if not is_field:
+        if no_remainder and not OPERATORS[symbol](0, compared):
+            return no_remainder
+        least = 0 if modulo else least_of(name)
+        most = max(compared) if isinstance(compared, list) else compared - (symbol == "<")
+        bounded = symbol in ("==", "<", "<=", "in", "..")
+        return f"{name} is at least {least}" if bounded and most < least else ""
+    if no_remainder and symbol in ("==", ">=", ">") and least_of(compared):
+        return no_remainder
+    if compared == divisor and symbol in ("==", ">=", ">"):
+        return f"a remainder is less than {divisor}"
+    for less, more in (*DIVIDES, *COUNTED_IN):
+        if (name, symbol, compared) in ((less, ">", more), (more, "<", less)):
+            return f"{less} is at most {more}"
+    return ""
+
+
+def least_of(name: str) -> int:
+    """The least that the number of this name is in any case."""
+    zero = (*MAY_BE_ZERO, "batch", "q_len", "kv_len", "num_compress_blocks", "num_selection_blocks")
+    return 0 if name in zero else 1
 
 
 def _check_word(name: str, word: object) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nsa_ref.checks import check_at_least
-from nsa_ref.sizes import COMPRESS_MAPS, MAY_BE_ZERO
+from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing.case import DTYPES, INDICES, LAYOUTS, Case
-from nsa_ref.testing.conditions import FIELDS, SWITCHES, Condition, RuleError, there_are
+from nsa_ref.testing.conditions import FIELDS, SWITCHES, Condition, RuleError, least_of, there_are
 from nsa_ref.testing.remembering import remembered
 
 if TYPE_CHECKING:
@@ -97,9 +97,8 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
             )
         for value in values:
             if not _is_value(field, value):
-                least = 0 if field in (*MAY_BE_ZERO, "batch", *LENGTHS) else 1
-                known = NAMED_VALUES.get(field)
-                rule = ", ".join(map(str, known)) if known else f"integers of at least {least}"
+                known = NAMED_VALUES.get(field, ())
+                rule = ", ".join(map(str, known)) or f"integers of at least {least_of(field)}"
                 raise ValueError(f"{name}[{field!r}] has {value!r}; valid are {rule}.")
     if broken := _broken_law(limits):
         raise ValueError(f"{name} leaves no case: {broken}.")
@@ -209,9 +208,8 @@ def _listed(name: str, condition: Condition) -> Collection[Any] | None:
     if match := re.fullmatch(r"(\d+)\.\.(\d+)", condition.rule):
         return range(int(match[1]), int(match[2]) + 1)
     if match := re.fullmatch(r"(==|<=|<)\s*(\d+)", condition.rule):
-        least = 0 if name in (*MAY_BE_ZERO, "batch", *LENGTHS) else 1
         stop = int(match[2]) + (match[1] != "<")
-        return range(stop - 1 if match[1] == "==" else least, stop)
+        return range(stop - 1 if match[1] == "==" else least_of(name), stop)
     return None
 
 
@@ -324,9 +322,8 @@ def _is_value(field: str, value: object) -> bool:
     if field in NAMED_VALUES:
         # True is 1, and 1.0 is; but no list is a name
         return any(type(value) is type(known) and value == known for known in NAMED_VALUES[field])
-    least = 0 if field in (*MAY_BE_ZERO, "batch", *LENGTHS) else 1
     try:
-        check_at_least(field, value, least)  # type: ignore[arg-type]
+        check_at_least(field, value, least_of(field))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return False
     return True
