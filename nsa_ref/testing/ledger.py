@@ -21,6 +21,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +83,41 @@ class Entry:
             raise LedgerError(str(error)) from None
         if not self.clause and not self.property and not self.method:
             raise LedgerError("it names neither a clause nor a property nor a method")
-        if not any(self._means(prop) for prop in PROPERTIES.values()):
-            patterns = f"property={self.property!r} and method={self.method!r}"
+        given = {"property": self.property, "method": self.method}
+        patterns = " and ".join(f"{name}={value!r}" for name, value in given.items() if value)
+        meant = [prop for prop in PROPERTIES.values() if self._means(prop)]
+        if not meant:
             raise LedgerError(f"no property of this version is meant by {patterns}")
+        parts = {prop.part for prop in meant}
+        for clause in self.clause:
+            # another clause than a property's own may be to blame, of the same branch
+            deciding = [prop for prop in PROPERTIES.values() if prop.clause == clause]
+            if not parts & {prop.part for prop in deciding}:
+                called = ", ".join(dict.fromkeys(prop.called for prop in deciding))
+                raise LedgerError(
+                    f"clause={clause!r} is not broken by {patterns}; it is asked of {called}"
+                )
 
     def covers(self, case: Case) -> bool:
         """Whether the case is one of those that fail."""
         return all(condition.holds(case) for condition in self.where)
 
     def is_about(self, prop: Property) -> bool:
-        """Whether this is what the property asks."""
-        return self._means(prop) and (not self.clause or prop.clause in self.clause)
+        """Whether this is what the property asks; or finds broken, if none asks it."""
+        if not self.clause or prop.clause in self.clause or not self._is_asked:
+            return self._means(prop)
+        return False
 
     def explains(self, prop: Property, clause: str, case: Case) -> bool:
         """Whether a case that broke the clause, as the property found, is this known failure."""
         named = not self.clause or clause in self.clause
         return named and self._means(prop) and self.covers(case)
+
+    @cached_property
+    def _is_asked(self) -> bool:
+        """Whether its clauses are those of a property that it means."""
+        meant = (prop for prop in PROPERTIES.values() if self._means(prop))
+        return any(prop.clause in self.clause for prop in meant)
 
     def _means(self, prop: Property) -> bool:
         return fnmatch.fnmatchcase(prop.name, self.property or "*") and fnmatch.fnmatchcase(

@@ -140,6 +140,14 @@ def test_any_reason_can_be_written(why: str) -> None:
         ('[[known]]\nid = "a"\nwhy = "x"', "neither a clause nor a property"),
         ('[[known]]\nid = "a"\nwhy = "x"\nmethod = "fein"', "no property of this version"),
         ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F9"', "clause='F9' must be one of"),
+        (
+            '[[known]]\nid = "a"\nwhy = "x"\nclause = "I4"\nmethod = "sliding"',
+            "clause='I4' is not broken by method='sliding'; it is asked of select",
+        ),
+        (
+            '[[known]]\nid = "a"\nwhy = "x"\nclause = ["W1", "I4"]\nproperty = "A1_sliding*"',
+            "clause='I4' is not broken by property='A1_sliding*'; it",
+        ),
         ('[[known]]\nid = "a"\nwhy = "x"\nproperty = "find_*"', "no property of this version"),
         ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nstatus = "ok"', "status='ok'"),
         ('[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\nwhen = "x"', "'when' is no key"),
@@ -159,6 +167,17 @@ def test_what_has_no_meaning_is_refused_by_name(tmp_path: Path, text: str, named
     with pytest.raises(LedgerError) as error:
         read_ledger(ledger)
     assert named in str(error.value) and "known.toml" in str(error.value)
+
+
+def test_a_clause_that_a_property_finds_broken_besides_its_own_is_accepted(tmp_path: Path) -> None:
+    """A mask may be seen to be wrong in outputs and gradients."""
+    ledger = tmp_path / "known.toml"
+    for what in ('method = "fine_vjp"', 'property = "A1_fine_output"'):
+        ledger.write_text(f'[[known]]\nid = "a"\nwhy = "x"\nclause = "F2"\n{what}')
+        (entry,) = read_ledger(ledger)
+        (pattern,) = {entry.method, entry.property} - {""}
+        about = {p.name for p in PROPERTIES.values() if entry.is_about(p)}
+        assert about == {p.name for p in PROPERTIES.values() if pattern in (p.called, p.name)}
 
 
 def test_a_ledger_that_is_not_there_is_refused(tmp_path: Path) -> None:
