@@ -67,7 +67,7 @@ from nsa_ref.testing.narrowing import DIED, SAMPLED, Sampled, entry_of, narrowed
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration
 from nsa_ref.testing.page import to_html
 from nsa_ref.testing.pictures import one_mask
-from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.properties.common import oracle_mask
 from nsa_ref.testing.replays import (
     Kept,
@@ -272,8 +272,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
             known = ", ".join(sorted(declared))
             raise CannotRun(f"--dtype {dtype}: {names} on {device} declares {known}")
     ledgers = [arguments.ledger] if arguments.ledger else filter(os.path.exists, found["ledgers"])
-    for ledger in ledgers:
-        _checked_entries(Path(ledger))
+    entries = [
+        entry for ledger in dict.fromkeys(ledgers) for entry in _checked_entries(Path(ledger))
+    ]
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"
     _say(console, f"nsa-ref judges {names} on {where}, {level}")
@@ -317,6 +318,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     records, findings = collector.records, collector.findings
     stated = [Declared.from_json(one) for one in chosen]
     evidence: dict[str, Evidence] = {}
+    whole: list[Entry] = []
+    if not collector.interrupted and not collector.errors:
+        whole = [one for one in entries if _is_asked(one, properties, stated, dtypes)]
     if not collector.interrupted:
         causes_until = None if budget is None else deadline + CAUSES_SHARE * budget
         _fold(collector, run, console, causes_until)
@@ -332,7 +336,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         "seconds": round(seconds, 1),
         "complete": not collector.interrupted and not collector.errors,
     }
-    how: dict[str, Any] = {"asked_for": asked_for, "evidence": evidence}
+    how: dict[str, Any] = {"asked_for": asked_for, "evidence": evidence, "entries": whole}
     report = to_json(about, records, findings, warmed=warmed, **how)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -344,7 +348,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     title = f"{names} on {where}"
     how |= {"title": title, "seconds": seconds, "numerics": numerics}
     code = _show(console, collector, names, **how)
-    if code == HOLDS and arguments.strict and (wrong := wrong_entries(records)):
+    if code == HOLDS and arguments.strict and (wrong := wrong_entries(records, whole)):
         lines = "; ".join(map(remark, wrong))
         wrong_ledger = printable(f"nsa-ref: --strict, and the ledger is wrong: {lines}")
         print(wrong_ledger, file=sys.stderr)
@@ -354,6 +358,20 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if code == HOLDS and arguments.level == "thorough":
         code = _thorough(console, records, stated)
     return code
+
+
+def _is_asked(
+    entry: Entry,
+    properties: Sequence[Property],
+    declared: Sequence[Declared],
+    dtypes: Sequence[str],
+) -> bool:
+    """Whether neither --branch nor --dtype leaves out any property that the entry is about."""
+    left_out = (prop for prop in PROPERTIES.values() if prop not in properties)
+    if any(map(entry.is_about, left_out)):
+        return False
+    about = (one for one in declared if entry.names(one.name))
+    return not dtypes or all(set(dtypes) & set(one.numerics) for one in about)
 
 
 def _thorough(console: Console, records: Sequence[Record], declared: Sequence[Declared]) -> int:

@@ -102,6 +102,10 @@ class Entry:
         """Whether the case is one of those that fail."""
         return all(condition.holds(case) for condition in self.where)
 
+    def names(self, implementation: str) -> bool:
+        """Whether it is about the implementation of this name."""
+        return fnmatch.fnmatchcase(implementation, self.implementation or "*")
+
     def is_about(self, prop: Property) -> bool:
         """Whether this is what the property asks; or finds broken, if none asks it."""
         if not self.clause or prop.clause in self.clause or not self._is_asked:
@@ -189,12 +193,7 @@ def ledger_of(implementation: Implementation, named: Path | None = None) -> tupl
     path = named or place_of(implementation)
     if path is None or (named is None and not path.exists()):
         return ()
-    name = implementation.name
-    return tuple(
-        entry
-        for entry in read_ledger(path)
-        if fnmatch.fnmatchcase(name, entry.implementation or "*")
-    )
+    return tuple(entry for entry in read_ledger(path) if entry.names(implementation.name))
 
 
 def place_of(implementation: object) -> Path | None:
@@ -204,8 +203,11 @@ def place_of(implementation: object) -> Path | None:
     return None if file is None else Path(file).with_name(FILE_NAME)
 
 
-def wrong_entries(records: Sequence[Record]) -> list[Remark]:
-    """What is wrong with entries of whose properties every case was tried."""
+def wrong_entries(records: Sequence[Record], entries: Sequence[Entry] = ()) -> list[Remark]:
+    """What is wrong with entries of whose properties every case was tried, or none is offered.
+
+    entries : of whose properties all were asked for
+    """
     late = {name for r in records if r.unreached for name in {*r.inside, *r.outside}}
     inside, outside, failed, spared = (Counter[str]() for _ in range(4))
     for record in records:
@@ -219,8 +221,16 @@ def wrong_entries(records: Sequence[Record]) -> list[Remark]:
             found.append(("no case", name, outside[name]))
         elif not failed[name] and not spared[name]:
             found.append(("stale", name, inside[name]))
-        elif not outside[name]:
+        elif inside[name] and not outside[name]:
             found.append(("every case", name, inside[name]))
+    judged = {record.implementation for record in records}
+    for entry in (one for one in entries if one.id not in {*inside, *outside, *failed}):
+        own = [record for record in records if entry.names(record.implementation)]
+        about = [record for record in own if entry.is_about(PROPERTIES[record.name])]
+        if not any(map(entry.names, judged)):
+            found.append(("no implementation", entry.id, entry.implementation))
+        elif about and all(r.not_offered and not r.cases and not r.asked for r in about):
+            found.append(("nothing offered", entry.id))
     return found
 
 

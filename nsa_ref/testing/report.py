@@ -20,7 +20,7 @@ from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.evidence import Evidence
 from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
 from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
-from nsa_ref.testing.ledger import wrong_entries
+from nsa_ref.testing.ledger import Entry, wrong_entries
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import message, printable, reasons, remark, undecided
@@ -200,10 +200,12 @@ def to_json(
     warmed: Sequence[Record] = (),
     asked_for: Mapping[str, int] | None = None,
     evidence: Mapping[str, Evidence] | None = None,
+    entries: Sequence[Entry] = (),
 ) -> dict[str, Any]:
     """The report of `--json`: JSON values only, numbers that are not finite as strings.
 
     about : what else is known of the run: who was judged, where and how
+    entries : as `wrong_entries` takes them
     """
     report = {
         "schema": SCHEMA,
@@ -214,7 +216,7 @@ def to_json(
         "ledger": {
             "failed": sum((record.known for record in records), Counter[str]()),
             "spared": sum((record.spared for record in records), Counter[str]()),
-            "wrong": wrong_entries(records),
+            "wrong": wrong_entries(records, entries),
         },
         "edges": _met_edges(records),
         "unmet_edges": unmet_edges(records),
@@ -270,12 +272,14 @@ def show(
     seconds: float,
     asked_for: Mapping[str, int] | None = None,
     evidence: Mapping[str, Evidence] | None = None,
+    entries: Sequence[Entry] = (),
     numerics: Mapping[str, Mapping[str, str]] | None = None,
     edges: bool = True,
 ) -> None:
     """The table; rows of bounds; what was not offered or reached; each finding with what is needed
     to see it again; then one line, which is what a screen full of findings still shows.
 
+    entries : as `wrong_entries` takes them
     numerics : implementation -> dtype -> row, where these are known
     """
     # 80 columns hold the longest words, if nothing is spent on vertical lines
@@ -300,7 +304,7 @@ def show(
     console.print()
     console.print(table)
     lines = [f"bounds of {name}: {rows_named(held)}" for name, held in (numerics or {}).items()]
-    lines += _remarks(records, rows)
+    lines += _remarks(records, rows, entries)
     if edges:
         excused = excused_edges(records)
         missing = [edge for edge in unmet_edges(records) if edge not in excused]
@@ -336,7 +340,9 @@ def summary(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
     return f"{len(rows)} clauses: {counted}; {cases} cases in {seconds:.0f} s"
 
 
-def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
+def _remarks(
+    records: Sequence[Record], rows: Sequence[Clause], entries: Sequence[Entry]
+) -> list[str]:
     """Who does not offer what, and why a clause could not be decided."""
     lines = []
     for name in dict.fromkeys(record.implementation for record in records):
@@ -355,7 +361,7 @@ def _remarks(records: Sequence[Record], rows: Sequence[Clause]) -> list[str]:
     late = [f"{name} ({count} of {asked} cases)" for name, count, asked in totals if count]
     if late:
         lines.append(f"not reached before the time was up: {', '.join(late)}")
-    lines += [f"in the ledger: {remark(wrong)}" for wrong in wrong_entries(records)]
+    lines += [f"in the ledger: {remark(wrong)}" for wrong in wrong_entries(records, entries)]
     for name, counts in compiled(records).items():
         lines.append(f"compiled by {name}: {graphs(counts)}")
     for clause in rows:

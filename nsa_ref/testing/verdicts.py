@@ -26,7 +26,7 @@ RemarkName = Literal[
     "limits without large tensors", "little memory", "lost device", "slow pace",
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
     "gates", "maybe A4",
-    "no case", "every case", "stale",
+    "no case", "every case", "stale", "no implementation", "nothing offered",
     "few cases", "edge refused", "edge not met", "edge outside",
     "no element", "vector", "larger vectors",
 ]

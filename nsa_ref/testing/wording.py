@@ -88,6 +88,8 @@ REMARKS: dict[RemarkName, str] = {
     "no case": "{} covers none of {} cases",
     "every case": "{} covers all of {} cases",
     "stale": "{} is stale: none of its {} cases failed",
+    "no implementation": "{} covers no case: no implementation of this run is called {}",
+    "nothing offered": "{} covers no case: what it is about is not offered",
     # why a clause is thin, or lies outside of what is declared
     "few cases": "{} decided {} of the {} cases that it is asked",
     "edge refused": "{} refused every case with this: {} ({} cases)",

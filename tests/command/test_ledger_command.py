@@ -106,10 +106,36 @@ class Port(OracleImplementation):
 """
 
 
+UNMET = """
+[[known]]
+id = "not-offered"
+method = "sliding_mask"
+why = "of the test"
+
+[[known]]
+id = "somebody-else"
+implementation = "another port"
+method = "sliding"
+why = "of the test"
+
+[[known]]
+id = "left-out"
+clause = "G3"
+why = "of the test"
+"""
+
+
 def test_what_takes_its_process_down_goes_from_a_finding_to_a_green_run(place: Path) -> None:
     (place / "port.py").write_text(PORT)
-    run = ("verify", "port:Port", "--dtype=float64", "--json=report.json", "-n2")
-    assert nsa_ref(*run).returncode == BROKEN
+    (place / FILE_NAME).write_text(UNMET)
+    small = ("--dtype=float64", "--branch=sliding")
+    run = ("verify", "port:Port", *small, "--json=report.json", "-n2")
+    done = nsa_ref(*run)
+    assert done.returncode == BROKEN
+    wrong = json.loads((place / "report.json").read_text())["ledger"]["wrong"]
+    assert [name for _, name, *_ in wrong] == ["not-offered", "somebody-else"]
+    assert all(f"{name} covers no case" in done.stdout for _, name, *_ in wrong)
+    (place / FILE_NAME).unlink()
     finding = next((place / "nsa-ref-findings").glob("A1-A1_sliding_output-*-crash.json"))
     added = nsa_ref("ledger", "add", str(finding))
     assert added.returncode == HOLDS, added.stderr

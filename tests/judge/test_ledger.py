@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,7 @@ def test_an_entry_explains_its_own_clause_alone() -> None:
         ({"inside": 0, "outside": 5}, [("no case", "a", 5)]),
         ({"inside": 3, "outside": 5}, [("stale", "a", 3)]),
         ({"inside": 3, "outside": 0, "known": 3}, [("every case", "a", 3)]),
+        ({"inside": 0, "outside": 0, "known": 1}, []),
     ],
 )
 def test_an_entry_that_says_too_much_or_nothing_is_remarked(
@@ -292,6 +294,35 @@ def test_an_entry_that_says_too_much_or_nothing_is_remarked(
     for name, count in counts.items():
         getattr(record, name)["a"] = count
     assert wrong_entries([record]) == said
+
+
+ABSENT: dict[str, Any] = {"cases": 0, "asked": 0, "not_offered": Counter({"decode": 1})}
+
+
+@pytest.mark.parametrize(
+    ("fields", "record", "said"),
+    [
+        ({"implementation": "second*"}, ABSENT, [("no implementation", "a", "second*")]),
+        ({"implementation": "second*"}, {"cases": 9}, [("no implementation", "a", "second*")]),
+        ({}, ABSENT, [("nothing offered", "a")]),
+        ({"implementation": "fi*"}, ABSENT, [("nothing offered", "a")]),
+        # it may be offered
+        ({}, {"asked": 9, "unreached": 9}, []),
+        ({}, {"not_tried": Counter({("slow pace",): 1})}, []),
+        ({}, {"lost": True}, []),
+        # it is counted, and what is wrong with it is named as ever
+        ({}, {"cases": 9, "outside": Counter({"a": 9})}, [("no case", "a", 9)]),
+    ],
+)
+def test_an_entry_about_what_was_not_judged_is_remarked(
+    fields: dict[str, Any], record: dict[str, Any], said: list[Any]
+) -> None:
+    entry = Entry(id="a", why="x", property="G3_decode", **fields)
+    records = [
+        Record(name="G3_decode", clause="G3", implementation="first", **record),
+        Record(name="A1_sliding_output", clause="A1", implementation="first", cases=9),
+    ]
+    assert wrong_entries(records, [entry]) == said
 
 
 def _sample(breaks: Any) -> Sample:
