@@ -49,6 +49,9 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "..": lambda value, ends: ends[0] <= value <= ends[1],
 }
 
+#: How a rule that is a text says them.
+TRUTHS = {"true": True, "false": False}
+
 #: What a rule may be where the case has a number.
 OF_NUMBERS = "a whole number, a list of them, a range '2..8', or a comparison '!= 0' or '>= q_len'"
 
@@ -63,8 +66,8 @@ class Condition:
 
     name : a field of the case, or a remainder by another one or by a number
         ("kv_len_mod_selection_block_size", "q_len_mod_128")
-    rule : a value; a list of values; "!= 0", "< 5", ">= q_len" (a number or a field); "2..8",
-        both ends included
+    rule : a value; a list of values; "!= 0", "< 5", ">= q_len" (a number or a field), "!= true";
+        "2..8", both ends included
 
     Raises
     ------
@@ -156,7 +159,8 @@ class Condition:
             if operand in FIELDS:
                 return symbol, operand, True
             if symbol in ("==", "!="):
-                return symbol, operand, False
+                words = TRUTHS if type(FIELDS.get(self.name)) is bool else {}
+                return symbol, words.get(operand.lower(), operand), False
             near = there_are(operand, FIELDS)
             raise RuleError(
                 f"{self.name} = {self.rule!r}: {operand!r} is no number and no field; {near}"

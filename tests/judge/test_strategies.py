@@ -360,6 +360,7 @@ def test_a_case_by_itself_is_judged_within_the_limits() -> None:
         ({"batch": np.int64(1)}, {"batch": (1,)}),
         ({"layout": "contiguous"}, {"layout": ("contiguous",)}),
         ({"compress_positions": False}, {"compress_positions": (False,)}),
+        ({"compress_positions": "!= true"}, {"compress_positions": (False,)}),
         ({"kv_len": np.arange(3, 9)}, {"kv_len": (3, 4, 5, 6, 7, 8)}),
         ({"layout": np.array(["strided"])}, {"layout": ("strided",)}),
     ],
