@@ -54,6 +54,13 @@ HEADS = frozenset({"q_heads", "kv_heads", "group_size"})
 BLOCKS = frozenset({"compress_block_sliding_stride", "selection_block_size"})
 LENGTHS = frozenset({"q_len", "kv_len"})
 
+#: What follows from other sizes is changed by one of those.
+CHANGED_BY = {
+    "group_size": ("q_heads",),
+    "num_compress_blocks": ("kv_len", "compress_block_size", "compress_block_sliding_stride"),
+    "num_selection_blocks": ("kv_len", "selection_block_size"),
+}
+
 #: What a list of values may be about.
 LISTED = ("group_size", *(field.name for field in dataclasses.fields(Case)))
 
@@ -133,8 +140,9 @@ def check_limits_of(name: str, stated: object, methods: Collection[str]) -> None
     if not isinstance(stated, Mapping):
         raise TypeError(f"{name}={stated!r} must be a dict of method -> limits.")
     for pattern, limits in stated.items():
-        if not fnmatch.filter(methods, pattern):
-            raise ValueError(f"{name} has {pattern!r}, no method; {there_are(pattern, methods)}.")
+        if not isinstance(pattern, str) or not fnmatch.filter(methods, pattern):
+            near = there_are(str(pattern), methods)
+            raise ValueError(f"{name} has {pattern!r}, no method; {near}.")
         check_limits(f"{name}[{pattern!r}]", limits, of_method=True)
 
 
@@ -148,11 +156,11 @@ def check_together(name: str, implementation: Implementation, method: str) -> No
     values: dict[str, Collection[Any]] = {}
     for stated in _all_stated(implementation, method):
         for field, more in _values_and_rules(stated)[0].items():
-            both = [value for value in more if value in values.get(field, more)]
-            if not both:
-                said = f"{shown(field, values[field])} and {shown(field, more)}"
+            before = values.get(field, more)
+            values[field] = [v for v in more if v in before] if field in values else more
+            if not values[field]:
+                said = f"{shown(field, before)} and {shown(field, more)}"
                 raise ValueError(f"{name} leave no case of {method}: {said}.")
-            values[field] = both if field in values else more
     if broken := _broken_law(values):
         raise ValueError(f"{name} leave no case of {method}: {broken}.")
 
@@ -279,10 +287,7 @@ def _nearest(
     sizes: dict[str, Any], rule: Condition, limits: Limits, square: bool, least: int
 ) -> dict[str, Any] | None:
     """The sizes with one of those that the rule reads changed, as little as makes it hold."""
-    for read in rule.reads:
-        # what follows from other sizes is changed by one of those
-        field = {"group_size": "q_heads"}.get(read, "kv_len" if read[:4] == "num_" else read)
-        field = read if read in sizes else field
+    for read, field in ((r, f) for r in rule.reads for f in CHANGED_BY.get(r, (r,))):
         now = sizes.get(field)
         if type(now) is not int:
             continue

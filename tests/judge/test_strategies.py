@@ -391,6 +391,9 @@ def test_a_limit_is_a_value_or_anything_that_lists_values(
         ({"num_compress_blocks": "2..4"}, range(2, 5)),
         ({"num_compress_blocks": "== 3"}, (3,)),
         ({"num_compress_blocks": 3}, (3,)),
+        ({"num_compress_blocks": 1}, (1,)),
+        ({"num_compress_blocks": 0}, (0,)),
+        ({"num_selection_blocks": 1}, (1,)),
         ({"num_compress_blocks": ">= 2"}, range(2, 1000)),
         ({"kv_len_mod_4": np.array([0, 1])}, None),
     ],
@@ -457,6 +460,7 @@ def test_rules_without_a_meaning_are_refused_in_a_line(limits: dict[str, Any], w
         ({"fine_vjp": {"dtype": None}}, "['dtype']=None must be the allowed values"),
         ({"fine_vjp": {"dtype": ()}}, "['dtype']=() must be the allowed values"),
         ({"fine_vjp": (64,)}, "limits_of['fine_vjp']=(64,) must be a dict"),
+        ({3: {"batch": (1,)}}, "limits_of has 3, no method; there are "),
     ],
 )
 def test_limits_of_methods_without_a_meaning_are_refused(limits: Any, words: str) -> None:
