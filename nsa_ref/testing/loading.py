@@ -26,6 +26,7 @@ from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import PACES, Implementation
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
 from nsa_ref.testing.limits import (
+    CHANGED_BY,
     check_limits,
     check_limits_of,
     check_together,
@@ -34,7 +35,7 @@ from nsa_ref.testing.limits import (
     shown,
 )
 from nsa_ref.testing.profiles import level_settings
-from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.wording import one_line
 
 #: Names that stand for an adapter.
@@ -222,22 +223,34 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
 
 def _check_some_case(where: str, implementation: Implementation) -> None:
     """Raise ValueError if limits leave a method no case."""
-    of_method = {prop.called: prop for prop in PROPERTIES.values() if not prop.extent}
-    settings = hypothesis.settings(level_settings("quick", 100), phases=[hypothesis.Phase.generate])
-    for method, prop in of_method.items():
+    # what one property is about may lie outside where others have cases
+    of_method: dict[str, dict[Any, Property]] = {}
+    for prop in PROPERTIES.values():
+        if not prop.extent:
+            kind = (prop.adjust, prop.populated)
+            of_method.setdefault(prop.called, {}).setdefault(kind, prop)
+    for method, kinds in of_method.items():
         check_together(f"{where}limits", implementation, method)
         within = limited(implementation, method)
-        rules = within.rules
-        if not rules or prop.why_not_offered(implementation):
+        offered = [p for p in kinds.values() if not p.why_not_offered(implementation)]
+        if not within.rules or not offered or any(_has_case(p, implementation) for p in offered):
             continue
-        try:
-            hypothesis.find(st.one_of(prop.strata(implementation)), bool, settings=settings)
-        except (hypothesis.errors.NoSuchExample, hypothesis.errors.Unsatisfiable):
-            said = [f"{rule.name} = {rule.rule!r}" for rule in rules]
-            read = dict.fromkeys(field for rule in rules for field in rule.reads)
-            said += [shown(field, within.limits[field]) for field in read if field in within.limits]
-            told = f"{where}limits leave no case of {method}: {', '.join(said)}."
-            raise ValueError(told) from None
+        said = [f"{rule.name} = {rule.rule!r}" for rule in within.rules]
+        read = [field for rule in within.rules for field in rule.reads]
+        read += [field for one in read for field in CHANGED_BY.get(one, ())]
+        limits = {field: within.limits[field] for field in read if field in within.limits}
+        said += [shown(field, values) for field, values in limits.items()]
+        raise ValueError(f"{where}limits leave no case of {method}: {', '.join(said)}.")
+
+
+def _has_case(prop: Property, implementation: Implementation) -> bool:
+    """Whether a case of the property is soon found."""
+    settings = hypothesis.settings(level_settings("quick", 100), phases=[hypothesis.Phase.generate])
+    try:
+        hypothesis.find(st.one_of(prop.strata(implementation)), bool, settings=settings)
+    except (hypothesis.errors.NoSuchExample, hypothesis.errors.Unsatisfiable):
+        return False
+    return True
 
 
 def _call(make: Any, device: str) -> Any:

@@ -500,8 +500,8 @@ def test_limits_of_methods_without_a_meaning_are_refused(limits: Any, words: str
         ),
         (
             {"q_len": (5, 6)},
-            {"decode": {"q_len": ">= 7"}},
-            "no case of decode: q_len = '>= 7', q_len=(5, 6)",
+            {"sliding_mask": {"q_len": ">= 7"}},
+            "no case of sliding_mask: q_len = '>= 7', q_len=(5, 6)",
         ),
     ],
 )
@@ -514,6 +514,16 @@ def test_limits_that_contradict_each_other_are_refused(
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         conformance_suite(port)
     assert "\n" not in str(error.value)
+
+
+def test_limits_that_leave_one_property_of_a_method_no_case_are_no_contradiction() -> None:
+    """Five tokens are not many, but a request."""
+    port = OracleImplementation()
+    port.limits, port.limits_of = {"num_selection_blocks": "3..4"}, {"decode": {"kv_len": 5}}
+    conformance_suite(port)
+    drawn: list[Case] = []
+    draw(PROPERTIES["G3_decode"], port, Options(shrink=False), drawn.append)
+    assert drawn and all(case.kv_len == 5 for case in drawn)
 
 
 def test_a_method_without_a_dtype_left_is_not_offered(tmp_path: Path) -> None:
