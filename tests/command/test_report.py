@@ -132,7 +132,10 @@ def test_a_finding_shows_its_entry_for_the_ledger(records: list[Record], page: P
         assert f"nsa-ref ledger add {shlex.quote(finding['file'])}\n" in words
         entry = f'[[known]]\nid = "{clause}-{finding["kind"].replace(" ", "-")}"\nwhy = "'
         assert entry in words
-    assert words.count('status = "tolerated"\nclause = "W1"\nwhere = {}\n') == 3
+    assert (
+        words.count('status = "tolerated"\nclause = "W1"\nmethod = "sliding_mask"\nwhere = {}\n')
+        == 3
+    )
 
 
 def test_the_page_has_all_in_itself_and_nothing_of_it_runs(page: Path) -> None:
