@@ -78,7 +78,7 @@ def attend(
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
     for b, h, t in np.ndindex(batch, q_heads, q_len):
-        visible = np.flatnonzero(mask[b, h, t])
+        (visible,) = mask[b, h, t].nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
             lse[b, h, t] = empty_lse
@@ -146,7 +146,7 @@ def attend_vjp(
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
     for b, h, t in np.ndindex(batch, q_heads, q_len):
-        visible = np.flatnonzero(mask[b, h, t])
+        (visible,) = mask[b, h, t].nonzero()
         g = h // group
         if visible.size == 0:
             if empty_row == "uniform" and columns > 0:

@@ -29,8 +29,9 @@ Source: NUMERICS 2, "Deterministic form", "Statistical form" and "Inputs that ar
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,23 @@ def attention_bounds(
     form: str,
     scale: float | None = None,
 ) -> AttentionBounds:
+    """`attention_bounds_of` one form."""
+    how: dict[str, Any] = {"numerics": numerics, "forms": (form,), "scale": scale}
+    return attention_bounds_of(q, k, v, mask, d_out, d_lse, **how)[0]
+
+
+def attention_bounds_of(
+    q: ArrayLike | Rounded,
+    k: ArrayLike | Rounded,
+    v: ArrayLike | Rounded,
+    mask: ArrayLike,
+    d_out: ArrayLike | Rounded | None = None,
+    d_lse: ArrayLike | None = None,
+    *,
+    numerics: str,
+    forms: Sequence[str],
+    scale: float | None = None,
+) -> list[AttentionBounds]:
     """Bounds on the error of attention through a mask, forward and (with d_out) backward.
 
     The float64 oracle's own error is included. Rows without a visible key and keys without a
@@ -82,8 +100,8 @@ def attention_bounds(
     mask : integer multiplicities, broadcastable to (batch, q_heads, q_len, columns)
     d_out : like out, (batch, q_heads, q_len, value_dim); d_lse : like lse, default 0
     numerics : a key of NUMERICS
-    form : "deterministic", "statistical" (for generic data only) or "shared" (for `slope_test`)
-    returns : AttentionBounds; dq, dk, dv are None without d_out
+    forms : "deterministic", "statistical" (for generic data only), "shared" (for `slope_test`)
+    returns : AttentionBounds of every form; dq, dk, dv are None without d_out
 
     q, k, v and d_out are exact, or each a `Rounded`: how far the kernel's own may be from it. With
     form "deterministic" only.
@@ -99,7 +117,8 @@ def attention_bounds(
     NUMERICS 2; the quantities are those of A1 and A3
     """
     check_one_of("numerics", numerics, NUMERICS)
-    check_one_of("form", form, FORMS)
+    for form in forms:
+        check_one_of("form", form, FORMS)
     given = {"q": q, "k": k, "v": v} | ({} if d_out is None else {"d_out": d_out})
     inputs: dict[str, Any] = {name: as_rounded(name, x) for name, x in given.items()}
     of_q, of_k, of_v = (inputs[name].value for name in ("q", "k", "v"))
@@ -111,18 +130,28 @@ def attention_bounds(
         check_shape("d_out", inputs["d_out"].value.shape, (*rows, of_v.shape[3]))
     d_lse = 0.0 if d_lse is None else as_float64("d_lse", d_lse, rows)
     off = [name for name, x in inputs.items() if x.error.any()]
-    if off and form != "deterministic":
-        raise ValueError(f"{off[0]} is off, and form={form!r} takes exact inputs.")
+    other = [form for form in forms if form != "deterministic"]
+    if off and other:
+        raise ValueError(f"{off[0]} is off, and form={other[0]!r} takes exact inputs.")
 
     how: dict[str, Any] = {"mask": mask, "scale": scale, "d_lse": d_lse}
-    of_kernel = rounded_attention(AttentionInputs(**inputs, **how), NUMERICS[numerics], form)
     # the reference is float64 arithmetic too, and may err by its own bound
-    of_oracle = of_kernel
-    if numerics != "fp64" or off:
-        inputs = {name: exact(x.value) for name, x in inputs.items()}
-        of_oracle = rounded_attention(AttentionInputs(**inputs, **how), NUMERICS["fp64"], form)
-    both = [x.error + y.error for x, y in zip(of_kernel, of_oracle)]
-    return AttentionBounds(*both[:2], *(both[2:] if d_out is not None else (None, None, None)))
+    rows = [NUMERICS[numerics], NUMERICS["fp64"]]
+    if off:
+        of_exact: dict[str, Any] = {name: exact(x.value) for name, x in inputs.items()}
+        (of_kernel,) = _rounded_in(AttentionInputs(**inputs, **how), [(rows[0], "deterministic")])
+        (of_oracle,) = _rounded_in(AttentionInputs(**of_exact, **how), [(rows[1], "deterministic")])
+        pairs = [(of_kernel, of_oracle)] * len(forms)
+    else:
+        asked = {(row, form): None for form in forms for row in rows}
+        found = dict(zip(asked, _rounded_in(AttentionInputs(**inputs, **how), list(asked))))
+        pairs = [(found[rows[0], form], found[rows[1], form]) for form in forms]
+    bounds = []
+    for pair in pairs:
+        both = [x.error + y.error for x, y in zip(*pair)]
+        backward = both[2:] if d_out is not None else (None, None, None)
+        bounds.append(AttentionBounds(*both[:2], *backward))
+    return bounds
 
 
 class AttentionInputs(NamedTuple):
@@ -154,16 +183,24 @@ def rounded_attention(
 
     Source: NUMERICS 2; the quantities are those of A1 and A3
     """
+    return _rounded_in(given, [(row, form)])[0]
+
+
+def _rounded_in(
+    given: AttentionInputs, asked: Sequence[tuple[Numerics, str]]
+) -> list[RoundedAttention]:
+    """`rounded_attention` of several rows and forms: the float64 quantities serve all of them."""
     q, k, v, *_ = given
     rows = q.value.shape[:3]
     shapes = (*rows, v.value.shape[3]), rows, *(x.value.shape for x in (q, k, v))
-    found = RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes))
+    found = [RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes)) for _ in asked]
     for b, g, heads, x in groups(given):
         places: tuple[slice | int, ...] = (heads, heads, heads, g, g)
-        for whole, part, at in zip(found, _group_bounds(x, row, form), places):
-            shape = whole.value[b, at].shape
-            whole.value[b, at] = part.value.reshape(shape)
-            whole.error[b, at] = part.error.reshape(shape)
+        for of_one, (row, form) in zip(found, asked):
+            for whole, part, at in zip(of_one, _group_bounds(x, row, form), places):
+                shape = whole.value[b, at].shape
+                whole.value[b, at] = part.value.reshape(shape)
+                whole.error[b, at] = part.error.reshape(shape)
     return found
 
 
@@ -234,6 +271,7 @@ class Group:
         log_mask = np.log(np.where(visible, mask, 1.0))
         self.log_p = np.where(visible, self.s + log_mask - self.lse, -np.inf)
         self.out = self.p @ v_
+        self._kept: Array | None = None  # of `_deviations`, where all rows fit
 
         if not self.backward:
             return
@@ -262,18 +300,34 @@ class Group:
         right = right.reshape(self.size, rows // self.size, right.shape[1])
         return left.transpose(0, 2, 1) @ right
 
-    def deviations(self, weights: Array, power: int) -> tuple[Array, Array]:
-        """sum_j weights_j |v_j - out|^power of every row, and the largest visible |v_j - out|."""
-        rows, columns = self.p.shape
-        total, furthest = np.zeros_like(self.out), np.zeros_like(self.out)
-        step = max(1, 2**20 // max(1, columns * self.out.shape[1]))  # a few rows at a time: memory
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            deviation = np.abs(self.v.value[None] - self.out[part, None, :])
-            total[part] = (weights[part, None, :] @ deviation**power)[:, 0]
+    @functools.cached_property
+    def furthest(self) -> Array:
+        """The largest visible |v_j - out| of every row: (rows, value_dim)."""
+        furthest = np.zeros_like(self.out)
+        for part, deviation in self._deviations():
             seen = np.where(self.visible[part, :, None], deviation, 0.0)
             furthest[part] = np.max(seen, axis=1, initial=0.0)
-        return total, furthest
+        return furthest
+
+    def deviation(self, weights: Array, power: int) -> Array:
+        """sum_j weights_j |v_j - out|^power of every row: (rows, value_dim)."""
+        total = np.zeros_like(self.out)
+        for part, deviation in self._deviations():
+            total[part] = (weights[part, None, :] @ deviation**power)[:, 0]
+        return total
+
+    def _deviations(self) -> Iterator[tuple[slice, Array]]:
+        """|v_j - out| of all pairs, a few rows at a time: memory."""
+        rows, columns = self.p.shape
+        step = max(1, 2**20 // max(1, columns * self.out.shape[1]))
+        if step >= rows:
+            if self._kept is None:
+                self._kept = np.abs(self.v.value[None] - self.out[:, None, :])
+            yield slice(0, rows), self._kept
+            return
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            yield part, np.abs(self.v.value[None] - self.out[part, None, :])
 
 
 def _over_keys(terms: Array) -> Array:
@@ -378,11 +432,11 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
     u_v = row.u_p + row.u_operands  # P and v as P V reads them
 
     # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
-    first, furthest = x.deviations(pe, 1)
+    first, furthest = x.deviation(pe, 1), x.furthest
     core = (first + (u_v + acc) * ((x.p + pe) @ x.v.size)) / z
     if x.perturbed:  # v that is off already: the same mean of its errors
         core += ((x.p + pe) @ x.v.error) / z
-        furthest += _largest_visible(x, x.v.error)
+        furthest = furthest + _largest_visible(x, x.v.error)
     # whatever the weights, o^ is a mean of visible v: no further off than the furthest
     cap = furthest + (u_v + acc) * np.maximum(x.p @ x.v.size, np.abs(x.out) + furthest)
     error = np.minimum(core, cap)
@@ -440,7 +494,7 @@ def _statistical_forward(x: Group, row: Numerics) -> _Forward:
     acc = row.accumulate(x.n + x.blocks, "statistical")
     u_v = row.u_p + row.u_operands
 
-    first, furthest = x.deviations(pe**2, 2)
+    first, furthest = x.deviation(pe**2, 2), x.furthest
     size = x.p @ x.v.size
     core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v.value**2) + (acc * size) ** 2) / z
     ps = x.p * x.s

@@ -124,12 +124,11 @@ def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
             f"head_dim={dim} must be even: rotary embedding turns pairs of features. Try {dim + 1}."
         )
     turned = np.zeros(x.shape, dtype=x.dtype)
-    for t in range(length):
-        for i in range(dim // 2):
-            angle = positions[t] * ROTARY_BASE ** (-2 * i / dim)
-            a, b = x[..., t, 2 * i], x[..., t, 2 * i + 1]
-            turned[..., t, 2 * i] = a * np.cos(angle) - b * np.sin(angle)
-            turned[..., t, 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+    for i in range(dim // 2):
+        angle = positions * ROTARY_BASE ** (-2 * i / dim)
+        a, b = x[..., 2 * i], x[..., 2 * i + 1]
+        turned[..., 2 * i] = a * np.cos(angle) - b * np.sin(angle)
+        turned[..., 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
     return turned
 
 

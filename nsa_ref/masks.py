@@ -48,15 +48,15 @@ def sliding_mask(q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = P
     w = sizes.sliding_window_size
     reach = w if semantics.window_closed else w - 1
     mask = np.zeros((q_len, kv_len), dtype=np.int64)
+    j = np.arange(kv_len)
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
-        for j in range(kv_len):
-            if semantics.causal:
-                mask[t, j] = 0 <= p - j <= reach
-            else:
-                mask[t, j] = abs(p - j) <= reach
+        if semantics.causal:
+            mask[t] = (j <= p) & (p - j <= reach)
+        else:
+            mask[t] = abs(p - j) <= reach
     return mask
 
 
@@ -88,18 +88,17 @@ def compress_mask(
     num_mem_kv = sizes.num_mem_kv
     mask = np.zeros((q_len, num_mem_kv + len(windows)), dtype=np.int64)
     mask[:, :num_mem_kv] = 1
+    last = np.array([stop - 1 for _, stop in windows], dtype=np.int64)
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
             continue
-        for i, (_, stop) in enumerate(windows):
-            last = stop - 1
-            if not semantics.causal:
-                mask[t, num_mem_kv + i] = 1
-            elif semantics.compress_strict:
-                mask[t, num_mem_kv + i] = last < p
-            else:
-                mask[t, num_mem_kv + i] = last <= p
+        if not semantics.causal:
+            mask[t, num_mem_kv:] = 1
+        elif semantics.compress_strict:
+            mask[t, num_mem_kv:] = last < p
+        else:
+            mask[t, num_mem_kv:] = last <= p
     return mask
 
 
@@ -158,10 +157,10 @@ def fine_mask(
             selected = sorted(set(selected))
         row = np.zeros(kv_len, dtype=np.int64)
         for block in selected:
-            start = block * size
-            for j in range(start, min(start + size, kv_len)):
-                if j <= p or not semantics.causal:
-                    row[j] += 1
+            stop = min((block + 1) * size, kv_len)
+            if semantics.causal:
+                stop = min(stop, p + 1)
+            row[block * size : stop] += 1
         for h in range(g * group, (g + 1) * group):
             mask[b, h, t] = row
     return mask

@@ -66,12 +66,12 @@ def selection_candidates(
         own_excluded = own_excluded or strides != 1
 
     candidates = np.zeros((q_len, num_blocks), dtype=bool)
+    block = np.arange(num_blocks)
     for t in range(q_len):
         p = t + kv_len - q_len
-        for block in range(min(num_blocks, complete)):
-            begun = block * sizes.selection_block_size <= p or not semantics.causal
-            own = block == p // sizes.selection_block_size
-            candidates[t, block] = begun and not (own and own_excluded)
+        begun = (block * sizes.selection_block_size <= p) | (not semantics.causal)
+        own = block == p // sizes.selection_block_size
+        candidates[t] = (block < complete) & begun & ~(own & own_excluded)
     return candidates
 
 
@@ -102,12 +102,13 @@ def forced_blocks(
     forced = np.zeros(candidates.shape, dtype=bool)
     if semantics.own_block_extra:
         return forced
-    for t, block in np.argwhere(candidates):
+    block = np.arange(candidates.shape[1])
+    for t in range(q_len):
         p = t + kv_len - q_len
         own = p // sizes.selection_block_size
         initial = block < sizes.num_initial_blocks
-        local = own - sizes.num_local_blocks < block <= own
-        forced[t, block] = initial or local
+        local = (own - sizes.num_local_blocks < block) & (block <= own)
+        forced[t] = candidates[t] & (initial | local)
     return forced
 
 
@@ -145,10 +146,10 @@ def shared_strides(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> n
     check_multiple("compress_block_size", length, "compress_block_sliding_stride", d, why=why)
     size, num_blocks = sizes.selection_block_size, num_selection_blocks(kv_len, sizes)
     count = np.zeros((len(windows), num_blocks), dtype=np.int64)
+    first = size * np.arange(num_blocks)
     for i, (start, stop) in enumerate(windows):
-        for block in range(num_blocks):
-            tokens = min(stop, (block + 1) * size) - max(start, block * size)
-            count[i, block] = max(tokens, 0) // d  # all four ends are multiples of d
+        tokens = np.minimum(stop, first + size) - np.maximum(start, first)
+        count[i] = np.maximum(tokens, 0) // d  # all four ends are multiples of d
     return count
 
 
@@ -194,7 +195,7 @@ def compress_probabilities(
 
     p_cmp = np.zeros((batch, q_heads, q_len, blocks), dtype=np.result_type(q, columns))
     for b, h, t in np.ndindex(batch, q_heads, q_len):
-        visible = np.flatnonzero(mask[t])
+        (visible,) = mask[t].nonzero()
         if visible.size == 0:
             continue
         s = sizes.scale * (columns[b, h // group, visible] @ q[b, h, t])
@@ -270,19 +271,17 @@ def logit_means(
     means = np.full((batch, heads, q_len, num_blocks), -math.inf, np.result_type(q, k_cmp))
     candidates = selection_candidates(q_len, kv_len, sizes, semantics)
     visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
-    for b, g, t, block in np.ndindex(batch, heads, q_len, num_blocks):
-        if not candidates[t, block]:
-            continue
-        total, invisible = 0.0, 0
-        for h in range(g * group, (g + 1) * group):
-            for i in range(block * strides, (block + 1) * strides):
-                if visible[t, i]:
-                    total += sizes.scale * (k_cmp[b, h // sizes.group_size, i] @ q[b, h, t])
-                else:
-                    invisible += 1
-        # The invisible ones are added as a share: their plain sum would overflow.
-        terms = group * strides
-        means[b, g, t, block] = total / terms + invisible / terms * INVISIBLE_LOGIT
+    for b, g, t in np.ndindex(batch, heads, q_len):
+        of_heads = range(g * group, (g + 1) * group)
+        logits = [sizes.scale * (k_cmp[b, h // sizes.group_size] @ q[b, h, t]) for h in of_heads]
+        seen = np.where(visible[t], logits, 0.0)
+        for block in np.flatnonzero(candidates[t]):
+            blocks = slice(block * strides, (block + 1) * strides)
+            invisible = group * np.count_nonzero(visible[t, blocks] == 0)
+            # The invisible ones are added as a share: their plain sum would overflow.
+            terms = group * strides
+            share = invisible / terms * INVISIBLE_LOGIT
+            means[b, g, t, block] = seen[:, blocks].sum() / terms + share
     return means
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from nsa_ref.attention import Attention
-from nsa_ref.bounds import AttentionBounds, attention_bounds
+from nsa_ref.bounds import FORMS, AttentionBounds, attention_bounds_of
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
@@ -203,7 +203,7 @@ def is_declared(implementation: Implementation, case: Case) -> bool:
     return within and refusal(implementation, case) is None
 
 
-def bounds_of(
+def all_bounds(
     branch: Branch,
     implementation: Implementation,
     case: Case,
@@ -212,27 +212,28 @@ def bounds_of(
     d_out: np.ndarray | None = None,
     d_lse: np.ndarray | None = None,
     *,
-    form: str = "deterministic",
-) -> AttentionBounds:
-    """Bounds of a branch's out and lse; of its gradients as well, if d_out and d_lse are given."""
+    forms: Sequence[str] = FORMS,
+) -> list[AttentionBounds]:
+    """Bounds of a branch's out and lse; of its gradients as well, if d_out and d_lse are given.
+
+    forms : on data that is not generic the first one alone; what `compare` takes
+    """
     q = inputs.q.astype(np.float64)
     if branch.empty_row(case) == "uniform":
         # such a row is attention with equal logits over all columns
         empty = mask.sum(-1, keepdims=True) == 0
         mask, q = np.where(empty, 1, mask), np.where(empty, 0.0, q)
-    arrays, numerics = (q, inputs.k, inputs.v, mask), implementation.numerics[case.dtype]
-    return attention_bounds(*arrays, d_out, d_lse, numerics=numerics, form=form, scale=case.scale)
+    if not case.generic:
+        forms = forms[:1]
+    how: dict[str, Any] = {"numerics": implementation.numerics[case.dtype], "scale": case.scale}
+    return attention_bounds_of(q, inputs.k, inputs.v, mask, d_out, d_lse, forms=forms, **how)
 
 
-def all_bounds(
+def bounds_of(
     branch: Branch, implementation: Implementation, case: Case, *given: Any
-) -> list[AttentionBounds]:
-    """Deterministic; on generic data also statistical and shared: what `compare` takes.
-
-    given : the further arguments of `bounds_of`
-    """
-    forms = ("deterministic", "statistical", "shared") if case.generic else ("deterministic",)
-    return [bounds_of(branch, implementation, case, *given, form=form) for form in forms]
+) -> AttentionBounds:
+    """The deterministic bounds alone; given : the further arguments of `all_bounds`."""
+    return all_bounds(branch, implementation, case, *given, forms=FORMS[:1])[0]
 
 
 def compare_all(
