@@ -193,79 +193,67 @@ def _rounded_in(
     q, k, v, *_ = given
     rows = q.value.shape[:3]
     shapes = (*rows, v.value.shape[3]), rows, *(x.value.shape for x in (q, k, v))
-    found = [RoundedAttention(*(exact(np.zeros(shape)) for shape in shapes)) for _ in asked]
-    for b, g, heads, x in groups(given):
-        places: tuple[slice | int, ...] = (heads, heads, heads, g, g)
-        for of_one, (row, form) in zip(found, asked):
-            for whole, part, at in zip(of_one, _group_bounds(x, row, form), places):
-                shape = whole.value[b, at].shape
-                whole.value[b, at] = part.value.reshape(shape)
-                whole.error[b, at] = part.error.reshape(shape)
+    groups, found = Groups(given), []
+    for row, form in asked:
+        parts = _group_bounds(groups, row, form)
+        each = [Rounded(*(x.reshape(to) for x in part)) for part, to in zip(parts, shapes)]
+        found.append(RoundedAttention(*each, *(exact(np.zeros(to)) for to in shapes[len(each) :])))
     return found
 
 
-def groups(given: AttentionInputs) -> Iterator[tuple[int, int, slice, Group]]:
-    """Batch entry, kv head, its query heads, and the quantities of their attention.
+class Groups:
+    """The float64 quantities of attention, of all groups of query heads: axes (batch, kv_heads).
 
-    Source: A1, A3
-    """
-    q, k, v, mask, scale, d_out, d_lse = given
-    batch, kv_heads = k.value.shape[:2]
-    size = q.value.shape[1] // kv_heads
-    d_lse = np.broadcast_to(d_lse, q.value.shape[:3])
-    for b, g in np.ndindex(batch, kv_heads):
-        heads = slice(g * size, (g + 1) * size)
-        of_d_out = None if d_out is None else d_out.at(b, heads)
-        of_keys = q.at(b, heads), k.at(b, g), v.at(b, g), mask[b, heads]
-        yield b, g, heads, Group(AttentionInputs(*of_keys, scale, of_d_out, d_lse[b, heads]))
-
-
-class Group:
-    """The float64 quantities of one group of query heads, its rows stacked: rows = G * q_len.
-
-    Per pair (rows, columns): multiplicity, visible, s, a (= sum_c |q_c| |k_c|), log_p, p (both
-    with the multiplicity), dp, r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta,
-    d_lse. Per key (columns, 1): n_col.
+    Behind these two, the rows of a group are stacked: rows = G * q_len. Per pair (rows, columns):
+    multiplicity, visible, s, a (= sum_c |q_c| |k_c|), log_p, p (both with the multiplicity), dp,
+    r (= dP - D + d_lse), ds. Per row (rows, 1): m, lse, n, delta, d_lse. Per key (columns, 1):
+    n_col.
 
     Inputs that are off have their sizes in a. They move a logit by at most `moved`
     (rows, columns), and the maximum and lse of a row by `moved_row`. `perturbed` is 1 if there
     are such errors, else 0: it multiplies what is of second order where inputs are exact.
+
+    Source: A1, A3
     """
 
     def __init__(self, given: AttentionInputs) -> None:
         q, k, v, mask, scale, d_out, d_lse = given
-        self.size, q_len, head_dim = q.value.shape
-        columns, value_dim = v.value.shape
+        batch, q_heads, q_len, _ = q.value.shape
+        kv_heads, columns, value_dim = v.value.shape[1:]
+        self.size = q_heads // kv_heads
         rows = self.size * q_len
-        mask = mask.reshape(rows, columns)
+
+        def stacked(part: Array) -> Array:
+            return part.reshape(batch, kv_heads, rows, part.shape[-1])
+
+        mask = stacked(np.broadcast_to(mask, (batch, q_heads, q_len, columns)))
         self.backward = d_out is not None
         if d_out is None:
-            d_out = exact(np.zeros((self.size, q_len, value_dim)))
+            d_out = exact(np.zeros((batch, q_heads, q_len, value_dim)))
         self.perturbed = float(any(x.error.any() for x in (q, k, v, d_out)))
         self.scale = abs(scale)
         self.visible = visible = np.asarray(mask > 0)
         self.multiplicity = np.where(visible, mask, 0.0)
-        self.n = self.multiplicity.sum(axis=1, keepdims=True)
-        self.n_col = self.multiplicity.sum(axis=0)[:, None]
-        empty = ~visible.any(axis=1, keepdims=True)
+        self.n = _over_keys(self.multiplicity)
+        self.n_col = self.multiplicity.sum(axis=-2)[..., None]
+        empty = ~visible.any(axis=-1, keepdims=True)
         # keys that nobody sees have no influence, not even as 0 * inf (A5)
-        seen = np.any(visible, axis=0)[:, None]
+        seen = np.any(visible, axis=-2)[..., None]
         self.k, self.v = (x.map(lambda part: np.where(seen, part, 0.0)) for x in (k, v))
-        self.q = q.map(lambda part: part.reshape(rows, head_dim))
-        self.d_out = d_out.map(lambda part: part.reshape(rows, value_dim))
+        self.q, self.d_out = q.map(stacked), d_out.map(stacked)
         q_, k_, v_, d_out_ = (x.value for x in (self.q, self.k, self.v, self.d_out))
 
-        self.s = np.where(visible, scale * (q_ @ k_.T), 0.0)
-        self.a = np.where(visible, self.q.size @ self.k.size.T, 0.0)
+        self.s = np.where(visible, scale * (q_ @ _turned(k_)), 0.0)
+        self.a = np.where(visible, self.q.size @ _turned(self.k.size), 0.0)
         self.moved = np.zeros_like(self.s)
         if self.perturbed:
-            moved = self.q.error @ self.k.size.T + np.abs(q_) @ self.k.error.T
+            moved = self.q.error @ _turned(self.k.size) + np.abs(q_) @ _turned(self.k.error)
             self.moved = np.where(visible, self.scale * moved, 0.0)
-        self.moved_row = np.max(self.moved, axis=1, keepdims=True, initial=0.0)
-        m = np.max(self.s, axis=1, keepdims=True, initial=-np.inf, where=visible)
+        self.moved_row = np.max(self.moved, axis=-1, keepdims=True, initial=0.0)
+        m = np.max(self.s, axis=-1, keepdims=True, initial=-np.inf, where=visible)
         self.m = np.where(empty, 0.0, m)
         weight = np.where(visible, mask * np.exp(np.minimum(self.s - self.m, 0.0)), 0.0)
-        total = weight.sum(axis=1, keepdims=True) + empty
+        total = _over_keys(weight) + empty
         self.lse = np.where(empty, 0.0, self.m + np.log(total))
         self.p = weight / total
         log_mask = np.log(np.where(visible, mask, 1.0))
@@ -275,18 +263,19 @@ class Group:
 
         if not self.backward:
             return
-        self.d_lse = np.reshape(d_lse, (rows, 1)) * ~empty
-        self.dp = np.where(visible, d_out_ @ v_.T, 0.0)
+        d_lse = np.broadcast_to(d_lse, (batch, q_heads, q_len))
+        self.d_lse = stacked(d_lse[..., None]) * ~empty
+        self.dp = np.where(visible, d_out_ @ _turned(v_), 0.0)
         self.delta = _over_keys(d_out_ * self.out)
         self.r = np.where(visible, self.dp - self.delta + self.d_lse, 0.0)
         self.ds = self.p * self.r
-        self.dq, self.dk = scale * self.ds @ k_, scale * self.ds.T @ q_
-        self.dv = self.p.T @ d_out_
+        self.dq, self.dk = scale * self.ds @ k_, scale * _turned(self.ds) @ q_
+        self.dv = _turned(self.p) @ d_out_
 
     @property
     def blocks(self) -> int:
         """Rescalings of an online softmax: one per key block."""
-        return self.p.shape[1] // KEYS_PER_BLOCK
+        return self.p.shape[-1] // KEYS_PER_BLOCK
 
     @property
     def distance(self) -> Array:
@@ -295,55 +284,62 @@ class Group:
 
     def by_head(self, left: Array, right: Array) -> Array:
         """left^T right of each query head on its own: (G, columns, dim)."""
-        rows, columns = left.shape
-        left = left.reshape(self.size, rows // self.size, columns)
-        right = right.reshape(self.size, rows // self.size, right.shape[1])
-        return left.transpose(0, 2, 1) @ right
+
+        def apart(x: Array) -> Array:
+            rows, last = x.shape[-2:]
+            return x.reshape(*x.shape[:-2], self.size, rows // self.size, last)
+
+        return _turned(apart(left)) @ apart(right)
 
     @functools.cached_property
     def furthest(self) -> Array:
         """The largest visible |v_j - out| of every row: (rows, value_dim)."""
         furthest = np.zeros_like(self.out)
         for part, deviation in self._deviations():
-            seen = np.where(self.visible[part, :, None], deviation, 0.0)
-            furthest[part] = np.max(seen, axis=1, initial=0.0)
+            seen = np.where(self.visible[:, :, part, :, None], deviation, 0.0)
+            furthest[:, :, part] = np.max(seen, axis=-2, initial=0.0)
         return furthest
 
     def deviation(self, weights: Array, power: int) -> Array:
         """sum_j weights_j |v_j - out|^power of every row: (rows, value_dim)."""
         total = np.zeros_like(self.out)
         for part, deviation in self._deviations():
-            total[part] = (weights[part, None, :] @ deviation**power)[:, 0]
+            total[:, :, part] = (weights[:, :, part, None, :] @ deviation**power)[..., 0, :]
         return total
 
     def _deviations(self) -> Iterator[tuple[slice, Array]]:
         """|v_j - out| of all pairs, a few rows at a time: memory."""
-        rows, columns = self.p.shape
-        step = max(1, 2**20 // max(1, columns * self.out.shape[1]))
+        rows = self.p.shape[2]
+        step = max(1, 2**20 // max(1, self.v.value.size))
         if step >= rows:
             if self._kept is None:
-                self._kept = np.abs(self.v.value[None] - self.out[:, None, :])
+                self._kept = np.abs(self.v.value[:, :, None] - self.out[:, :, :, None])
             yield slice(0, rows), self._kept
             return
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            yield part, np.abs(self.v.value[None] - self.out[part, None, :])
+            yield part, np.abs(self.v.value[:, :, None] - self.out[:, :, part, None])
+
+
+def _turned(x: Array) -> Array:
+    """The last two axes, the other way round."""
+    return np.swapaxes(x, -1, -2)
 
 
 def _over_keys(terms: Array) -> Array:
     """The sum of a row: (rows, 1)."""
-    return np.sum(terms, axis=1, keepdims=True)
+    return np.sum(terms, axis=-1, keepdims=True)
 
 
-def _group_bounds(x: Group, row: Numerics, form: str) -> list[Rounded]:
-    """Of one group: out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
+def _group_bounds(x: Groups, row: Numerics, form: str) -> list[Rounded]:
+    """Out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
     if form == "shared":
         row = row.shared()
     statistical = form == "statistical"
     forward = _statistical_forward(x, row) if statistical else _deterministic_forward(x, row)
     empty, unseen = x.n == 0, x.n_col == 0
     # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
-    lost = np.asarray(np.max(x.a, axis=1, keepdims=True, initial=0) > row.largest)
+    lost = np.asarray(np.max(x.a, axis=-1, keepdims=True, initial=0) > row.largest)
     lost &= row.rounds_every_operation
     # what the kernel was given may be inf or NaN
     lost |= ~np.isfinite(x.moved_row)
@@ -360,17 +356,17 @@ def _group_bounds(x: Group, row: Numerics, form: str) -> list[Rounded]:
     backward = _statistical_backward if statistical else _deterministic_backward
     dq, dk, dv, ds = backward(x, row, forward)
     # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
-    over = row.rounds_on_store & (np.abs(x.ds) + ds > row.largest)
+    over: Array = np.asarray(row.rounds_on_store & (np.abs(x.ds) + ds > row.largest))
     # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
-    largest_dp = np.max(x.d_out.size @ x.v.size.T, axis=1, keepdims=True, initial=0)
+    largest_dp = np.max(x.d_out.size @ _turned(x.v.size), axis=-1, keepdims=True, initial=0)
     lost_back = lost | (row.rounds_every_operation & (largest_dp > row.largest / 1.01))
     over |= lost_back & x.visible
     return [
         out,
         lse,
-        result(x.dq, dq, over.any(axis=1, keepdims=True), empty),
-        result(x.dk, dk, np.any(over, axis=0)[:, None], unseen),
-        result(x.dv, dv, np.any(lost & x.visible, axis=0)[:, None], unseen),
+        result(x.dq, dq, over.any(axis=-1, keepdims=True), empty),
+        result(x.dk, dk, over.any(axis=-2)[..., None], unseen),
+        result(x.dv, dv, np.asarray(lost & x.visible).any(axis=-2)[..., None], unseen),
     ]
 
 
@@ -385,7 +381,7 @@ class _Forward(NamedTuple):
     by_logits: Array  # the part of out that is sum P_j e_j (v_j - o); 0 in rows with a cap
 
 
-def _weight_error(x: Group, d: Array, c: float) -> Array:
+def _weight_error(x: Groups, d: Array, c: float) -> Array:
     """P E = P (expm1(d) + c exp(d)): error of P exp(s - m) when s is off by at most d.
 
     In logarithms where d is large, because P may be 0 and exp(d) inf: 0 * inf is NaN, but the
@@ -401,19 +397,19 @@ def _smallest_total(d: Array, lost: Array, c: float) -> Array:
 
     Its largest logit is off by at most d, and adds 1 to the true total in any case.
     """
-    d_max = np.minimum(np.max(d, axis=1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
+    d_max = np.minimum(np.max(d, axis=-1, keepdims=True, initial=0.0), LARGEST_EXPONENT)
     return np.maximum(1.0 - lost, np.exp(-d_max) * (1.0 - c))
 
 
-def _stored_out(x: Group, row: Numerics, error: Array) -> Array:
+def _stored_out(x: Groups, row: Numerics, error: Array) -> Array:
     """The error of out, once P and P v may have underflowed and it is stored."""
     error = error + row.eta * (x.multiplicity @ x.v.size)
     error += x.n * row.eta_accumulate
     return error * (1.0 + row.u_store) + row.u_store * np.abs(x.out) + row.eta
 
 
-def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
-    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
+def _deterministic_forward(x: Groups, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[-1]
     c_exp = C_EXP * u_e
     d = (
         x.scale * (row.accumulate(head_dim) + row.u_operands) * x.a  # the dot product q.k
@@ -451,30 +447,33 @@ def _deterministic_forward(x: Group, row: Numerics) -> _Forward:
         + c_exp * (x.blocks + 1)  # one exp per rescaling
     )
     # a sum of exponentials moves by no more than the logit that moves most
-    from_logits = np.max(d, axis=1, keepdims=True, initial=0.0) + acc
+    from_logits = np.max(d, axis=-1, keepdims=True, initial=0.0) + acc
     from_logits += (C_EXP * (x.blocks + 2) + 1) * u_e
     lse = np.minimum(from_weights, from_logits) + log_terms  # log, log2 e, adding m back
-    by_logits = np.where(np.all(core < cap, axis=1, keepdims=True), first / z, 0.0)
+    by_logits = np.where(np.all(core < cap, axis=-1, keepdims=True), first / z, 0.0)
     return _Forward(out, lse, d, pe, z, by_logits)
 
 
-def _scaled_query(x: Group, row: Numerics) -> Array:
+def _scaled_query(x: Groups, row: Numerics) -> Array:
     """What a logit is off by if scale q is stored on its own: (rows, columns)."""
     if not row.rounds_every_operation:
         return np.zeros_like(x.s)
-    of_key = x.k.size.sum(axis=1)
+    of_key = x.k.size.sum(axis=-1)[..., None, :]
     off: Array = x.scale * row.u_query * x.a + row.eta * of_key
     return (1.0 + row.u_scores) * off
 
 
-def _largest_visible(x: Group, of_key: Array) -> Array:
+def _largest_visible(x: Groups, of_key: Array) -> Array:
     """The largest of the visible keys' values: (rows, value_dim)."""
-    columns = [np.max(np.where(x.visible, each, 0.0), axis=1, initial=0.0) for each in of_key.T]
-    return np.stack(columns, axis=1) if columns else np.zeros_like(x.out)
+    largest = np.zeros_like(x.out)
+    for c in range(of_key.shape[-1]):
+        seen = np.where(x.visible, of_key[..., None, :, c], 0.0)
+        largest[..., c] = np.max(seen, axis=-1, initial=0.0)
+    return largest
 
 
-def _statistical_forward(x: Group, row: Numerics) -> _Forward:
-    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
+def _statistical_forward(x: Groups, row: Numerics) -> _Forward:
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[-1]
     c_exp = C_EXP * u_e
     # independent errors of one logit; the constants scale and log2 e are a common factor of
     # all logits and stay apart (`common`), only the rounding of the two products is in here
@@ -515,7 +514,7 @@ def _statistical_forward(x: Group, row: Numerics) -> _Forward:
 # --- P, made again from lse -----------------------------------------------------------------------
 
 
-def recomputed_p_error(x: Group, row: Numerics, forward: _Forward | None = None) -> Array:
+def recomputed_p_error(x: Groups, row: Numerics, forward: _Forward | None = None) -> Array:
     """|error| of P = exp(s - lse), made from rounded logits and a rounded lse: (rows, columns).
 
     ::
@@ -529,25 +528,25 @@ def recomputed_p_error(x: Group, row: Numerics, forward: _Forward | None = None)
     return _capped_p_error(x, row, forward.d + forward.lse + 2.0 * row.u_elementwise * x.distance)
 
 
-def _capped_p_error(x: Group, row: Numerics, off: Array) -> Array:
+def _capped_p_error(x: Groups, row: Numerics, off: Array) -> Array:
     """P E where s - lse is off by at most `off`, and at most max(P, P^)."""
     pe = _weight_error(x, off * x.visible, C_EXP * row.u_elementwise)
     largest = np.maximum(x.p, _largest_p(x, row, _lse_noise(x, row)))
     return np.minimum(pe, largest) * x.visible
 
 
-def _largest_p(x: Group, row: Numerics, lse_noise: Array) -> Array:
+def _largest_p(x: Groups, row: Numerics, lse_noise: Array) -> Array:
     """What a recomputed P = exp(s - lse) can reach: 1, but for s and lse rounded twice.
 
     lse is at least every logit of the same kernel; the backward pass may add the same dot
     product up in another order. Operand and score rounding are the same both times.
     """
-    u_e, head_dim = row.u_elementwise, x.q.value.shape[1]
+    u_e, head_dim = row.u_elementwise, x.q.value.shape[-1]
     twice = x.scale * row.accumulate(head_dim) * x.a + C_SCALE * u_e * (np.abs(x.s) + x.moved)
     return np.exp(np.minimum(2.0 * twice + lse_noise, LARGEST_EXPONENT))
 
 
-def _lse_noise(x: Group, row: Numerics) -> Array:
+def _lse_noise(x: Groups, row: Numerics) -> Array:
     """How far a stored lse may lie from the log of the sum over the kernel's own logits."""
     u_e = row.u_elementwise
     return (
@@ -558,7 +557,7 @@ def _lse_noise(x: Group, row: Numerics) -> Array:
     )
 
 
-def _not_one(x: Group, row: Numerics, pb: Array) -> Array:
+def _not_one(x: Groups, row: Numerics, pb: Array) -> Array:
     """How far the P of one kernel, at most pb, may be from adding up to 1: (rows, 1)."""
     u_e = row.u_elementwise
     each = _largest_p(x, row, _lse_noise(x, row) + 2.0 * u_e * x.distance)  # s and lse twice
@@ -572,9 +571,9 @@ def _not_one(x: Group, row: Numerics, pb: Array) -> Array:
 
 
 def _deterministic_backward(
-    x: Group, row: Numerics, forward: _Forward
+    x: Groups, row: Numerics, forward: _Forward
 ) -> tuple[Array, Array, Array, Array]:
-    u_e, value_dim = row.u_elementwise, x.v.value.shape[1]
+    u_e, value_dim = row.u_elementwise, x.v.value.shape[-1]
     d_out, visible = x.d_out.size, x.visible
     pe = recomputed_p_error(x, row, forward)
     pe_dv = pe + (row.u_p + row.u_operands) * (x.p + pe)  # P, stored for P^T dO
@@ -585,12 +584,12 @@ def _deterministic_backward(
     pb = x.p + pe
 
     ddp = (
-        (row.accumulate(value_dim) + row.u_operands) * (d_out @ x.v.size.T)  # dO . v
+        (row.accumulate(value_dim) + row.u_operands) * (d_out @ _turned(x.v.size))  # dO . v
         + value_dim * row.eta_accumulate
         + row.u_dp * np.abs(x.dp)  # stored, where every operation is
     ) * visible
     if x.perturbed:  # dO and v that are off already
-        moved = x.d_out.error @ x.v.size.T + np.abs(x.d_out.value) @ x.v.error.T
+        moved = x.d_out.error @ _turned(x.v.size) + np.abs(x.d_out.value) @ _turned(x.v.error)
         ddp += (1.0 + row.u_dp) * moved * visible
     # delta as dO . O, from the stored O
     through_out = _over_keys(d_out * forward.out)
@@ -632,24 +631,24 @@ def _deterministic_backward(
     dq += x.n * row.eta_accumulate
     # dk, dv: summed over the queries and the heads of the group
     acc = row.accumulate(x.n_col)
-    dk = ds_all.T @ abs_q + acc * ((abs_ds + ds_all).T @ abs_q)
-    dk += abs_ds.T @ x.q.error
+    dk = _turned(ds_all) @ abs_q + acc * (_turned(abs_ds + ds_all) @ abs_q)
+    dk += _turned(abs_ds) @ x.q.error
     dk += x.n_col * row.eta_accumulate
-    dv = pe_dv.T @ d_out + acc * ((x.p + pe_dv).T @ d_out)
-    dv += x.p.T @ x.d_out.error
+    dv = _turned(pe_dv) @ d_out + acc * (_turned(x.p + pe_dv) @ d_out)
+    dv += _turned(x.p) @ x.d_out.error
     return *_stored_gradients(x, row, dq, dk, dv), ds_all
 
 
-def _eta_ds(x: Group, row: Numerics) -> float:
+def _eta_ds(x: Groups, row: Numerics) -> float:
     """Underflow of dS: stored before the scale, after it, or (eager) both."""
     return row.eta * (1.0 + (1.0 / x.scale if x.scale else 0.0))
 
 
 def _stored_gradients(
-    x: Group, row: Numerics, dq: Array, dk: Array, dv: Array
+    x: Groups, row: Numerics, dq: Array, dk: Array, dv: Array
 ) -> tuple[Array, Array, Array]:
     """The errors of dq and dk before the scale, and of dv before P underflows: once stored."""
-    lost = row.eta * (x.multiplicity.T @ x.d_out.size) + x.n_col * row.eta_accumulate
+    lost = row.eta * (_turned(x.multiplicity) @ x.d_out.size) + x.n_col * row.eta_accumulate
     return (
         _store(x.scale * dq, x.dq, row),
         _store_group(x.scale * dk, x.dk, x.scale * x.by_head(x.ds, x.q.value), row),
@@ -668,20 +667,20 @@ def _store_group(error: Array, reference: Array, heads: Array, row: Numerics) ->
 
     heads : the exact part of each head, (G, columns, dim)
     """
-    group = heads.shape[0]
+    group = heads.shape[-3]
     if not row.stores_each_head:
         return _store(error, reference, row) + (group - 1) * row.eta
     # G roundings lie on the first head, fewer on the others: (1 + u)^G - 1 on all of them
     u_group = math.expm1(group * math.log1p(row.u_store))
-    size = np.abs(heads).sum(axis=0)
+    size = np.abs(heads).sum(axis=-3)
     error = error + 2.0 * row.u_elementwise * size
     return (1.0 + u_group) * error + u_group * size + 2 * group * row.eta
 
 
 def _statistical_backward(
-    x: Group, row: Numerics, forward: _Forward
+    x: Groups, row: Numerics, forward: _Forward
 ) -> tuple[Array, Array, Array, Array]:
-    u_e, value_dim = row.u_elementwise, x.v.value.shape[1]
+    u_e, value_dim = row.u_elementwise, x.v.value.shape[-1]
     d_out, visible = x.d_out.size, x.visible
     q, k, v = x.q.value, x.k.value, x.v.value
     u_v, u_ds = row.u_p + row.u_operands, row.u_ds + row.u_operands
@@ -694,8 +693,8 @@ def _statistical_backward(
     common = C_SCALE * u_e
 
     ddp = np.sqrt(
-        (row.accumulate(value_dim, "statistical") * (d_out @ x.v.size.T)) ** 2
-        + row.u_operands**2 * (d_out**2 @ (v**2).T)
+        (row.accumulate(value_dim, "statistical") * (d_out @ _turned(x.v.size))) ** 2
+        + row.u_operands**2 * (d_out**2 @ _turned(v**2))
         + (row.u_dp * x.dp) ** 2
     )
     ddp = (ddp + value_dim * row.eta_accumulate) * visible
@@ -741,14 +740,16 @@ def _statistical_backward(
 
     acc = row.accumulate(x.n_col, "statistical")
     shared = (x.p * s_delta) ** 2 + (x.ds * s_lse) ** 2
-    dk = LAMBDA * np.sqrt((s_ds**2 + shared).T @ q**2 + (acc * (np.abs(x.ds).T @ abs_q)) ** 2)
-    dk += common * ((2.0 * np.abs(dss) + x.p * delta_common).T @ abs_q)
-    dk += eta_ds * (x.multiplicity.T @ abs_q) + x.n_col * row.eta_accumulate
+    dk = LAMBDA * np.sqrt(
+        _turned(s_ds**2 + shared) @ q**2 + (acc * (_turned(np.abs(x.ds)) @ abs_q)) ** 2
+    )
+    dk += common * (_turned(2.0 * np.abs(dss) + x.p * delta_common) @ abs_q)
+    dk += eta_ds * (_turned(x.multiplicity) @ abs_q) + x.n_col * row.eta_accumulate
 
     dv = LAMBDA * np.sqrt(
-        (pe_dv**2 + (x.p * s_lse) ** 2).T @ d_out**2 + (acc * (x.p.T @ d_out)) ** 2
+        _turned(pe_dv**2 + (x.p * s_lse) ** 2) @ d_out**2 + (acc * (_turned(x.p) @ d_out)) ** 2
     )
-    dv += 2.0 * common * ((x.p * np.abs(x.s)).T @ d_out)
+    dv += 2.0 * common * (_turned(x.p * np.abs(x.s)) @ d_out)
     return *_stored_gradients(x, row, dq, dk, dv), LAMBDA * np.sqrt(s_ds**2 + shared)
 
 

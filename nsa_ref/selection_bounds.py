@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsa_ref.bounds import AttentionInputs, Group, groups, recomputed_p_error
+from nsa_ref.bounds import AttentionInputs, Groups, recomputed_p_error
 from nsa_ref.checks import check_one_of
 from nsa_ref.masks import compress_mask
 from nsa_ref.numerics import C_DIV, C_EXP, C_SCALE, NUMERICS, Array, Numerics
@@ -93,25 +93,23 @@ def _overlap_bounds(
     mask = np.broadcast_to(visible, (batch, q_heads, *visible.shape))
     no_v = exact(np.zeros((*k.value.shape[:3], 0)))
     of_kernel = AttentionInputs(q, k, no_v, mask, sizes.scale)
-    of_oracle = of_kernel._replace(q=exact(q.value), k=exact(k.value))
-    result = np.zeros((batch, sizes.kv_heads if share else q_heads, q_len, counts.shape[1]))
-    for (b, g, heads, off), (*_, x) in zip(groups(of_kernel), groups(of_oracle)):
-        bound = _overlap_bound(off, row, counts, terms)
-        bound += _overlap_bound(x, NUMERICS["fp64"], counts, terms)
-        bound = bound.reshape(group, q_len, counts.shape[1])
-        if share:
-            result[b, g] = bound.sum(axis=0)
-        else:
-            result[b, heads] = bound
-    return result
+    off = exactly = Groups(of_kernel)
+    if off.perturbed:
+        exactly = Groups(of_kernel._replace(q=exact(q.value), k=exact(k.value)))
+    bound = _overlap_bound(off, row, counts, terms)
+    bound += _overlap_bound(exactly, NUMERICS["fp64"], counts, terms)
+    by_head: Array = bound.reshape(batch, sizes.kv_heads, group, q_len, counts.shape[1])
+    if share:
+        return by_head.sum(axis=2)
+    return by_head.reshape(batch, q_heads, q_len, counts.shape[1])
 
 
-def _overlap_bound(x: Group, row: Numerics, counts: Array, terms: Array) -> Array:
+def _overlap_bound(x: Groups, row: Numerics, counts: Array, terms: Array) -> Array:
     """Bound of every query head's part of the scores: (rows, selection blocks)."""
     pe = recomputed_p_error(x, row)
     error = pe + row.u_p * (x.p + pe) + row.eta * x.visible  # P, perhaps stored
-    memory = x.p.shape[1] - len(counts)
-    error, p = error[:, memory:], x.p[:, memory:]
+    memory = x.p.shape[-1] - len(counts)
+    error, p = error[..., memory:], x.p[..., memory:]
     size = (p + error) @ counts
     bound = error @ counts + (row.accumulate(terms) + row.u_operands) * size
     if row.rounds_every_operation:
