@@ -70,7 +70,10 @@ def attention_bounds(
     form: str,
     scale: float | None = None,
 ) -> AttentionBounds:
-    """`attention_bounds_of` one form."""
+    """`attention_bounds_of` one form: its arguments, its errors.
+
+    Source: NUMERICS 2
+    """
     how: dict[str, Any] = {"numerics": numerics, "forms": (form,), "scale": scale}
     return attention_bounds_of(q, k, v, mask, d_out, d_lse, **how)[0]
 
@@ -344,7 +347,7 @@ def _group_bounds(x: Groups, row: Numerics, form: str) -> list[Rounded]:
     # what the kernel was given may be inf or NaN
     lost |= ~np.isfinite(x.moved_row)
 
-    def result(value: Array, error: Array, unknown: Array, nothing: Array) -> Rounded:
+    def result(value: Array, error: Array, unknown: ArrayLike, nothing: ArrayLike) -> Rounded:
         error = np.where(unknown, np.inf, unless_overflow(Rounded(value, error), row).error)
         return Rounded(value, np.where(nothing, 0.0, error))
 
@@ -356,17 +359,18 @@ def _group_bounds(x: Groups, row: Numerics, form: str) -> list[Rounded]:
     backward = _statistical_backward if statistical else _deterministic_backward
     dq, dk, dv, ds = backward(x, row, forward)
     # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
-    over: Array = np.asarray(row.rounds_on_store & (np.abs(x.ds) + ds > row.largest))
+    over = np.asarray(row.rounds_on_store & (np.abs(x.ds) + ds > row.largest))
     # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
     largest_dp = np.max(x.d_out.size @ _turned(x.v.size), axis=-1, keepdims=True, initial=0)
     lost_back = lost | (row.rounds_every_operation & (largest_dp > row.largest / 1.01))
-    over |= lost_back & x.visible
+    over = over | (lost_back & x.visible)
+    of_dv = np.asarray(lost & x.visible)
     return [
         out,
         lse,
         result(x.dq, dq, over.any(axis=-1, keepdims=True), empty),
-        result(x.dk, dk, over.any(axis=-2)[..., None], unseen),
-        result(x.dv, dv, np.asarray(lost & x.visible).any(axis=-2)[..., None], unseen),
+        result(x.dk, dk, np.asarray(over.any(axis=-2))[..., None], unseen),
+        result(x.dv, dv, np.asarray(of_dv.any(axis=-2))[..., None], unseen),
     ]
 
 
