@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost  # noqa: E402
+from benchmarks import cost, judging  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from pages import ROOT  # noqa: E402
@@ -112,3 +112,12 @@ def test_results_say_where_they_come_from() -> None:
 def test_the_costs_that_are_kept_are_those_of_this_script() -> None:
     kept = json.loads((RESULTS / "cost-cpu.json").read_text())
     assert list(kept["measured"]) == list(cost.WHAT)
+
+
+def test_judging_is_held_against_a_suite_of_assert_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {name: properties[:1] for name, properties in judging.ASKED.items()}
+    monkeypatch.setattr(judging, "ASKED", asked)
+    judging.main(["--cases=2", "--output=report.json"])
+    measured = json.loads(Path("report.json").read_text())["measured"]
+    assert list(measured) == list(asked)
+    assert all(found["cases"] == 2 and found["ratio"] > 0 for found in measured.values())
