@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from commands import HELPERS, nsa_ref
+from commands import HELPERS, nsa_ref, python
 from nsa_ref.testing import Case, OracleImplementation, cli, findings, report
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
@@ -65,7 +65,7 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
 
     fold, started = cli.fold, time.monotonic()
     monkeypatch.setattr(cli, "fold", slow)
-    command = ["verify", "port_zoo:OneKeyFewer", "--device=cpu", "--branch=sliding"]
+    command = ["verify", "port_zoo:OneKeyFewer", "--device=cpu", "--branch=sliding", "-n1"]
     assert main([*command, "--json=report.json", "--findings=kept"]) == BROKEN
     took = time.monotonic() - started
     assert json.loads(Path("report.json").read_text())["seconds"] > took - 2
@@ -93,7 +93,7 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
         (["verify", "--case-timeout", "nan"], "above 0"),
         (["verify", "--time", "5"], "such as 90s, 5m or 2h"),
         (["verify", "--time", "0m"], "such as 90s, 5m or 2h"),
-        (["verify", "nsafast"], "package.module:object"),
+        (["verify", "nsafast", "--device=cpu"], "package.module:object"),
         (["verify", "oracle", "--dtype=float8"], "bfloat16"),
         (
             ["verify", "port_zoo:SlidingMask", "--device=cpu", "--dtype=float16"],
@@ -206,11 +206,16 @@ def test_a_page_without_its_template_engine_is_one_line(
 def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole of a hostile run: message, table, JSON, files, and replays that fail alike."""
+    """The whole of a hostile run: message, table, JSON, files, and replays that fail alike.
+
+    Its process is one of its own, as a user's is.
+    """
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    done = nsa_ref(
-        *("verify", "port_zoo:hostile", "--device=cpu", "--branch=sliding", "-n", "2"),
-        *("--case-timeout=2", "--json=report.json", "--html=report.html", "--junit=report.xml"),
+    monkeypatch.setenv("COLUMNS", "80")
+    done = python(
+        *("-m", "nsa_ref.testing.cli", "verify", "port_zoo:hostile", "--device=cpu", "-n", "2"),
+        *("--branch=sliding", "--case-timeout=2"),
+        *("--json=report.json", "--html=report.html", "--junit=report.xml"),
     )
     assert done.returncode == BROKEN, done
     assert done.stderr == ""

@@ -1,12 +1,17 @@
-"""Python, and `nsa-ref`, in a process of its own."""
+"""Python, in a process of its own, and `nsa-ref`, in this one or in one of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from nsa_ref.testing.cli import main
 
 HELPERS = Path(__file__).parent
 
@@ -18,6 +23,24 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def nsa_ref(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    """`nsa-ref ARGUMENTS`, in the present directory and environment."""
-    environment = os.environ | {"COLUMNS": str(columns)}
-    return python("-m", "nsa_ref.testing.cli", *arguments, env=environment)
+    """`nsa-ref ARGUMENTS`, in the present directory and environment.
+
+    It is called in this process, which spares a second of imports; loading and judging are
+    processes of its own all the same. What these write, and what it prints, is caught alike.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS=str(columns)))
+        files = [
+            stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(2)
+        ]
+        for number, (name, file) in enumerate(zip(("stdout", "stderr"), files), 1):
+            stack.enter_context(mock.patch.object(sys, name, file))
+            before = os.dup(number)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, number)
+            os.dup2(file.fileno(), number)
+        code = main(list(arguments))
+        for file in files:
+            file.flush()
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, code, *(file.read() for file in files))

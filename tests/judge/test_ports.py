@@ -47,7 +47,7 @@ def ports(name: str) -> dict[str, Implementation]:
 def test_a_port_whose_package_is_missing_says_so_in_a_line(name: str) -> None:
     if importlib.util.find_spec(PACKAGES[name]) is not None:
         pytest.skip(f"{PACKAGES[name]} is installed")
-    done = nsa_ref("verify", name)
+    done = nsa_ref("verify", name, "--device=cpu")
     assert done.returncode == 2
     assert f"{PACKAGES[name]} is not installed. Try pip install" in done.stderr
 
