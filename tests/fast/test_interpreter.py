@@ -55,6 +55,8 @@ ASKED = [
 ]
 
 INTERPRETED = NsaFastInterpreted()  # one process for all that can share it
+# every dtype is graphs of its own, of seconds each: 16 bits are asked once, of blocks of 16 rows
+INTERPRETED.numerics = {"float32": "fp32"}
 
 for _name, _test in conformance_suite(INTERPRETED).items():
     if _name.removeprefix("test_") in ASKED:
@@ -235,12 +237,13 @@ def _inductors_own_tiles(device: str) -> NsaFast:
 
 
 @runs
-def test_blocks_of_16_rows_need_tiles_of_our_own() -> None:
+def test_blocks_of_16_rows_need_tiles_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 sm_90's tile of 64 rows does not divide them, and there is no other."""
     case = dataclasses.replace(CASE, dtype="bfloat16")
     gradients = PROPERTIES["A3_fine_gradients"]
     with pytest.raises(Raised, match="NoValidChoicesError"):
         gradients.run(NsaFastInterpreted(_inductors_own_tiles), case)
+    monkeypatch.setattr(INTERPRETED, "numerics", NsaFastInterpreted.numerics)
     gradients.run(INTERPRETED, case)
 
 
