@@ -10,7 +10,6 @@ mutant does not), 2 it could not run, 3 nothing is broken and an offered clause 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import json
@@ -18,36 +17,26 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pytest
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa_ref.semantics import PRESETS
 from nsa_ref.testing.beginning import begin
 from nsa_ref.testing.branches import BRANCHES
-from nsa_ref.testing.case import Case
-from nsa_ref.testing.causes import by_weight, fold, questions
+from nsa_ref.testing.causes import by_weight
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.difference import compare, read_report, show_difference
 from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
-from nsa_ref.testing.findings import (
-    Finding,
-    grouped,
-    of_one_cause,
-    size_of,
-    write_json,
-)
+from nsa_ref.testing.findings import Finding, grouped, of_one_cause
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
@@ -62,8 +51,8 @@ from nsa_ref.testing.loading import (
     versions,
 )
 from nsa_ref.testing.mutants import ZOO
-from nsa_ref.testing.mutants.trials import Trial, show_trials, worker_died
-from nsa_ref.testing.narrowing import DIED, SAMPLED, Sampled, entry_of, narrowed
+from nsa_ref.testing.mutants.trials import show_trials, worker_died
+from nsa_ref.testing.narrowing import DIED, SAMPLED, entry_of, narrowed
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration
 from nsa_ref.testing.page import to_html
 from nsa_ref.testing.pictures import one_mask
@@ -78,7 +67,7 @@ from nsa_ref.testing.replays import (
     show_replays,
 )
 from nsa_ref.testing.report import Clause, clauses, compiled, graphs, show, to_json
-from nsa_ref.testing.suites import number_of_kept
+from nsa_ref.testing.sessions import Collector, fold_findings, run_session, say, temporary_folder
 from nsa_ref.testing.verdicts import Record
 from nsa_ref.testing.wording import annotation, printable, reasons, remark
 
@@ -92,164 +81,6 @@ CAUSES_SHARE = 1 / 10
 
 #: Seconds that importing an adapter may take.
 LOADING_TIMEOUT = 120.0
-
-#: What a run of ours loads into its workers, which are ours alone.
-PLUGINS = ("nsa_ref.testing.plugin", "nsa_ref.testing.workers")
-
-#: Seconds from one line to the next where the output is no terminal.
-TOLD_EVERY = 20.0
-
-#: A run ends when more workers than this died one after the other without judging anything.
-IDLE_DEATHS = 3
-
-
-class Collector:
-    """Runs beside pytest: gathers the records of all workers and shows the progress."""
-
-    def __init__(self, console: Console, total: int | None) -> None:
-        self.records: list[Record] = []
-        self.warmed: list[Record] = []
-        self.trials: list[Trial] = []
-        self.sampled = Sampled()
-        self.answers: dict[int, str | None] = {}
-        self.findings: list[Finding] = []
-        self.kept: defaultdict[int, list[Record]] = defaultdict(list)
-        self.errors: list[str] = []
-        self.interrupted = False
-        self._idle_deaths = 0
-        self._progress = Progress(
-            TextColumn("{task.description:46}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("starting the workers", total=total)
-        self._console, self._over = console, threading.Event()
-        self._teller = threading.Thread(target=self._tell, daemon=True)
-
-    def __enter__(self) -> Collector:
-        self._progress.start()
-        if not self._console.is_terminal:
-            self._teller.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._progress.stop()
-
-    def _tell(self) -> None:
-        """A line now and then, where no bar moves: a log shows that the run goes on."""
-        while not self._over.wait(TOLD_EVERY):
-            task = self._progress.tasks[0]
-            of = "" if task.total is None else f" of {task.total:g}"
-            done = f"{task.elapsed or 0:.0f} s: {task.completed:g}{of} done"
-            if self.records:
-                cases = sum(record.cases for record in self.records)
-                done += f", {cases} cases, {len(self.findings)} findings"
-            _say(self._console, done)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One property is done, or died with its worker."""
-        properties: Any = dict(report.user_properties)
-        if "nsa_ref_warm" in properties and report.when == "call":
-            self.warmed.append(Record.from_json(properties["nsa_ref_warm"]))
-            self._advance("compiling what will be run")
-        elif "nsa_ref_mutant" in properties and report.when == "call":
-            self.trials.append(Trial(**properties["nsa_ref_mutant"]))
-            self._advance(self.trials[-1].name)
-        elif "nsa_ref_sampled" in properties and report.when == "call":
-            self.sampled.add(properties["nsa_ref_sampled"])
-            self._advance("judging cases like it")
-        elif "nsa_ref_answer" in properties and report.when == "call":
-            number, broken = properties["nsa_ref_answer"]
-            self.answers[number] = broken
-            self._advance("trying what the findings have in common")
-        elif "nsa_ref" in properties and report.when in ("call", "???"):
-            record = Record.from_json(properties["nsa_ref"])
-            self.records.append(record)
-            if record.lost:
-                self.errors.append(report.longreprtext)
-            if record.finding is not None:
-                self.findings.append(record.finding)
-            test = report.nodeid.rpartition("::")[2]
-            if (number := number_of_kept(test, record.name)) is not None:
-                self.kept[number].append(record)
-            broken = f", {len(self.findings)} broken" if self.findings else ""
-            self._advance(f"{record.name}{broken}")
-        elif report.failed and (died := re.search(r"::test_case\[(\d+)\]$", report.nodeid)):
-            # it took its worker down, as the finding says
-            self.sampled.add({"number": int(died[1]), "broken": DIED})
-        elif report.failed and "asking_suite.py" in report.nodeid:
-            pass  # a question without an answer: nothing is folded for it
-        elif report.failed:
-            name = report.nodeid.rpartition("::test_")[2]
-            self.errors.append(f"{name}: {_error_line(report)}")
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A suite that cannot be collected is an error of the run."""
-        if report.failed:
-            self.errors.append(_error_line(report))
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """End the run if workers keep dying before they judge anything: xdist replaces each."""
-        if error:
-            self._idle_deaths += 1
-            if self._idle_deaths > IDLE_DEATHS:
-                self.errors.append(
-                    "the worker processes die before they have judged anything: loading the "
-                    "implementation works in one process and not in the workers"
-                )
-                pytest.exit("workers die", returncode=pytest.ExitCode.INTERNAL_ERROR)
-
-    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Ctrl-C: what there is will be reported."""
-        self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
-        with contextlib.suppress(ImportError):
-            from xdist.workermanage import NodeManager
-
-            # a worker that is busy with a case does not hear that the session is over
-            NodeManager.EXIT_TIMEOUT = 1
-
-    def _advance(self, description: str) -> None:
-        self._idle_deaths = 0
-        self._progress.update(self._task, advance=1, description=description)
-
-    def join_turns(self) -> None:
-        """One record, and one finding, of each property; it is lost if one of its turns is."""
-        joined: dict[tuple[str, str], Record] = {}
-        ended: Counter[tuple[str, str]] = Counter()
-        for record in self.records:
-            whose = record.name, record.implementation
-            ended[whose] += 1
-            if whose in joined:
-                joined[whose].add(record)
-            else:
-                joined[whose] = record
-        for whose, record in joined.items():
-            record.lost = record.lost or ended[whose] < TURNS
-            record.settle()
-        self.records[:] = joined.values()
-        smallest: dict[str, Finding] = {}
-        for finding in sorted(self.findings, key=lambda f: size_of(Case.from_json(f["case"]))):
-            smallest.setdefault(finding["file"], finding)
-        self.findings[:] = smallest.values()
-        for record in self.records:
-            if record.finding is not None:
-                record.unreached = 0
-                record.finding = smallest[record.finding["file"]]
-
-
-def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """The line that says what the error was about."""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    if crash is not None:
-        return str(crash.message).partition("\n")[0]
-    lines = report.longreprtext.strip().splitlines()
-    marked = [line[1:].strip() for line in lines if line.startswith("E  ")]
-    return (marked or lines or [""])[-1]
 
 
 def verify(arguments: argparse.Namespace, console: Console) -> int:
@@ -277,7 +108,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     ]
     where = f"{device} ({found['device_name']})" if found["device_name"] else device
     level = f"level {arguments.level}, seed {arguments.seed}"
-    _say(console, f"nsa-ref judges {names} on {where}, {level}")
+    say(console, f"nsa-ref judges {names} on {where}, {level}")
     numerics = {
         one["name"]: {d: row for d, row in one["numerics"].items() if d in (dtypes or [d])}
         for one in chosen
@@ -293,7 +124,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.ledger:
         options.append(f"--nsa-ledger={Path(arguments.ledger).absolute()}")
     asked = console, arguments.implementation, device
-    run = functools.partial(_run, *asked, workers=arguments.n, findings=Path(arguments.findings))
+    written = {"workers": arguments.n, "findings": Path(arguments.findings)}
+    run = functools.partial(run_session, *asked, **written)
     warmed: list[Record] = []
     if arguments.warm:
         warming = run(total=None, options=[*options, "--nsa-warm"])
@@ -302,9 +134,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         warmed = warming.warmed
         took = time.monotonic() - started
         counted = [f"{name} ({graphs(counts)})" for name, counts in compiled(warmed).items()]
-        _say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
+        say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
         if warming.errors:
-            _say(console, f"while warming up workers died {len(warming.errors)} times")
+            say(console, f"while warming up workers died {len(warming.errors)} times")
     total = len(properties) * len(chosen)
     if budget is None:
         collector = run(total=total, options=options)
@@ -323,7 +155,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         whole = [one for one in entries if _is_asked(one, properties, stated, dtypes)]
     if not collector.interrupted:
         causes_until = None if budget is None else deadline + CAUSES_SHARE * budget
-        _fold(collector, run, console, causes_until)
+        findings[:] = by_weight(findings)
+        fold_findings(findings, run, console, causes_until)
         evidence = weighed(records, stated)
     seconds = time.monotonic() - started
     about = {
@@ -388,7 +221,7 @@ def _thorough(console: Console, records: Sequence[Record], declared: Sequence[De
         reached |= reachable(unmet, props, one, draws=THOROUGH_DRAWS)
     if outside := [edge for edge in unmet if edge not in reached]:
         why = f"none of {THOROUGH_DRAWS} cases drawn within what is declared has them"
-        _say(console, f"edges out of reach: {', '.join(outside)} ({why})")
+        say(console, f"edges out of reach: {', '.join(outside)} ({why})")
     if gaps := [edge for edge in unmet if edge in reached]:
         gap = (
             f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
@@ -397,31 +230,6 @@ def _thorough(console: Console, records: Sequence[Record], declared: Sequence[De
         print(f"nsa-ref: {gap}", file=sys.stderr)
         return UNDECIDED
     return HOLDS
-
-
-def _fold(
-    collector: Collector,
-    run: Callable[..., Collector],
-    console: Console,
-    deadline: float | None,
-) -> None:
-    """Find out which of the findings have one cause, and put first what is to be looked at."""
-    collector.findings[:] = findings = by_weight(collector.findings)
-    asked = questions(findings)
-    answers: dict[int, str | None] = {}
-    if asked:
-        _say(console, f"{len(findings)} findings: judging {len(asked)} cases to see their causes")
-        with _temporary_folder() as folder:
-            listed = Path(folder) / "questions.json"
-            listed.write_text(json.dumps([question.to_json() for question in asked]))
-            suite = Path(__file__).parent / "asking_suite.py"
-            options = [f"--nsa-questions={listed}"]
-            if deadline is not None:
-                options.append(f"--nsa-deadline={deadline}")
-            answers = run(total=len(asked), tests=[str(suite)], options=options).answers
-    fold(findings, asked, answers)
-    for finding in findings:
-        write_json(Path(finding["file"]), finding)
 
 
 def _undecided(rows: Sequence[Clause]) -> int:
@@ -486,7 +294,7 @@ def replay(arguments: argparse.Namespace, console: Console) -> int:
     kept = read_kept(path, arguments.implementation, arguments.device)
     found = try_loading(kept.spec, kept.device, LOADING_TIMEOUT)
     name, case = kept.property or "all properties", kept.case
-    _say(console, f"replaying {name} on {kept.spec}, {found['device']}: ", case)
+    say(console, f"replaying {name} on {kept.spec}, {found['device']}: ", case)
     collector = _run_kept(console, [kept], found, path.parent / "replays")
     chosen = [one["name"] for one in found["implementations"]]
     names = kept.implementation if kept.implementation in chosen else ", ".join(chosen)
@@ -514,7 +322,7 @@ def _replay_folder(folder: Path, arguments: argparse.Namespace, console: Console
     for (spec, device, _), group in alike.items():
         try:
             found = try_loading(spec, device, LOADING_TIMEOUT)
-            _say(console, f"replaying {len(group)} cases on {spec}, {found['device']}")
+            say(console, f"replaying {len(group)} cases on {spec}, {found['device']}")
             collector = _run_kept(console, group, found, folder / "replays")
         except CannotRun as error:
             rows |= {k.path: Replayed(k.path, "not judged", str(error)) for k in group}
@@ -544,7 +352,7 @@ def _run_kept(
         * (1 if kept.implementation in names else len(names))
         for kept in group
     )
-    return _run(
+    return run_session(
         console,
         group[0].spec,
         found["device"],
@@ -572,8 +380,8 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
         _check_writable(arguments.json)
     suite = Path(__file__).parent / "mutants" / "suite.py"
     tests = [f"{suite}::test_mutant_is_killed_by_its_clause[{name}]" for name in names]
-    with _temporary_folder() as folder:
-        collector = _run(
+    with temporary_folder() as folder:
+        collector = run_session(
             console,
             "",
             "cpu",
@@ -613,7 +421,7 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
     known = _checked_entries(ledger) if ledger.exists() else ()
     suite = Path(__file__).parent / "narrowing_suite.py"
     with tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True) as folder:
-        collector = _run(
+        collector = run_session(
             console,
             spec,
             found["device"],
@@ -637,10 +445,10 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
             raise CannotRun(f"the ledger has it already: {other.id}")
     before = ledger.read_text() + "\n" if ledger.exists() else ""
     ledger.write_text(before + to_toml(entry))
-    _say(console, to_toml(entry))
+    say(console, to_toml(entry))
     fate = "die" if "ended" in finding else f"break {' or '.join(entry.clause)}"
     covered = sum(map(entry.covers, sample.passed))
-    _say(
+    say(
         console,
         f"Written to {ledger}. Of the cases that it covers {len(sample.broken)} {fate} and "
         f"{covered} pass; {len(sample.passed) - covered} others pass.",
@@ -666,11 +474,11 @@ def diff(arguments: argparse.Namespace, console: Console) -> int:
 def begin_port(arguments: argparse.Namespace, console: Console) -> int:
     """Write the files of a new port, which run as they are."""
     adapter, *others = begin(arguments.port, Path(), numpy=arguments.numpy)
-    _say(console, f"wrote {adapter}: put your own code in, and uncomment what you have")
+    say(console, f"wrote {adapter}: put your own code in, and uncomment what you have")
     for path in others:
-        _say(console, f"wrote {path}")
+        say(console, f"wrote {path}")
     name = next(iter(re.findall(r"^class (\w+)", adapter.read_text("utf-8"), re.MULTILINE)))
-    _say(console, f"now: nsa-ref verify {adapter.stem}:{name}")
+    say(console, f"now: nsa-ref verify {adapter.stem}:{name}")
     return HOLDS
 
 
@@ -701,16 +509,16 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     if not case.batch:
         raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
     masks = {branch.name: oracle_mask(branch, case)[0, 0] for branch in BRANCHES}
-    _say(console, case)
+    say(console, case)
     if arguments.png:
         _check_writable(arguments.png)
         draw_png(masks, Path(arguments.png))
-        _say(console, f"wrote {arguments.png}")
+        say(console, f"wrote {arguments.png}")
         return HOLDS
     for name, mask in masks.items():
         rows, columns = mask.shape
-        _say(console, f"\n{name}, batch 0, query head 0: {rows} rows, {columns} columns")
-        _say(console, one_mask(mask))
+        say(console, f"\n{name}, batch 0, query head 0: {rows} rows, {columns} columns")
+        say(console, one_mask(mask))
     return HOLDS
 
 
@@ -723,7 +531,7 @@ def write_vectors(arguments: argparse.Namespace, console: Console) -> int:
     vectors = write(folder)["vectors"]
     size = sum(vector["bytes"] for vector in vectors) / 1e6
     seconds = time.monotonic() - started
-    _say(console, f"wrote {len(vectors)} vectors, {size:.0f} MB, in {seconds:.0f} s: {folder}")
+    say(console, f"wrote {len(vectors)} vectors, {size:.0f} MB, in {seconds:.0f} s: {folder}")
     return HOLDS
 
 
@@ -746,12 +554,6 @@ def _need_safetensors() -> None:
         raise CannotRun("golden vectors need safetensors: pip install 'nsa-ref[vectors]'")
 
 
-def _say(console: Console, *parts: object) -> None:
-    """Print as it is: brackets are brackets, and a long line stays one line."""
-    text = printable("".join(map(str, parts)))
-    console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
-
-
 def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
     """One picture, one panel a branch; darker means counted more often.
 
@@ -772,69 +574,6 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
         axes.set(title=name, xlabel="key j", ylabel="query t")
     figure.axes[0].set_xlabel("memory and compressed block i")
     figure.savefig(path, dpi=110, format="png")
-
-
-def _run(
-    console: Console,
-    spec: str,
-    device: str,
-    *,
-    total: int | None,
-    workers: str,
-    findings: Path,
-    options: list[str],
-    tests: Sequence[str] = (),
-) -> Collector:
-    """pytest over these tests, or the conformance suite, in workers; it says nothing itself."""
-    suite = Path(__file__).parent / "suite.py"
-    with Collector(console, total) as collector, _own_pytest():
-        code = pytest.main(
-            [
-                *(tests or [str(suite)]),
-                *(f"-p{name}" for name in ("xdist", *PLUGINS)),
-                *(f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler")),
-                f"-c{os.devnull}",
-                f"--rootdir={suite.parent}",
-                "--noconftest",
-                f"-n{workers}",
-                "--dist=worksteal",
-                "--max-worker-restart=10000",
-                f"--nsa-device={device}",
-                f"--nsa-findings={findings.resolve()}",
-                f"--nsa-implementation={spec}",
-                *options,
-            ],
-            plugins=[collector],
-        )
-    if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-        if not collector.errors:
-            collector.errors.append(f"pytest ended with exit code {int(code)}, see above")
-    elif code == pytest.ExitCode.INTERRUPTED:
-        collector.interrupted = True
-    return collector
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="nsa-ref-", ignore_cleanup_errors=True)
-
-
-@contextlib.contextmanager
-def _own_pytest() -> Iterator[None]:
-    """Ignore the user's pytest options and plugins, which may change the run.
-
-    Hypothesis keeps its caches out of the user's folder, too.
-    """
-    before = dict(os.environ)
-    with _temporary_folder() as folder:
-        os.environ.pop("PYTEST_ADDOPTS", None)
-        os.environ.pop("PYTEST_PLUGINS", None)
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
 
 def _check_writable(file: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from commands import HELPERS, nsa_ref, python
-from nsa_ref.testing import Case, OracleImplementation, cli, findings, report
+from nsa_ref.testing import Case, OracleImplementation, cli, findings, report, sessions
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
 from nsa_ref.testing.lattice import EDGES
@@ -28,6 +28,7 @@ from nsa_ref.testing.loading import CannotRun, load
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
+from nsa_ref.testing.sessions import Collector
 from nsa_ref.testing.verdicts import Record
 from port_zoo import SlidingMask
 
@@ -45,10 +46,10 @@ def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is judged for long, too; a terminal has its bar."""
-    monkeypatch.setattr(cli, "TOLD_EVERY", 0.05)
+    monkeypatch.setattr(sessions, "TOLD_EVERY", 0.05)
     for is_terminal in (False, True):
         log = io.StringIO()
-        with cli.Collector(Console(file=log, force_terminal=is_terminal), 3) as collector:
+        with Collector(Console(file=log, force_terminal=is_terminal), 3) as collector:
             collector.records.append(Record(name="A1_sliding_output", clause="A1", cases=7))
             time.sleep(0.5)
         assert ("0 of 3 done, 7 cases, 0 findings\n" in log.getvalue()) is not is_terminal
@@ -63,8 +64,8 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
         time.sleep(2)
         fold(*arguments)
 
-    fold, started = cli.fold, time.monotonic()
-    monkeypatch.setattr(cli, "fold", slow)
+    fold, started = sessions.fold, time.monotonic()
+    monkeypatch.setattr(sessions, "fold", slow)
     command = ["verify", "port_zoo:OneKeyFewer", "--device=cpu", "--branch=sliding", "-n1"]
     assert main([*command, "--json=report.json", "--findings=kept"]) == BROKEN
     took = time.monotonic() - started
@@ -432,15 +433,15 @@ def leaves(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
 
     well = {"implementation": "mask", "asked": 3, "edges": dict.fromkeys(EDGES, 1)}
 
-    def run(console: Console, *_: Any, total: int, **__: Any) -> cli.Collector:
-        collector = cli.Collector(console, total)
+    def run(console: Console, *_: Any, total: int, **__: Any) -> Collector:
+        collector = Collector(console, total)
         collector.records = [
             record(name=prop.name, clause=prop.clause, **well | changes.get(prop.clause, {}))
             for prop in PROPERTIES.values()
         ]
         return collector
 
-    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr(cli, "run_session", run)
 
 
 def test_thorough_without_an_edge_has_not_decided_all(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import trials
-from nsa_ref.testing import Case, OracleImplementation, cli
+from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.cli import COULD_NOT_RUN, UNDECIDED, main
 from nsa_ref.testing.drawing import AGAIN, TURNS, generate, small_first, turn_of
 from nsa_ref.testing.findings import size_of
@@ -20,6 +21,7 @@ from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.options import Options, parse_duration
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import is_asked, run_property
+from nsa_ref.testing.sessions import Collector
 from nsa_ref.testing.suites import suite_in_turns
 from nsa_ref.testing.verdicts import Record
 from port_zoo import Sleeps
@@ -140,7 +142,7 @@ def test_a_run_ends_when_its_time_is_up(
 
 
 def test_a_turn_that_came_to_no_end_leaves_its_property_undecided() -> None:
-    collector = cli.Collector(cli.Console(quiet=True), None)
+    collector = Collector(Console(quiet=True), None)
     for turn in range(TURNS):
         for name in ("A1_sliding_output", "A1_sliding_lse"):
             if (turn, name) != (1, "A1_sliding_lse"):
