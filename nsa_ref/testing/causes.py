@@ -8,6 +8,7 @@ one clause in several branches are one cause if `same_mistake` shows it.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,14 @@ from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import judge_generated
 from nsa_ref.testing.same_mistake import same_mistake
+from nsa_ref.testing.steps import leads_to
 from nsa_ref.testing.verdicts import FAILURES, Broken, Convention
 
 #: A finding's case is tried on so many findings before it.
 MOST_TRIED = 4
+
+#: Seconds for the way from one finding's case to another's.
+LEADING_TIME = 10.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Question:
     finding, of : numbers of the finding whose case it is, and of the one that may be its cause
     beside : property and case of that one, if it is about another branch; then the question is
         whether both branches make the same mistake
+    goal : the case of that one, if the question is whether this one leads to it (see `steps`)
     """
 
     finding: int
@@ -47,21 +53,23 @@ class Question:
     case: Case
     convention: Convention | None = None
     beside: tuple[str, Case] | None = None
+    goal: Case | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which can cross processes."""
         convention = self.convention and dataclasses.asdict(self.convention)
         beside = self.beside and [self.beside[0], self.beside[1].to_json()]
-        case = self.case.to_json()
-        return vars(self) | {"case": case, "convention": convention, "beside": beside}
+        cases = {"case": self.case.to_json(), "goal": self.goal and self.goal.to_json()}
+        return vars(self) | {**cases, "convention": convention, "beside": beside}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Question:
         """The inverse of `to_json`."""
         convention = data["convention"] and Convention(**data["convention"])
         beside = data["beside"] and (data["beside"][0], Case.from_json(data["beside"][1]))
-        case = Case.from_json(data["case"])
-        return cls(**dict(data) | {"case": case, "convention": convention, "beside": beside})
+        case, goal = Case.from_json(data["case"]), data["goal"] and Case.from_json(data["goal"])
+        about = {"case": case, "goal": goal, "convention": convention, "beside": beside}
+        return cls(**dict(data) | about)
 
     def answered(self, implementation: Implementation, options: Options) -> str | None:
         """The clause that is broken, or nothing; None if it was not decided.
@@ -76,6 +84,10 @@ class Question:
         if not prop.semantics(case.semantics):
             return None
         with announced(prop, implementation, options, case):
+            if self.goal is not None:
+                until = time.monotonic() + LEADING_TIME
+                leads = leads_to(prop, implementation, case, self.goal, until)
+                return prop.clause if leads else ""
             if self.beside is not None:
                 name, other = self.beside
                 same = same_mistake(implementation, (prop, case), (PROPERTIES[name], other))

@@ -10,16 +10,18 @@ mutant does not), 2 it could not run, 3 nothing is broken and an offered clause 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.findings import Finding, grouped, of_one_cause
+from nsa_ref.testing.fuzz_folder import Folder
+from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
@@ -53,7 +57,7 @@ from nsa_ref.testing.loading import (
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.trials import show_trials, worker_died
 from nsa_ref.testing.narrowing import DIED, SAMPLED, entry_of, narrowed
-from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration
+from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration, parse_seed
 from nsa_ref.testing.page import to_html
 from nsa_ref.testing.pictures import one_mask
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -283,6 +287,34 @@ def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
         why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
     return HOLDS
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """A job that is cancelled reports what there is; one that nohup started goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    chosen = {number: was for number, was in before.items() if was is not signal.SIG_IGN}
+    try:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in chosen:
+                signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, was in chosen.items():
+                signal.signal(number, was)
+
+
+def fuzz(arguments: argparse.Namespace, console: Console) -> int:
+    """Judge fresh cases, round after round, until the time is up."""
+    folder = Folder(Path(arguments.findings).absolute())
+    with folder.taken(), _ended_as_by_ctrl_c():
+        found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
+        fuzzing = Fuzzing(arguments, console, folder, found)
+        if arguments.export:
+            fuzzing.export()
+            return HOLDS
+        return BROKEN if fuzzing.go_on(arguments.time) else HOLDS
 
 
 def replay(arguments: argparse.Namespace, console: Console) -> int:
@@ -607,6 +639,32 @@ def _parse_workers(text: str) -> str:
     return text
 
 
+#: name -> what argparse is told about it; some say something else than for `verify`
+FUZZ_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: about for name, about in SHARED_OPTIONS.items() if name != "--level"},
+    "--seed": {
+        "type": parse_seed,
+        "help": "of all rounds (default: one that nobody else has; the folder keeps it)",
+    },
+    "--findings": {
+        "metavar": "DIR",
+        "default": "nsa-ref-fuzz",
+        "help": "folder that keeps all that is known (default: nsa-ref-fuzz)",
+    },
+    "--time": {
+        "type": parse_duration,
+        "default": 600.0,
+        "metavar": "TIME",
+        "help": "how long, e.g. 30m or 8h (default: 10m)",
+    },
+    "--database": {
+        "metavar": "DIR|redis://...",
+        "help": "where Hypothesis keeps examples; several machines may share one through Redis",
+    },
+    "-n": {"type": _parse_workers, "default": "auto", "help": "worker processes"},
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -643,6 +701,13 @@ def _parser() -> argparse.ArgumentParser:
     strict = "an entry of the ledger that says nothing is an error"
     command.add_argument("--strict", action="store_true", help=strict)
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
+
+    command = add("fuzz", fuzz, "judge fresh cases until the time is up")
+    command.add_argument("implementation", nargs="?", default="nsa_fast", help=what)
+    for name, about in FUZZ_OPTIONS.items():
+        command.add_argument(name, **about)
+    explicit = "judge nothing: what was found becomes an explicit example for every later run"
+    command.add_argument("--export", action="store_true", help=explicit)
 
     command = add("replay", replay, "run one saved case again, or a folder of them")
     command.add_argument("case", metavar="CASE.json|FOLDER")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import unittest
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -22,9 +23,10 @@ from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
 from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.profiles import level_settings
+from nsa_ref.testing.profiles import fuzz_settings, level_settings
 from nsa_ref.testing.properties import Property
 from nsa_ref.testing.remembering import remembered
+from nsa_ref.testing.sharing import open_database
 from nsa_ref.testing.verdicts import Broken
 
 T = TypeVar("T")
@@ -45,6 +47,10 @@ TURNS = AGAIN + 1
 Lots = list[st.SearchStrategy[Case]]
 
 
+class TimeIsUp(unittest.SkipTest):
+    """Raised by a trial: no more cases are to be drawn. Hypothesis stops at once for this class."""
+
+
 def _lots(
     prop: Property, implementation: Implementation, options: Options
 ) -> tuple[Lots, hypothesis.settings]:
@@ -55,6 +61,10 @@ def _lots(
     if implementation.pace == "compiles" and prop.extent != "large":
         strata = lots_within(prop, implementation, dtypes, options.seed)
     strata = strata or prop.strata(implementation, dtypes)
+    if options.examples:
+        # one lot, whose time nothing has to divide
+        kept = open_database(options.examples, options.shared)
+        return [st.one_of(strata)], fuzz_settings(kept)
     examples = prop.examples
     share = device_of(implementation.device).examples_share
     if share < 1:
@@ -118,8 +128,9 @@ def draw(
 ) -> None:
     """Draw cases for a property, lot by lot, however slow it is, and hand each to `trial`.
 
-    Another case is drawn, up to a limit, in the place of one for which `trial` returns True.
-    Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
+    Another case is drawn, up to a limit, in the place of one for which `trial` returns True. None
+    is drawn once `trial` has raised TimeIsUp. Whatever else it raises is raised, once Hypothesis
+    has made its case smaller.
     """
     strata, settings = _lots(prop, implementation, options)
     if prop.extent == "large":
@@ -143,8 +154,13 @@ def draw(
 
         # every run draws the same cases; every property, lot and seed draws others
         seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
-        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # all that was drawn was refused
-            settings(hypothesis.seed(seed)(given(case=strata[number])(judged_once)))()
+        test = given(case=strata[number])(judged_once)
+        if options.examples:
+            # every round, and every machine, goes on from what the others kept
+            key = f"{prop.name} of {implementation.name}".encode()
+            test._hypothesis_internal_database_key = key  # type: ignore[attr-defined]
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable, TimeIsUp):
+            settings(hypothesis.seed(seed)(test))()
 
     for number in range(len(strata)):
         try:

@@ -29,6 +29,8 @@ class Options:
     turn : which of a property's turns it is, each with some of its cases (see `drawing`); None for
         all cases at once
     share : of the time that is left to all workers, what this turn may take
+    examples, shared : of fuzzing: the folder of Hypothesis' examples, and a Redis server's URL
+    seconds : of fuzzing: how long new cases of one property are drawn
     traces : a worker that dies writes where it was to a file (True) or to standard error (False)
     shrink : a broken case is made smaller
     """
@@ -45,6 +47,9 @@ class Options:
     deadline: float = math.inf
     turn: int | None = None
     share: float = 1.0
+    examples: str = ""
+    shared: str = ""
+    seconds: float = math.inf
     traces: bool = False
     shrink: bool = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ from nsa_ref.testing.last_words import (
 )
 from nsa_ref.testing.loading import CannotRun, load, resolve_device
 from nsa_ref.testing.options import SHARED_OPTIONS, Options, destination, option_name
+from nsa_ref.testing.swarm import Round
 from nsa_ref.testing.wording import annotation, message
 
 #: The implementations that `suite.py` judges, from --nsa-implementation; and --device, for test
@@ -40,6 +42,9 @@ warming = False
 
 #: The suite gives every property several turns, because --nsa-deadline ends the run.
 in_turns = False
+
+#: The round of fuzzing that the suite is part of, from --nsa-round.
+round: Round | None = None
 
 #: The cases that the suite runs again, from --nsa-case.
 kept: list[tuple[Case, Finding]] = []
@@ -112,20 +117,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--nsa-questions", default="", help="for nsa-ref verify: what is to be tried")
     deadline = "for nsa-ref verify --time: when the time is up"
     group.addoption("--nsa-deadline", type=float, default=math.inf, help=deadline)
+    group.addoption("--nsa-round", default="", help="for nsa-ref fuzz: what this round asks")
+    group.addoption("--nsa-examples", default="", help="for nsa-ref fuzz: the database's folder")
+    group.addoption("--nsa-shared", default="", help="for nsa-ref fuzz: the database's server")
     group.addoption("--nsa-case", action="append", help="for nsa-ref replay: run this file's case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global device, warming, in_turns
+    global device, warming, in_turns, round
     device, warming = config.getoption("--nsa-device"), config.getoption("--nsa-warm")
-    in_turns = config.getoption("--nsa-deadline") < math.inf
     kept[:] = [read_finding(Path(file)) for file in config.getoption("--nsa-case") or ()]
     spec = config.getoption("--nsa-implementation")
+    if file := config.getoption("--nsa-round"):
+        round = Round.from_json(json.loads(Path(file).read_text()))
+    in_turns = round is None and config.getoption("--nsa-deadline") < math.inf
     config.nsa_ref_options = Options(  # type: ignore[attr-defined]
         spec=spec,
         level=config.getoption("--nsa-level"),
         dtypes=tuple(config.getoption("--nsa-dtype") or ()),
-        seed=config.getoption("--nsa-seed"),
+        seed=round.seed if round else config.getoption("--nsa-seed"),
+        examples=config.getoption("--nsa-examples"),
+        shared=config.getoption("--nsa-shared"),
+        seconds=round.seconds if round else math.inf,
         # workers may run in another directory
         findings=Path(config.getoption("--nsa-findings")).absolute(),
         ledger=Path(ledger).absolute() if (ledger := config.getoption("--nsa-ledger")) else None,
@@ -142,6 +155,9 @@ def pytest_configure(config: pytest.Config) -> None:
             implementations[:] = load(spec, resolve_device(config.getoption("--nsa-device")))
         except CannotRun as error:
             raise pytest.UsageError(str(error)) from None
+        if round:
+            asked = [i for i in implementations if i.name == round.implementation]
+            implementations[:] = map(round.of, asked)
 
 
 def distributes(config: pytest.Config) -> bool:

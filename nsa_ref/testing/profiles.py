@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.database import ExampleDatabase
 
 #: level -> examples, as a multiple of what the property asks for at quick
 LEVELS = {"quick": 1, "thorough": 10}
+
+#: Examples of a property in one round of fuzzing, if there is time for them: with fewer `target`
+#: has nothing to go by.
+FUZZED = 1000
 
 
 def level_settings(level: str, examples: int) -> settings:
@@ -21,4 +26,17 @@ def level_settings(level: str, examples: int) -> settings:
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
+    )
+
+
+def fuzz_settings(database: ExampleDatabase) -> settings:
+    """The settings of fuzzing, where no two runs are alike and the database is kept.
+
+    Both are said here, because with CI=true in the environment Hypothesis would say the contrary.
+    """
+    return settings(
+        level_settings("quick", FUZZED),
+        derandomize=False,
+        database=database,
+        phases=(Phase.reuse, Phase.generate, Phase.target, Phase.shrink),
     )

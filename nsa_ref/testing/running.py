@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 import traceback
@@ -11,18 +12,21 @@ from collections import Counter
 from collections.abc import Callable
 
 import hypothesis
+from hypothesis import currently_in_test_context
 
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.conventions import declaring
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.drawing import (
     REST,
+    TimeIsUp,
     asked_of,
     generate,
     make_smaller,
     small_first,
     turn_of,
 )
+from nsa_ref.testing.examples import examples_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
 from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
@@ -60,6 +64,9 @@ SLOW_TIME_FACTOR = 5
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
 
+#: Of fuzzing: seconds for the cases that show what a finding has to do with edges and switches.
+CONFIRMING_TIME = 10.0
+
 
 @own_settings()
 def run_property(prop: Property, implementation: Implementation, options: Options) -> Record:
@@ -86,10 +93,11 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 trials.take_turn(options.turn)
             else:
                 trials.record.asked = asked_of(prop, implementation, options)
+                trials.try_examples()
                 generate(prop, implementation, options, trials.run)
             if large:
                 device.free_cache()
-    except Broken:
+    except (Broken, TimeIsUp):
         pass
     except hypothesis.errors.Flaky:
         if not trials.broken:
@@ -118,6 +126,9 @@ class _Trials:
         longer = implementation.pace != "fast" and options.case is None  # a kept case says it all
         self.timeout = options.timeout * (SLOW_TIME_FACTOR if longer else 1)
         self.options = dataclasses.replace(options, timeout=self.timeout)
+        self.until = min(options.deadline, time.time() + options.seconds)
+        if not options.examples:
+            self.until = math.inf  # turns look after themselves
         self.first: list[float] = []  # seconds that the port took for its first cases
 
     def run(self, case: Case) -> bool:
@@ -128,6 +139,7 @@ class _Trials:
         Raises
         ------
         Broken : and the record has its finding
+        TimeIsUp : of fuzzing, and nothing is broken
         """
         counting = not self.broken
         if not counting and time.monotonic() > self.shrink_until:
@@ -135,6 +147,8 @@ class _Trials:
             if case in self.broken:
                 raise self.broken[case]
             return False
+        if counting and time.time() > self.until:
+            raise TimeIsUp("no case is drawn any more")
         if counting:
             self._count_covered(case)
         if self._is_spared(case, counting):
@@ -155,7 +169,9 @@ class _Trials:
                 return False
             if counting:
                 self.record.cases += 1
-                left = min(SHRINKING_TIME, self.options.seconds_left)
+                # what fuzzing finds at the very end is made smaller all the same
+                most = math.inf if self.options.examples else self.options.seconds_left
+                left = min(SHRINKING_TIME, most)
                 self.shrink_until = time.monotonic() + left
             broken = self._kept(case, broken)
             raise broken
@@ -178,6 +194,17 @@ class _Trials:
                     timeout = grown_timeout(self.timeout, self.first)
                     self.options = dataclasses.replace(self.options, timeout=timeout)
 
+    def try_examples(self) -> None:
+        """Judge the cases that once broke the property.
+
+        Raises
+        ------
+        Broken : as `run`
+        """
+        for case in examples_of(self.implementation, self.prop):
+            self.record.asked += 1
+            self.run(case)
+
     def take_turn(self, turn: int) -> None:
         """Judge the cases of a turn, the small ones first, while there is time.
 
@@ -193,6 +220,7 @@ class _Trials:
         cases = list(turn_of(ordered, turn))
         if turn == 0:
             self.record.asked = asked_of(prop, implementation, options)
+            self.try_examples()
             self.record.unreached = len(ordered)
             for case in refused:
                 self.run(case)
@@ -270,6 +298,16 @@ class _Trials:
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(edges)
+        if self.options.examples:
+            self._aim(outcome, edges)
+
+    def _aim(self, outcome: Outcome, edges: list[str]) -> None:
+        """Of fuzzing: count the pairs of edges, and tell Hypothesis how near the bound was."""
+        self.record.pairs.update(map(" & ".join, itertools.combinations(edges, 2)))
+        budget = outcome.budget
+        # examples of the port's folder, and cases of a slow port, are no draws of Hypothesis
+        if budget is not None and math.isfinite(budget) and currently_in_test_context():
+            hypothesis.target(budget, label=self.prop.name)
 
     def _kept(self, case: Case, broken: Broken) -> Broken:
         """Write the finding to disk, before anything smaller is tried."""
@@ -310,7 +348,7 @@ class _Trials:
             return  # it is about other conventions, of which no case can be broken
         explained = False
         try:
-            explained = judge_generated(self.prop, declared, options) > 0
+            explained = judge_generated(self.prop, declared, _for_a_moment(options)) > 0
         except Broken:
             pass
         finally:
@@ -333,7 +371,7 @@ class _Trials:
                 common.intersection_update(case_edges(self.prop, case))
 
         try:
-            judge_generated(self.prop, self.implementation, options, note)
+            judge_generated(self.prop, self.implementation, _for_a_moment(options), note)
         finally:
             withdraw(options)
         self.record.finding = save_finding(finding | {"edges": sorted(common)}, options.findings)
@@ -341,6 +379,14 @@ class _Trials:
     def _finding(self, case: Case, broken: Broken) -> Finding:
         data = described(self.prop, self.implementation, self.options, case)
         return data | broken_data(broken)
+
+
+def _for_a_moment(options: Options) -> Options:
+    """Of fuzzing: without its database, and with an end."""
+    if not options.examples:
+        return options
+    until = time.time() + CONFIRMING_TIME
+    return dataclasses.replace(options, examples="", shared="", deadline=until)
 
 
 def _drop_tensors(error: BaseException) -> None:

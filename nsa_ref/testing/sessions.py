@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.causes import fold, questions
+from nsa_ref.testing.causes import Question, fold, questions
 from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.findings import Finding, size_of, write_json
 from nsa_ref.testing.mutants.trials import Trial
@@ -196,10 +196,11 @@ def run_session(
     findings: Path,
     options: list[str],
     tests: Sequence[str] = (),
+    gather: Callable[[Console, int | None], Collector] = Collector,
 ) -> Collector:
     """pytest over these tests, or the conformance suite, in workers; it says nothing itself."""
     suite = Path(__file__).parent / "suite.py"
-    with Collector(console, total) as collector, _own_pytest():
+    with gather(console, total) as collector, _own_pytest():
         code = pytest.main(
             [
                 *(tests or [str(suite)]),
@@ -255,6 +256,22 @@ def say(console: Console, *parts: object) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def answers_to(
+    asked: Sequence[Question], run: Callable[..., Collector], deadline: float | None = None
+) -> dict[int, str | None]:
+    """What the port says to questions about findings: number of a question -> `answered`."""
+    if not asked:
+        return {}
+    with temporary_folder() as folder:
+        listed = Path(folder) / "questions.json"
+        listed.write_text(json.dumps([question.to_json() for question in asked]))
+        suite = Path(__file__).parent / "asking_suite.py"
+        options = [f"--nsa-questions={listed}"]
+        if deadline is not None:
+            options.append(f"--nsa-deadline={deadline}")
+        return run(total=len(asked), tests=[str(suite)], options=options).answers
+
+
 def fold_findings(
     findings: Sequence[Finding],
     run: Callable[..., Collector],
@@ -263,17 +280,8 @@ def fold_findings(
 ) -> None:
     """Find out which findings, in the order of `by_weight`, have one cause; and write it down."""
     asked = questions(findings)
-    answers: dict[int, str | None] = {}
     if asked:
         say(console, f"{len(findings)} findings: judging {len(asked)} cases to see their causes")
-        with temporary_folder() as folder:
-            listed = Path(folder) / "questions.json"
-            listed.write_text(json.dumps([question.to_json() for question in asked]))
-            suite = Path(__file__).parent / "asking_suite.py"
-            options = [f"--nsa-questions={listed}"]
-            if deadline is not None:
-                options.append(f"--nsa-deadline={deadline}")
-            answers = run(total=len(asked), tests=[str(suite)], options=options).answers
-    fold(findings, asked, answers)
+    fold(findings, asked, answers_to(asked, run, deadline))
     for finding in findings:
         write_json(Path(finding["file"]), finding)

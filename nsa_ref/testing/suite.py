@@ -15,4 +15,7 @@ else:
     if plugin.warming or plugin.in_turns:
         _suite = warming_suite if plugin.warming else suite_in_turns
     _tests = _suite(*plugin.implementations)
+if plugin.round:
+    _asked = plugin.round.properties
+    _tests = {n: t for n, t in _tests.items() if t.nsa_ref_property in _asked}  # type: ignore[attr-defined]
 globals().update(_tests)

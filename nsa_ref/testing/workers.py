@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -65,9 +67,17 @@ def max_workers(cpus: int, gpus: list[tuple[str, int]]) -> int:
     return max(1, min([cpus, *room]))
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that hands out the tests has died, whatever runs here."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     assign_resources(_worker)
     ignore_ctrl_c()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nsa_ref.masks import sliding_mask
+from nsa_ref.masks import fine_mask, sliding_mask
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, Implementation, OracleImplementation
 
@@ -41,6 +42,23 @@ class OneKeyFewer(SlidingMask):
     def sliding_mask(self, case: Case) -> Any:
         open_window = dataclasses.replace(case.semantics, window_closed=False)
         return sliding_mask(case.q_len, case.kv_len, case, open_window)
+
+
+class Faint(Implementation):
+    """Two faint bugs: more than 128 blocks; two empty slots beside a short last block."""
+
+    name = "faint"
+    semantics = (PAPER,)
+    numerics = MappingProxyType({"float64": "fp64"})
+
+    def fine_mask(self, case: Case, block_indices: Any) -> Any:
+        indices = np.where(block_indices > 128, block_indices - 128, block_indices)
+        short = case.kv_len % case.selection_block_size != 0
+        if short and indices.shape[-1]:
+            last = case.kv_len // case.selection_block_size
+            empty = (indices == -1).sum(-1) > 1
+            indices[..., 0] = np.where(empty, last, indices[..., 0])
+        return fine_mask(case.q_len, case.kv_len, indices, case, case.semantics)
 
 
 class Raises(SlidingMask):

@@ -1,0 +1,302 @@
+"""`nsa-ref fuzz`: what a night finds is found once, and kept, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
+from rich.console import Console
+
+from commands import HELPERS
+from nsa_ref.testing import OracleImplementation, cli, fuzzing
+from nsa_ref.testing.case import Case
+from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
+from nsa_ref.testing.examples import FOLDER_NAME, examples_of, export
+from nsa_ref.testing.findings import read_finding
+from nsa_ref.testing.fuzz_causes import Cause
+from nsa_ref.testing.fuzz_folder import Folder, State
+from nsa_ref.testing.fuzzing import Fuzzing
+from nsa_ref.testing.ledger import read_ledger
+from nsa_ref.testing.loading import CannotRun, Declared
+from nsa_ref.testing.narrowing import Sample
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.profiles import fuzz_settings
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import run_property
+from nsa_ref.testing.sharing import open_database
+from port_zoo import Faint
+
+
+@pytest.fixture(autouse=True)
+def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HELPERS))
+    places = [str(HELPERS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
+
+
+FUZZ = ("fuzz", "port_zoo:Faint", "-n", "1", "--branch", "fine", "--seed", "5")
+
+
+def state() -> State:
+    return State.from_json(json.loads(Path("nsa-ref-fuzz/state.json").read_text()))
+
+
+def test_what_is_right_is_not_accused() -> None:
+    assert main(["fuzz", "oracle", "-n", "1", "--branch", "sliding", "--time", "4s"]) == HOLDS
+    assert not state().causes and state().cases and state().pairs
+
+
+def test_fresh_cases_are_drawn_and_the_database_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CI=true as well, where Hypothesis would repeat the same cases for ever."""
+    profile = settings.get_current_profile_name()
+    settings.load_profile("ci")
+    try:
+        chosen = fuzz_settings(open_database("kept"))
+        assert not chosen.derandomize and Phase.target in chosen.phases
+        aimed: list[float] = []
+        monkeypatch.setattr(hypothesis, "target", lambda budget, label: aimed.append(budget))
+        prop, options = PROPERTIES["A1_sliding_output"], Options(examples="kept", seconds=0.5)
+        records = [
+            run_property(prop, OracleImplementation(), dataclasses.replace(options, seed=seed))
+            for seed in (1, 2)
+        ]
+    finally:
+        settings.load_profile(profile)
+    assert all(record.cases and record.pairs for record in records)
+    assert records[0].edges != records[1].edges
+    assert len(aimed) == sum(record.cases for record in records)
+    assert max(aimed) == max(record.budget_used or 0.0 for record in records) > 0
+
+
+def test_what_hypothesis_kept_of_one_round_is_tried_in_the_next() -> None:
+    options = Options(examples="kept", seconds=5.0, findings=Path("found"))
+    prop = PROPERTIES["I6_fine_mask_as_exposed"]
+    assert run_property(prop, Faint(), dataclasses.replace(options, seed=1)).finding
+    assert list(Path("kept").glob("*/*"))
+    record = run_property(prop, Faint(), dataclasses.replace(options, seed=2))
+    assert record.finding and record.cases < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--time", "soon"], "--time: 'soon' must be a time such as 90s, 5m or 2h"),
+        (["--database", "redis://host:port"], "--database redis://host:port: "),
+        (["--findings", "/dev/null/x"], "cannot fuzz in the folder /dev/null/x: "),
+        (["--export"], "knows of nothing that is broken"),
+        (["--level", "quick"], "unrecognized arguments: --level"),
+    ],
+)
+def test_what_it_cannot_do_is_said_in_a_line(
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"device": "cpu", "ledgers": [], "implementations": []}
+    monkeypatch.setattr(cli, "try_loading", lambda *_: found)
+    if "--database" in arguments:
+        pytest.importorskip("redis", reason="redis is not installed")
+    assert main([*FUZZ, *arguments]) == COULD_NOT_RUN
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_folder_is_about_one_implementation_and_one_seed(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "kept")
+    with folder.taken():
+        folder.save(folder.state("one:Port", 3))
+        assert folder.state("one:Port", None).seed == 3
+        with pytest.raises(CannotRun, match="is about one:Port, not other:Port"):
+            folder.state("other:Port", None)
+        with pytest.raises(CannotRun, match="goes on with seed 3: leave --seed 4 away"):
+            folder.state("one:Port", 4)
+        with (
+            pytest.raises(CannotRun, match="another nsa-ref fuzz is at work there"),
+            folder.taken(),
+        ):
+            pass
+        (tmp_path / "kept" / "state.json").write_text("{}")
+        with pytest.raises(CannotRun, match=r"state.json cannot be read: its schema"):
+            folder.state("one:Port", None)
+
+
+class Far(ExampleDatabase):
+    """A shared database that does not answer while it is down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.down, self.why = InMemoryExampleDatabase(), True, ""
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self.why = "nobody there" if self.down else ""
+        if not self.down:
+            self.inner.save(key, value)
+
+    def fetch(self, key: bytes) -> Iterator[bytes]:
+        self.why = "nobody there" if self.down else ""
+        return iter([] if self.down else list(self.inner.fetch(key)))
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        raise AssertionError("nothing is taken away")
+
+
+def test_a_lost_connection_is_said_and_loses_no_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, said = Far(), io.StringIO()
+    monkeypatch.setattr(fuzzing, "shared_database", lambda url: database)
+    prop, options = PROPERTIES["I6_fine_mask_as_exposed"], Options(findings=tmp_path / "kept")
+    finding = run_property(prop, Faint(), options).finding
+    assert finding is not None
+
+    def machine(name: str) -> Fuzzing:
+        command = ["fuzz", "port_zoo:Faint", "--database", "redis://far", "-n", "1"]
+        folder = Folder(tmp_path / name)
+        declared = {"device": "cpu", "ledgers": [], "implementations": []}
+        arguments = cli._parser().parse_args(command)
+        return Fuzzing(arguments, Console(file=said, width=500), folder, declared)
+
+    one, other = machine("one"), machine("other")
+    one.causes.append(Cause(finding, "id", Sample([], [])))
+    for down, line in (
+        (True, "the shared database does not answer (nobody there); what is found is kept in"),
+        (True, ""),
+        (False, "the shared database answers again, and has all that is known here"),
+        (False, ""),
+    ):
+        database.down = down
+        one._exchange()
+        assert said.getvalue().startswith(line) and bool(said.getvalue()) == bool(line)
+        said.truncate(said.seek(0))
+
+    # the other machine tries what this one found, and this one does not
+    tried: list[Path] = []
+    for fuzz in (one, other):
+        fuzz.declared = [Declared(Faint())]
+        monkeypatch.setattr(fuzz, "_take_in", lambda drawn, found, files: tried.extend(files))
+        fuzz._exchange()
+        assert bool(tried) is (fuzz is other)
+    case, read = read_finding(tried[0])
+    assert case == Case.from_json(finding["case"]) and read["property"] == prop.name
+    other._exchange()
+    assert len(tried) == 1
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "nsa_ref.testing.cli", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as p:
+        try:
+            yield p
+        finally:
+            p.kill()
+
+
+def until(met: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_nothing_is_lost_when_a_worker_and_the_run_are_killed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two faint bugs are two findings, which the next run says, and every later one tries first.
+
+    One needs more than 128 blocks, the other two empty slots beside a short last block.
+    """
+    with running(*FUZZ, "--time", "60s") as process:
+        # a case that somebody killed is no finding
+        until(lambda: list(Path("nsa-ref-fuzz/round/running").glob("*/gw*.json")))
+        os.kill(children(process)[0], signal.SIGKILL)
+        until(lambda: list(Path("nsa-ref-fuzz/round").glob("*crash.json")))
+        until(lambda: {"F3", "I6"} <= {p.name[:2] for p in Path("nsa-ref-fuzz/round").iterdir()})
+        workers = children(process)
+        process.kill()
+        process.wait()
+        until(lambda: not any(map(is_alive, workers)), 15.0)
+    assert Path("nsa-ref-fuzz/round.json").exists()
+
+    assert main([*FUZZ, "--time", "1s"]) == BROKEN
+    said = capsys.readouterr().out
+    assert "round 1 was cut off: what it left is taken up\n" in said
+    lines, first = said.splitlines(), state()
+    assert len([line for line in lines if line.startswith("found: ")]) == 2 == len(first.causes)
+    assert len([line for line in lines if line.startswith("known")]) == 2
+    figures = r"^\d:\d\d:\d\d, round \d: [\d,]+ cases, \d+ a second, \d clauses, .*2 findings"
+    assert re.search(figures, said, re.M)
+
+    cases = [read_finding(Path("nsa-ref-fuzz", file))[0] for file in first.causes]
+    assert sum(case.num_selection_blocks > 128 for case in cases) == 1
+    assert sum(case.kv_len % case.selection_block_size != 0 for case in cases) == 1
+    for file, case in zip(first.causes, cases):
+        names: dict[str, object] = {}
+        pasted = Path("nsa-ref-fuzz", file).with_suffix(".py").read_text()
+        exec(pasted.replace("@example(", "found = dict("), names)
+        assert names["found"] == {"case": case}
+    entries = read_ledger(Path("nsa-ref-fuzz/known.toml"))
+    assert len(entries) == 2 and all(any(e.covers(case) for e in entries) for case in cases)
+
+    # it goes on from there, and says what it knows
+    with running(*FUZZ[:-2], "--time", "5m") as process:
+        assert process.stdout is not None
+        goes_on = process.stdout.readline()
+        until(lambda: children(process))
+        # a job that is cancelled says what there is
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == BROKEN and "Traceback" not in said
+    assert f"goes on with port_zoo:Faint on cpu after {first.rounds} rounds" in goes_on
+    assert said.count("nsa-ref replay ") == 4 and state().causes == first.causes
+
+    # and what was found is tried first by every later run
+    place = HELPERS / FOLDER_NAME
+    try:
+        assert main([*FUZZ[:-2], "--export"]) == HOLDS
+        kept = sorted(place.glob("*.json"))
+        # what is there already stays as it is
+        again = export([Path("nsa-ref-fuzz", file) for file in first.causes], HELPERS / "x.toml")
+        assert sorted(again) == kept == sorted(place.glob("*.json")) and len(kept) == 2
+        asked = [PROPERTIES[str(read_finding(path)[1]["property"])] for path in place.iterdir()]
+        found = [case for prop in asked for case in examples_of(Faint(), prop)]
+        assert {repr(case) for case in found} == {repr(case) for case in cases}
+        record = run_property(asked[0], Faint(), Options(shrink=False))
+        assert record.finding is not None and Case.from_json(record.finding["case"]) in found
+        kept[0].write_text("[]")
+        with pytest.raises(ValueError, match=r"holds no case: .*Remove it, or export again"):
+            examples_of(Faint(), asked[0])
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
