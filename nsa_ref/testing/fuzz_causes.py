@@ -12,6 +12,10 @@ from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.ledger import Entry
 from nsa_ref.testing.narrowing import Sample, entry_of, narrowed
 
+#: A rule tells where something breaks if it was made of so many cases that break, and covers no
+#: larger share of those that pass.
+FEWEST_BROKEN, MOST_PASSING = 3, 1 / 8
+
 
 @dataclass
 class Cause:
@@ -43,6 +47,19 @@ class Cause:
         entry = entry_of([self.finding, *self.others], narrowed(self.sample))
         name = glob.escape(self.finding["implementation"]) if of_several else ""
         return dataclasses.replace(entry, id=self.id, implementation=name)
+
+    def covers(self, case: Case) -> bool:
+        """Whether a case lies where this breaks, as far as the sample tells where that is.
+
+        Few rows of a long sequence may show a mistake, and then no case between two others does.
+        """
+        conditions = narrowed(self.sample)
+        few = len(set(self.sample.broken)) < FEWEST_BROKEN
+        if few or not conditions or not all(condition.holds(case) for condition in conditions):
+            return False
+        passed = self.sample.passed
+        covered = sum(all(c.holds(one) for c in conditions) for one in passed)
+        return covered <= MOST_PASSING * len(passed)
 
     def add(self, finding: Finding) -> None:
         """Count a finding that has this cause."""

@@ -268,7 +268,8 @@ class Fuzzing:
         """The findings that have none of the causes; all others are counted for theirs.
 
         What raised, or is explained by one thing to declare, goes by what it looks like (`causes`).
-        Of all else the finding's case must lead to that of the cause (`steps`).
+        Of all else the finding's case must lead to that of the cause (`steps`), or lie where that
+        is known to break.
         """
         asked: list[Question] = []
         of: dict[int, Cause] = {}  # number of the finding -> its cause
@@ -288,6 +289,9 @@ class Fuzzing:
         for number, question in enumerate(asked):
             if answers.get(number):
                 of.setdefault(question.finding, causes[question.of])
+        for question in asked:
+            if question.finding not in of and causes[question.of].covers(question.case):
+                of[question.finding] = causes[question.of]
         for j, cause in of.items():
             cause.add(findings[j])
             self.folder.keep(cause)

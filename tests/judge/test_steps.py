@@ -12,7 +12,9 @@ import pytest
 
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.fuzz_causes import Cause
 from nsa_ref.testing.handing_over import own_settings
+from nsa_ref.testing.narrowing import Sample
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.steps import fault_of, is_like, leads_to, made_smaller
 
@@ -103,3 +105,13 @@ def test_a_case_becomes_no_other_than_what_is_declared() -> None:
 def test_what_is_right_is_not_made_smaller() -> None:
     assert made_smaller(VALUES, OracleImplementation(), EMPTY, time.monotonic() + 5) == EMPTY
     assert made_smaller(VALUES, Faint(), EMPTY, 0.0) == EMPTY
+
+
+def test_a_cause_covers_what_lies_where_it_is_known_to_break() -> None:
+    finding = {"file": "a.json", "property": VALUES.name, "clause": "F1"}
+    passed = [Case(kv_len=number, q_len=1 + number % 20) for number in range(1, 120)]
+    many = [dataclasses.replace(MANY, q_len=n, kv_len=128 + n) for n in (1, 3, 17)]
+    cause = Cause(finding, "many", Sample(many, passed))
+    assert cause.covers(dataclasses.replace(MANY, kv_len=150)) and not cause.covers(EMPTY)
+    assert not Cause(finding, "few", Sample(many[:2], passed)).covers(many[2])
+    assert not Cause(finding, "any", Sample(passed[::20], passed)).covers(passed[7])
