@@ -100,12 +100,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
     budget, loaded = arguments.time, time.time()
-    declared = {dtype for one in chosen for dtype in one["numerics"]}
     wanted, dtypes = arguments.branch or (), arguments.dtype or ()
-    for dtype in dtypes:
-        if dtype not in declared:
-            known = ", ".join(sorted(declared))
-            raise CannotRun(f"--dtype {dtype}: {names} on {device} declares {known}")
+    _check_dtypes(dtypes, found)
     ledgers = [arguments.ledger] if arguments.ledger else filter(os.path.exists, found["ledgers"])
     entries = [
         entry for ledger in dict.fromkeys(ledgers) for entry in _checked_entries(Path(ledger))
@@ -195,6 +191,16 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if code == HOLDS and arguments.level == "thorough":
         code = _thorough(console, records, stated)
     return code
+
+
+def _check_dtypes(dtypes: Sequence[str], found: dict[str, Any]) -> None:
+    """Raise CannotRun for a dtype that no implementation of those found declares."""
+    chosen = found["implementations"]
+    declared = {dtype for one in chosen for dtype in one["numerics"]}
+    for dtype in dtypes:
+        if dtype not in declared:
+            names, known = ", ".join(one["name"] for one in chosen), ", ".join(sorted(declared))
+            raise CannotRun(f"--dtype {dtype}: {names} on {found['device']} declares {known}")
 
 
 def _is_asked(
@@ -310,6 +316,7 @@ def fuzz(arguments: argparse.Namespace, console: Console) -> int:
     folder = Folder(Path(arguments.findings).absolute())
     with folder.taken(), _ended_as_by_ctrl_c():
         found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
+        _check_dtypes(arguments.dtype or (), found)
         fuzzing = Fuzzing(arguments, console, folder, found)
         if arguments.export:
             fuzzing.export()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from nsa_ref.testing.examples import export
 from nsa_ref.testing.findings import Finding, read_finding, write_json
 from nsa_ref.testing.fuzz_causes import Cause
 from nsa_ref.testing.fuzz_folder import NO_CASE, Folder
-from nsa_ref.testing.ledger import LedgerError, read_ledger, to_toml
+from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml
 from nsa_ref.testing.loading import CannotRun, Declared
 from nsa_ref.testing.narrowing import DIED, SAMPLED, Sample, entry_of
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -76,6 +77,7 @@ class Fuzzing:
         self.device, self.ledgers = found["device"], found["ledgers"]
         self.declared = [Declared.from_json(one) for one in found["implementations"]]
         self.workers = int(arguments.n) if arguments.n.isdigit() else os.cpu_count() or 1
+        self.given = self._given()
         self._counting = threading.Lock()
         self._collector: Collector | None = None
         self._counted, self._since = 0, time.monotonic()
@@ -90,7 +92,7 @@ class Fuzzing:
         """
         until = time.monotonic() + seconds
         self._say_what_is_known()
-        self._begin_ledger()
+        self._write_ledger()
         with self._watched():
             try:
                 self._take_up()
@@ -99,7 +101,8 @@ class Fuzzing:
                 while time.monotonic() < until:
                     collector = self._round(until)
                     idle = 0 if any(r.cases or r.known for r in collector.records) else idle + 1
-                    if idle >= max(IDLE_ROUNDS, len(self.declared)):
+                    idles = idle >= max(IDLE_ROUNDS, len(self.declared))
+                    if idles and (collector.errors or not self.state.cases):
                         why = [*collector.errors, "no case was decided"][0]
                         raise CannotRun(f"nothing of {self.spec} could be judged: {why}")
                     self._exchange()
@@ -156,7 +159,11 @@ class Fuzzing:
     def _drawn(self) -> Round:
         """The round that comes next."""
         state, wanted = self.state, self.arguments.branch
-        implementation = self.declared[state.rounds % len(self.declared)]
+        implementation = copy.copy(self.declared[state.rounds % len(self.declared)])
+        dtypes = self.arguments.dtype or implementation.numerics
+        implementation.numerics = {
+            dtype: row for dtype, row in implementation.numerics.items() if dtype in dtypes
+        }
         asked: list[Property] = [
             prop
             for prop in PROPERTIES.values()
@@ -375,7 +382,7 @@ class Fuzzing:
     def _write_ledger(self) -> None:
         """Call every cause known, where its cases break, so that rounds go on around it."""
         own = [cause.id for cause in self.causes]
-        given = [entry for entry in read_ledger(self.folder.ledger) if entry.id not in own]
+        given = [entry for entry in self.given if entry.id not in own]
         entries = [*given, *(cause.entry(len(self.declared) > 1) for cause in self.causes)]
         half = self.folder.ledger.with_suffix(".half")
         half.write_text("\n".join(map(to_toml, entries)))
@@ -415,17 +422,19 @@ class Fuzzing:
         answers = "the shared database answers again, and has all that is known here"
         say(self.console, f"{lost}{self.folder.path}" if self._why_lost else answers)
 
-    def _begin_ledger(self) -> None:
-        """Begin with what the port knows; entries that fuzzing added stay."""
-        if self.folder.ledger.exists():
-            return
-        given = [self.arguments.ledger] if self.arguments.ledger else self.ledgers
-        files = [Path(file) for file in dict.fromkeys(given) if Path(file).exists()]
+    def _given(self) -> list[Entry]:
+        """What the port's ledger knows, or the one that was named.
+
+        Raises
+        ------
+        CannotRun : it has no meaning
+        """
+        named, beside = self.arguments.ledger, filter(os.path.exists, self.ledgers)
+        files = [Path(file) for file in dict.fromkeys([named] if named else beside)]
         try:
-            entries = [to_toml(entry) for file in files for entry in read_ledger(file)]
+            return [entry for file in files for entry in read_ledger(file)]
         except LedgerError as error:
             raise CannotRun(str(error)) from None
-        self.folder.ledger.write_text("\n".join(entries))
 
     # --- what is said -----------------------------------------------------------------------------
 

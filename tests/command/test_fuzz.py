@@ -100,6 +100,8 @@ def test_what_hypothesis_kept_of_one_round_is_tried_in_the_next() -> None:
         (["--database", "redis://host:port"], "--database redis://host:port: "),
         (["--findings", "/dev/null/x"], "cannot fuzz in the folder /dev/null/x: "),
         (["--export"], "knows of nothing that is broken"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16: faint on cpu declares float64"),
+        (["--ledger", "none.toml"], "none.toml: [Errno 2] No such file or directory"),
         (["--level", "quick"], "unrecognized arguments: --level"),
     ],
 )
@@ -109,7 +111,7 @@ def test_what_it_cannot_do_is_said_in_a_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = {"device": "cpu", "ledgers": [], "implementations": []}
+    found = {"device": "cpu", "ledgers": [], "implementations": [Declared(Faint()).to_json()]}
     monkeypatch.setattr(cli, "try_loading", lambda *_: found)
     if "--database" in arguments:
         pytest.importorskip("redis", reason="redis is not installed")
