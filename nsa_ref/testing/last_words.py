@@ -205,7 +205,8 @@ def _frames(last_words: str) -> tuple[str, ...]:
     for thread in last_words.split("\n\n"):
         frames = [line for line in thread.splitlines() if line.startswith("  File")]
         ours = [i for i, line in enumerate(frames) if here in line]
-        if ours:
+        # threads of the judge's own have no frame before ours
+        if ours and ours[0]:
             theirs = [frame.removeprefix("  File ") for frame in frames[: ours[0]]]
             return tuple(dict.fromkeys([*theirs[-1:], *theirs[:1]]))
     return ()
