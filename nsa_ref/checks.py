@@ -37,7 +37,7 @@ def check_multiple(name: str, value: int, of_name: str, of: int, *, why: str) ->
 
 def check_one_of(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless value is one of `allowed`, and list them all."""
-    if value not in allowed:
+    if value not in list(allowed):  # a value may have no hash
         listed = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name}={value!r} must be one of {listed}.")
 

@@ -25,6 +25,7 @@ from nsa_ref.testing.branches import BRANCHES, check_dtype, checked_result
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.clauses import SPEC_VERSION
 from nsa_ref.testing.compare import compare
+from nsa_ref.testing.files import read_bytes, read_text
 from nsa_ref.testing.findings import Finding, broken_data
 from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.properties.common import Outcome, settle
@@ -96,27 +97,27 @@ def questions(folder: Path) -> list[Question]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(read_text(path))
         for name, own in (("schema", SCHEMA), ("spec_version", SPEC_VERSION)):
             if manifest[name] != own:
                 raise ValueError(f"its {name} is {manifest[name]!r}, and here it is {own!r}")
         found = []
         for entry in sorted(manifest["vectors"], key=lambda entry: entry["bytes"]):
-            data = (folder / entry["file"]).read_bytes()
+            data = read_bytes(folder / entry["file"])
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise ValueError(f"{entry['file']} is not the file that it lists (sha256)")
             found.append(Question(entry, Case.from_json(entry["case"]), decoded(data)[0]))
         return found
     except OSError as error:
         why = f"{error.filename}: {error.strerror}"
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"{path}: {type(error).__name__}: {error}"
     raise CannotRun(f"{folder} holds no vectors: {why}. nsa-ref vectors DIR writes them")
 
 
 def _read(path: Path) -> Answer:
     try:
-        arrays, metadata = decoded(path.read_bytes())
+        arrays, metadata = decoded(read_bytes(path))
     except OSError as error:
         return Answer(unreadable=str(error.strerror))
     except ValueError as error:

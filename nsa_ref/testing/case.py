@@ -138,11 +138,13 @@ class Case(Sizes):
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Case:
-        """The inverse of `to_json`; unknown fields raise ValueError by name.
+        """The inverse of `to_json`; unknown fields raise ValueError by name, no fields TypeError.
 
         Written by hand, `semantics` may also be a preset's name, or the switches that differ from
         PAPER's.
         """
+        if not isinstance(fields, dict):
+            raise TypeError(f"case={json.dumps(fields)} must be an object: the case's fields.")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(fields) - known:
             raise ValueError(f"case has unknown fields {sorted(unknown)}; known: {sorted(known)}.")

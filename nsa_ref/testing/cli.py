@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -38,11 +40,13 @@ from nsa_ref.testing.difference import compare, read_report, show_difference
 from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
+from nsa_ref.testing.files import read_text, write_text
 from nsa_ref.testing.findings import Finding, grouped, of_one_cause
 from nsa_ref.testing.fuzz_folder import Folder
 from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
+from nsa_ref.testing.last_words import left_running
 from nsa_ref.testing.lattice import excused_edges, unmet_edges
 from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml, wrong_entries
 from nsa_ref.testing.loading import (
@@ -73,9 +77,21 @@ from nsa_ref.testing.replays import (
 from nsa_ref.testing.report import Clause, clauses, compiled, graphs, show, to_json
 from nsa_ref.testing.sessions import Collector, fold_findings, run_session, say, temporary_folder
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import annotation, printable, reasons, remark
+from nsa_ref.testing.wording import (
+    annotation,
+    few,
+    in_one_line,
+    one_line,
+    place,
+    printable,
+    reasons,
+    remark,
+)
 
 HOLDS, BROKEN, COULD_NOT_RUN, UNDECIDED = 0, 1, 2, 3
+
+#: Cells of a mask, of all heads, that `show` computes.
+MOST_CELLS = 2**25
 
 #: Cases that are drawn for edges that a thorough run did not meet.
 THOROUGH_DRAWS = 3000
@@ -137,6 +153,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         say(console, f"warmed up in {took:.0f} s: {', '.join(counted) or 'nothing to compile'}")
         if warming.errors:
             say(console, f"while warming up workers died {len(warming.errors)} times")
+    taken_up = _taken_up(arguments, console, found)
     total = len(properties) * len(chosen)
     if budget is None:
         collector = run(total=total, options=options)
@@ -146,6 +163,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         timed = ["--dist=load", "--maxschedchunk=1", f"--nsa-deadline={deadline}"]
         collector = run(total=TURNS * total, options=[*options, *timed])
         collector.join_turns()
+    collector.findings += taken_up
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     stated = [Declared.from_json(one) for one in chosen]
@@ -171,16 +189,20 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     }
     how: dict[str, Any] = {"asked_for": asked_for, "evidence": evidence, "entries": whole}
     report = to_json(about, records, findings, warmed=warmed, **how)
+    errors = [*collector.errors, *(["interrupted"] if collector.interrupted else [])]
+    texts: dict[str, Callable[[], str]] = {}
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        texts[arguments.json] = lambda: json.dumps(report, indent=1, allow_nan=False) + "\n"
     if arguments.html:
-        Path(arguments.html).write_text(to_html(report), encoding="utf-8")
+        texts[arguments.html] = lambda: to_html(report)
     if arguments.junit:
-        errors = [*collector.errors, *(["interrupted"] if collector.interrupted else [])]
-        Path(arguments.junit).write_text(to_xml(records, errors, seconds), encoding="utf-8")
+        texts[arguments.junit] = lambda: to_xml(records, errors, seconds)
     title = f"{names} on {where}"
     how |= {"title": title, "seconds": seconds, "numerics": numerics}
-    code = _show(console, collector, names, **how)
+    try:
+        code = _show(console, collector, names, **how)
+    finally:
+        unwritten = _write_all(texts)
     if code == HOLDS and arguments.strict and (wrong := wrong_entries(records, whole)):
         lines = "; ".join(map(remark, wrong))
         wrong_ledger = printable(f"nsa-ref: --strict, and the ledger is wrong: {lines}")
@@ -190,7 +212,47 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         code = _undecided(clauses(records, findings, asked_for, evidence))
     if code == HOLDS and arguments.level == "thorough":
         code = _thorough(console, records, stated)
-    return code
+    return COULD_NOT_RUN if unwritten and code != BROKEN else code
+
+
+def _taken_up(
+    arguments: argparse.Namespace, console: Console, found: dict[str, Any]
+) -> list[Finding]:
+    """What is broken of the cases that were running when an earlier run was killed."""
+    folder, names = Path(arguments.findings), {one["name"] for one in found["implementations"]}
+    cases: list[Kept] = []
+    ended: list[Path] = []
+    for run, files in left_running(folder).items():
+        own = []
+        for file in files:
+            with contextlib.suppress(CannotRun):
+                kept = read_kept(file, None, found["device"])
+                if (kept.spec, kept.implementation in names) == (arguments.implementation, True):
+                    own.append(dataclasses.replace(kept, timeout=arguments.case_timeout))
+        cases += own
+        ended += [run] if len(own) == len(files) else []
+    findings: list[Finding] = []
+    if cases:
+        say(console, f"an earlier run was killed: judging the {len(cases)} cases that it was at")
+        collector = _run_kept(console, cases, found, folder)
+        if collector.interrupted:
+            raise KeyboardInterrupt
+        findings = collector.findings
+    for run in ended:
+        shutil.rmtree(run, ignore_errors=True)
+    return findings
+
+
+def _write_all(texts: Mapping[str, Callable[[], str]]) -> bool:
+    """Write each file, however the others fare; True, and a line for each, if one cannot be."""
+    unwritten = False
+    for name, text in texts.items():
+        try:
+            Path(name).write_text(text(), encoding="utf-8")
+        except OSError as error:
+            print(printable(f"nsa-ref: cannot write {name}: {error.strerror}"), file=sys.stderr)
+            unwritten = True
+    return unwritten
 
 
 def _check_dtypes(dtypes: Sequence[str], found: dict[str, Any]) -> None:
@@ -282,7 +344,7 @@ def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
         raise KeyboardInterrupt
     if collector.findings:
         for error in collector.errors:
-            print(f"nsa-ref: {printable(error)}", file=sys.stderr)
+            print(f"nsa-ref: {in_one_line(error)}", file=sys.stderr)
         return BROKEN
     if collector.errors:
         others = len(collector.errors) - 1
@@ -290,7 +352,7 @@ def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
     if not any(record.cases or record.known for record in collector.records):
         if any(record.unreached for record in collector.records):
             raise CannotRun(f"the time was up before any case of {names} was judged: more --time")
-        why = "; ".join(dict.fromkeys(r for record in collector.records for r in reasons(record)))
+        why = "; ".join(few([*dict.fromkeys(r for rec in collector.records for r in reasons(rec))]))
         raise CannotRun(f"nothing of {names} could be judged: {why or 'no case was tried'}")
     return HOLDS
 
@@ -368,7 +430,7 @@ def _replay_folder(folder: Path, arguments: argparse.Namespace, console: Console
             continue
         rows |= {k.path: replayed(k, collector.kept[i]) for i, k in enumerate(group)}
         for line in collector.errors:
-            print(f"nsa-ref: {printable(line)}", file=sys.stderr)
+            print(f"nsa-ref: {in_one_line(line)}", file=sys.stderr)
         if interrupted := collector.interrupted:
             break
     show_replays(
@@ -437,10 +499,12 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     ended = {trial.name: trial for trial in collector.trials}
     trials = [ended.get(name) or worker_died(name) for name in names]
     show_trials(console, trials, time.monotonic() - started)
-    if arguments.json:
-        report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
-    return HOLDS if all(trial.right for trial in trials) else BROKEN
+    report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}
+    texts = {arguments.json: lambda: json.dumps(report, indent=1) + "\n"} if arguments.json else {}
+    unwritten = _write_all(texts)
+    if not all(trial.right for trial in trials):
+        return BROKEN
+    return COULD_NOT_RUN if unwritten else HOLDS
 
 
 def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
@@ -482,8 +546,8 @@ def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
     for other in known:
         if what == (other.clause, other.method, other.where):
             raise CannotRun(f"the ledger has it already: {other.id}")
-    before = ledger.read_text() + "\n" if ledger.exists() else ""
-    ledger.write_text(before + to_toml(entry))
+    before = read_text(ledger) + "\n" if ledger.exists() else ""
+    write_text(ledger, before + to_toml(entry))
     say(console, to_toml(entry))
     fate = "die" if "ended" in finding else f"break {' or '.join(entry.clause)}"
     covered = sum(map(entry.covers, sample.passed))
@@ -547,6 +611,11 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     case, _ = read_case_file(path)
     if not case.batch:
         raise CannotRun(f"{path}: with batch=0 there is no mask to draw")
+    columns = max(case.kv_len + case.num_mem_kv, case.num_selected_blocks)
+    if (cells := case.batch * case.q_heads * case.q_len * columns) > MOST_CELLS:
+        raise CannotRun(
+            f"{path}: a mask of {cells} cells is too large to be drawn, {MOST_CELLS} are the most"
+        )
     masks = {branch.name: oracle_mask(branch, case)[0, 0] for branch in BRANCHES}
     say(console, case)
     if arguments.png:
@@ -618,19 +687,20 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
 def _check_writable(file: str) -> None:
     """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
     path = Path(file)
-    existed = path.exists()
     try:
-        path.open("a").close()
+        existed = path.exists()
+        # a pipe that nobody reads is not waited for
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))
+        if not existed:
+            path.unlink()
     except OSError as error:
         raise CannotRun(f"cannot write {path}: {error.strerror}. Try another path") from None
-    if not existed:
-        path.unlink()
 
 
 def _check_folder(path: Path) -> None:
     """The same for a folder, which need not be there yet."""
-    existed = path.exists()
     try:
+        existed = path.exists()
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
         if not existed:
@@ -641,7 +711,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _parse_workers(text: str) -> str:
-    if text != "auto" and (not text.isdigit() or int(text) < 1):
+    if text != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be auto or a number of at least 1")
     return text
 
@@ -682,7 +752,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="nsa-ref",
-        description=__doc__.splitlines()[0],
+        description="Judge implementations of Native Sparse Attention, clause by clause.",
         epilog=f"presets, upstream's departures and all other pages: {pages_folder()}",
     )
     parser.add_argument("--version", action="version", version=f"nsa-ref {own_version()}")
@@ -760,18 +830,77 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Output:
+    """Standard output as a run needs it: a full disk, or a pipe that was closed, ends no run.
+
+    error : the first; nothing is written after it
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """What the terminal's encoding has not is written out, such as \\u2502."""
+        encoding = self._file.encoding or "utf-8"
+        try:
+            self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError as error:
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.error = self.error or error
+        with contextlib.suppress(OSError):  # or Python itself fails, when it ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console script."""
+    output = Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            code = _main(argv)
+        finally:
+            output.flush()
+    if output.error is not None:
+        line = f"nsa-ref: not all could be printed: {output.error.strerror}"
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+    return COULD_NOT_RUN if output.error is not None and code != BROKEN else code
+
+
+def _main(argv: list[str] | None) -> int:
+    """What the command says, with 2 and one line for whatever goes wrong."""
     console = Console()
     try:
         arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments, console))
     except CannotRun as error:
-        print(f"nsa-ref: {printable(str(error))}", file=sys.stderr)
-        return COULD_NOT_RUN
+        line = str(error)
     except KeyboardInterrupt:
-        print("nsa-ref: interrupted; what was found so far is kept", file=sys.stderr)
-        return COULD_NOT_RUN
+        line = "interrupted; what was found so far is kept"
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        line = f"{what}{error.strerror or one_line(error)}"
+    except MemoryError as error:
+        line = f"memory ran out ({one_line(error)})"
+    except Exception as error:
+        line = f"{one_line(error)} at {place(error)}, which is a mistake of nsa-ref's own"
+    with contextlib.suppress(OSError):
+        print(f"nsa-ref: {in_one_line(line)}", file=sys.stderr)
+    return COULD_NOT_RUN
 
 
 if __name__ == "__main__":

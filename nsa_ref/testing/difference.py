@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nsa_ref.testing.files import read_text
 from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.report import COLOURS, SCHEMA, share
 from nsa_ref.testing.wording import printable
@@ -54,7 +55,7 @@ def read_report(path: Path) -> dict[str, Any]:
     CannotRun : in one line
     """
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(read_text(path))
     except FileNotFoundError:
         raise CannotRun(f"there is no file {path}") from None
     except (OSError, ValueError, RecursionError) as error:

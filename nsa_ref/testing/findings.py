@@ -7,16 +7,21 @@ import json
 import math
 import shlex
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nsa_ref.testing.case import Case, load_case
+from nsa_ref.testing.files import read_text, write_json
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import Property
 from nsa_ref.testing.verdicts import FAILURES, Broken
 from nsa_ref.testing.wording import describe
+
+#: Letters of a file's name.
+LONGEST_NAME = 180
 
 #: JSON values: what `described`, `broken_data` and `save_finding` give.
 Finding = dict[str, Any]
@@ -25,7 +30,8 @@ Finding = dict[str, Any]
 def described(
     prop: Property, implementation: Implementation, options: Options, case: Case
 ) -> Finding:
-    """What a replay needs to know."""
+    """What a replay needs to know; and the seed, unless one case was run."""
+    drawn = {"seed": options.seed} if options.case is None else {}
     return {
         "property": prop.name,
         "clause": prop.clause,
@@ -34,6 +40,7 @@ def described(
         "device": implementation.device,
         "timeout": options.timeout,
         "case": case.to_json(),
+        **drawn,
     }
 
 
@@ -55,29 +62,40 @@ def broken_data(broken: Broken) -> Finding:
 
 
 def save_finding(finding: Finding, folder: Path) -> Finding:
-    """Write a finding into the folder; adds `file` and `replay`."""
-    # a broken case may crash when it is made smaller: that is another finding, in another file
-    ended = [finding["ended"]] if "ended" in finding else []
-    name = "-".join((finding["clause"], finding["property"], finding["implementation"], *ended))
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-    path = folder / f"{name}.json"
+    """Write a finding into the folder; adds `file` and `replay`.
+
+    What cannot be written says why in `unsaved`: the report has it all the same.
+    """
+    path = folder / f"{_file_name(finding)}.json"
     # the user names the implementation if nothing here can find its class again
     spec = "" if finding["spec"] else " MODULE:OBJECT"
     finding |= {"file": str(path), "replay": f"nsa-ref replay {shlex.quote(str(path))}{spec}"}
-    write_json(path, finding)
+    finding.pop("unsaved", None)
+    try:
+        write_json(path, finding)
+    except OSError as error:
+        finding |= {"unsaved": error.strerror}
     return finding
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON in one step: a process that dies meanwhile leaves no half of a file."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    half = path.with_suffix(".half")
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another worker removed the empty folder
-            half.write_text(text)
-            half.replace(path)
-            return
+def _file_name(finding: Finding) -> str:
+    """What tells a finding from all others: another seed, or device, overwrites none."""
+    if "seed" in finding:
+        drawn = f"seed{finding['seed']}"
+    else:
+        drawn = f"case{zlib.crc32(json.dumps(finding['case']).encode()):08x}"
+    # a broken case may crash when it is made smaller: that is another finding, in another file
+    ended = [finding["ended"]] if "ended" in finding else []
+    words = ("clause", "property", "implementation", "device")
+    whole = "-".join([*(finding[word] for word in words), drawn, *ended])
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in whole)
+    if name.isascii() and len(name) <= LONGEST_NAME:
+        return name
+    # file systems have room for some 255 bytes, and not all of them for every letter
+    short = "".join(c if c.isascii() else "_" for c in name)
+    half = LONGEST_NAME // 2
+    short = short if len(short) <= LONGEST_NAME else f"{short[:half]}-{short[-half:]}"
+    return f"{short}-{zlib.crc32(whole.encode(errors='surrogatepass')):08x}"
 
 
 def finite(value: Any) -> Any:
@@ -98,7 +116,7 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
     ------
     OSError, ValueError, TypeError, KeyError : the file holds no case
     """
-    text = path.read_text()
+    text = read_text(path)
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
@@ -147,7 +165,7 @@ def of_one_cause(finding: Finding, folder: Path) -> list[Finding]:
     found = [finding]
     for path in sorted(folder.glob("*.json")) if "cause" in finding else ():
         with contextlib.suppress(OSError, ValueError):
-            other = json.loads(path.read_text())
+            other = json.loads(read_text(path))
             if isinstance(other, dict) and other.get("cause") == finding["cause"]:
                 found.append(other)
     return found

@@ -22,7 +22,8 @@ from typing import Any
 
 from nsa_ref.semantics import PRESETS
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.findings import Finding, read_finding, write_json
+from nsa_ref.testing.files import write_json
+from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.fuzz_causes import Cause
 from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.swarm import Round

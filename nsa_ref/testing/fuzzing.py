@@ -19,7 +19,8 @@ from rich.text import Text
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.causes import Question, by_weight
 from nsa_ref.testing.examples import export
-from nsa_ref.testing.findings import Finding, read_finding, write_json
+from nsa_ref.testing.files import write_json
+from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.fuzz_causes import Cause
 from nsa_ref.testing.fuzz_folder import NO_CASE, Folder
 from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml

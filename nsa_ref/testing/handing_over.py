@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from nsa_ref.testing import silence
+
 
 @dataclass
 class Clock:
@@ -37,9 +39,11 @@ class Clock:
         # it takes no time of 0
         left = max(self.seconds - self.charged, 0.001)
         faulthandler.dump_traceback_later(left, exit=True, file=self.file)
+        silence.say("waiting", left)
         try:
             yield
         finally:
+            silence.say("judging", silence.JUDGING)
             faulthandler.cancel_dump_traceback_later()
             self.charged += time.monotonic() - started
 

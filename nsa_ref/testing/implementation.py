@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from nsa_ref.testing.devices import compile_counts, device_of
 from nsa_ref.testing.handing_over import Stopped, handed_over
 from nsa_ref.testing.limits import is_within
 from nsa_ref.testing.verdicts import Raised
-from nsa_ref.testing.wording import one_line
+from nsa_ref.testing.wording import LONGEST_REASON, cut, one_line, place
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +225,30 @@ class Implementation:
         return {}
 
 
+def compiled_by(implementation: Implementation) -> Counter[str]:
+    """What an implementation says that it has compiled so far.
+
+    Raises
+    ------
+    WrongDeclaration : `compile_counts` raises, or gives anything but numbers by name
+    """
+    asked = f"{type(implementation).__name__}.compile_counts()"
+    rule = "it must return a dict of numbers, by what was compiled."
+    try:
+        with handed_over():
+            counts: Any = implementation.compile_counts()
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:
+        where = place(error)
+        raise WrongDeclaration(f"{asked} raised {one_line(error)} at {where}; {rule}") from error
+    if isinstance(counts, Mapping):
+        numbers = all(isinstance(n, (int, np.integer)) for n in counts.values())
+        if numbers and all(isinstance(name, str) for name in counts):
+            return Counter({name: int(number) for name, number in counts.items()})
+    raise WrongDeclaration(f"{asked} returned {cut(repr(counts), LONGEST_REASON)}; {rule}")
+
+
 def refusal(implementation: Implementation, case: Case) -> str | None:
     """Why the implementation refuses this case, or None.
 
@@ -242,12 +266,11 @@ def refusal(implementation: Implementation, case: Case) -> str | None:
     except (KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{frame.filename}:{frame.lineno}"
-        raise WrongDeclaration(f"{asked} raised {one_line(error)} at {place}; {rule}") from error
+        where = place(error)
+        raise WrongDeclaration(f"{asked} raised {one_line(error)} at {where}; {rule}") from error
     if reason is None or (isinstance(reason, str) and reason.strip()):
         return reason
-    raise WrongDeclaration(f"{asked} returned {reason!r}; {rule}")
+    raise WrongDeclaration(f"{asked} returned {cut(repr(reason), LONGEST_REASON)}; {rule}")
 
 
 def _copied(argument: Any) -> Any:

@@ -23,7 +23,7 @@ from nsa_ref.testing.properties import extent, masks
 from nsa_ref.testing.properties.common import Outcome, Property
 from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken, Failure, NoAnswer, Raised
-from nsa_ref.testing.wording import one_line
+from nsa_ref.testing.wording import LONGEST_KEPT, LONGEST_REASON, cut, one_line
 
 BRANCH_NAMES = tuple(branch.name for branch in BRANCHES)
 
@@ -98,10 +98,13 @@ def ignores_ctrl_c() -> bool:
 
 def _failure(prop: Property, what: str, error: BaseException | None) -> Failure:
     """What came of the call, with the line of the adapter that raised, and the innermost one."""
+    what = cut(what, LONGEST_KEPT)
     if error is None:
         return Failure(kind="result", tensor=prop.method, what=what)
     here = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if here not in f.filename]
-    lines = [f"{f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames]
+    lines = [
+        f"{f.filename}:{f.lineno}, in {f.name}: {cut(f.line or '', LONGEST_REASON)}" for f in frames
+    ]
     where = tuple(dict.fromkeys([*lines[:1], *lines[-1:]]))
     return Failure(kind="exception", tensor=prop.method, what=what, where=where)

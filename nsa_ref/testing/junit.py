@@ -43,7 +43,7 @@ def _add(suite: ET.Element, record: Record) -> None:
     if record.finding is not None:
         _say(case, "failure", message(record.finding), type=record.finding["clause"])
     elif record.lost:
-        _say(case, "error", "its worker process died outside of any case")
+        _say(case, "error", record.lost)
     elif record.known or record.spared:
         _say(case, "skipped", f"known: {', '.join(record.known | record.spared)}")
     elif not record.cases:

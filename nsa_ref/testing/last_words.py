@@ -8,35 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
+from nsa_ref.testing.files import write_json
 from nsa_ref.testing.findings import (
     Finding,
     broken_data,
     described,
     remove_if_empty,
     save_finding,
-    write_json,
 )
 from nsa_ref.testing.handing_over import Clock, timed
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.silence import Silence
 from nsa_ref.testing.verdicts import Broken, Failure, Record
 
 #: A case with tensors of more than 2^31 elements may take so many times as long as another one:
 #: they are copied to their device and back.
 LARGE_TIME_FACTOR = 5
 
+
+#: The file that the process of a run keeps locked.
+LOCK = "run.lock"
+
+#: Signals by which somebody else ends a process: the system, where memory runs out, or a user.
+NOT_ITS_OWN = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
 
 #: So many cases of a property say how slow the port is.
 FIRST_CASES = 3
@@ -65,6 +75,16 @@ def own_folder(options: Options) -> Path:
     return folder_of_run(options.findings, os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
 
 
+def begin_worker(options: Options) -> None:
+    """Let this worker, if it is one, say what it does; and where it was, while it loads."""
+    if (worker := worker_id()) is not None:
+        folder = own_folder(options)
+        silence.begin(folder / f"{worker}.sign")
+        with contextlib.suppress(OSError):
+            if options.spec:  # elsewhere pytest's own trace is still to come
+                _trace_file(folder / f"{worker}.trace")
+
+
 @contextlib.contextmanager
 def announced(
     prop: Property, implementation: Implementation, options: Options, case: Case
@@ -78,9 +98,17 @@ def announced(
     if worker is None:
         yield None
         return
+    silence.say("judging", silence.JUDGING)
     folder = own_folder(options)
-    write_json(folder / f"{worker}.json", described(prop, implementation, options, case))
-    trace = _trace_file(folder / f"{worker}.trace") if options.traces else sys.__stderr__
+    path = folder / f"{worker}.json"
+    trace: TextIO | None = sys.__stderr__
+    try:
+        write_json(path, described(prop, implementation, options, case))
+        trace = _trace_file(folder / f"{worker}.trace") if options.traces else trace
+    except OSError:
+        # a crash is told without its case then, and not with the case before
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
     assert trace is not None
     with timed(timeout_of(prop, implementation.device, options.timeout), trace) as clock:
         yield clock
@@ -94,7 +122,8 @@ def timeout_of(prop: Property, device: str, timeout: float) -> float:
 
 def note_broken(prop: Property, implementation: str, folder: Path) -> None:
     """Tell all workers that this property has its finding: its later turns need none."""
-    write_json(_file_of_turns(prop, implementation, folder, "broken"), {})
+    with contextlib.suppress(OSError):
+        write_json(_file_of_turns(prop, implementation, folder, "broken"), {})
 
 
 def is_known_to_break(prop: Property, implementation: Implementation, options: Options) -> bool:
@@ -109,7 +138,8 @@ def leave_to_turns(
     """Tell the later turns of a property which of its cases this one had no time for."""
     path = _file_of_turns(prop, implementation.name, own_folder(options), f"left-{options.turn}")
     if numbers:
-        write_json(path, {"numbers": numbers})
+        with contextlib.suppress(OSError):
+            write_json(path, {"numbers": numbers})
 
 
 def left_by_turns(prop: Property, implementation: Implementation, options: Options) -> list[int]:
@@ -154,16 +184,26 @@ def end_worker(finding: Finding, options: Options) -> NoReturn:
     `finding_of_dead_worker` reports the finding from what is written here.
     """
     path = own_folder(options) / f"{worker_id()}.json"
-    write_json(path, finding | {"ended": "device"})
+    with contextlib.suppress(OSError):
+        write_json(path, finding | {"ended": "device"})
     os._exit(1)
 
 
-def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> Record | None:
+def finding_of_dead_worker(
+    test: str,
+    worker: str,
+    run: str,
+    findings: Path,
+    silent: Silence | None = None,
+    code: int | None = None,
+) -> Record | None:
     """What became of a property whose worker died.
 
     test : the name of its test function
+    silent : why the worker was ended, if it was
+    code : of its process: an exit status, or less a signal; None if it is not known
     returns : None if the test is no property's; a record that is `lost` if the worker died outside
-        of any case, which is nobody's fault that could be proved
+        of any case, or was ended by others, which is no fault of the port's that could be proved
     """
     name = test.removeprefix("test_")
     known = [p for p in PROPERTIES if name == p or name.startswith(f"{p}_")]
@@ -172,20 +212,26 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
     prop = PROPERTIES[max(known, key=len)]
     record = Record(name=prop.name, clause=prop.clause)
     folder = folder_of_run(findings, run)
-    path, trace = folder / f"{worker}.json", folder / f"{worker}.trace"
+    path = folder / f"{worker}.json"
     if not path.exists():
-        record.lost = True
+        record.lost = f"its worker process {_death(silent, code)}, outside of any case"
         return record
     finding = json.loads(path.read_text())
     path.unlink()
     if "ended" not in finding:
-        last_words = trace.read_text(errors="replace") if trace.exists() else ""
-        hangs = last_words.startswith("Timeout")
+        last_words = _last_words(folder, worker)
+        hangs = last_words.startswith("Timeout") or (silent and silent.doing == "waiting")
+        ended_by_others = code is not None and -code in NOT_ITS_OWN
+        if not hangs and (silent or ended_by_others):
+            case = Case.from_json(finding["case"])
+            record.lost = f"its worker process {_death(silent, code)}; it was at {case}"
+            return record
         if hangs:
             seconds = timeout_of(prop, finding["device"], finding["timeout"])
             what = f"it hangs: no answer after {seconds:g} s"
+            what += ", and its process is stopped" if silent and silent.stopped else ""
         else:
-            what = "it ended its process (a crash, an abort or an exit)"
+            what = f"it ended its process ({_way(code) or 'a crash, an abort or an exit'})"
             if last_words.startswith("Fatal Python error"):
                 what += f": {last_words.splitlines()[0].removeprefix('Fatal Python error: ')}"
         finding["ended"] = "hang" if hangs else "crash"
@@ -199,6 +245,37 @@ def finding_of_dead_worker(test: str, worker: str, run: str, findings: Path) -> 
     return record
 
 
+def _death(silent: Silence | None, code: int | None) -> str:
+    """How a worker ended that no case is to blame for."""
+    if silent is not None:
+        if silent.stopped:
+            return "was stopped by others, and is ended"
+        return f"said nothing for {silent.seconds:g} s, and is ended"
+    if code is not None and -code in NOT_ITS_OWN:
+        return f"was ended by others ({_way(code)}), as by a system whose memory runs out"
+    return f"died ({way})" if (way := _way(code)) else "died"
+
+
+def _way(code: int | None) -> str:
+    """The exit status, or the signal, of a process."""
+    if code is None or code >= 0:
+        return "" if code is None else f"exit status {code}"
+    with contextlib.suppress(ValueError):
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    return f"signal {-code}"
+
+
+def where_it_was(findings: Path, run: str, worker: str) -> tuple[str, ...]:
+    """Lines of the implementation, the outermost first, in which a worker was when it ended."""
+    return _frames(_last_words(folder_of_run(findings, run), worker))
+
+
+def _last_words(folder: Path, worker: str) -> str:
+    with contextlib.suppress(OSError):
+        return (folder / f"{worker}.trace").read_text(errors="replace")
+    return ""
+
+
 def _frames(last_words: str) -> tuple[str, ...]:
     """Of the thread that ran the case, the line of the adapter and the innermost one."""
     here = str(Path(__file__).parent)
@@ -207,12 +284,40 @@ def _frames(last_words: str) -> tuple[str, ...]:
         ours = [i for i, line in enumerate(frames) if here in line]
         # threads of the judge's own have no frame before ours
         if ours and ours[0]:
-            theirs = [frame.removeprefix("  File ") for frame in frames[: ours[0]]]
+            others = [frame for frame in frames[: ours[0]] if "<frozen importlib" not in frame]
+            theirs = [frame.removeprefix("  File ") for frame in others]
             return tuple(dict.fromkeys([*theirs[-1:], *theirs[:1]]))
     return ()
 
 
+def hold_folder_of_run(findings: Path, run: str) -> Path:
+    """The folder, which tells others as long as this process lives that its cases are running."""
+    folder = folder_of_run(findings, run)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _held[folder] = (folder / LOCK).open("w")
+        fcntl.flock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return folder
+
+
+#: folder of a run of this process -> its file, which is locked
+_held: dict[Path, TextIO] = {}
+
+
+def left_running(findings: Path) -> dict[Path, list[Path]]:
+    """Folders of runs that were killed -> the cases that were running there."""
+    found = {}
+    for folder in sorted((findings / "running").glob("*")):
+        with contextlib.suppress(OSError), (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found[folder] = sorted(folder.glob("gw[0-9]*.json"))
+    return found
+
+
 def remove_folder_of_run(findings: Path, run: str) -> None:
     """Remove what the workers of a finished run left, and folders that hold nothing then."""
-    shutil.rmtree(folder_of_run(findings, run), ignore_errors=True)
+    folder = folder_of_run(findings, run)
+    shutil.rmtree(folder, ignore_errors=True)
+    if (lock := _held.pop(folder, None)) is not None:
+        lock.close()
     remove_if_empty(findings / "running", findings)

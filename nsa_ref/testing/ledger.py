@@ -29,6 +29,7 @@ from nsa_ref.checks import check_one_of
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.conditions import Condition, RuleError, there_are
+from nsa_ref.testing.files import read_text
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import Record, Remark
@@ -137,8 +138,8 @@ def read_ledger(path: Path) -> tuple[Entry, ...]:
     LedgerError : the file cannot be read, is no TOML, or an entry has no meaning
     """
     try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise LedgerError(f"{path}: {error}") from None
     listed = data.pop("known", [])
     if data or not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):

@@ -6,9 +6,12 @@ What holds for one method alone stands in `limits_of`.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import fnmatch
+import functools
+import math
 import re
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
@@ -45,6 +48,9 @@ NAMED_VALUES: dict[str, tuple[Any, ...]] = {
     "indices": INDICES,
     "layout": LAYOUTS,
 }
+
+#: Of a range with more values than this only so many, the smallest, are drawn.
+MANY, SMALLEST = 1024, 16
 
 #: How far a size may be changed to make a rule hold.
 REACH = 130
@@ -102,13 +108,46 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
                 f"{name}[{field!r}]={values!r} must be the allowed values, at least one. Try "
                 f"{right!r}."
             )
-        for value in values:
+        # what is right at both ends of a range is right in between
+        for value in (values[0], values[-1]) if isinstance(values, range) else values:
             if not _is_value(field, value):
                 known = NAMED_VALUES.get(field, ())
                 rule = ", ".join(map(str, known)) or f"integers of at least {least_of(field)}"
                 raise ValueError(f"{name}[{field!r}] has {value!r}; valid are {rule}.")
     if broken := _broken_law(limits):
         raise ValueError(f"{name} leaves no case: {broken}.")
+
+
+def some_of(values: Collection[Any]) -> Sequence[Any]:
+    """The values in their order; of a long range, the smallest stand for all."""
+    if isinstance(values, range):
+        return _ascending(values)[: MANY if len(values) <= MANY else SMALLEST]
+    return sorted(values)
+
+
+def up_to(values: Collection[int], most: int) -> Sequence[int]:
+    """The values that are no larger."""
+    if isinstance(values, range):
+        values = _ascending(values)
+        return values[: bisect.bisect_right(values, most)]
+    return [value for value in values if value <= most]
+
+
+def common(values: Collection[Any], others: Collection[Any]) -> Collection[Any]:
+    """The values that stand in both."""
+    if isinstance(values, range) and len(values) > MANY:
+        values, others = others, values
+    if not (isinstance(values, range) and isinstance(others, range)) or len(values) <= MANY:
+        return [value for value in values if value in others]
+    one, other = sorted(map(_ascending, (values, others)), key=lambda r: r.step)
+    least, last = max(one[0], other[0]), min(one[-1], other[-1])
+    within = other[bisect.bisect_left(other, least) :][: one.step]
+    first = next((value for value in within if value in one), last + 1)
+    return range(first, last + 1, math.lcm(one.step, other.step))
+
+
+def _ascending(values: range) -> range:
+    return values if values.step > 0 else values[::-1]
 
 
 def _broken_law(limits: Limits) -> str:
@@ -157,7 +196,7 @@ def check_together(name: str, implementation: Implementation, method: str) -> No
     for stated in _all_stated(implementation, method):
         for field, more in _values_and_rules(stated)[0].items():
             before = values.get(field, more)
-            values[field] = [v for v in more if v in before] if field in values else more
+            values[field] = common(more, before) if field in values else more
             if not values[field]:
                 said = f"{shown(field, before)} and {shown(field, more)}"
                 raise ValueError(f"{name} leave no case of {method}: {said}.")
@@ -233,8 +272,7 @@ def limited(implementation: Implementation, method: str) -> Implementation:
     for one in stated:
         more, others = _values_and_rules(one)
         for field, allowed in more.items():
-            both = [v for v in allowed if v in values[field]] if field in values else allowed
-            values[field] = both
+            values[field] = common(allowed, values[field]) if field in values else allowed
         rules += others
     as_stated = all(values[field] is implementation.limits.get(field) for field in values)
     if len(stated) == 1 and not rules and as_stated:
@@ -300,7 +338,8 @@ def _nearest(
         for number in (n + more for n in rule.numbers for more in (-1, 0, 1)):
             tried |= {max(0, n) for n in _sizes_for(read, number, sizes)}
         if field in limits:
-            tried = {v for v in limits[field] if type(v) is int and v != now}
+            near = {v for v in tried if v in limits[field]}
+            tried = {v for v in near.union(some_of(limits[field])) if type(v) is int and v != now}
         for value in sorted(tried, key=lambda v: abs(v - now)):
             if field in LENGTHS and value < least:
                 continue
@@ -343,10 +382,10 @@ def head_counts(limits: Limits) -> dict[int, list[int]] | None:
     """q_heads -> the kv_heads that go with it, of those that have any; None if q_heads is free."""
     if "q_heads" not in limits:
         return None
+    fitting = _products(limits, "kv_heads", "group_size")
     found = {}
-    for q_heads in limits["q_heads"]:
-        groups = limits.get("group_size", range(1, q_heads + 1))
-        kv_heads = [q_heads // group for group in groups if q_heads % group == 0]
+    for q_heads in _with(fitting, limits["q_heads"]):
+        kv_heads = [q_heads // group for group in _dividing(q_heads, limits.get("group_size"))]
         found[q_heads] = [n for n in kv_heads if n in limits.get("kv_heads", (n,))]
     return {q_heads: kv_heads for q_heads, kv_heads in found.items() if kv_heads}
 
@@ -355,11 +394,39 @@ def block_sizes(limits: Limits) -> dict[int, list[int]] | None:
     """l' -> the strides d that divide it, of those that have any; None if l' is free."""
     if "selection_block_size" not in limits:
         return None
+    stride = "compress_block_sliding_stride"
     found = {}
-    for size in limits["selection_block_size"]:
-        strides = limits.get("compress_block_sliding_stride", range(1, size + 1))
-        found[size] = [stride for stride in strides if size % stride == 0]
+    for size in _with(_products(limits, stride), limits["selection_block_size"]):
+        found[size] = _dividing(size, limits.get(stride))
     return {size: strides for size, strides in found.items() if strides}
+
+
+def _with(fitting: Sequence[int], values: Collection[int]) -> Collection[int]:
+    """The values as they were listed; of a long range the smallest, and what is fitting."""
+    if not isinstance(values, range) or len(values) <= MANY:
+        return values
+    return sorted({*some_of(values), *(value for value in fitting if value in values)})
+
+
+def _products(limits: Limits, *fields: str) -> list[int]:
+    """Small multiples of what the fields may be, all together."""
+    found = [1, 2, 3, 4]
+    for field in fields:
+        found = [n * value for n in found for value in some_of(limits.get(field, (1,)))[:8]]
+    return found
+
+
+def _dividing(number: int, allowed: Collection[int] | None) -> list[int]:
+    """Of the values that are allowed, those that divide the number without a rest."""
+    if allowed is not None and not (isinstance(allowed, range) and len(allowed) > MANY):
+        return [value for value in allowed if number % value == 0]
+    return [value for value in _divisors(number) if allowed is None or value in allowed]
+
+
+@functools.lru_cache
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def layer_lengths(limits: Limits) -> list[int] | None:
@@ -367,4 +434,4 @@ def layer_lengths(limits: Limits) -> list[int] | None:
     if not LENGTHS & set(limits):
         return None
     either = limits.get("kv_len", limits.get("q_len", ()))
-    return [n for n in either if all(n in limits.get(field, (n,)) for field in LENGTHS)]
+    return list(some_of(common(either, limits.get("q_len", either))))

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
+import numpy as np
 from hypothesis import strategies as st
 
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.implementation import PACES, Implementation
+from nsa_ref.testing.implementation import PACES, Implementation, compiled_by
 from nsa_ref.testing.ledger import LedgerError, ledger_of, place_of
 from nsa_ref.testing.limits import (
     CHANGED_BY,
@@ -36,7 +37,7 @@ from nsa_ref.testing.limits import (
 )
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES, Property
-from nsa_ref.testing.wording import one_line
+from nsa_ref.testing.wording import LONGEST_REASON, cut, one_line, place
 
 #: Names that stand for an adapter.
 SHORT_NAMES = {
@@ -46,6 +47,13 @@ SHORT_NAMES = {
     "fla": "nsa_ref.testing.ports.fla:implementations",
 }
 DEVICES = ("auto", "cpu", "cuda", "interpreter")
+
+#: What an implementation states: by yes or no; and all of it.
+FLAGS = ("nonfinite_invisible", "lse_gradient", "deterministic")
+STATED = (*FLAGS, "name", "semantics", "numerics", "pace", "limits", "limits_of", "device")
+
+#: Letters of a name.
+LONGEST_NAME = 1000
 
 
 class Declared(Implementation):
@@ -68,18 +76,30 @@ class Declared(Implementation):
     def from_json(cls, data: dict[str, Any]) -> Declared:
         """The inverse of `to_json`."""
         semantics = [Semantics.from_json(switches) for switches in data["semantics"]]
-        return cls(SimpleNamespace(**(data | {"semantics": semantics})))  # type: ignore[arg-type]
+        limits = _from_json(data["limits"])
+        limits_of = {method: _from_json(own) for method, own in data["limits_of"].items()}
+        said = data | {"semantics": semantics, "limits": limits, "limits_of": limits_of}
+        return cls(SimpleNamespace(**said))  # type: ignore[arg-type]
 
 
 def _as_json(limits: Mapping[str, Any]) -> dict[str, Any]:
-    """Limits as JSON has them: rules as they are, and values as lists."""
+    """Limits as JSON has them: rules as they are, values as lists, ranges by their ends."""
 
     def value(one: Any) -> Any:
         return one if isinstance(one, (str, bool)) else operator.index(one)
 
-    limits = {field: plain(written) for field, written in limits.items()}
-    listed = {f: isinstance(v, Collection) and not isinstance(v, str) for f, v in limits.items()}
-    return {f: [value(v) for v in r] if listed[f] else value(r) for f, r in limits.items()}
+    def rule(written: Any) -> Any:
+        if isinstance(written, range):
+            return {"range": [written.start, written.stop, written.step]}
+        listed = isinstance(written, Collection) and not isinstance(written, str)
+        return [value(one) for one in written] if listed else value(written)
+
+    return {field: rule(plain(written)) for field, written in limits.items()}
+
+
+def _from_json(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    return {f: range(*r["range"]) if isinstance(r, dict) else r for f, r in limits.items()}
 
 
 class CannotRun(Exception):
@@ -119,7 +139,7 @@ def load(spec: str, device: str) -> list[Implementation]:
     """
     path = SHORT_NAMES.get(spec, spec)
     module_name, colon, attribute = path.partition(":")
-    if not (colon and module_name and attribute):
+    if not (colon and module_name and attribute and path.isprintable()):
         known = f"package.module:object, or one of {', '.join(SHORT_NAMES)}"
         raise CannotRun(f"{spec!r} names no implementation: write {known}")
     if os.getcwd() not in sys.path:
@@ -136,12 +156,14 @@ def load(spec: str, device: str) -> list[Implementation]:
             why = f"there is no module {wanted!r}, neither installed nor in {os.getcwd()}. "
             why += "Install it, or go to where it lies"
         else:
-            why = f"importing {module_name} failed: it needs {wanted!r}, which is not installed"
+            why = f"importing {module_name} failed: it needs {wanted!r}, which is not installed, "
+            why += f"at {place(error)}"
             if module_name.startswith("nsa_fast"):
                 why += ": pip install 'nsa-ref[fast]'"
         raise CannotRun(why) from error
     except (Exception, SystemExit) as error:
-        raise CannotRun(f"importing {module_name} failed: {one_line(error)}") from error
+        why = f"{one_line(error)} at {place(error)}"
+        raise CannotRun(f"importing {module_name} failed: {why}") from error
     if not hasattr(module, attribute):
         names = sorted(name for name, value in vars(module).items() if _is_adapter(value, module))
         known = f"it has {', '.join(names)}" if names else "nor any Implementation of its own"
@@ -151,7 +173,8 @@ def load(spec: str, device: str) -> list[Implementation]:
         try:
             found = _call(found, device)
         except (Exception, SystemExit) as error:
-            raise CannotRun(f"calling {path} failed: {one_line(error)}") from error
+            why = f"{one_line(error)} at {place(error)}"
+            raise CannotRun(f"calling {path} failed: {why}") from error
     implementations = list(found) if isinstance(found, (list, tuple)) else [found]
     if not implementations:
         raise CannotRun(f"{path} gives no implementation for device {device}")
@@ -183,8 +206,23 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
     """
     for one in implementations:
         where = f"{type(one).__name__}."
-        if not isinstance(one.name, str) or not one.name:
-            raise TypeError(f"{where}name={one.name!r} must be a text of at least one letter.")
+        for attribute in STATED:
+            try:
+                getattr(one, attribute)
+            except Exception as error:
+                why = f"{one_line(error)} at {place(error)}"
+                raise TypeError(f"{where}{attribute} raised {why}.") from error
+        if not isinstance(one.name, str) or not 0 < len(one.name) <= LONGEST_NAME:
+            said = cut(repr(one.name), LONGEST_REASON)
+            rule = f"must be a text of at least one letter, and at most {LONGEST_NAME}."
+            raise TypeError(f"{where}name={said} {rule}")
+        if not isinstance(one.device, str) or not one.device:
+            raise TypeError(
+                f"{where}device={one.device!r} must be a text such as 'cpu' or 'cuda:1'."
+            )
+        for flag in FLAGS:
+            if not isinstance(said := getattr(one, flag), (bool, np.bool_)):
+                raise TypeError(f"{where}{flag}={said!r} must be True or False.")
         semantics: Any = one.semantics
         if not isinstance(semantics, (list, tuple)):
             raise TypeError(
@@ -208,6 +246,7 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                 )
         if one.pace not in PACES:
             raise ValueError(f"{where}pace={one.pace!r} must be one of {', '.join(PACES)}.")
+        compiled_by(one)
         check_limits(f"{where}limits", one.limits)
         methods = {prop.called for prop in PROPERTIES.values()}
         check_limits_of(f"{where}limits_of", one.limits_of, methods)
@@ -276,6 +315,8 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
     ------
     CannotRun : in one line
     """
+    if "\0" in spec:
+        raise CannotRun(f"{spec!r} names no implementation: it has a NUL in it")
     # the answer comes in a file: the adapter may print, and start processes that keep pipes open
     with (
         tempfile.NamedTemporaryFile(prefix="nsa-ref-", suffix=".json") as answer_file,

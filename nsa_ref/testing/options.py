@@ -64,21 +64,26 @@ class Options:
         return max(0.0, self.deadline - time.time())
 
 
+#: Seconds that anything may take: a thousand hours.
+MOST_SECONDS = 3.6e6
+
+
 def parse_seed(text: str) -> int:
     """The number that `--seed` gives, at least 0."""
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]{1,100}", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
     return int(text)
 
 
 def parse_seconds(text: Any) -> float:
-    """A finite number of seconds above 0."""
+    """A number of seconds above 0, and no more than a clock can wait for."""
     try:
         value = float(text)
     except (TypeError, ValueError):
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    if not 0 < value <= MOST_SECONDS:
+        rule = f"must be a number of seconds above 0, and at most {MOST_SECONDS:.0f}"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return value
 
 
@@ -86,8 +91,9 @@ def parse_duration(text: str) -> float:
     """Seconds, from "90s", "5m" or "2h"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not seconds:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a time such as 90s, 5m or 2h")
+    if not 0 < seconds <= MOST_SECONDS:
+        rule = f"must be a time such as 90s, 5m or 2h, and at most {MOST_SECONDS / 3600:.0f}h"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return seconds
 
 

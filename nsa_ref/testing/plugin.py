@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Generator, Iterator
@@ -20,11 +21,15 @@ from typing import Any
 
 import pytest
 
+from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import Finding, grouped, read_finding
 from nsa_ref.testing.last_words import (
+    begin_worker,
     finding_of_dead_worker,
+    hold_folder_of_run,
     remove_folder_of_run,
+    where_it_was,
     worker_id,
 )
 from nsa_ref.testing.loading import CannotRun, load, resolve_device
@@ -104,8 +109,13 @@ def _as_worker() -> Iterator[None]:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Conformance tests have a worker process as they need it; other tests have it as it was."""
     judges = hasattr(getattr(item, "function", None), "nsa_ref_property")
-    with _as_worker() if judges and worker_id() is not None else contextlib.nullcontext():
-        return (yield)
+    if judges:
+        silence.say("judging", silence.JUDGING)
+    try:
+        with _as_worker() if judges and worker_id() is not None else contextlib.nullcontext():
+            return (yield)
+    finally:
+        silence.say("idle")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,8 +159,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if distributes(config):
         if config.option.testrunuid is None:  # xdist would draw one and keep it to itself
             config.option.testrunuid = uuid.uuid4().hex
+        return
+    begin_worker(config.nsa_ref_options)  # type: ignore[attr-defined]
     # the process that hands out the tests never loads the implementation
-    elif spec:
+    if spec:
+        silence.say("loading", silence.LOADING)
         try:
             implementations[:] = load(spec, resolve_device(config.getoption("--nsa-device")))
         except CannotRun as error:
@@ -158,6 +171,39 @@ def pytest_configure(config: pytest.Config) -> None:
         if round:
             asked = [i for i in implementations if i.name == round.implementation]
             implementations[:] = map(round.of, asked)
+        silence.say("idle")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """From the first worker on, the process that hands out the tests listens to them."""
+    config = session.config
+    if distributes(config):
+        options = config.nsa_ref_options  # type: ignore[attr-defined]
+        folder = hold_folder_of_run(options.findings, config.option.testrunuid)
+        config.nsa_ref_watch = silence.Watch(folder, options.timeout)  # type: ignore[attr-defined]
+        config.nsa_ref_watch.start()  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker that has ended needs to say nothing."""
+    node.config.nsa_ref_watch.forget(node.gateway.id)
+
+
+def loading_that_hangs(node: Any) -> str:
+    """Where loading hangs, if the worker was ended for that; nothing if not."""
+    ended = node.config.nsa_ref_watch.ended.get(node.gateway.id)
+    if ended is None or ended.doing != "loading":
+        return ""
+    options, run = node.config.nsa_ref_options, node.workerinput["testrunuid"]
+    where = "".join(
+        f" at {place}" for place in where_it_was(options.findings, run, node.gateway.id)
+    )
+    return (
+        "loading the implementation works in one process and hangs in the workers: no end after "
+        f"{ended.seconds:g} s{where}"
+    )
 
 
 def distributes(config: pytest.Config) -> bool:
@@ -184,22 +230,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_handlecrashitem(crashitem: str, report: Any) -> None:
     """A property whose worker died is reported with the case that did it."""
     node, test = report.node, crashitem.rpartition("::")[2]
-    folder = node.config.nsa_ref_options.findings
-    run = node.workerinput["testrunuid"]
-    record = finding_of_dead_worker(test, node.gateway.id, run, folder)
+    folder, worker = node.config.nsa_ref_options.findings, node.gateway.id
+    run, silent = node.workerinput["testrunuid"], node.config.nsa_ref_watch.ended.get(worker)
+    record = finding_of_dead_worker(test, worker, run, folder, silent, _exit_code(node.gateway))
     if record is not None:
         report.longrepr = (
-            f"{test}: its worker process died outside of any case"
-            if record.finding is None
-            else message(record.finding)
+            f"{test}: {record.lost}" if record.finding is None else message(record.finding)
         )
         report.user_properties.append(("nsa_ref", record.to_json()))
+
+
+def _exit_code(gateway: Any) -> int | None:
+    """Of a worker process that has ended; None if it is on another machine."""
+    with contextlib.suppress(AttributeError, subprocess.TimeoutExpired):
+        code: int = gateway._io.popen.wait(timeout=5)
+        return code
+    return None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What the workers left to be read by `pytest_handlecrashitem` is needed no more."""
     if distributes(session.config):
+        session.config.nsa_ref_watch.stop()  # type: ignore[attr-defined]
         findings = session.config.nsa_ref_options.findings  # type: ignore[attr-defined]
         remove_folder_of_run(findings, session.config.option.testrunuid)
 

@@ -20,7 +20,7 @@ from nsa_ref.testing.options import parse_seconds
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import COLOURS
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import printable, reasons
+from nsa_ref.testing.wording import few, printable, reasons
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def replayed(kept: Kept, records: Sequence[Record]) -> Replayed:
             return Replayed(kept.path, "fail", why)
     if any(record.cases for record in records):
         return Replayed(kept.path, "pass")
-    why = "; ".join(dict.fromkeys(r for record in records for r in reasons(record)))
+    why = "; ".join(few([*dict.fromkeys(r for record in records for r in reasons(record))]))
     return Replayed(kept.path, "not judged", why or "it came to no end")
 
 

@@ -23,15 +23,15 @@ from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
 from nsa_ref.testing.ledger import Entry, wrong_entries
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import message, printable, reasons, remark, undecided
+from nsa_ref.testing.wording import few, message, printable, reasons, remark, undecided
 
 SCHEMA = "nsa-ref-report-2"
 
-#: What the report of `--json` has of a finding; `ended`, if it took its process down;
-#: `cause` and `gone`, if others' cases were tried (see `causes`).
+#: What the report of `--json` has of a finding; `ended`, if it took its process down; `unsaved`, if
+#: its file could not be written; `cause` and `gone`, if others' cases were tried (see `causes`).
 REPORTED = (
     *("clause", "property", "implementation", "case", "kind", "tensor", "fault", "worst"),
-    *("convention", "notes", "file", "replay", "text", "ended"),
+    *("convention", "notes", "seed", "file", "replay", "text", "ended", "unsaved"),
     *("cause", "gone"),
 )
 
@@ -350,11 +350,11 @@ def _remarks(
         absent = sum((record.not_offered for record in own), Counter[str]())
         whole = {what for record in own if not record.cases for what in record.not_offered}
         if absent:
-            counted = (
+            counted = [
                 what if what in whole else f"{what} ({count} cases)"
                 for what, count in sorted(absent.items())
-            )
-            lines.append(f"not offered by {name}: {'; '.join(counted)}")
+            ]
+            lines.append(f"not offered by {name}: {'; '.join(few(counted))}")
         if untried := dict.fromkeys(remark(why) for record in own for why in record.not_tried):
             lines.append(f"not tried with {name}: {'; '.join(untried)}")
     totals = ((clause.id, clause.total.unreached, clause.total.asked) for clause in rows)

@@ -8,7 +8,6 @@ import itertools
 import math
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 
 import hypothesis
@@ -29,7 +28,7 @@ from nsa_ref.testing.drawing import (
 from nsa_ref.testing.examples import examples_of
 from nsa_ref.testing.findings import Finding, broken_data, described, save_finding
 from nsa_ref.testing.handing_over import handed_over, own_settings
-from nsa_ref.testing.implementation import Implementation, NotOffered, Refused
+from nsa_ref.testing.implementation import Implementation, NotOffered, Refused, compiled_by
 from nsa_ref.testing.judging import judge
 from nsa_ref.testing.last_words import (
     FIRST_CASES,
@@ -57,9 +56,13 @@ from nsa_ref.testing.verdicts import (
     NotTried,
     Record,
 )
+from nsa_ref.testing.wording import LONGEST_REASON, in_one_line
 
 #: A case of an implementation that is slow, or compiles, may take so many times as long.
 SLOW_TIME_FACTOR = 5
+
+#: An implementation that gives more reasons than this gives another one for every case.
+MANY_REASONS = 100
 
 #: Seconds that are spent on making a broken case smaller.
 SHRINKING_TIME = 60.0
@@ -82,7 +85,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
             trials.count_refused(reason)
         return trials.record
 
-    compiled_before = Counter(implementation.compile_counts())
+    compiled_before = compiled_by(implementation)
     device = device_of(implementation.device)
     large = prop.extent == "large"
     try:
@@ -109,7 +112,7 @@ def run_property(prop: Property, implementation: Implementation, options: Option
         trials.record.settle()
     trials.confirm_convention()
     trials.note_edges()
-    trials.record.compiled = Counter(implementation.compile_counts()) - compiled_before
+    trials.record.compiled = compiled_by(implementation) - compiled_before
     return trials.record
 
 
@@ -276,7 +279,9 @@ class _Trials:
             case Inconclusive(args=why):
                 self.record.inconclusive[why] += 1
             case NotOffered():
-                self.record.not_offered[str(reason)] += 1
+                what = in_one_line(str(reason), LONGEST_REASON)
+                known = self.record.not_offered
+                known[what if what in known or len(known) < MANY_REASONS else "other reasons"] += 1
                 if case is not None:
                     self.record.refused_edges.update(case_edges(self.prop, case))
 

@@ -11,7 +11,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console
@@ -20,12 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.causes import Question, fold, questions
 from nsa_ref.testing.drawing import TURNS
-from nsa_ref.testing.findings import Finding, size_of, write_json
+from nsa_ref.testing.files import write_json
+from nsa_ref.testing.findings import Finding, size_of
 from nsa_ref.testing.mutants.trials import Trial
 from nsa_ref.testing.narrowing import DIED, Sampled
+from nsa_ref.testing.plugin import loading_that_hangs
 from nsa_ref.testing.suites import number_of_kept
 from nsa_ref.testing.verdicts import Record
-from nsa_ref.testing.wording import printable
+from nsa_ref.testing.wording import one_line, printable
 
 #: What a run of ours loads into its workers, which are ours alone.
 PLUGINS = ("nsa_ref.testing.plugin", "nsa_ref.testing.workers")
@@ -104,7 +106,7 @@ class Collector:
             record = Record.from_json(properties["nsa_ref"])
             self.records.append(record)
             if record.lost:
-                self.errors.append(report.longreprtext)
+                self.errors.append(f"{record.name}: {record.lost}")
             if record.finding is not None:
                 self.findings.append(record.finding)
             test = report.nodeid.rpartition("::")[2]
@@ -126,25 +128,42 @@ class Collector:
         if report.failed:
             self.errors.append(_error_line(report))
 
+    def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+        """What goes wrong with the session itself is one line."""
+        self.errors.append(f"the workers' session ended: {one_line(excinfo.value)}")
+        return True
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """End the run if workers keep dying before they judge anything: xdist replaces each."""
+        if hanging := loading_that_hangs(node):
+            self.errors.append(hanging)
+            self._end("loading hangs")
         if error:
             self._idle_deaths += 1
             if self._idle_deaths > IDLE_DEATHS:
+                # of a worker that could still say why, the traceback
+                why = str(error).strip().rpartition("\n")[2]
                 self.errors.append(
                     "the worker processes die before they have judged anything: loading the "
-                    "implementation works in one process and not in the workers"
+                    f"implementation works in one process and not in the workers ({why})"
                 )
-                pytest.exit("workers die", returncode=pytest.ExitCode.INTERNAL_ERROR)
+                self._end("workers die")
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Ctrl-C: what there is will be reported."""
         self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
+        self._leave_workers()
+
+    def _end(self, why: str) -> NoReturn:
+        self._leave_workers()
+        pytest.exit(why, returncode=pytest.ExitCode.INTERNAL_ERROR)
+
+    def _leave_workers(self) -> None:
+        """A worker that is busy with a case does not hear that the session is over."""
         with contextlib.suppress(ImportError):
             from xdist.workermanage import NodeManager
 
-            # a worker that is busy with a case does not hear that the session is over
             NodeManager.EXIT_TIMEOUT = 1
 
     def _advance(self, description: str) -> None:
@@ -163,7 +182,8 @@ class Collector:
             else:
                 joined[whose] = record
         for whose, record in joined.items():
-            record.lost = record.lost or ended[whose] < TURNS
+            if ended[whose] < TURNS:
+                record.lost = record.lost or f"{ended[whose]} of its {TURNS} turns came to an end"
             record.settle()
         self.records[:] = joined.values()
         smallest: dict[str, Finding] = {}
@@ -284,4 +304,5 @@ def fold_findings(
         say(console, f"{len(findings)} findings: judging {len(asked)} cases to see their causes")
     fold(findings, asked, answers_to(asked, run, deadline))
     for finding in findings:
-        write_json(Path(finding["file"]), finding)
+        with contextlib.suppress(OSError):  # it was kept before, or says why not
+            write_json(Path(finding["file"]), finding)

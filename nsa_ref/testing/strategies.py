@@ -7,6 +7,7 @@ it is about as `adjust`, a function of draw and the sizes drawn so far.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -24,8 +25,11 @@ from nsa_ref.testing.limits import (
     LENGTHS,
     block_sizes,
     brought_within,
+    common,
     head_counts,
     layer_lengths,
+    some_of,
+    up_to,
 )
 
 #: Fields of a case, drawn so far.
@@ -123,7 +127,7 @@ def cases(
             choices = choices[:1]
         allowed = limits.get(field) if allowed is None else allowed
         if allowed is not None:
-            choices = [c for c in choices if c in allowed] or sorted(allowed)
+            choices = [c for c in choices if c in allowed] or some_of(allowed)
         return choices[0] if len(choices) == 1 else draw(st.sampled_from(choices))
 
     sizes: Drawn = {}
@@ -163,7 +167,7 @@ def cases(
 
     device = device_of(implementation.device)
     if "q_len" in limits and not device.shortest > 1:
-        max_len = max(2, min(max_len, max(limits["q_len"])))
+        max_len = max(2, min(max_len, some_of(limits["q_len"])[-1]))
     max_len = max(max_len, 4 * device.shortest)
     rows = sizes["batch"] * sizes["q_heads"]
     shortest = 2 if populated else 1
@@ -272,7 +276,7 @@ def far_lengths(implementation: Implementation) -> list[Drawn]:
     """
     limits = implementation.limits
     most = device_of(implementation.device).longest
-    allowed = [n for n in limits.get("kv_len", ()) if n <= most]
+    allowed = up_to(limits.get("kv_len", ()), most)
     if "kv_len" not in limits:
         allowed = [most // 8 + 1, most // 2 + 3, most - 1, most]
     found = []
@@ -295,19 +299,20 @@ def large_sizes(implementation: Implementation) -> Drawn | None:
     groups = limits.get("group_size", range(1, 17))
 
     def widest(field: str, wished: int) -> int:
-        return max((n for n in limits.get(field, (wished,)) if n <= wished), default=0)
+        return max(up_to(limits.get(field, (wished,)), wished), default=0)
 
     q_heads, head_dim = widest("q_heads", 16), widest("head_dim", 64)
     kv_heads = [
         n
-        for n in limits.get("kv_heads", range(1, q_heads + 1))
+        for n in up_to(limits.get("kv_heads", range(1, q_heads + 1)), q_heads)
         if n and q_heads % n == 0 and q_heads // n in groups
     ]
     row = q_heads * head_dim
     if not row or not kv_heads:
         return None
     least = max(2, many // (512 * row))
-    batch = min((n for n in limits.get("batch", (least,)) if n >= least), default=0)
+    batches = common(limits.get("batch", (least,)), range(least, sys.maxsize))
+    batch = min(some_of(batches), default=0)
     if not batch:
         return None
     length = many // (batch * row) + 1

@@ -17,7 +17,7 @@ from nsa_ref.testing.clauses import CLAUSES
 from nsa_ref.testing.drawing import AGAIN, REST, TURNS, asked_of, generate, turn_of
 from nsa_ref.testing.findings import Finding
 from nsa_ref.testing.handing_over import own_settings
-from nsa_ref.testing.implementation import Implementation, NotOffered, refusal
+from nsa_ref.testing.implementation import Implementation, NotOffered, compiled_by, refusal
 from nsa_ref.testing.last_words import announced, withdraw
 from nsa_ref.testing.ledger import ledger_of
 from nsa_ref.testing.limits import limited
@@ -212,7 +212,7 @@ def _warming_test(
         options = _options(request)
         if options.dtypes and dtype not in options.dtypes:
             pytest.skip(f"{dtype} is not asked for")
-        before = Counter(implementation.compile_counts())
+        before = compiled_by(implementation)
         failed = 0
         for prop, case in _one_case_a_graph(implementation, branch, backward, dtype, options):
             try:
@@ -227,7 +227,7 @@ def _warming_test(
             except Exception:  # what goes wrong here goes wrong again before the judge
                 failed += 1
         withdraw(options)
-        counts = Counter(implementation.compile_counts()) - before
+        counts = compiled_by(implementation) - before
         if failed:
             counts["cases that failed"] = failed
         record = Record(name=name, clause="", implementation=implementation.name, compiled=counts)

@@ -266,7 +266,7 @@ class Record:
     inside, outside : entry of the ledger about the property -> cases that it covers, and others
     known, spared : entry -> cases that broke as it says, and cases that were not launched for it
     finding : see `findings`
-    lost : its worker died outside of any case
+    lost : why nothing is known of it, such as that its worker died outside of any case
     """
 
     name: str
@@ -291,7 +291,7 @@ class Record:
     known: Counter[str] = field(default_factory=Counter)
     spared: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
-    lost: bool = False
+    lost: str = ""
 
     def settle(self) -> None:
         """Once all its cases were tried: nothing is asked of what its calls say is not there."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 import re
 import shlex
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +32,12 @@ from nsa_ref.testing.verdicts import (
     WrongReader,
 )
 
-#: A longer text of the implementation's is cut in its middle; the file of the finding has it whole.
-LONGEST_TEXT = 6000
+#: Longer texts of the implementation's are cut in their middle: what is kept of an exception; what
+#: is shown of it; what stands in a line; a reason, of which there may be many, and a name.
+LONGEST_KEPT, LONGEST_TEXT, LONGEST_LINE, LONGEST_REASON = 100_000, 6000, 2000, 300
+
+#: A line names at most so many reasons.
+MOST_REASONS = 30
 
 #: A sentence names at most so many numbers of a list.
 MOST_NUMBERS = 12
@@ -115,19 +123,45 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """The exception's type and message, on one line."""
     try:
-        text = " ".join(str(error).split())
+        text = " ".join(cut(str(error), LONGEST_KEPT).split())
     except Exception:
         text = "(its message cannot be printed)"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def shortened(text: str, file: str) -> str:
-    """What was seen, without its middle if it is long; the file has it whole."""
-    if len(text) <= LONGEST_TEXT:
+def place(error: BaseException) -> str:
+    """Where it was raised, and from where that was called: file:line, without what Python has."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{f.filename}:{f.lineno}" for f in frames if "importlib" not in f.filename]
+    own = [where for where in places if not where.startswith(f"{Path(__file__).parent}{os.sep}")]
+    first, last = (own or places)[0], places[-1]
+    return last if first == last else f"{last}, called from {first}"
+
+
+def cut(text: str, most: int, gap: str = " ... {} characters ... ") -> str:
+    """The text without its middle if it is long."""
+    if len(text) <= most:
         return text
-    half = LONGEST_TEXT // 2
-    cut = len(text) - 2 * half
-    return f"{text[:half]}\n... {cut} characters, in {file} ...\n{text[-half:]}"
+    half = most // 2
+    return f"{text[:half]}{gap.format(len(text) - 2 * half)}{text[-half:]}"
+
+
+def in_one_line(text: str, most: int = LONGEST_LINE) -> str:
+    """A text that others wrote, as a part of a line."""
+    return printable(" ".join(cut(text, most).split()))
+
+
+def shortened(text: str, file: str) -> str:
+    """What was seen, without its middle if it is long; the file has more of it."""
+    return cut(text, LONGEST_TEXT, f"\n... {{}} characters, in {file} ...\n")
+
+
+def few(listed: Sequence[str]) -> list[str]:
+    """No more reasons than a reader looks at."""
+    more = len(listed) - MOST_REASONS
+    return [*listed[:MOST_REASONS], *([f"and {more} more"] if more > 0 else [])]
 
 
 def message(finding: Mapping[str, Any]) -> str:
@@ -141,7 +175,7 @@ def message(finding: Mapping[str, Any]) -> str:
         f"{finding['clause']}: {CLAUSES[finding['clause']]}",
         f"{size}: {Case.from_json(finding['case'])}",
         shortened(finding["text"], finding["file"]),
-        f"replay: {from_here(finding)}",
+        f"replay: {from_here(finding)}" if "unsaved" not in finding else unsaved(finding),
     ]
     if finding["convention"] is not None:
         # last, because it is read only if the rest is no surprise
@@ -152,10 +186,16 @@ def message(finding: Mapping[str, Any]) -> str:
     return printable("\n".join(lines))
 
 
+def unsaved(finding: Mapping[str, Any]) -> str:
+    """What is needed to run a case again whose file could not be written."""
+    kept = {name: finding[name] for name in ("property", "spec", "device", "case")}
+    return f"it could not be kept ({finding['unsaved']}); as a file it would be {json.dumps(kept)}"
+
+
 def from_here(finding: Mapping[str, Any]) -> str:
     """The replay command, with the path from the present folder if the file lies in it."""
     replay, path = finding["replay"], Path(finding["file"])
-    if path.is_relative_to(Path.cwd()):
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no folder, or it lies elsewhere
         near = shlex.quote(str(path.relative_to(Path.cwd())))
         replay = replay.replace(shlex.quote(str(path)), near)
     return str(replay)
@@ -347,7 +387,7 @@ def without_arrays(text: str) -> str:
 def reasons(record: Record) -> list[str]:
     """Why cases were not decided."""
     return [
-        *(f"not offered: {what}" for what in record.not_offered),
+        *few([f"not offered: {what}" for what in record.not_offered]),
         *(f"not tried: {remark(why)}" for why in record.not_tried),
         *(f"inconclusive: {remark(why)}" for why in record.inconclusive),
         *(f"ambiguous: {why}" for why in _ambiguous(record)),

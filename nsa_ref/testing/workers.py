@@ -8,9 +8,12 @@ their start on: a suite with other tests in it that has several GPUs to itself n
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
+import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -78,6 +81,17 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     assign_resources(_worker)
     ignore_ctrl_c()
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Start the workers as the implementation was tried: the user's folder hides no module.
+
+    A `random.py` there would be loaded in place of Python's.
+    """
+    for spec in specs:
+        if spec.popen and not spec.python:
+            spec.python = f"{shlex.quote(sys.executable)} -P"
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)

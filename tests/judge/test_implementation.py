@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +14,13 @@ import numpy as np
 import pytest
 
 from nsa_ref.semantics import PAPER
-from nsa_ref.testing import Attention, Case, Implementation, OracleImplementation
+from nsa_ref.testing import (
+    Attention,
+    Case,
+    Implementation,
+    OracleImplementation,
+    conformance_suite,
+)
 from nsa_ref.testing.branches import BRANCHES, SLIDING, Raised
 from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.implementation import PADDED_ROWS, NotOffered, TorchImplementation
@@ -19,6 +28,8 @@ from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Broken
 
 torch = pytest.importorskip("torch", reason="TorchImplementation hands out tensors")
+
+from trials import record  # noqa: E402
 
 SHAPE = (3, 2, 5, 4)
 BRANCHES_AND_POOL = ("sliding", "compress", "fine", "pool")
@@ -265,3 +276,54 @@ def test_a_result_of_the_wrong_form_is_said_to_be(
     case = a_case()
     with pytest.raises(Raised, match=message):
         SLIDING.forward(Odd(), case, SLIDING.inputs(case))
+
+
+# --- what it states -------------------------------------------------------------------------------
+
+
+class Unlucky:
+    """Raises when it is read."""
+
+    def __get__(self, port: object, owner: object) -> str:
+        raise OSError("no\nfile")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("device", None, "Stated.device=None must be a text such as 'cpu'"),
+        ("device", "", "Stated.device='' must be"),
+        ("name", "n" * 2000, "characters ... "),
+        ("name", Unlucky(), "Stated.name raised OSError: no file at "),
+        ("limits", Unlucky(), "Stated.limits raised OSError: no file at "),
+        ("numerics", {"float32": ["fp32"]}, "Stated.numerics has 'float32': ['fp32']; a dtype"),
+        ("numerics", {"float32": {"fp32"}}, "Stated.numerics has 'float32': {'fp32'}; a dtype"),
+        ("deterministic", "no", "Stated.deterministic='no' must be True or False"),
+        ("lse_gradient", None, "Stated.lse_gradient=None must be True or False"),
+        ("compile_counts", lambda self: {}["graphs"], "Stated.compile_counts() raised KeyError"),
+        ("compile_counts", lambda self: None, "Stated.compile_counts() returned None; it must"),
+        ("compile_counts", lambda self: {"graphs": "3"}, "returned {'graphs': '3'}; it must"),
+        ("compile_counts", lambda self: {3: 4}, "returned {3: 4}; it must return a dict of"),
+    ],
+)
+def test_what_an_attribute_must_be_is_said_by_its_name(
+    attribute: str, value: Any, words: str
+) -> None:
+    port = type("Stated", (OracleImplementation,), {attribute: value})()
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)) as error:
+        conformance_suite(port)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_counts_that_fail_later_are_told_by_their_name(tmp_path: Path) -> None:
+    """They may need what only a run brings."""
+    counted = itertools.count()
+
+    class Stated(OracleImplementation):
+        def compile_counts(self) -> dict[str, int]:
+            return {} if next(counted) < 2 else {}["graphs"]
+
+    port = Stated()
+    conformance_suite(port)
+    with pytest.raises(TypeError, match=r"Stated.compile_counts\(\) raised KeyError: 'graphs' at "):
+        record("W1_sliding_mask_as_read", port, tmp_path, case=Case())

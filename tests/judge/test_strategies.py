@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import trials
 from nsa_ref.semantics import LUCIDRAINS, PAPER
 from nsa_ref.testing import Case, OracleImplementation, conformance_suite
+from nsa_ref.testing import limits as ranges
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
 from nsa_ref.testing.drawing import asked_of, draw
@@ -380,6 +381,52 @@ def test_a_limit_is_a_value_or_anything_that_lists_values(
             draw(PROPERTIES["A1_sliding_output_by_shape"], one, Options(shrink=False), drawn.append)
             every.append(drawn)
     assert every[0] and all(drawn == every[0] for drawn in every)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"kv_len": range(1, 10**9), "q_len": range(1, 10**9), "head_dim": "<= 1000000000"},
+        {"kv_len": "1..1000000000", "batch": range(2, 10**9, 2), "value_dim": range(10**9, 0, -1)},
+        {"q_heads": range(4, 10**9, 4), "group_size": range(2, 10**9, 2)},
+        {"q_heads": range(1, 10**9), "kv_heads": (12,)},
+        {"selection_block_size": range(6, 10**9, 6), "compress_block_sliding_stride": (48,)},
+        {"compress_block_size": range(1, 10**9), "sliding_window_size": range(5, 10**9)},
+    ],
+    ids=str,
+)
+def test_a_range_of_a_billion_values_is_neither_listed_nor_walked_through(
+    limits: dict[str, Any],
+) -> None:
+    port = OracleImplementation()
+    port.limits, port.limits_of = limits, {"sliding": {"kv_len": range(3, 10**9, 3)}}
+    conformance_suite(port)
+    sent = json.dumps(Declared(port).to_json())
+    assert len(sent) < 20_000
+    drawn: list[list[Case]] = [[], []]
+    for one, of_it in zip((port, Declared.from_json(json.loads(sent))), drawn):
+        draw(PROPERTIES["A1_sliding_output"], one, Options(shrink=False), of_it.append)
+    assert drawn[0] == drawn[1] and drawn[0]
+    for case in drawn[0]:
+        assert case.kv_len % 3 == 0 and case.q_heads <= 200 and case.kv_len <= 300
+
+
+@given(
+    ends=st.lists(st.integers(0, 40), min_size=4, max_size=4),
+    steps=st.lists(st.sampled_from([1, 2, 3, 4, 6, -1, -4]), min_size=2, max_size=2),
+    most=st.integers(-1, 41),
+)
+@settings(quiet)
+def test_what_is_known_of_long_ranges_is_what_lists_say(
+    ends: list[int], steps: list[int], most: int
+) -> None:
+    one, other = range(ends[0], ends[1], steps[0]), range(ends[2], ends[3], steps[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "MANY", 0)
+        if one and other:
+            assert sorted(ranges.common(one, other)) == sorted(set(one) & set(other))
+        assert sorted(ranges.up_to(one, most)) == sorted(n for n in one if n <= most)
+        assert list(ranges.some_of(one)) == sorted(one)[: ranges.SMALLEST]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,307 @@
+"""Full disks, closed pipes, endless files: nothing found is lost, and an accident is no verdict."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import nsa_ref.__main__ as entry
+from commands import python
+from nsa_ref.testing import Case, cli, files
+from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
+from nsa_ref.testing.findings import described, save_finding
+from nsa_ref.testing.lattice import EDGES
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.replays import replayed
+from nsa_ref.testing.running import run_property
+from nsa_ref.testing.sessions import Collector
+from nsa_ref.testing.verdicts import Record
+from nsa_ref.testing.wording import few, in_one_line, message
+from port_zoo import OneKeyFewer, Raises, SlidingMask
+
+NO_ROOM = "No space left on device"
+VERIFY = ["verify", "port_zoo:SlidingMask", "--device=cpu"]
+
+
+def could_not_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `nsa-ref ARGUMENTS` says before it gives up."""
+    assert main(list(arguments)) == COULD_NOT_RUN
+    line = capsys.readouterr().err
+    assert line.startswith("nsa-ref: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    return line
+
+
+# --- what is no file ------------------------------------------------------------------------------
+
+LONG = "f" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "pipe"], "pipe holds no case: it is a pipe or a device"),
+        (["show", "/dev/zero"], "a pipe or a device"),
+        (["replay", "pipe", "oracle"], "a pipe or a device"),
+        (["diff", "pipe", "pipe"], "a pipe or a device"),
+        (["check", "folder", "folder"], "a pipe or a device"),
+        (["verify", "oracle", "--device=cpu", "--ledger=pipe"], "a pipe or a device"),
+        (["verify", "oracle", "--json=pipe"], "cannot write pipe: No such device"),
+        (["verify", "oracle", f"--json={LONG}"], "File name too long"),
+        (["verify", "oracle", f"--findings={LONG}"], "File name too long. Try --findings"),
+        (["show", LONG], "File name too long"),
+        (["show", "brackets"], "recursion"),
+        (["show", "endless"], "longer than 0 MiB"),
+        (["show", "no case"], "case=null must be an object"),
+        (["show", "listed"], "case=[1] must be an object"),
+        (["show", "dtype"], "dtype=[1] must be one of"),
+        (["show", "long"], "too large to be drawn"),
+        (["show", "wide"], "too large to be drawn"),
+        (["replay", "patient"], "timeout=1e+300 must be a number of seconds above 0, and at most"),
+        (["replay", "nul"], "has a NUL in it"),
+        (["verify", "oracle", "--case-timeout=1e300"], "at most 3600000"),
+        (["verify", "oracle", "--case-timeout=inf"], "at most 3600000"),
+        (["verify", "oracle", f"--time={'9' * 400}h"], "at most 1000h"),
+        (["verify", "oracle", "--seed=²"], "at least 0"),
+        (["verify", "oracle", f"--seed={'9' * 5000}"], "at least 0"),
+        (["verify", "oracle", "-n", "9" * 5000], "at least 1"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_in_one_line(
+    arguments: list[str],
+    words: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And waited for by nobody."""
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    os.mkfifo("folder/manifest.json")
+    kept = {"case": {}, "spec": "oracle"}
+    for name, data in {
+        "no case": {"case": None},
+        "listed": {"case": [1]},
+        "dtype": {"dtype": [1]},
+        "long": {"kv_len": 10**9},
+        "wide": {"num_selected_blocks": 10**9},
+        "patient": kept | {"timeout": 1e300},
+        "nul": kept | {"spec": "or\0acle:x"},
+        "endless": {},
+    }.items():
+        Path(name).write_text(json.dumps(data))
+    Path("brackets").write_text("[" * 100_000)
+    if "endless" in arguments:
+        monkeypatch.setattr(files, "MOST_BYTES", 1)
+    assert words in could_not_run(capsys, *arguments)
+
+
+def test_a_folder_of_pipes_is_not_waited_for(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("kept").mkdir()
+    os.mkfifo("kept/pipe.json")
+    assert main(["replay", "kept", "oracle"]) == COULD_NOT_RUN
+    assert "it is a pipe or a device" in capsys.readouterr().out
+
+
+# --- what cannot be printed or written ------------------------------------------------------------
+
+
+def well(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Let a run judge nothing and find that all is well, but for what is changed."""
+    edges = Counter(list(EDGES))
+
+    def run(console: Console, *_: Any, total: int, **__: Any) -> Collector:
+        collector = Collector(console, total)
+        told: dict[str, Any] = {"implementation": "mask", "cases": 3, "asked": 3, "edges": edges}
+        collector.records = [
+            Record(name=prop.name, clause=prop.clause, **told | changes)
+            for prop in PROPERTIES.values()
+        ]
+        return collector
+
+    monkeypatch.setattr(cli, "run_session", run)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
+def test_a_full_disk_loses_neither_the_table_nor_the_other_files(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    well(monkeypatch)
+    assert main([*VERIFY, "--json=/dev/full", "--junit=report.xml"]) == COULD_NOT_RUN
+    told = capsys.readouterr()
+    assert told.err == f"nsa-ref: cannot write /dev/full: {NO_ROOM}\n"
+    assert "clauses: " in told.out and Path("report.xml").stat().st_size
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*VERIFY, "--json=report.json"]) == COULD_NOT_RUN
+        assert capsys.readouterr().err == f"nsa-ref: not all could be printed: {NO_ROOM}\n"
+    assert json.loads(Path("report.json").read_text())["complete"]
+
+
+def test_a_pipe_that_nobody_reads_is_no_broken_clause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert "Broken pipe" in could_not_run(capsys, "explain", "W1")
+        pipe.write("what is left goes nowhere, and raises nothing")
+
+
+def test_a_terminal_without_a_letter_shows_which() -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(file=Output(shown), width=20).print("\u65e5 \u2502 \u2026")  # type: ignore[arg-type]
+    shown.seek(0)
+    assert shown.read() == "\\u65e5 \\u2502 \\u2026\n"
+
+
+def test_what_nobody_thought_of_is_one_line_and_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the place, for whoever mends it."""
+    for error, words in (
+        (TypeError("un\nlucky"), "TypeError: un lucky at "),
+        (MemoryError(), "memory ran out"),
+        (OSError(24, "Too many open files", "a.json"), "a.json: Too many open files"),
+    ):
+
+        def unlucky(subject: str, error: BaseException = error) -> str:
+            raise error
+
+        monkeypatch.setattr(cli, "explain", unlucky)
+        line = could_not_run(capsys, "explain", "W1")
+        assert words in line and ("mistake" in line) is isinstance(error, TypeError)
+        assert (f"{__file__}:" in line) is isinstance(error, TypeError)
+
+
+def test_before_the_command_has_begun_it_is_one_line_as_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    assert entry.main() == COULD_NOT_RUN
+    line = "nsa-ref: the folder that you are in is gone. Go to another one\n"
+    assert capsys.readouterr().err == line
+
+
+def test_without_docstrings_it_runs() -> None:
+    done = python("-OO", "-m", "nsa_ref", "explain", "W1")
+    assert done.returncode == HOLDS and done.stderr == "", done
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def found(port: Any, folder: Path) -> dict[str, Any]:
+    """What is wrong with a port on one case."""
+    prop, case = PROPERTIES["W1_sliding_mask_as_exposed"], Case(q_len=2, kv_len=2)
+    finding = run_property(prop, port, Options(findings=folder, case=case)).finding
+    assert finding is not None
+    return finding
+
+
+def test_a_finding_that_cannot_be_kept_is_in_the_report(place: Path) -> None:
+    """With what is needed to keep it by hand."""
+    Path("a-file").touch()
+    finding = found(OneKeyFewer(), place / "a-file" / "findings")
+    assert finding["unsaved"] == "Not a directory"
+    (line,) = [line for line in message(finding).splitlines() if "could not be kept" in line]
+    again = json.loads(line[line.index("{") :])
+    assert Case.from_json(again["case"]) == Case.from_json(finding["case"])
+    assert again["property"] == finding["property"] and again["spec"] == finding["spec"]
+    assert "replay:" not in message(finding)
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """Where a finding is kept."""
+    about = {"clause": "W1", "property": "W1_sliding_mask_as_read", "spec": "", "seed": 0}
+    about |= {"implementation": "mine [w]", "device": "cpu", "case": Case().to_json()}
+    finding = {name: value for name, value in (about | changes).items() if value is not None}
+    return Path(save_finding(finding, folder)["file"])
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "\xc4\u65e5" * 90, "\U0001f600" * 100, "\ud800"])
+def test_a_name_of_any_length_names_a_file(name: str, place: Path) -> None:
+    """And two that begin and end alike name two."""
+    files = {saved(place, implementation=f"{name}{letter}{name}") for letter in "\u65e5\u65e6"}
+    assert len(files) == 2 and all(file.is_file() for file in files)
+
+
+def test_another_seed_device_or_case_overwrites_no_finding(place: Path) -> None:
+    first = saved(place)
+    assert first.name == "W1-W1_sliding_mask_as_read-mine__w_-cpu-seed0.json"
+    cases = [{"seed": None, "case": Case(q_len=n, kv_len=n).to_json()} for n in (3, 4)]
+    others = [saved(place, **changes) for changes in ({"seed": 1}, {"device": "cuda:1"}, *cases)]
+    assert len({first, *others}) == 5
+    prop = PROPERTIES["W1_sliding_mask_as_read"]
+    of_a_run = described(prop, SlidingMask(), Options(seed=7), Case())
+    of_a_replay = described(prop, SlidingMask(), Options(seed=7, case=Case()), Case())
+    assert of_a_run["seed"] == 7 and "seed" not in of_a_replay
+
+
+def test_a_file_is_replaced_in_one_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves what was there."""
+    path = place / "known.toml"
+    path.write_text("old")
+
+    def full(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(b"half")
+        raise OSError(28, NO_ROOM)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=NO_ROOM):
+        files.write_text(path, "new")
+    assert path.read_text() == "old" and list(place.iterdir()) == [path]
+
+
+# --- what a port says -----------------------------------------------------------------------------
+
+
+def test_a_text_of_a_port_is_cut(place: Path) -> None:
+    """However long, in the finding as well; and quickly."""
+    finding = found(Raises(ValueError("1, " * 7_000_000)), place)
+    assert len(message(finding)) < 10_000 and Path(finding["file"]).stat().st_size < 500_000
+
+
+class Talks(SlidingMask):
+    """Refuses every other case, each with another long text."""
+
+    name = "talks"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def supports(self, case: Case) -> str | None:
+        self.asked += 1
+        return f"\x1b[2J{self.asked} \n" + "x" * 1000 if self.asked % 2 else None
+
+
+def test_many_reasons_are_few_lines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa_ref.testing.running.MANY_REASONS", 10)
+    record = run_property(PROPERTIES["W1_sliding_mask_as_exposed"], Talks(), Options())
+    assert record.not_offered.pop("other reasons") > 1
+    assert len(record.not_offered) == 10 and sum(record.not_offered.values()) == 10
+    for reason in record.not_offered:
+        assert len(reason) < 400 and reason.isprintable()
+    assert few(["a"] * 40)[-1] == "and 10 more" and len(few(["a"] * 40)) == 31
+    assert in_one_line("a\n\x1b" + "b" * 9000, 100).count("b") == 98  # and one of \x1b
+
+
+def test_a_case_that_could_not_be_judged_says_why_in_few_words() -> None:
+    record = Record(name="W1", clause="W1")
+    record.not_offered.update(map(str, range(100)))
+    kept: Any = type("Kept", (), {"path": Path("a.json")})
+    assert len(replayed(kept, [record]).why) < 1000
