@@ -376,7 +376,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 def fuzz(arguments: argparse.Namespace, console: Console) -> int:
     """Judge fresh cases, round after round, until the time is up."""
     folder = Folder(Path(arguments.findings).absolute())
-    with folder.taken(), _ended_as_by_ctrl_c():
+    with folder.taken():
         found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
         _check_dtypes(arguments.dtype or (), found)
         fuzzing = Fuzzing(arguments, console, folder, found)
@@ -886,7 +886,8 @@ def _main(argv: list[str] | None) -> int:
     console = Console()
     try:
         arguments = _parser().parse_args(argv)
-        return int(arguments.run(arguments, console))
+        with _ended_as_by_ctrl_c():
+            return int(arguments.run(arguments, console))
     except CannotRun as error:
         line = str(error)
     except KeyboardInterrupt:
