@@ -423,6 +423,8 @@ def test_an_alarm_of_somebody_else_ends_the_property(tmp_path: Path) -> None:
         ),
         (
             "Timeout (0:00:02)!\nThread 0x2 (most recent call first):\n"
+            f'  File "{last_words.__file__}", line 1 in wait\n  File "/threading.py", line 1 in '
+            "wait\n\nThread 0x3 (most recent call first):\n"
             '  File "/threading.py", line 1 in wait\n\nThread 0x1 (most recent call first):\n'
             '  File "/torch.py", line 1 in wait\n  File "/torch.py", line 7 in sync\n'
             f'  File "/port.py", line 4 in fine\n  File "{last_words.__file__}", line 9 in run\n',
