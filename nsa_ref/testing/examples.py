@@ -14,8 +14,9 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import read_finding
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.ledger import place_of
-from nsa_ref.testing.limits import is_within
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.strategies import is_varied
 
 FOLDER_NAME = "nsa-ref-examples"
 
@@ -36,9 +37,13 @@ def examples_of(implementation: Implementation, prop: Property) -> list[Case]:
             raise ValueError(f"{path} holds no case: {error}. Remove it, or export again") from None
         if kept.get("property") != prop.name:
             continue
-        declared = case.dtype in implementation.numerics
-        declared = declared and case.semantics in list(implementation.semantics)
-        if declared and is_within(implementation, prop.called, case, of_all=True):
+        own = limited(implementation, prop.called)
+        declared = case.dtype in own.numerics and case.semantics in list(own.semantics)
+        within = all(
+            getattr(case, field) in allowed or not is_varied(field, prop.about)
+            for field, allowed in own.limits.items()
+        )
+        if declared and within and all(rule.holds(case) for rule in own.rules):
             found.append(case)
     return found
 

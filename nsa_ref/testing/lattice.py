@@ -12,7 +12,7 @@ from nsa_ref.testing.branches import COMPRESS
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.properties.common import oracle_mask
-from nsa_ref.testing.strategies import ABOUT, VARIED_BY
+from nsa_ref.testing.strategies import ABOUT, is_varied
 from nsa_ref.testing.verdicts import Record
 
 #: What `Edge.reads` calls the mask, multiplicities (batch, q_heads, q_len, columns).
@@ -42,9 +42,7 @@ class Edge:
 
     def can_be_met(self, about: str) -> bool:
         """True if cases about this can stand on it: all that it reads varies in them."""
-        groups = set(ABOUT[about])
-        varied = all(groups & set(VARIED_BY.get(field, groups)) for field in self.reads)
-        return about in self.about and varied
+        return about in self.about and all(is_varied(field, about) for field in self.reads)
 
 
 #: A layer reads its own tokens, all of them and at least one, and takes long: its cases are small.

@@ -292,14 +292,9 @@ def limited(implementation: Implementation, method: str) -> Implementation:
     return limited
 
 
-def is_within(
-    implementation: Implementation, method: str, case: Case, of_all: bool = False
-) -> bool:
-    """Whether a case lies within the limits that are stated for a method alone.
-
-    of_all : and within those that are stated for all methods
-    """
-    for stated in _all_stated(implementation, method)[0 if of_all else 1 :]:
+def is_within(implementation: Implementation, method: str, case: Case) -> bool:
+    """Whether a case lies within the limits that are stated for a method alone."""
+    for stated in _all_stated(implementation, method)[1:]:
         values, rules = _values_and_rules(stated)
         held = all(getattr(case, field) in allowed for field, allowed in values.items())
         if not held or not all(rule.holds(case) for rule in rules):

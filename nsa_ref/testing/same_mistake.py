@@ -51,7 +51,7 @@ def same_mistake(
         for sizes in TELLING:
             more = dataclasses.replace(case, inputs="randn", **sizes)
             telling = as_one_attention(more, prop.the_branch, beside.the_branch)
-            if is_declared(implementation, telling) and all(
+            if is_declared(implementation, telling, case) and all(
                 _is_one(telling, p.the_branch) for p in (prop, beside)
             ):
                 inputs = _inputs(telling)
@@ -153,7 +153,11 @@ def _row_by_row(
         rows, at, columns = (keys, -1, keys) if keys else (2, 0, 1)
         sizes: dict[str, Any] = {"batch": len(places), "q_len": int(rows), "kv_len": int(columns)}
         like = as_one_attention(dataclasses.replace(case, **sizes), branch)
-        if not v.shape[2] or not is_declared(implementation, like) or not _is_one(like, branch):
+        if (
+            not v.shape[2]
+            or not is_declared(implementation, like, case)
+            or not _is_one(like, branch)
+        ):
             raise NotOffered("a row by itself")
         read = [
             np.repeat(np.arange(v.shape[2]), mask[place]) if keys else np.zeros(1, int)

@@ -17,8 +17,9 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.conditions import least_of
 from nsa_ref.testing.implementation import Implementation, NotOffered, OracleImplementation
 from nsa_ref.testing.judging import judge
-from nsa_ref.testing.limits import Limits, is_within, limited
+from nsa_ref.testing.limits import Limits, limited
 from nsa_ref.testing.properties import Property
+from nsa_ref.testing.properties.common import is_declared
 from nsa_ref.testing.verdicts import FAILURES, Broken, Inconclusive
 
 #: Seeds with which a case is tried, after its own: which block a row chooses goes by the data.
@@ -125,14 +126,14 @@ def made_smaller(prop: Property, implementation: Implementation, case: Case, unt
     fault = fault_of(prop, implementation, case)
     if fault is None or prop.extent:
         return case  # of those there are no small ones
-    smallest, tried = case, {case}
+    declared, smallest, tried = limited(implementation, prop.called), case, {case}
     found = True
     while found:
         found = False
-        for smaller in _smaller(smallest, limited(implementation, prop.called).limits):
+        for smaller in _smaller(smallest, declared.limits):
             if time.monotonic() > until:
                 break
-            if smaller in tried or not _could_be(prop, implementation, smaller):
+            if smaller in tried or not _could_be(prop, declared, smaller, case):
                 continue
             tried.add(smaller)
             if fault_of(prop, implementation, smaller) == fault:
@@ -173,8 +174,10 @@ def _valid(case: Case, fields: dict[str, Any]) -> Iterator[Case]:
             yield dataclasses.replace(changed, seed=seed)
 
 
-def _could_be(prop: Property, implementation: Implementation, case: Case) -> bool:
-    """Whether the property is about such a case, and what is declared allows it."""
+def _could_be(prop: Property, declared: Implementation, case: Case, found: Case) -> bool:
+    """Whether the property is about such a case, and what is declared allows it, as it did the one
+    that was found.
+    """
     dims = prop.head_dims or (case.head_dim, case.value_dim)
     about = (
         prop.semantics(case.semantics)
@@ -183,6 +186,5 @@ def _could_be(prop: Property, implementation: Implementation, case: Case) -> boo
         and {case.head_dim, case.value_dim} <= set(dims)
         and not (prop.populated and (case.q_len < 2 or case.kv_len < 2))
     )
-    declared = case.dtype in implementation.numerics
-    declared = declared and case.semantics in list(implementation.semantics)
-    return about and declared and is_within(implementation, prop.called, case, of_all=True)
+    offered = case.dtype in declared.numerics and case.semantics in list(declared.semantics)
+    return about and offered and is_declared(declared, case, found)

@@ -65,6 +65,13 @@ VARIED_BY = {
     "indices": ("indices",),
 }
 
+
+def is_varied(field: str, about: str) -> bool:
+    """Whether cases about this (a key of `ABOUT`) have more than one value of the field."""
+    groups = set(ABOUT[about])
+    return bool(groups & set(VARIED_BY.get(field, groups)))
+
+
 #: How q_len and kv_len stand to each other. A property tries them one after the other: left to
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
 SHAPES = ("square", "decode", "short keys", "edge")

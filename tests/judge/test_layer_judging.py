@@ -17,6 +17,9 @@ from nsa_ref.testing.mutants.arithmetic import InterleavedHeads
 from nsa_ref.testing.mutants.layer import LayerInSteps
 from nsa_ref.testing.mutants.layers import RotaryByHalves, SequencesLeak, WindowOfPadding
 from nsa_ref.testing.mutants.selection import Selector
+from nsa_ref.testing.options import Options
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.running import run_property
 from trials import record
 
 #: Those that set up more than they draw.
@@ -166,6 +169,17 @@ def test_a_wrong_layer_hears_which_branch_is_wrong(
 def test_packed_sequences_are_asked_for_whatever_the_batch_is_limited_to(tmp_path: Path) -> None:
     found = finding("G4_varlen", port(SequencesLeak, limits={"batch": (2,)}), tmp_path)
     assert found["clause"] == "G4"
+
+
+@pytest.mark.parametrize("name", ["G4_varlen", "G4_varlen_gradients"])
+def test_limits_of_what_no_layer_has_do_not_take_its_sequences_away(
+    name: str, tmp_path: Path
+) -> None:
+    """Nothing of a layer reads `indices`, so that its cases have what they have."""
+    case = Case(head_dim=8, value_dim=2, model_dim=8, q_len=5, kv_len=5)
+    right, options = port(limits={"indices": ("all",)}), Options(case=case, findings=tmp_path)
+    found = run_property(PROPERTIES[name], right, options)
+    assert (found.finding, found.cases) == (None, 1)
 
 
 class NormOfTorch(LayerInSteps):

@@ -196,10 +196,17 @@ def chooses_lengths(implementation: Implementation, case: Case) -> Case:
     return dataclasses.replace(case, seed=0) if implementation.pace == "compiles" else case
 
 
-def is_declared(implementation: Implementation, case: Case) -> bool:
-    """Whether a case that was derived from another one lies within what is declared as well."""
-    within = all(getattr(case, name) in allowed for name, allowed in implementation.limits.items())
-    within = within and all(rule.holds(case) for rule in implementation.rules)
+def is_declared(implementation: Implementation, case: Case, drawn: Case) -> bool:
+    """Whether a case that was derived from a drawn one lies within what is declared as well.
+
+    What it has of that one does: limits of what its cases are not about, as of a layer's `indices`,
+    do not matter to it.
+    """
+    limits, rules = implementation.limits.items(), implementation.rules
+    within = all(
+        getattr(case, name) in (getattr(drawn, name), *allowed) for name, allowed in limits
+    )
+    within = within and all(rule.holds(case) or not rule.holds(drawn) for rule in rules)
     return within and refusal(implementation, case) is None
 
 

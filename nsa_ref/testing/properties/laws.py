@@ -133,7 +133,7 @@ def prefix(prop: Property, implementation: Implementation, case: Case) -> Outcom
     for cut in generator.permutation(min(case.q_len, case.kv_len) - 1) + 1:
         q_len, kv_len = int(case.q_len - cut), int(case.kv_len - cut)
         short = dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
-        if is_declared(implementation, short):
+        if is_declared(implementation, short, case):
             break
     else:
         raise NotOffered("no shorter length is supported")

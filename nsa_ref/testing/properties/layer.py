@@ -239,7 +239,7 @@ def _blame_the_rotation(asked: Asked) -> None:
         asked = with_blocks  # which decides every row
     for semantics in implementation.semantics:
         plain = dataclasses.replace(case, semantics=semantics)
-        unrotated = semantics.rotary == "none" and is_declared(implementation, plain)
+        unrotated = semantics.rotary == "none" and is_declared(implementation, plain, case)
         if unrotated and not Asked.about(implementation, asked.method, plain).is_right():
             return  # wrong where nothing is turned as well
     turned = [b for b in BRANCHES if own.rotary != "fine_and_sliding" or b != "compress"]

@@ -147,8 +147,8 @@ def _blame_the_values(implementation: Implementation, branch: Branch, case: Case
             "kv_len": case.compress_block_size + 2 * case.compress_block_sliding_stride + 1,
         },
     }
-    case = dataclasses.replace(case, **open_to[branch.name])
-    if not is_declared(implementation, case):
+    drawn, case = case, dataclasses.replace(case, **open_to[branch.name])
+    if not is_declared(implementation, case, drawn):
         return
     inputs = probes.zeros(case, branch)
     inputs = dataclasses.replace(inputs, v=np.ones_like(inputs.v))

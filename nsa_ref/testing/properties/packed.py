@@ -25,13 +25,13 @@ class Packed:
     """Sequences one behind the other, and what each is by itself.
 
     asked : `varlen`, with the tokens of all sequences
-    batch : a batch that is declared, should 1 not be
+    drawn : the case, whose batch is declared, should 1 not be
     rows : where each sequence stands among the tokens
     truths : what the definition says to each, as a batch of 1
     """
 
     asked: Asked
-    batch: int
+    drawn: Case
     cu_seqlens: np.ndarray
     rows: list[slice]
     truths: list[Truth]
@@ -43,7 +43,7 @@ class Packed:
         # packed tokens have no batch, so that limits of it do not matter
         lengths = chooses_lengths(implementation, case).sequence_lengths()
         every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in lengths]
-        every = [each for each in every if is_declared(implementation, each)]
+        every = [each for each in every if is_declared(implementation, each, case)]
         alone = [dataclasses.replace(each, batch=1) for each in every]
         cu_seqlens = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
         rows = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
@@ -53,7 +53,7 @@ class Packed:
         truths = [
             Truth.of(implementation, each, x[None, r], weights) for each, r in zip(alone, rows)
         ]
-        return cls(asked, case.batch, cu_seqlens, rows, truths)
+        return cls(asked, case, cu_seqlens, rows, truths)
 
     @property
     def undecided(self) -> np.ndarray:
@@ -88,7 +88,7 @@ class Packed:
         if not offers("layer"):
             return broken.noted(("no layer gradients" if backward else "no layer", "varlen"))
         for truth, rows in zip(self.truths, self.rows):
-            batch = 1 if is_declared(implementation, truth.case) else self.batch
+            batch = 1 if is_declared(implementation, truth.case, self.drawn) else self.drawn.batch
             alone = dataclasses.replace(truth.case, batch=batch)
             x = np.repeat(self.asked.x[None, rows], batch, axis=0)
             asked = Asked(implementation, "layer", alone, x, self.asked.weights)

@@ -77,7 +77,7 @@ def valid_choice(prop: Property, implementation: Implementation, case: Case) -> 
 def _wrong_without_forced_blocks(implementation: Implementation, case: Case) -> bool:
     """Whether the scores are wrong by themselves, as far as that can be asked (I2 or I3)."""
     without = dataclasses.replace(case, num_initial_blocks=0, num_local_blocks=0)
-    declared = is_declared(implementation, without)
+    declared = is_declared(implementation, without, case)
     return declared and bool(_invalid_rows(implementation, without)[1])
 
 
@@ -92,7 +92,7 @@ def _whose_order(implementation: Implementation, case: Case) -> str:
     )
     for clause, less in smaller:
         without = dataclasses.replace(case, **less)
-        if without == case or not is_declared(implementation, without):
+        if without == case or not is_declared(implementation, without, case):
             continue
         tried = [without, *fresh_seeds(without, 4)]
         wrong = any(_invalid_rows(implementation, one)[1] for one in tried)

@@ -90,7 +90,7 @@ def mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
             alone = dataclasses.replace(case, q_len=1, kv_len=1)
             tokens = [dataclasses.replace(alone, sliding_window_size=w) for w in windows]
             asked = [Asked.about(implementation, "layer", token) for token in tokens]
-            asked = [one for one in asked if is_declared(implementation, one.case)]
+            asked = [one for one in asked if is_declared(implementation, one.case, case)]
             if asked and not any(one.is_right() for one in asked):
                 check_output(asked[0], "G1")
         reading = f"{branch.name} mask read through the layer"
