@@ -260,7 +260,7 @@ def test_cells_differ_for_who_sees_no_colour() -> None:
 
 
 def test_junit_has_a_case_for_every_property(records: list[Record]) -> None:
-    lost = Record(name="W1_sliding_mask_as_read", clause="W1", lost=True)
+    lost = Record(name="W1_sliding_mask_as_read", clause="W1", lost="its worker was killed")
     known = Record(name="W1_sliding_mask_as_read", clause="W1", cases=2, known=Counter(one=1))
     root = ET.fromstring(to_xml([*records, lost, known], [HOSTILE], 1.0))
     cases = root.findall("*/testcase")

@@ -149,6 +149,6 @@ def test_a_turn_that_came_to_no_end_leaves_its_property_undecided() -> None:
                 collector.records.append(Record(name=name, clause="A1", cases=2, asked=3))
     collector.join_turns()
     output, lse = collector.records
-    assert (output.cases, output.asked, output.lost) == (2 * TURNS, 3 * TURNS, False)
+    assert (output.cases, output.asked, output.lost) == (2 * TURNS, 3 * TURNS, "")
     assert lse.lost
     assert math.isinf(Options().seconds_left)
