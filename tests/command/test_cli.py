@@ -407,7 +407,9 @@ def test_properties_that_came_to_no_end_are_no_pass() -> None:
     (clause,) = report.clauses([record()], [], {"W1": 2})
     assert clause.verdict == "inconclusive"
     assert "1 of 2 properties came to no end" in clause.to_json()["reason"]
-    (clause,) = report.clauses([record(), record(lost="its worker was killed", cases=0)], [], {"W1": 2})
+    (clause,) = report.clauses(
+        [record(), record(lost="its worker was killed", cases=0)], [], {"W1": 2}
+    )
     assert clause.verdict == "inconclusive"
 
 
