@@ -1,5 +1,13 @@
-"""The definition behind its own plug: the judge never fails what is right."""
+"""The definition behind its own plug: the judge never fails what is right.
+
+A tenth of the cases, as of a port that is slow: `nsa-ref verify oracle` asks all of them.
+"""
 
 from nsa_ref.testing import OracleImplementation, conformance_suite
 
-globals().update(conformance_suite(OracleImplementation()))
+
+class Oracle(OracleImplementation):
+    pace = "slow"
+
+
+globals().update(conformance_suite(Oracle()))
