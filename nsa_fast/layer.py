@@ -8,7 +8,7 @@ stand in the order compress, fine, sliding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -163,6 +163,16 @@ class Layer:
             "compress_block_sliding_stride": self.compress_block_sliding_stride,
         }
 
+    def pooled(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The compressed keys or values of tokens that begin with a window (C1, C4)."""
+        return compress_pool(
+            tokens,
+            {name: weight.to(tokens.dtype) for name, weight in weights.items()},
+            **self.compress_sizes,
+            compress_map=self.compress_map,
+            semantics=dataclasses.replace(self.semantics, compress_alignment="start"),
+        )
+
     def num_compress_blocks(self, kv_len: int) -> int:
         return self.windows.count(kv_len)
 
@@ -177,6 +187,33 @@ class Layer:
         if branch == "compress":
             return self.semantics.rotary == "before_pooling"
         return self.semantics.rotary != "none"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights by name; of a module also its submodules, each of which is called where it acts.
+
+    Thus hooks, and what stands in the place of a submodule or is made of its weight when it is
+    called (LoRA, pruning, weight norm), have their effect.
+    """
+
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[str, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def linear(self, name: str, x: Tensor, width: int) -> Tensor:
+        """x W^T, with a bias where there is one: (..., width)."""
+        if name not in self.modules:
+            return F.linear(x, self[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        found = self.modules[name](x)
+        if not isinstance(found, Tensor) or found.shape != (*x.shape[:-1], width):
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"{name} returned {what}; it must return a tensor {(*x.shape[:-1], width)}."
+            )
+        return found
 
 
 @_disable_dynamo
@@ -266,11 +303,26 @@ def native_sparse_attention(
         backend=backend,
     )
     model_dim = _check_weights(weights, layer)
+    return run(x, Weights(weights), layer, model_dim, block_indices, cu_seqlens, cache)
+
+
+@_disable_dynamo
+def run(
+    x: Tensor,
+    weights: Weights,
+    layer: Layer,
+    model_dim: int,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """`native_sparse_attention` with weights whose names and shapes are right."""
+    q_heads, kv_heads, semantics = layer.q_heads, layer.kv_heads, layer.semantics
     layer = layer.as_run(weights["mem_k"].shape[1], own_choice=block_indices is None)
     packed = cu_seqlens is not None
     axes = ("total_tokens",) if packed else ("batch", "seq_len")
     check_tensor("x", x, (*axes, model_dim))
-    _check_dtypes(x, weights)
+    _check_dtypes(x, weights.tensors)
     spans = [(0, x.shape[-2])] if cu_seqlens is None else _spans(cu_seqlens, x.shape[0])
     if packed:
         x = x[None]
@@ -289,7 +341,7 @@ def native_sparse_attention(
 
 def _parallel(
     x: Tensor,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     layer: Layer,
     spans: list[tuple[int, int]],
     block_indices: Tensor | None,
@@ -310,7 +362,7 @@ def _parallel(
 
 def _appended(
     x: Tensor,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     layer: Layer,
     cache: Cache,
     block_indices: Tensor | None,
@@ -337,32 +389,29 @@ def _appended(
 # --- from tokens to q, k and v --------------------------------------------------------------------
 
 
-def _normed(x: Tensor, weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
+def _normed(x: Tensor, weights: Weights, layer: Layer) -> Tensor:
     if not layer.semantics.input_norm:
         return x
-    wide = x.to(wide_dtype(x.dtype))
-    own = layer.semantics.input_norm == "machine_eps"
-    eps = torch.finfo(wide.dtype).eps if own else NORM_EPS
-    root = (wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    return (wide / root * weights["norm.weight"].to(wide.dtype)).to(x.dtype)
+    if "norm" in weights.modules:
+        return weights.modules["norm"](x)
+    eps = None if layer.semantics.input_norm == "machine_eps" else NORM_EPS
+    return F.rms_norm(x, x.shape[-1:], weights["norm.weight"], eps)
 
 
-def _project(
-    h: Tensor, weights: Mapping[str, Tensor], layer: Layer, position: Tensor
-) -> dict[str, Tensor]:
+def _project(h: Tensor, weights: Weights, layer: Layer, position: Tensor) -> dict[str, Tensor]:
     """Every q, k, v that a branch reads, (batch, heads, tokens, dim); k and v by `Layer.name`.
 
     Fine and sliding read "q", compress and the selection "q_cmp".
     """
     rotary = layer.semantics.rotary
 
-    def projected(name: str, heads: int) -> Tensor:
-        return split_heads(F.linear(h, weights[f"{name}.weight"]), heads)
+    def projected(name: str, heads: int, dim: int) -> Tensor:
+        return split_heads(weights.linear(name, h, heads * dim), heads)
 
-    plain_q = projected("to_q", layer.q_heads)
+    plain_q = projected("to_q", layer.q_heads, layer.head_dim)
     q = plain_q if rotary == "none" else rotate(plain_q, position)
     tokens = {"q": q, "q_cmp": q if rotary in ("all", "before_pooling") else plain_q}
-    for kind in ("k", "v"):
+    for kind, dim in (("k", layer.head_dim), ("v", layer.value_dim)):
         for branch in BRANCHES:
             name = layer.name(kind, branch)
             if name in tokens:
@@ -370,34 +419,30 @@ def _project(
             if name == "k_rotated" and "k" in tokens:
                 found = tokens["k"]
             else:
-                found = projected(f"to_{name.removesuffix('_rotated')}", layer.kv_heads)
+                found = projected(f"to_{name.removesuffix('_rotated')}", layer.kv_heads, dim)
             if kind == "k" and layer.rotates_keys(branch):
                 found = rotate(found, position)
             tokens[name] = found
     return tokens
 
 
-def _pool(
-    kind: str, tokens: Tensor, weights: Mapping[str, Tensor], layer: Layer, *, skip: int = 0
-) -> Tensor:
+def _pool(kind: str, tokens: Tensor, weights: Weights, layer: Layer, *, skip: int = 0) -> Tensor:
     """Compressed keys or values from block `skip` on (C1, C4).
 
     Rotary "all" rotates key i by i d (G2).
     """
-    prefix = f"compress_{kind}."
-    own = {
-        name.removeprefix(prefix): weight.to(tokens.dtype)
-        for name, weight in weights.items()
-        if name.startswith(prefix)
-    }
+    name = f"compress_{kind}"
     # the first window that is left begins with the first token that is left
-    pooled = compress_pool(
-        from_token(tokens, layer.windows.first_token(skip)),
-        own,
-        **layer.compress_sizes,
-        compress_map=layer.compress_map,
-        semantics=dataclasses.replace(layer.semantics, compress_alignment="start"),
-    )
+    left = from_token(tokens, layer.windows.first_token(skip))
+    if name in weights.modules:
+        pooled = weights.modules[name](left)
+    else:
+        own = {
+            key.removeprefix(f"{name}."): weight
+            for key, weight in weights.tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        pooled = layer.pooled(left, own)
     if kind == "v" or layer.semantics.rotary != "all":
         return pooled
     block = torch.arange(skip, skip + pooled.shape[2], device=pooled.device)
@@ -409,7 +454,7 @@ def _pool(
 
 def _attend(
     tokens: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     layer: Layer,
     block_indices: Tensor | None,
 ) -> list[Tensor]:
@@ -481,9 +526,9 @@ def _gathered(
     return k[sequence, head, token], v[sequence, head, token], renumbered[:, :, None]
 
 
-def _combined(h: Tensor, outs: list[Tensor], weights: Mapping[str, Tensor], layer: Layer) -> Tensor:
+def _combined(h: Tensor, outs: list[Tensor], weights: Weights, layer: Layer) -> Tensor:
     """Eq. 5, the heads merged, and the output projection."""
-    logits = F.linear(h, weights["gates.weight"], weights["gates.bias"])
+    logits = weights.linear("gates", h, len(BRANCHES) * layer.q_heads)
     wide = wide_dtype(outs[0].dtype)
     gates = logits.to(wide).sigmoid().unflatten(-1, (len(BRANCHES), layer.q_heads))
     total = sum(
@@ -493,7 +538,7 @@ def _combined(h: Tensor, outs: list[Tensor], weights: Mapping[str, Tensor], laye
     merged = total.to(outs[0].dtype).flatten(-2)
     if not layer.semantics.output_projection:
         return merged
-    return F.linear(merged, weights["to_out.weight"])
+    return weights.linear("to_out", merged, h.shape[-1])
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from nsa_fast.cache import Cache
 from nsa_fast.checks import check_flag, check_size, check_stride_divides
-from nsa_fast.layer import NORM_EPS, Layer, native_sparse_attention
+from nsa_fast.layer import NORM_EPS, Layer, Weights, run
 from nsa_fast.pool import map_shapes
 from nsa_ref.semantics import BRANCHES, PAPER, PRESETS, Semantics
 
@@ -25,8 +24,8 @@ POSITION_STD = 0.02
 class NativeSparseAttention(nn.Module):
     """Native Sparse Attention as a layer (G1 to G4); see `native_sparse_attention`.
 
-    Its state dict has the names and shapes that the functional form lists. forward reads the
-    parameters of its submodules by name and never calls the submodules: hooks on them do not run.
+    Its state dict has the names and shapes that the functional form lists. forward calls each
+    submodule, so that hooks on it run, and so does what stands in its place (LoRA, pruning).
 
     First values: projections and compression maps are those of `nn.Linear`, positions are small and
     memory is 0. The gates are the same for every token, and all but the sliding branch's are nearly
@@ -113,7 +112,6 @@ class NativeSparseAttention(nn.Module):
         self.gates = nn.Linear(model_dim, len(BRANCHES) * q_heads)
         if semantics.output_projection:
             self.to_out = nn.Linear(q_heads * value_dim, model_dim, bias=False)
-        self._names = [name for name, _ in self.named_parameters()]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,15 +132,22 @@ class NativeSparseAttention(nn.Module):
         ------
         ValueError : also if the cache belongs to another module, which is then what it was
         """
-        weights = {name: attrgetter(name)(self) for name in self._names}
         if isinstance(cache, Cache):
             cache.check_owner(self)
-        out = native_sparse_attention(
-            x, weights, **self.layer.arguments(), cache=cache, cu_seqlens=cu_seqlens
-        )
+        weights = Weights(self._read(), dict(self.named_children()))
+        out = run(x, weights, self.layer, self.model_dim, cache=cache, cu_seqlens=cu_seqlens)
         if cache is not None:
             cache.bind(self)
         return out
+
+    def _read(self) -> dict[str, Tensor]:
+        """Memory, and the weights of the submodules that nothing else stands in the place of."""
+        read = {"mem_k": self.mem_k, "mem_v": self.mem_v}
+        for of_child, child in self.named_children():
+            if type(child) in (nn.Linear, nn.RMSNorm, _CompressMap):
+                own = child.named_parameters(recurse=False)
+                read |= {f"{of_child}.{name}": weight for name, weight in own}
+        return read
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache without tokens for `batch` sequences, which belongs to this module."""
@@ -159,18 +164,24 @@ class NativeSparseAttention(nn.Module):
 
 
 class _CompressMap(nn.Module):
-    """Holds the weights of `compress_pool`, by its names."""
+    """`compress_pool`, and its weights by its names."""
 
     def __init__(self, layer: Layer, dim: int, positions: bool) -> None:
         super().__init__()
+        self.layer = layer
         size = layer.compress_block_size
         flat = size * dim
         shapes = map_shapes(layer.compress_map, layer.kv_heads, size, dim, hidden=flat)
         for name, shape in shapes.items():
             if positions or name != "positions":
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self._names = [name for name, _ in self.named_parameters()]
         self._bound = 1 / math.sqrt(flat)
         self.reset_parameters()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, kv_heads, tokens, dim) -> (batch, kv_heads, blocks, dim)."""
+        return self.layer.pooled(tokens, {name: getattr(self, name) for name in self._names})
 
     def reset_parameters(self) -> None:
         """Weights and biases as `nn.Linear` draws them: all of them read l dim numbers."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +195,7 @@ class KeepsItsMemory(nsa_fast.NativeSparseAttention):
         self.kept = [self.mem_k]
 
     def forward(self, x: Any, cache: Any = None, *, cu_seqlens: Any = None) -> Any:
-        weights = {name: attrgetter(name)(self) for name in self._names}
+        weights = dict(self.named_parameters())
         weights["mem_k"] = self.kept[0].to(x.dtype)
         run = nsa_fast.native_sparse_attention
         return run(x, weights, **self.layer.arguments(), cache=cache, cu_seqlens=cu_seqlens)

@@ -21,6 +21,7 @@ from nsa_ref.testing.properties import PROPERTIES
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from torch import Tensor  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import nsa_fast  # noqa: E402
@@ -131,6 +132,86 @@ def test_the_state_dict_has_the_names_of_the_definition(kind: str) -> None:
     expected = both(x)
     assert torch.equal(made(x), expected)
     assert torch.equal(copy.deepcopy(made)(x), expected)
+
+
+# --- submodules are called ------------------------------------------------------------------------
+
+#: Norm, rotation and output projection, keys and values of their own for every branch.
+ALL_PARTS = replace(PAPER, input_norm=True, rotary="all", output_projection=True)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_every_submodule_is_called(decoding: bool) -> None:
+    """So hooks on it run."""
+    layer, called = module(ALL_PARTS, num_mem_kv=1), set()
+    for name, child in layer.named_children():
+        child.register_forward_hook(lambda *_, name=name: called.add(name))
+    layer(tokens(1, 13).float(), layer.empty_cache(1) if decoding else None)
+    assert called == {name for name, _ in layer.named_children()} and len(called) == 12
+
+
+class Twice(torch.nn.Module):
+    """In the place of a projection, as LoRA stands there: what it returns is added to the base's.
+
+    As often as the base itself, so that the sum is exact.
+    """
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.more = base, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x)
+        return found + self.more * found
+
+
+def doubled(layer: torch.nn.Module, *names: str) -> torch.nn.Module:
+    layer = copy.deepcopy(layer)
+    for name in names:
+        for weight in layer.get_submodule(name).parameters():
+            weight.data.mul_(2)
+    return layer
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k_fine", "to_v_sliding", "gates", "to_out"])
+def test_what_stands_in_the_place_of_a_projection_has_its_effect(name: str) -> None:
+    layer, x = module(ALL_PARTS).double(), tokens(2, 13)
+    torch.nn.init.normal_(layer.gates.weight)
+    expected = doubled(layer, name)(x)
+    setattr(layer, name, Twice(layer.get_submodule(name)).double())
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.get_submodule(name).more.grad
+
+
+def test_a_weight_that_is_made_when_its_module_is_called_is_the_one_that_is_read() -> None:
+    """As by pruning, whose hook makes it, and by a parametrization such as weight norm."""
+    layer, x = module(ALL_PARTS).double(), tokens(2, 13)
+    pruned = copy.deepcopy(layer)
+    for name, weight in (("to_q", "weight"), ("compress_k", "weight_in")):
+        of = pruned.get_submodule(name)
+        mask = torch.ones_like(getattr(of, weight))
+        mask[0] = 0
+        prune.custom_from_mask(of, weight, mask)
+        with torch.no_grad():  # a step of the optimizer
+            getattr(of, f"{weight}_orig").mul_(2)
+            getattr(layer.get_submodule(name), weight).mul_(2 * mask)
+    assert torch.equal(pruned(x), layer(x))
+
+    class Double(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    expected = doubled(layer, "to_k_fine")(x)
+    parametrize.register_parametrization(layer.to_k_fine, "weight", Double())
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_submodule_that_returns_something_else_is_named() -> None:
+    layer = module()
+    layer.to_q = torch.nn.Linear(MODEL_DIM, 3)
+    with pytest.raises(ValueError, match=r"to_q returned \(1, 8, 3\); it must return a tensor "):
+        layer(tokens(1, 8).float())
 
 
 def test_a_new_layer_reads_its_sliding_branch_first() -> None:
