@@ -49,10 +49,12 @@ class Cause:
         return dataclasses.replace(entry, id=self.id, implementation=name)
 
     def covers(self, case: Case) -> bool:
-        """Whether a case lies where this breaks, as far as the sample tells where that is.
+        """Whether a case is one that broke, or lies where this breaks as far as the sample tells.
 
         Few rows of a long sequence may show a mistake, and then no case between two others does.
         """
+        if case in self.sample.broken:
+            return True
         conditions = narrowed(self.sample)
         few = len(set(self.sample.broken)) < FEWEST_BROKEN
         if few or not conditions or not all(condition.holds(case) for condition in conditions):

@@ -297,13 +297,16 @@ class Fuzzing:
         for number, question in enumerate(asked):
             if answers.get(number):
                 of.setdefault(question.finding, causes[question.of])
-        for question in asked:
-            if question.finding not in of and causes[question.of].covers(question.case):
-                of[question.finding] = causes[question.of]
         for j, cause in of.items():
             cause.add(findings[j])
-            self.folder.keep(cause)
+        for question in asked:
+            cause = causes[question.of]
+            if question.finding not in of and cause.covers(question.case):
+                of[question.finding] = cause
+                cause.add(findings[question.finding])
         if of:
+            for cause in causes:
+                self.folder.keep(cause)
             self._write_ledger()
         return [finding for j, finding in enumerate(findings) if j not in of]
 

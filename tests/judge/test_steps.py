@@ -113,5 +113,6 @@ def test_a_cause_covers_what_lies_where_it_is_known_to_break() -> None:
     many = [dataclasses.replace(MANY, q_len=n, kv_len=128 + n) for n in (1, 3, 17)]
     cause = Cause(finding, "many", Sample(many, passed))
     assert cause.covers(dataclasses.replace(MANY, kv_len=150)) and not cause.covers(EMPTY)
-    assert not Cause(finding, "few", Sample(many[:2], passed)).covers(many[2])
+    few = Cause(finding, "few", Sample(many[:2], passed))
+    assert few.covers(many[0]) and not few.covers(many[2])
     assert not Cause(finding, "any", Sample(passed[::20], passed)).covers(passed[7])
