@@ -164,6 +164,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         collector = run(total=TURNS * total, options=[*options, *timed])
         collector.join_turns()
     collector.findings += taken_up
+    _say_what_is_older(console, Path(arguments.findings), collector.findings)
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
     stated = [Declared.from_json(one) for one in chosen]
@@ -213,6 +214,13 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if code == HOLDS and arguments.level == "thorough":
         code = _thorough(console, records, stated)
     return COULD_NOT_RUN if unwritten and code != BROKEN else code
+
+
+def _say_what_is_older(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
+    """Findings of earlier runs are no findings of this one, though they lie beside them."""
+    now = {Path(finding["file"]).name for finding in findings}
+    if older := [path for path in folder.glob("*.json") if path.name not in now]:
+        say(console, f"{len(older)} findings of earlier runs, not of this one, lie in {folder}")
 
 
 def _taken_up(
@@ -445,8 +453,18 @@ def _replay_folder(folder: Path, arguments: argparse.Namespace, console: Console
 def _run_kept(
     console: Console, group: Sequence[Kept], found: dict[str, Any], findings: Path
 ) -> Collector:
-    """pytest over kept cases that are named and timed alike."""
-    _check_folder(findings)
+    """pytest over kept cases that are named and timed alike.
+
+    Where nothing can be written, what is broken is told all the same.
+    """
+    try:
+        _check_folder(findings)
+    except CannotRun as error:
+        with temporary_folder() as folder:
+            collector = _run_kept(console, group, found, Path(folder))
+        for finding in collector.findings:
+            finding["unsaved"] = str(error).partition(". Try")[0]
+        return collector
     names = [one["name"] for one in found["implementations"]]
     total = sum(
         (1 if kept.property else len(PROPERTIES))

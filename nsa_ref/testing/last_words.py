@@ -286,8 +286,6 @@ def _frames(last_words: str) -> tuple[str, ...]:
         if ours and ours[0]:
             others = [frame for frame in frames[: ours[0]] if "<frozen importlib" not in frame]
             theirs = [frame.removeprefix("  File ") for frame in others]
-            others = [frame for frame in frames[: ours[0]] if "<frozen importlib" not in frame]
-            theirs = [frame.removeprefix("  File ") for frame in others]
             return tuple(dict.fromkeys([*theirs[-1:], *theirs[:1]]))
     return ()
 

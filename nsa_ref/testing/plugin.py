@@ -23,7 +23,7 @@ import pytest
 
 from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.findings import Finding, grouped, read_finding
+from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.last_words import (
     begin_worker,
     finding_of_dead_worker,
@@ -32,10 +32,12 @@ from nsa_ref.testing.last_words import (
     where_it_was,
     worker_id,
 )
+from nsa_ref.testing.ledger import LedgerError, read_ledger
 from nsa_ref.testing.loading import CannotRun, load, resolve_device
 from nsa_ref.testing.options import SHARED_OPTIONS, Options, destination, option_name
+from nsa_ref.testing.replays import read_case_file
 from nsa_ref.testing.swarm import Round
-from nsa_ref.testing.wording import annotation, message
+from nsa_ref.testing.wording import annotation, message, printable
 
 #: The implementations that `suite.py` judges, from --nsa-implementation; and --device, for test
 #: files that choose an implementation by it.
@@ -110,6 +112,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Conformance tests have a worker process as they need it; other tests have it as it was."""
     judges = hasattr(getattr(item, "function", None), "nsa_ref_property")
     if judges:
+        if refused := getattr(item.config, "nsa_ref_refused", ""):
+            pytest.fail(refused, pytrace=False)
         silence.say("judging", silence.JUDGING)
     try:
         with _as_worker() if judges and worker_id() is not None else contextlib.nullcontext():
@@ -136,7 +140,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     global device, warming, in_turns, round
     device, warming = config.getoption("--nsa-device"), config.getoption("--nsa-warm")
-    kept[:] = [read_finding(Path(file)) for file in config.getoption("--nsa-case") or ()]
+    ledger = Path(named).absolute() if (named := config.getoption("--nsa-ledger")) else None
+    try:
+        kept[:] = [read_case_file(Path(file)) for file in config.getoption("--nsa-case") or ()]
+        if ledger is not None:
+            read_ledger(ledger)
+    except (CannotRun, LedgerError) as error:
+        raise pytest.UsageError(str(error)) from None
     spec = config.getoption("--nsa-implementation")
     if file := config.getoption("--nsa-round"):
         round = Round.from_json(json.loads(Path(file).read_text()))
@@ -151,7 +161,7 @@ def pytest_configure(config: pytest.Config) -> None:
         seconds=round.seconds if round else math.inf,
         # workers may run in another directory
         findings=Path(config.getoption("--nsa-findings")).absolute(),
-        ledger=Path(ledger).absolute() if (ledger := config.getoption("--nsa-ledger")) else None,
+        ledger=ledger,
         timeout=config.getoption("--nsa-case-timeout"),
         deadline=config.getoption("--nsa-deadline"),
         traces=True,
@@ -212,7 +222,18 @@ def distributes(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the judge's tests that --nsa-branch does not ask for."""
+    """Deselect the judge's tests that --nsa-branch does not ask for; refuse a dtype of none."""
+    functions: list[Any] = [getattr(item, "function", None) for item in items]
+    judged = [f.nsa_ref_implementation for f in functions if hasattr(f, "nsa_ref_implementation")]
+    declared = {dtype for implementation in judged for dtype in implementation.numerics}
+    for dtype in config.getoption("--nsa-dtype") or ():
+        if judged and dtype not in declared:
+            names = ", ".join(dict.fromkeys(implementation.name for implementation in judged))
+            known = ", ".join(sorted(declared))
+            line = printable(f"--nsa-dtype {dtype}: {names} declare {known}")
+            if worker_id() is None:
+                raise pytest.UsageError(line)
+            config.nsa_ref_refused = line  # type: ignore[attr-defined]
     wanted = config.getoption("--nsa-branch")
     if not wanted:
         return

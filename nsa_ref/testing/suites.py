@@ -176,6 +176,7 @@ def _judging_test(
     test.__doc__ = f"{prop.clause}: {CLAUSES[prop.clause]}"
     test.nsa_ref_branch = prop.part  # type: ignore[attr-defined]
     test.nsa_ref_property = prop.name  # type: ignore[attr-defined]
+    test.nsa_ref_implementation = implementation  # type: ignore[attr-defined]
     test.nsa_ref_turn = changes.get("turn"), cases  # type: ignore[attr-defined]
     return test
 
