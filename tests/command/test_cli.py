@@ -23,6 +23,8 @@ from commands import HELPERS, nsa_ref, python
 from nsa_ref.testing import Case, OracleImplementation, cli, findings, report, sessions
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
+from nsa_ref.testing.files import write_json
+from nsa_ref.testing.last_words import LOCK
 from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.loading import CannotRun, load
 from nsa_ref.testing.options import Options
@@ -58,7 +60,17 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
 def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what is printed leads from here to the finding."""
+    """And what is printed leads from here to the finding.
+
+    The case at which a run was that somebody killed comes first.
+    """
+    at = {"property": "W1_sliding_mask_as_exposed", "spec": "port_zoo:OneKeyFewer"}
+    at |= {"implementation": "window [w]", "case": Case(q_len=3, kv_len=3).to_json()}
+    running = place / "kept" / "running"
+    for run, spec in (("dead", at["spec"]), ("other", "port_zoo:Leaves")):
+        write_json(running / run / "gw0.json", at | {"spec": spec})
+        (running / run / LOCK).touch()
+    (place / "kept" / "older.json").touch()
 
     def slow(*arguments: Any) -> None:
         time.sleep(2)
@@ -71,7 +83,10 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
     took = time.monotonic() - started
     assert json.loads(Path("report.json").read_text())["seconds"] > took - 2
     out = capsys.readouterr().out
-    assert "2 findings: judging " in out and " cases to see their causes\n" in out
+    assert "an earlier run was killed: judging the 1 cases that it was at\n" in out
+    assert [path.name for path in running.iterdir()] == ["other"]
+    assert "1 findings of earlier runs, not of this one, lie in kept\n" in out
+    assert "3 findings: judging " in out and " cases to see their causes\n" in out
     assert "replay: nsa-ref replay kept/W" in out and "the same by: W" in out
 
 
@@ -246,7 +261,8 @@ def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(
     kept = sorted((place / "nsa-ref-findings").iterdir())
     assert len(data["findings"]) == len(kept), "every finding is a file, and nothing else is there"
     blamed = {json.loads(path.read_text())["implementation"] for path in kept}
-    assert blamed == {"raises ValueError", "segfaults", "leaves", "hangs"}
+    hanging = {"hangs", "cancels the alarm"}
+    assert blamed == {"raises ValueError", "segfaults", "leaves", *hanging}
 
     groups = len(findings.grouped(data["findings"]))
     assert done.stdout.count("\n::error title=") == groups

@@ -17,6 +17,7 @@ from nsa_ref.testing import plugin
 from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.options import SHARED_OPTIONS
 from pages import ROOT
+from port_zoo import SlidingMask
 
 ROOM = workers_plugin.GPU_MEMORY_PER_WORKER
 
@@ -163,13 +164,45 @@ def test_options_are_checked(option: str, words: str) -> None:
         parser.parse([option])
 
 
-def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"--nsa-implementation": "nowhere", "--nsa-device": "cpu"}
-    options["--nsa-deadline"] = math.inf
-    options["--nsa-findings"] = str(tmp_path)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"--nsa-implementation": "nowhere"}, r"package\.module:object"),
+        ({"--nsa-case": ["missing.json"]}, r"there is no file missing\.json"),
+        ({"--nsa-case": ["wrong.json"]}, r"wrong\.json holds no case: case=null"),
+        ({"--nsa-ledger": "missing.toml"}, r"missing\.toml: \[Errno 2\]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_a_usage_error(
+    given: dict[str, Any], words: str, place: Path
+) -> None:
+    Path("wrong.json").write_text('{"case": null}')
+    options: dict[str, Any] = {"--nsa-device": "cpu", "--nsa-deadline": math.inf} | given
+    options["--nsa-findings"] = str(place)
     config = SimpleNamespace(option=object(), getoption=options.get)
-    with pytest.raises(pytest.UsageError, match=r"package\.module:object"):
+    with pytest.raises(pytest.UsageError, match=words):
         plugin.pytest_configure(config)  # type: ignore[arg-type]
+
+
+def test_a_dtype_that_nothing_here_declares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker, which may not raise there, by each of its tests."""
+    function = SimpleNamespace(nsa_ref_implementation=SlidingMask(), nsa_ref_property="W1")
+    options: dict[str, Any] = {"--nsa-dtype": ["float16"]}
+    config: Any = SimpleNamespace(getoption=options.get)
+    items: Any = [SimpleNamespace(function=function, config=config), SimpleNamespace()]
+    words = "--nsa-dtype float16: mask declare float64"
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.UsageError, match=words):
+        plugin.pytest_collection_modifyitems(config, items)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    plugin.pytest_collection_modifyitems(config, items)
+    with pytest.raises(pytest.fail.Exception, match=words):
+        next(plugin.pytest_runtest_call(items[0]))
+    options["--nsa-dtype"].append("float64")
+    options["--nsa-dtype"].remove("float16")
+    plugin.pytest_collection_modifyitems(config, items)
+    plugin.pytest_collection_modifyitems(config, items[1:])
 
 
 # --- workers and GPUs -----------------------------------------------------------------------------

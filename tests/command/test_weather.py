@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 import os
+import shlex
+import signal
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
+from xdist.workermanage import NodeManager
 
 import nsa_ref.__main__ as entry
 from commands import python
-from nsa_ref.testing import Case, cli, files
+from nsa_ref.testing import Case, cli, files, silence
+from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
 from nsa_ref.testing.findings import described, save_finding
+from nsa_ref.testing.last_words import (
+    _held,
+    announced,
+    finding_of_dead_worker,
+    folder_of_run,
+    hold_folder_of_run,
+    left_running,
+    remove_folder_of_run,
+)
 from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
@@ -305,3 +323,190 @@ def test_a_case_that_could_not_be_judged_says_why_in_few_words() -> None:
     record.not_offered.update(map(str, range(100)))
     kept: Any = type("Kept", (), {"path": Path("a.json")})
     assert len(replayed(kept, [record]).why) < 1000
+
+
+# --- silence --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(place: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a process that has said something, as a worker does."""
+    started = []
+
+    def start(name: str, doing: str, seconds: float, command: str = "exec sleep 60") -> Any:
+        process = subprocess.Popen(["sh", "-c", f"echo; {command}"], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.read(1)  # it runs
+        started.append(process)
+        number = get_args(silence.Doing).index(doing)
+        said = silence._FORMAT.pack(process.pid, number, 7, seconds)
+        (place / f"{name}.sign").write_bytes(said)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_that_says_nothing_is_ended(workers: Any, place: Path) -> None:
+    """Not before its time, and no other."""
+    watch = silence.Watch(place, stopped=9.0)
+    silent, speaks = workers("gw0", "waiting", 5.0), workers("gw1", "waiting", 5.0)
+    idle, known = workers("gw2", "idle", math.inf), workers("gw3", "judging", 0.0)
+    for number in range(8):
+        watch.look(1.0)
+        (place / "gw1.sign").write_bytes(silence._FORMAT.pack(speaks.pid, 3, number, 5.0))
+        if number == 0:
+            watch.forget("gw3")
+    assert silent.poll() is None and not watch.ended
+    watch.look(1.0)
+    assert silent.wait(10) == -signal.SIGABRT
+    assert watch.ended == {"gw0": silence.Silence("waiting", 5.0, stopped=False)}
+    watch.look(100.0)
+    assert [process.poll() for process in (idle, known)] == [None, None]
+
+
+def test_a_worker_that_is_stopped_is_ended_whatever_it_did(workers: Any, place: Path) -> None:
+    watch = silence.Watch(place, stopped=3.0)
+    stopped = workers("gw0", "idle", math.inf)
+    stopped.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+    for _ in range(7):
+        watch.look(1.0)
+    assert stopped.wait(10) == -signal.SIGABRT
+    assert watch.ended["gw0"].stopped
+
+
+def test_a_worker_that_will_not_end_is_killed(workers: Any, place: Path) -> None:
+    deaf = workers("gw0", "loading", 1.0, "trap : ABRT; while :; do sleep 0.1; done")
+    watch = silence.Watch(place, stopped=9.0)
+    for _ in range(9):
+        watch.look(1.0)
+    assert deaf.wait(10) == -signal.SIGKILL
+
+
+def test_nobody_else_is_ended(place: Path) -> None:
+    """What says a process that is no child of ours, or a file that is half written."""
+    watch = silence.Watch(place, stopped=1.0)
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        stranger = int(parent.stdout.readline())
+        parent.wait()
+        for name, pid in (("gw0", stranger), ("gw1", parent.pid), ("gw2", os.getpid())):
+            (place / f"{name}.sign").write_bytes(silence._FORMAT.pack(pid, 3, 1, 0.0))
+        (place / "gw3.sign").write_bytes(b"half")
+        for _ in range(9):
+            watch.look(1.0)
+        os.kill(stranger, signal.SIGTERM)  # it is still there
+    assert not watch.ended
+
+
+def test_a_worker_says_what_it_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a port runs, how long it may; and that the judge works, once it has answered."""
+    told: list[tuple[str, float]] = []
+
+    class Tells(SlidingMask):
+        def sliding_mask(self, case: Case) -> Any:
+            told.append(now())
+            return super().sliding_mask(case)
+
+    def now() -> tuple[str, float]:
+        _, doing, _, seconds = silence._FORMAT.unpack(Path("gw0.sign").read_bytes())
+        return get_args(silence.Doing)[doing], seconds
+
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(silence, "_file", None)
+    silence.begin(Path("gw0.sign"))
+    assert silence._file is not None
+    prop, options = PROPERTIES["W1_sliding_mask_as_exposed"], Options(timeout=50.0, case=Case())
+    run_property(prop, Tells(), options)
+    told.append(now())
+    silence.say("idle")
+    assert [doing for doing, _ in (*told, now())] == ["waiting", "judging", "idle"]
+    assert told[0][1] <= 50.0 and told[1][1] == silence.JUDGING
+    os.close(silence._file)
+
+
+PROP = PROPERTIES["W1_sliding_mask_as_exposed"]
+WAITING = silence.Silence("waiting", 2.0, stopped=False)
+
+
+@pytest.mark.parametrize(
+    ("silent", "code", "words"),
+    [
+        (WAITING, -6, "it hangs: no answer after 2 s"),
+        (dataclasses.replace(WAITING, stopped=True), -6, "no answer after 2 s, and its process is"),
+        (None, 3, "it ended its process (exit status 3)"),
+        (None, -11, "it ended its process (signal 11, SIGSEGV)"),
+        (None, None, "it ended its process (a crash, an abort or an exit)"),
+        (None, -9, "was ended by others (signal 9, SIGKILL), as by a system whose memory"),
+        (None, -15, "was ended by others (signal 15, SIGTERM)"),
+        (silence.Silence("judging", 9.0, stopped=False), -6, "said nothing for 9 s, and is ended"),
+        (silence.Silence("judging", 9.0, stopped=True), -9, "was stopped by others, and is ended"),
+    ],
+)
+def test_a_crash_a_hang_and_a_death_by_others_are_told_apart(
+    silent: silence.Silence | None, code: int, words: str, place: Path, monkeypatch: Any
+) -> None:
+    """Each with its case; what others did is no finding, and no pass."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "run")
+    case = Case(q_len=3, kv_len=5)
+    with announced(PROP, SlidingMask(), Options(findings=place, timeout=2.0), case):
+        pass
+    asked = f"test_{PROP.name}", "gw0", "run", place, silent, code
+    record = finding_of_dead_worker(*asked)
+    assert record is not None
+    by_others = "by others" in words or "is ended" in words
+    assert (record.finding is None) is bool(record.lost) is by_others
+    told = record.lost if record.finding is None else message(record.finding)
+    assert words in told and str(case) in told
+    again = finding_of_dead_worker(*asked)
+    assert again is not None and "outside of any case" in again.lost
+
+
+def test_cases_of_a_run_that_was_killed_are_found_again(place: Path) -> None:
+    """Not those of one that goes on."""
+    for run in ("alive", "dead"):
+        hold_folder_of_run(place, run)
+        for name in ("gw0.json", "W1-1-broken.json", "gw0.sign"):
+            (folder_of_run(place, run) / name).touch()
+    _held[folder_of_run(place, "dead")].close()  # as the end of its process does
+    dead = folder_of_run(place, "dead")
+    assert left_running(place) == {dead: [dead / "gw0.json"]}
+    remove_folder_of_run(place, "alive")
+    assert left_running(place) == {dead: [dead / "gw0.json"]}
+    remove_folder_of_run(place, "dead")
+    assert not (place / "running").exists()
+
+
+def test_what_a_worker_dies_of_before_it_judges_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(NodeManager, "EXIT_TIMEOUT", 10)
+    collector = Collector(Console(file=io.StringIO()), 3)
+    watch = silence.Watch(Path(), 1.0)
+    node: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            nsa_ref_watch=watch, nsa_ref_options=SimpleNamespace(findings=Path("none"))
+        ),
+        gateway=SimpleNamespace(id="gw0"),
+        workerinput={"testrunuid": "run"},
+    )
+    with pytest.raises(pytest.exit.Exception):
+        for _ in range(9):
+            collector.pytest_testnodedown(node, "Traceback:\n  ...\nImportError: no Random\n")
+    assert "not in the workers (ImportError: no Random)" in collector.errors.pop()
+    watch.ended["gw0"] = silence.Silence("loading", 240.0, stopped=False)
+    with pytest.raises(pytest.exit.Exception):
+        collector.pytest_testnodedown(node, "Not properly terminated")
+    assert "hangs in the workers: no end after 240 s" in collector.errors.pop()
+    info: Any = SimpleNamespace(value=OSError(24, "Too many open files"))
+    assert collector.pytest_internalerror(info)
+    assert "session ended: OSError: [Errno 24] Too many" in collector.errors.pop()
+
+
+def test_workers_do_not_take_the_users_modules_for_pythons() -> None:
+    spec = SimpleNamespace(popen=True, python=None)
+    workers_plugin.pytest_xdist_setupnodes([spec])
+    assert spec.python == f"{shlex.quote(sys.executable)} -P"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import faulthandler
 import os
 import sys
 import time
@@ -122,6 +123,16 @@ class Hangs(SlidingMask):
         return super().sliding_mask(case)
 
 
+class CancelsTheAlarm(Hangs):
+    """Hangs where it has cancelled what would end its process."""
+
+    name = "cancels the alarm"
+
+    def sliding_mask(self, case: Case) -> Any:
+        faulthandler.cancel_dump_traceback_later()
+        return super().sliding_mask(case)
+
+
 class Sleeps(OracleImplementation):
     """Right, in one branch, and slow: as an interpreter is."""
 
@@ -190,7 +201,7 @@ class DiesInWorkers(SlidingMask):
 def hostile() -> list[Implementation]:
     """Each of them is to be judged, whatever the one before it does."""
     raising = Raises(ValueError("no\nbrackets [0, 0]"))
-    return [raising, Segfaults(), Leaves(), Hangs(), SlidingMask()]
+    return [raising, Segfaults(), Leaves(), Hangs(), CancelsTheAlarm(), SlidingMask()]
 
 
 def hangs_later() -> list[Implementation]:
