@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -239,12 +240,13 @@ def test_crashes_hangs_and_exits_are_findings_and_all_else_is_still_judged(
         "ValueError: no\nbrackets [0, 0]\n  at " + str(HELPERS / "port_zoo.py"),
         "Segmentation fault\n  at ",
         "it ended its process",
-        "it hangs: no answer after 2 s\n  at ",
         'port_zoo.py", line ',
         f"W1: {CLAUSES['W1']}\n",
         "not offered by mask: ",
     ):
         assert words in done.stdout, done.stdout
+    # on a machine that is slow, a case has more time
+    assert re.search(r"it hangs: no answer after [\d.]+ s\n  at ", done.stdout), done.stdout
     assert not any(len(line) > 80 for line in done.stdout.splitlines() if "\u2500" in line)
     assert "\u2026" not in done.stdout, "the table fits into 80 columns"
 
