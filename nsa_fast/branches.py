@@ -23,6 +23,7 @@ from nsa_fast.checks import (
     check_group,
     check_indices,
     check_length,
+    check_plain,
     check_semantics,
     check_size,
     check_tensor,
@@ -188,5 +189,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, suffix: str = "") -> None:
     for name, tensor in named.items():
         check_size(f"the last axis of {name}", tensor.shape[3], 1)
         check_length(f"the length of {name}", tensor.shape[2])
+        check_plain(name, tensor)
     check_alike(**named)
     check_group(q.shape[1], k.shape[1])

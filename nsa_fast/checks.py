@@ -12,21 +12,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nsa_ref.semantics import Semantics
 
 #: The kernels compare p and j as int32, and p may stand one length past the end.
 MAX_LENGTH = 2**30
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-def check_size(name: str, value: Any, least: int, most: int | None = None) -> int:
+#: Sizes and counts that are no lengths are less than this: so are torch's 32-bit sizes.
+MAX_SIZE = 2**31
+
+
+def check_size(name: str, value: Any, least: int, most: int = MAX_SIZE) -> int:
     """`value` as an int, or TypeError for another kind, ValueError outside [least, most]."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}.")
     size = int(value.__index__())
     if size < least:
         raise ValueError(f"{name}={size} must be at least {least}.")
-    if most is not None and size >= most:
+    if size >= most:
         raise ValueError(f"{name}={size} must be below {most}.")
     return size
 
@@ -68,6 +74,12 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
     """A tensor of this shape; a string names a free axis."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}.")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor; it must have one size along each axis.")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {value.layout}; it must be dense. Try {name}.to_dense()."
+        )
     fits = value.ndim == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(value.shape, shape)
     )
@@ -75,6 +87,31 @@ def check_tensor(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
         wanted = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({wanted}).")
     return value
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless its dtype is a real floating point type that sums can be formed in."""
+    if tensor.dtype not in FLOATING:
+        listed = ", ".join(str(dtype) for dtype in FLOATING)
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; it must be a floating point type: {listed}."
+        )
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """TypeError, ValueError for what holds no numbers that a kernel could read."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on meta, which holds no numbers: move it to cpu or cuda.")
+    if isinstance(tensor, FakeTensor):
+        raise TypeError(
+            f"{name} is a fake tensor, as torch.export makes them: the lists of blocks depend on "
+            "data, and cannot be made of shapes alone."
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"{name} is inside a transform of torch.func (vmap, grad, jvp, ...), which has no rule "
+            "for FlexAttention. Use a batch axis for vmap, and torch.autograd for gradients."
+        )
 
 
 def check_integers(name: str, value: Any, shape: tuple[int | str, ...], *, holds: str) -> Tensor:

@@ -29,7 +29,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks, shared
-from nsa_fast.checks import check_choice, without_autocast
+from nsa_fast.checks import check_choice, check_floating, without_autocast
 from nsa_fast.crowded import with_crowded_columns
 
 BACKENDS = ("eager", "compiled")
@@ -62,8 +62,7 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
     if backend is None:
         backend = "compiled" if is_triton(q.device) else "eager"
     check_choice("backend", backend, BACKENDS)
-    if not q.is_floating_point():
-        raise TypeError(f"q has dtype {q.dtype}; it must be a floating point type.")
+    check_floating("q", q)
     if backend == "eager":
         return backend
     if q.device.type not in ("cpu", "cuda"):

@@ -25,14 +25,17 @@ from nsa_fast.checks import (
     check_alike,
     check_choice,
     check_device,
+    check_floating,
     check_indices,
     check_integers,
     check_kind,
     check_length,
+    check_plain,
     check_semantics,
     check_size,
     check_tensor,
 )
+from nsa_fast.flex import BACKENDS
 from nsa_fast.layouts import split_heads, tokens_first
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
 from nsa_fast.rotary import rotate, wide_dtype
@@ -91,6 +94,7 @@ class Layer:
         check_length("sliding_window_size", self.sliding_window_size)
         check_kind(self.semantics)
         check_choice("compress_map", self.compress_map, tuple(MAP_WEIGHTS))
+        check_choice("backend", self.backend, (None, *BACKENDS))
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"q_heads={self.q_heads} must be a multiple of kv_heads={self.kv_heads}: query "
@@ -322,6 +326,7 @@ def run(
     packed = cu_seqlens is not None
     axes = ("total_tokens",) if packed else ("batch", "seq_len")
     check_tensor("x", x, (*axes, model_dim))
+    check_plain("x", x)
     _check_dtypes(x, weights.tensors)
     spans = [(0, x.shape[-2])] if cu_seqlens is None else _spans(cu_seqlens, x.shape[0])
     if packed:
@@ -588,8 +593,7 @@ def weight_shapes(layer: Layer) -> dict[str, tuple[int | str, ...]]:
 
 
 def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}; it must be a floating point type.")
+    check_floating("x", x)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return  # which brings them together

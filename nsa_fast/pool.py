@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_fast.checks import check_alike, check_choice, check_kind, check_tensor, without_autocast
+from nsa_fast.checks import (
+    check_alike,
+    check_choice,
+    check_floating,
+    check_kind,
+    check_tensor,
+    without_autocast,
+)
 from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import PAPER, Semantics
 
@@ -77,6 +84,7 @@ def compress_pool(
     check_kind(semantics)
     windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
     check_tensor("x", x, ("batch", "kv_heads", "kv_len", "dim"))
+    check_floating("x", x)
     weights = _checked_weights(dict(weights or {}), x, windows.size, compress_map)
     with without_autocast(x.device):
         return _pooled(x, weights, windows, compress_map)

@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 from nsa_fast.branches import default_scale
 from nsa_fast.checks import (
     check_alike,
+    check_floating,
     check_group,
     check_kind,
     check_length,
@@ -127,6 +128,7 @@ def select_blocks(
         check_stride_divides("compress_block_size", windows.size, windows.stride)
     check_tensor("q", q, ("batch", "q_heads", "q_len", "head_dim"))
     batch, q_heads, q_len, head_dim = q.shape
+    check_floating("q", q)
     check_size("the last axis of q", head_dim, 1)
     factor = default_scale(scale, q)
     check_tensor("k_cmp", k_cmp, (batch, "kv_heads", sizes.num_windows, head_dim))

@@ -288,7 +288,7 @@ VALUE_ERRORS: Refusals = {
         q=torch.zeros(1, 4, 8, 4, requires_grad=True), backend="compiled"
     ),
     "backend='triton' must be one of 'eager', 'compiled'": call(backend="triton"),
-    "backend='compiled' runs on cpu and cuda, not on meta": call(
+    "q is on meta, which holds no numbers: move it to cpu or cuda": call(
         **zeros(device="meta"), backend="compiled"
     ),
     "k has shape (1, 2, 8, 5); it must be (1, kv_heads, kv_len, 4)": call(

@@ -21,6 +21,7 @@ from nsa_ref.testing.properties import PROPERTIES
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -294,7 +295,18 @@ def blocks(*shape: int, **how: Any) -> Tensor:
 
 X = torch.zeros(1, 4, MODEL_DIM)
 
+
+def fake() -> object:
+    with FakeTensorMode():
+        return module()(torch.zeros(X.shape))
+
+
 VALUE_ERRORS: Refusals = {
+    "q_heads=1000000000000 must be below 2147483648": lambda: module(q_heads=10**12, kv_heads=1),
+    "num_mem_kv=1000000000000 must be below 2147483648": lambda: module(num_mem_kv=10**12),
+    "num_selected_blocks=1000000000000 must be below": lambda: module(num_selected_blocks=10**12),
+    "backend='x' must be one of None, 'eager', 'compiled'": lambda: module(backend="x"),
+    "x is on meta, which holds no numbers": lambda: module().to("meta")(X.to("meta")),
     "x has shape (2, 8, 9); it must be (batch, seq_len, 10)": call(x=torch.zeros(2, 8, 9)),
     "x has shape (2, 8, 10); it must be (total_tokens, 10)": call(cu_seqlens=torch.tensor([0, 8])),
     "cu_seqlens=[1, 8] must start with 0": packed(1, 8),
@@ -365,6 +377,10 @@ TYPE_ERRORS: Refusals = {
         x=torch.zeros(2, 8, 10, dtype=torch.int64)
     ),
     "compress_positions=1 must be True or False": lambda: module(compress_positions=1),
+    "x is a nested tensor": call(x=torch.nested.nested_tensor([X[0], X[0]])),
+    "x has layout torch.sparse_coo; it must be dense. Try x.to_dense()": call(x=X.to_sparse()),
+    "x is inside a transform of torch.func": lambda: torch.func.vmap(module())(X[None]),
+    "x is a fake tensor, as torch.export makes them": fake,
 }
 test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
 

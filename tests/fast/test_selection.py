@@ -224,4 +224,12 @@ VALUE_ERRORS: Refusals = {
         torch.zeros(1, 1, 4, 2), {"weight_in": torch.zeros(2, 4)}, **PAIRS, compress_map="linear"
     ),
 }
-test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, {})
+TYPE_ERRORS: Refusals = {
+    "x has dtype torch.complex64; it must be a floating point type": (
+        lambda: nsa_fast.compress_pool(torch.zeros(1, 1, 4, 2).cfloat(), **PAIRS)
+    ),
+    "q has dtype torch.int64; it must be a floating point type": (
+        lambda: select(q=torch.zeros(1, 4, 64, 16, dtype=torch.int64))
+    ),
+}
+test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
