@@ -197,13 +197,14 @@ class Collector:
 
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """The line that says what the error was about."""
+    """The exception's type and message; of several that led to one another, the last one's."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         return str(crash.message).partition("\n")[0]
     lines = report.longreprtext.strip().splitlines()
-    marked = [line[1:].strip() for line in lines if line.startswith("E  ")]
-    return (marked or lines or [""])[-1]
+    # the lines of one exception stand together, and what Hypothesis notes about it comes last
+    first = [i for i, line in enumerate(lines) if line[:3] == "E  " != lines[i - 1][:3]]
+    return lines[first[-1]][1:].strip() if first else (lines or [""])[-1]
 
 
 def run_session(

@@ -17,13 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import hypothesis
+import hypothesis.strategies
 import pytest
 from rich.console import Console
 from xdist.workermanage import NodeManager
 
 import nsa_ref.__main__ as entry
 from commands import python
-from nsa_ref.testing import Case, cli, files, silence
+from nsa_ref.testing import Case, cli, files, sessions, silence
 from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
 from nsa_ref.testing.findings import described, save_finding
@@ -38,6 +40,7 @@ from nsa_ref.testing.last_words import (
 )
 from nsa_ref.testing.lattice import EDGES
 from nsa_ref.testing.options import Options
+from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.replays import replayed
 from nsa_ref.testing.running import run_property
@@ -510,3 +513,27 @@ def test_workers_do_not_take_the_users_modules_for_pythons() -> None:
     spec = SimpleNamespace(popen=True, python=None)
     workers_plugin.pytest_xdist_setupnodes([spec])
     assert spec.python == f"{shlex.quote(sys.executable)} -P"
+
+
+def test_an_error_is_told_by_its_type_and_message() -> None:
+    """And not by what Hypothesis notes about it."""
+
+    def unlucky(text: str) -> None:
+        raise OSError(28, text)
+
+    unlucky.__name__ = "unlucky"
+
+    def told(longrepr: Any) -> str:
+        report = pytest.CollectReport("suite.py", "failed", longrepr, None)
+        return sessions._error_line(report)
+
+    trial = hypothesis.settings(level_settings("quick", 3))(
+        hypothesis.given(text=hypothesis.strategies.just(NO_ROOM))(unlucky)
+    )
+    with pytest.raises(OSError, match=NO_ROOM) as error:
+        trial()
+    assert error.value.__notes__
+    words = f"OSError: [Errno 28] {NO_ROOM}"
+    assert told(error.getrepr()) == words
+    assert told(str(error.getrepr())) == words
+    assert told("nothing marked\nthe end") == "the end"
