@@ -284,7 +284,7 @@ def _frames(last_words: str) -> tuple[str, ...]:
         ours = [i for i, line in enumerate(frames) if here in line]
         # threads of the judge's own have no frame before ours
         if ours and ours[0]:
-            others = [frame for frame in frames[: ours[0]] if "<frozen importlib" not in frame]
+            others = [frame for frame in frames[: ours[0]] if "importlib" not in frame]
             theirs = [frame.removeprefix("  File ") for frame in others]
             return tuple(dict.fromkeys([*theirs[-1:], *theirs[:1]]))
     return ()

@@ -295,8 +295,11 @@ def test_a_finding_is_one_annotation_on_github(records: list[Record]) -> None:
         assert title == text.partition(" on cpu\n")[0]
 
 
-def test_no_text_of_a_port_is_a_command_of_the_runner(records: list[Record]) -> None:
+def test_no_text_of_a_port_is_a_command_of_the_runner(
+    records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GitHub obeys a line that begins with "::", or has "##[" in it, wherever it comes from."""
+    monkeypatch.chdir(tmp_path)
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
     port = Raises(ValueError("no\n::error::taken\n \t::set-output name=a::b\n##[add-mask]c"))
     port.name = "a name ::warning::taken " * 4
