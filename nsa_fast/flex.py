@@ -35,9 +35,6 @@ from nsa_fast.crowded import with_crowded_columns
 BACKENDS = ("eager", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: The eager operator holds the scores of all its rows, some in float32: so many at a time.
-MOST_SCORES = 2**25
-
 #: Types of devices whose compiled kernels are Triton's.
 TRITON_DEVICES = {"cuda"}
 
@@ -133,27 +130,10 @@ def attend(
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q_len, a_row = q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
-    # with a backward, dk and dv of the parts would be added up in their dtype
-    step = q_len if wants_grad(q, k, v) else max(1, MOST_SCORES // max(1, a_row))
-    *lists, mask_mod = block_mask.as_tuple()
-    parts = []
-    for start in range(0, q_len, step):
-        tuple_of = (*lists, _from_row(start, mask_mod) if start else mask_mod)
-        rows = q[:, :, start : start + step]
-        # the public function refuses inputs with requires_grad on a CPU; the operator below it has
-        # a backward for any device, and its lse is a logarithm to base 2
-        out, lse, _ = flex_attention_op(rows, k, v, _same_score, tuple_of, scale, {}, (), ())
-        parts.append((out, lse * math.log(2)))
-    if len(parts) == 1:
-        return parts[0]
-    outs, of_lse = zip(*parts)
-    return torch.cat(outs, dim=2), torch.cat(of_lse, dim=2)
-
-
-def _from_row(start: int, mask_mod: Any) -> Any:
-    """The same mask for rows that are counted from `start` on."""
-    return lambda batch, head, row, column: mask_mod(batch, head, row + start, column)
+    # the public function refuses inputs with requires_grad on a CPU; the operator below it has a
+    # backward for any device, and its lse is a logarithm to base 2
+    out, lse, _ = flex_attention_op(q, k, v, _same_score, block_mask.as_tuple(), scale, {}, (), ())
+    return out, lse * math.log(2)
 
 
 def _same_score(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -46,10 +46,6 @@ from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 #: Of the input norm: float32's machine epsilon, in every dtype unless it is to be the dtype's own.
 NORM_EPS = 2.0**-23
 
-#: Packed sequences of one length run together while they have no more pairs of tokens than this:
-#: what is dense inside holds that many scores of each head.
-MOST_PAIRS = 2**20
-
 #: Offsets of cu_seqlens that an error prints.
 SHOWN_OFFSETS = 12
 
@@ -355,48 +351,18 @@ def _parallel(
     spans: list[tuple[int, int]],
     block_indices: Tensor | None,
 ) -> Tensor:
-    """All rows of every span of tokens, each span by itself; those of one length in one batch."""
+    """All rows of every span of tokens, each span by itself."""
     h = _normed(x, weights, layer)
     position = torch.cat([torch.arange(stop - start, device=x.device) for start, stop in spans])
     tokens = _project(h, weights, layer, position)
-    if len(spans) == 1:
-        outs = _attend(_with_compressed(tokens, weights, layer), weights, layer, block_indices)
-        return _combined(h, outs, weights, layer)
-    rows, parts = [], []
-    for starts, length in _batches(spans):
-        first = torch.tensor(starts, device=x.device)
-        row = first[:, None] + torch.arange(length, device=x.device)
-        part = {name: tensor[0][:, row].transpose(0, 1) for name, tensor in tokens.items()}
-        indices = None if block_indices is None else block_indices[0][:, row].transpose(0, 1)
-        outs = _attend(_with_compressed(part, weights, layer), weights, layer, indices)
-        rows.append(row.flatten())
-        parts.append([out.transpose(0, 1).flatten(1, 2) for out in outs])
-    back = torch.cat(rows).argsort()
-    outs = [torch.cat(each, dim=1)[None, :, back] for each in zip(*parts)]
-    return _combined(h, outs, weights, layer)
-
-
-def _batches(spans: list[tuple[int, int]]) -> list[tuple[list[int], int]]:
-    """First tokens of sequences that make up a batch, and their length."""
-    of_length: dict[int, list[int]] = {}
+    parts = []
     for start, stop in spans:
-        of_length.setdefault(stop - start, []).append(start)
-    batches = []
-    for length, starts in of_length.items():
-        most = max(1, MOST_PAIRS // length**2)
-        batches += [(starts[i : i + most], length) for i in range(0, len(starts), most)]
-    return batches
-
-
-def _with_compressed(
-    tokens: Mapping[str, Tensor], weights: Weights, layer: Layer
-) -> dict[str, Tensor]:
-    """The same with the compressed keys and values of all of them, "k_cmp" and "v_cmp"."""
-    pooled = {
-        f"{kind}_cmp": _pool(kind, tokens[layer.name(kind, "compress")], weights, layer)
-        for kind in ("k", "v")
-    }
-    return {**tokens, **pooled}
+        part = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
+        for kind in ("k", "v"):
+            part[f"{kind}_cmp"] = _pool(kind, part[layer.name(kind, "compress")], weights, layer)
+        indices = None if block_indices is None else block_indices[:, :, start:stop]
+        parts.append(_attend(part, weights, layer, indices))
+    return _combined(h, [torch.cat(outs, dim=2) for outs in zip(*parts)], weights, layer)
 
 
 def _appended(

@@ -121,6 +121,10 @@ class Branch:
     def forward(self, implementation: Implementation, case: Case, inputs: Inputs) -> Attention:
         """The implementation's out and lse, float64; lse None if it has none."""
         result = call(implementation.run, self.name, case, *self.arguments(case, inputs))
+        return self.attention(case, result)
+
+    def attention(self, case: Case, result: Any) -> Attention:
+        """What a forward returned, float64, if it has the form that the plug says."""
         if not isinstance(result, tuple) or len(result) != 2:
             raise Raised(f"{self.name} returned {type(result).__name__}, not Attention(out, lse)")
         out, lse = result
@@ -140,7 +144,13 @@ class Branch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The implementation's dq, dk, dv over all columns, float64."""
         arguments = (*self.arguments(case, inputs), d_out, d_lse)
-        found = call(implementation.run_vjp, self.name, case, *arguments)
+        result = call(implementation.run_vjp, self.name, case, *arguments)
+        return self.gradients(case, inputs, result)
+
+    def gradients(
+        self, case: Case, inputs: Inputs, found: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a backward returned, float64, if it has the form that the plug says."""
         expected = 5 if self.name == "compress" else 3
         if not isinstance(found, tuple) or len(found) != expected:
             raise Raised(f"{self.name}_vjp must return a tuple of {expected} gradients")

@@ -41,8 +41,11 @@ INPUTS = (
     "heavy",
     "offsets",
     "tiny",
+    "low",
 )
 GENERIC_INPUTS = ("randn", "flat", "heavy", "offsets")
+#: What float16 has room for, and only just: drawn more often where rounding is tried.
+EXTREME_INPUTS = ("tiny", "low")
 
 #: How the block indices of the fine branch are filled.
 INDICES = ("distinct", "few", "mixed", "same", "all", "none")
@@ -217,6 +220,12 @@ class Case(Sizes):
                 return rng.standard_normal(shape) + 10
             case "tiny", _:
                 return 1e-4 * rng.standard_normal(shape)
+            case "low", "q" | "k":
+                # logits below -1e4 whatever the scale, from products beyond those of float16
+                values = rng.standard_normal(shape)
+                size = max(1.5e4 * shape[-1] ** 0.5, 8e4) ** 0.5
+                values[..., :1] = size if role == "q" else -size
+                return values
             case _:
                 return rng.standard_normal(shape)
 
@@ -286,10 +295,14 @@ class Case(Sizes):
         return self.array("x", self.batch, self.kv_len, self.model_dim)
 
     def sequence_lengths(self) -> list[int]:
-        """Lengths of the sequences that are packed for G4: kv_len and shorter, none among them."""
+        """Lengths of the sequences that are packed for G4: kv_len and shorter, none among them.
+
+        One case of four has kv_len alone.
+        """
         rng = self.generator("sequence_lengths")
         lengths = [self.kv_len, 0, *rng.integers(0, self.kv_len + 1, 2).tolist()]
-        return [lengths[i] for i in rng.permutation(len(lengths))]
+        lengths = [lengths[i] for i in rng.permutation(len(lengths))]
+        return lengths if rng.integers(0, 4) else [self.kv_len]
 
     def block_indices(self) -> np.ndarray:
         """Indices for the fine branch, int64 (batch, selection_heads, q_len, n), by `indices`.

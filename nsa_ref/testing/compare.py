@@ -169,3 +169,25 @@ def check_exact(
         fault = wrong_element(tensor, first_at(wrong), actual, expected, why=why)
         raise Broken(clause, fault, convention=convention)
     return int(np.broadcast_to(where, actual.shape).sum())
+
+
+def check_bits(
+    clause: str,
+    tensor: str,
+    actual: np.ndarray,
+    expected: np.ndarray,
+    *,
+    part: str = "",
+    why: str = "",
+) -> None:
+    """Compare float64 arrays bit by bit: zeros of both signs differ, and NaN is itself.
+
+    Raises
+    ------
+    Broken : with `clause`, the first element that differs, how many do, and why none must
+    """
+    differs = actual.view(np.int64) != expected.view(np.int64)
+    if differs.any():
+        many = f"{why}, and {differs.sum()} of {differs.size} elements differ"
+        at = first_at(differs)
+        raise Broken(clause, wrong_element(tensor, at, actual, expected, part=part, why=many))

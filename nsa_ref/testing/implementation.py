@@ -220,6 +220,22 @@ class Implementation:
         """True if `run_vjp` can be called."""
         return self.offers(f"{method}_vjp")
 
+    def run_twice(
+        self,
+        method: str,
+        case: Case,
+        first: Sequence[Any],
+        second: Sequence[Any],
+    ) -> tuple[Any, Any, Any]:
+        """Two calls, one after the other; of "fine_vjp", say, by `run_vjp`.
+
+        returns : what the first returned; the same once the second is over; what that returned
+        """
+        run = self.run_vjp if method.endswith("_vjp") else self.run
+        found = run(method.removesuffix("_vjp"), case, *first)
+        before = _copied(found)
+        return before, found, run(method.removesuffix("_vjp"), case, *second)
+
     def compile_counts(self) -> Mapping[str, int]:
         """What was compiled in this process so far, by kind, for the report."""
         return {}
@@ -274,11 +290,15 @@ def refusal(implementation: Implementation, case: Case) -> str | None:
 
 
 def _copied(argument: Any) -> Any:
-    """A copy of an array, or of a dict of arrays; tensors are their implementation's already."""
+    """A copy of an array, or of all in a container; tensors are their implementation's already."""
     if isinstance(argument, np.ndarray):
         return argument.copy()
     if isinstance(argument, dict):
         return {name: _copied(item) for name, item in argument.items()}
+    if isinstance(argument, Attention):
+        return Attention(*map(_copied, argument))
+    if isinstance(argument, tuple):
+        return tuple(map(_copied, argument))
     return argument
 
 
@@ -327,6 +347,9 @@ class TorchImplementation(Implementation):
 
     The tensors have the case's dtype and lie in memory as `case.layout` says.
     """
+
+    #: While two calls are compared: what each returned, as tensors, which hold their memory.
+    _returned: list[Any] | None = None
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -402,7 +425,7 @@ class TorchImplementation(Implementation):
         self._before(case, tensors)
         found = super().run(method, case, *tensors)
         _check_untouched(method, _named(method, arguments), self.array(handed))
-        return self.array(found)
+        return self._noted(found)
 
     def offers_vjp(self, method: str) -> bool:
         return self.offers(method)
@@ -446,7 +469,7 @@ class TorchImplementation(Implementation):
             outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
         )
         _check_untouched(f"{method}_vjp", _named(f"{method}_vjp", arguments), self.array(handed))
-        gradients_of = {id(leaf): self.array(grad) for leaf, grad in zip(leaves, found)}
+        gradients_of = {id(leaf): grad for leaf, grad in zip(leaves, found)}
 
         def gather(item: Any) -> Any:
             if isinstance(item, dict):
@@ -455,7 +478,27 @@ class TorchImplementation(Implementation):
 
         gathered = tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
         # a layer takes its weights first, and its gradients come as those of pool do
-        return gathered if attention or method == "pool" else gathered[::-1]
+        return self._noted(gathered if attention or method == "pool" else gathered[::-1])
+
+    def _noted(self, found: Any) -> Any:
+        """What was returned, as arrays: of a GPU's tensors, those are copies."""
+        if self._returned is not None:
+            self._returned.append(found)
+        return self.array(found)
+
+    def run_twice(
+        self,
+        method: str,
+        case: Case,
+        first: Sequence[Any],
+        second: Sequence[Any],
+    ) -> tuple[Any, Any, Any]:
+        self._returned = []
+        try:
+            before, _, other = super().run_twice(method, case, first, second)
+            return before, self.array(self._returned[0]), other
+        finally:
+            self._returned = None
 
 
 class OracleImplementation(Implementation):

@@ -37,7 +37,11 @@ Drawn = dict[str, Any]
 Adjust = Callable[[st.DrawFn, Drawn], None]
 
 GROUP_SIZES = (1, 2, 4, 3, 5, 16)
-HEAD_DIMS = (8, 16, 4, 1, 3, 24, 64, 136)
+HEAD_DIMS = (8, 16, 4, 1, 3, 24, 64, 128, 136)
+#: Features of a head that production kernels are made for.
+TILE_DIMS = (64, 128)
+#: Heads of a group, and slots, that fill a tile of such a kernel.
+TILE = 16
 
 
 #: What a case can be about, and the groups of sizes that this takes. Sizes that nothing reads keep
@@ -75,7 +79,7 @@ def is_varied(field: str, about: str) -> bool:
 #: How q_len and kv_len stand to each other. A property tries them one after the other: left to
 #: itself, Hypothesis varies what it has already tried, and whole shapes stay out of a short run.
 SHAPES = ("square", "decode", "short keys", "edge")
-LONG_SHAPES = ("around 128", "long", "many blocks")
+LONG_SHAPES = ("around 128", "long", "full tiles", "many blocks")
 #: A layer reads its own keys: hardly any tokens, or some.
 LAYER_SHAPES = ("few tokens", "square")
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
@@ -89,7 +93,7 @@ def shapes_of(about: str) -> tuple[str, ...]:
     """The shapes of cases about this; many blocks only where blocks are chosen."""
     if about == "layer":
         return LAYER_SHAPES
-    return SHAPES + (LONG_SHAPES if "blocks" in ABOUT[about] else LONG_SHAPES[:2])
+    return SHAPES + (LONG_SHAPES if "blocks" in ABOUT[about] else LONG_SHAPES[:3])
 
 
 @st.composite
@@ -142,9 +146,9 @@ def cases(
     sizes["dtype"] = pick("dtype", [d for d in implementation.numerics if d in (dtypes or [d])])
 
     shape = shape or draw(st.sampled_from(shapes_of(about)))
-    groups_tried = {"far": 3, "layer": 4}.get("layer" if about == "layer" else shape)
-    group_size = pick("group_size", GROUP_SIZES[:groups_tried])
-    few_heads = (2, 1) if shape == "far" else (1, 2)
+    groups_tried = {"far": GROUP_SIZES[:3], "full tiles": (TILE,)}.get(shape, GROUP_SIZES)
+    group_size = pick("group_size", groups_tried)
+    few_heads = (2, 1) if shape == "far" else (1,) if about == "layer" else (1, 2)
     sizes["kv_heads"] = pick(
         "kv_heads", (1, 2, 3) if shape != "far" and group_size < 5 else few_heads
     )
@@ -155,20 +159,25 @@ def cases(
     sizes["batch"] = pick("batch", batches)
     if shape in LONG_SHAPES:
         # they stay cheap; the same draws as for the others, so that they can shrink to them
-        group_size = group_size if "group_size" in limits else min(group_size, 2)
+        if shape != "full tiles":
+            group_size = group_size if "group_size" in limits else min(group_size, 2)
         sizes["kv_heads"] = sizes["kv_heads"] if "kv_heads" in limits else 1
         sizes["batch"] = sizes["batch"] if "batch" in limits else 1
     sizes["q_heads"] = sizes["kv_heads"] * group_size
     if (heads := head_counts(limits)) is not None:
         sizes["q_heads"] = pick("q_heads", (sizes["q_heads"],), allowed=heads)
         sizes["kv_heads"] = pick("kv_heads", heads[sizes["q_heads"]])
+    if shape == "full tiles":
+        head_dims = [dim for dim in TILE_DIMS if dim in head_dims] or head_dims
     sizes["head_dim"] = pick("head_dim", head_dims)
-    sizes["value_dim"] = pick("value_dim", head_dims)
+    as_wide = (sizes["head_dim"],) if shape == "full tiles" else head_dims
+    sizes["value_dim"] = pick("value_dim", as_wide)
 
     if about == "layer":
         # it is all branches at once, and the definition takes its time
-        max_len = min(max_len, 24)
-        sizes["batch"] = sizes["batch"] if "batch" in limits else min(sizes["batch"], 2)
+        max_len = min(max_len, 24 if sizes["q_heads"] <= 8 else 12)
+        most = 3 if sizes["q_heads"] <= 4 else 1 if sizes["q_heads"] > 8 else 2
+        sizes["batch"] = sizes["batch"] if "batch" in limits else min(sizes["batch"], most)
     dims = (8, 6, 3, 16) if "model" in groups else (1,)
     sizes["model_dim"] = pick("model_dim", dims)
 
@@ -193,11 +202,15 @@ def cases(
     elif shape == "few tokens":
         sizes["q_len"] = sizes["kv_len"] = draw(st.integers(shortest, 3))
     elif shape == "around 128":
-        sizes["kv_len"] = draw(st.integers(127, 130))
-        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
+        # a last tile of one key, or of one row, is worth as much as all other lengths
+        sizes["kv_len"] = draw(st.sampled_from([129, 65]) | st.integers(127, 130))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33, 65]))
     elif shape == "long":
-        sizes["kv_len"] = draw(st.integers(250, 270))
-        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33]))
+        sizes["kv_len"] = draw(st.just(257) | st.integers(250, 270))
+        sizes["q_len"] = draw(st.sampled_from([sizes["kv_len"], shortest, 33, 65]))
+    elif shape == "full tiles":
+        sizes["kv_len"] = draw(st.sampled_from([65, 129]))
+        sizes["q_len"] = draw(st.integers(shortest, 3))
 
     if shape == "far":
         sizes |= draw(st.sampled_from(far_lengths(implementation)))
@@ -206,6 +219,8 @@ def cases(
 
     # l, d and l' with d dividing both; l' first where the implementation limits it
     strides: tuple[int, ...] = (1,) if shape == "many blocks" else (1, 2, 4, 3, 8)
+    if shape == "full tiles" and "blocks" in groups:
+        strides = (4, 2)
     if shape in EXTENTS:
         strides = (16, 4, 8)  # as in the paper, or near it: the blocks of a mask are not tokens
     group = "compress" if "compress" in groups else "blocks"
@@ -226,10 +241,15 @@ def cases(
     windows.append(stride * (24 // stride + 1))  # longer than any tile of 16
     sizes["compress_block_size"] = pick("compress_block_size", windows, "compress")
     if shape == "many blocks":
-        # far enough beyond 128 that the blocks up there are chosen
-        sizes["kv_len"] = sizes["selection_block_size"] * draw(st.integers(129, 170))
+        # far enough beyond 128, or 256, that the blocks up there are chosen
+        size = sizes["selection_block_size"]
+        sizes["kv_len"] = size * draw(st.integers(129, 170) if size > 1 else st.integers(260, 300))
         sizes["kv_len"] += draw(st.integers(0, 1))
         sizes["q_len"] = draw(st.integers(shortest, 4))
+    elif shape == "full tiles" and "blocks" in groups:
+        # every slot taken, by blocks of which the last one is short
+        size = sizes["selection_block_size"]
+        sizes["kv_len"] = size * TILE + draw(st.integers(1, max(1, size - 1)))
     if about == "layer" and (lengths := layer_lengths(limits)) is not None:
         sizes["q_len"] = sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],), allowed=lengths)
     elif shape not in EXTENTS and ("q_len" in limits or "kv_len" in limits):
@@ -241,6 +261,8 @@ def cases(
     slots: tuple[int, ...] = (1, 2, count, count + 1, 0, 3, 4)
     if shape == "many blocks":
         slots = (17, 3, 35)
+    elif shape == "full tiles" and "blocks" in groups:
+        slots = (TILE,)
     sizes["num_selected_blocks"] = pick("num_selected_blocks", slots, "blocks")
     sizes["num_initial_blocks"] = pick("num_initial_blocks", (0, 1, 2), "forced")
     sizes["num_local_blocks"] = pick("num_local_blocks", (0, 1, 2), "forced")

@@ -19,7 +19,7 @@ from nsa_ref.testing.pictures import Excerpt
 RemarkName = Literal[
     "no hidden key", "never all visible", "empty rows", "too short to cut", "every block is chosen",
     "uniform rows", "no visible key", "empty in some head", "rounded sums", "NaN rows",
-    "narrow model", "no linear map", "no row sees a key", "no empty row",
+    "narrow model", "no linear map", "no row sees a key", "no empty row", "not 16 bits",
     "empty rows that are not zero", "only powerless bounds", "powerless tensor",
     "of another clause",
     "determinism unstated", "limits without long sequences", "not causal",

@@ -67,6 +67,7 @@ REMARKS: dict[RemarkName, str] = {
     "no linear map": "compressed values are read through a linear map",
     "no row sees a key": "no row with a visible key",
     "no empty row": "no row without a visible key",
+    "not 16 bits": "wider dtypes have bounds that are small enough",
     "empty rows that are not zero": "gradients through a row that sees no key are 0 only for "
     "empty_row='zero'",
     "only powerless bounds": "the bounds admit any value: too ill-conditioned for this dtype",

@@ -331,22 +331,6 @@ test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_eager_attention_holds_a_part_of_the_scores_at_a_time(
-    branch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where no gradient is wanted; whatever the rows of a part, the result is right."""
-    called = mock.Mock(wraps=flex.flex_attention_op)
-    monkeypatch.setattr(flex, "flex_attention_op", called)
-    row = CASE.batch * CASE.q_heads * CASE.kv_len
-    for scores, parts in ((1, 37), (5 * row, 8), (37 * row, 1)):
-        monkeypatch.setattr(flex, "MOST_SCORES", scores)
-        called.reset_mock()
-        assert_forward(NsaFastEager(), "sliding", CASE)
-        assert called.call_count == parts
-        assert_right(NsaFastEager(), branch, CASE)
-
-
-@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_attention_under_autocast_is_what_it_is_without(branch: str, backend: str) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -106,22 +105,6 @@ def test_packed_sequences_read_the_blocks_that_are_handed_in(kind: str) -> None:
     ends = np.cumsum([0, *lengths])
     x, blocks = tokens(1, sum(lengths))[0], some_blocks(both.case.semantics, 1, sum(lengths))[0]
     found = both(x, cu_seqlens=torch.from_numpy(ends).int(), block_indices=blocks)
-    for a, b in pairwise(ends):
-        both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
-
-
-@pytest.mark.parametrize(("most", "calls"), [(100, 3), (9, 4), (1, 5)])
-def test_packed_sequences_of_one_length_run_together(
-    most: int, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever stands between them; no more of them than have so many pairs of tokens."""
-    called = mock.Mock(wraps=nsa_fast.layer.sliding_attention)
-    monkeypatch.setattr(nsa_fast.layer, "sliding_attention", called)
-    monkeypatch.setattr(nsa_fast.layer, "MOST_PAIRS", most)
-    both, ends = Layer(*KINDS["PAPER with memory"]), [0, 3, 4, 4, 5, 8, 13]
-    x, blocks = tokens(1, 13)[0], some_blocks(both.case.semantics, 1, 13)[0]
-    found = both(x, cu_seqlens=torch.tensor(ends), block_indices=blocks)
-    assert called.call_count == calls
     for a, b in pairwise(ends):
         both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
 

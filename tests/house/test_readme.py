@@ -69,7 +69,7 @@ def test_the_table_of_options_is_complete() -> None:
 
 def test_the_page_on_porting_has_the_whole_plug() -> None:
     """Every method and attribute that is an adapter's to set, and every row of numerics."""
-    the_judges = {"offers", "run", "run_vjp", "device", "rules"}
+    the_judges = {"offers", "run", "run_twice", "run_vjp", "device", "rules"}
     plug = {name for name in vars(Implementation) if name[0] != "_"} - the_judges
     for name in plug | set(NUMERICS):
         assert re.search(rf"\b{name}[`(]", page("docs/porting.md")), name

@@ -185,6 +185,33 @@ def test_gradients_come_from_autograd(layout: str) -> None:
     GRADIENTS.run(Dense(), a_case(layout, seed=1))
 
 
+class OverwrittenOnAGpu(Dense):
+    """The next call's output takes the place of the last; arrays are copies, as a GPU's are."""
+
+    place: Any = None
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        found = super().sliding(case, q, k, v)
+        if found.out.requires_grad:
+            return found
+        self.place = found.out if self.place is None else self.place.copy_(found.out)
+        return Attention(self.place, found.lse)
+
+    def array(self, value: Any) -> Any:
+        found = super().array(value)
+        return found.copy() if isinstance(found, np.ndarray) else found
+
+
+def test_a_result_that_the_next_call_overwrites_is_found_where_arrays_are_copies() -> None:
+    """The tensors are kept until the second call is over, and no longer."""
+    port, case = OverwrittenOnAGpu(), a_case()
+    with pytest.raises(Broken, match=r"the next call has changed it, and .* elements differ"):
+        PROPERTIES["A1_sliding_in_pairs"].run(port, case)
+    assert port._returned is None
+    for name in ("A1_sliding_in_pairs", "A3_sliding_gradients_in_pairs"):
+        assert PROPERTIES[name].run(Dense(), case).compared
+
+
 def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:
     class ReadsQueriesAlone(TorchImplementation):
         def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:

@@ -14,19 +14,22 @@ import trials
 from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing import Case, Implementation, OracleImplementation
 from nsa_ref.testing.mutants.arithmetic import InterleavedHeads
-from nsa_ref.testing.mutants.layer import LayerInSteps
+from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
 from nsa_ref.testing.mutants.layers import RotaryByHalves, SequencesLeak, WindowOfPadding
+from nsa_ref.testing.mutants.rounding import Way
 from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
 from trials import record
 
+EXACT = "G1_layer_output_in_exact_numbers"
 #: Those that set up more than they draw.
 SET_UP = (
     "W1_sliding_mask_through_the_layer",
     "C2_compress_mask_through_the_layer",
     "F1_fine_mask_through_the_layer",
+    EXACT,
     "G3_decode",
     "G4_varlen",
 )
@@ -43,6 +46,29 @@ def port(base: type = OracleImplementation, **attributes: Any) -> Implementation
 
 
 finding = functools.partial(trials.finding, shrink=False)
+
+
+@pytest.mark.parametrize("row", ["bf16", "bf16-head", "bf16-eager", "fp16", "fp16-eager"])
+@pytest.mark.parametrize("order", ["library", "reversed", "truncated"])
+def test_right_layers_are_exact_where_the_dtype_holds_every_number(
+    row: str, order: str, tmp_path: Path
+) -> None:
+    """In every order of sums, fused or with every operation stored, and with another exp."""
+    for exponential, reverse in (("exp", False), ("exp2", True), ("exp2_late", False)):
+        of_attention = Way(
+            block=16,
+            order=order,
+            exponential=exponential,
+            reciprocal=reverse,
+            fused=not row.endswith("eager"),
+            scale_first=reverse,
+        )
+        way = LayerWay(of_attention, fused_projections=reverse, wide=not reverse, reverse=reverse)
+        layer = LayerInSteps(way, row)
+        layer.name = f"{row} {way}"
+        result = record(EXACT, layer, tmp_path, shrink=False)
+        assert result.finding is None, result.finding["text"]
+        assert result.cases
 
 
 @pytest.mark.parametrize(

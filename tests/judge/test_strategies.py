@@ -102,8 +102,7 @@ def test_most_cases_have_something_in_them(about: str) -> None:
 def test_every_preset_dtype_and_size_takes_its_turn(about: str) -> None:
     drawn = drawn_about(about)
     assert {case.dtype for case in drawn} == set(DTYPES)
-    groups = GROUP_SIZES[:4] if about == "layer" else GROUP_SIZES
-    assert {case.group_size for case in drawn} == set(groups)
+    assert {case.group_size for case in drawn} == set(GROUP_SIZES)
     assert {case.head_dim for case in drawn} == set(HEAD_DIMS)
     assert {case.value_dim for case in drawn} == set(HEAD_DIMS)
     assert {case.layout for case in drawn} == set(LAYOUTS)

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nsa_ref.attention import Attention
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.kernel import Kernel
@@ -146,6 +147,82 @@ class AnotherOrder(Kernel):
         self.calls += 1
         order = _in_another_order(self.calls, v.shape[2])
         return super().over_values(r, weights[..., order], v[:, :, order])
+
+
+@mutant("A1", "where heads have 128 features, and values as many, the scale is that of 64")
+class ScaleOfHalfTheWidth(Kernel):
+    def scale(self, case: Case) -> float:
+        halved = case.head_dim == case.value_dim == 128
+        return super().scale(case) * 2**0.5 if halved else super().scale(case)
+
+
+@mutant("A1", "of several tiles of 64 rows, a last one of one row is added up twice")
+class LastRowTwice(Kernel):
+    def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
+        found = super().attend(case, branch, mask, *tensors)
+        if case.q_len > 64 and case.q_len % 64 == 1:
+            found.out[:, :, -1] *= 2
+        return found
+
+
+@mutant("A1", "logits start from a maximum of -1e4, and below it nothing is left")
+class MaximumFromMinus1e4(Kernel):
+    def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        return np.maximum(super().peak(before, scores, masked), before.dtype.type(-1e4))
+
+
+@mutant("A1", "q.k is kept in the range of float16 before it is scaled")
+class DotProductsInFloat16(Kernel):
+    def scores(self, case: Case, r: Rounding, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        scores, largest = super().scores(case, r, q, k), np.finfo(np.float16).max
+        narrow = case.dtype == "float16"
+        lost = narrow & (np.abs(scores) > largest * abs(self.scale(case)))
+        return np.where(lost, np.copysign(np.inf, scores), scores)
+
+
+@mutant("A1", "values that are subnormal in float16 are read as 0")
+class SubnormalValuesLost(Kernel):
+    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        if r.dtype == np.float16:
+            v = np.where(np.abs(v) < np.finfo(np.float16).tiny, 0, v)
+        return super().over_values(r, weights, v)
+
+
+# --- what ran before ------------------------------------------------------------------------------
+
+
+class _Static(Kernel):
+    """Every result of a shape is written into the same memory, as by a captured graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[Any, np.ndarray] = {}
+
+    def written(self, name: str, result: np.ndarray) -> np.ndarray:
+        """The result, where the next one will be."""
+        place = self.memory.setdefault((name, result.shape, result.dtype), result)
+        place[...] = result
+        return place
+
+
+@mutant(
+    "A1", "the next call writes its output over that of the last", seen_in="captured CUDA graphs"
+)
+class OutputOverwritten(_Static):
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        found = super().run(method, case, *arguments)
+        if not isinstance(found, Attention):
+            return found
+        return Attention(self.written(method, found.out), found.lse)
+
+
+@mutant("A3", "the next call writes its dq over that of the last", seen_in="captured CUDA graphs")
+class GradientOverwritten(_Static):
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        found = super().run(method, case, *arguments)
+        if not method.endswith("_vjp") or method == "pool_vjp":
+            return found
+        return self.written(method, found[0]), *found[1:]
 
 
 @mutant("A2", "a row without keys is 0 / 0")

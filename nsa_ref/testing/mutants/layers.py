@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,12 @@ from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps, Read
 from nsa_ref.testing.mutants.masks import NoCausalCut, switched
 from nsa_ref.testing.mutants.rounding import Rounding
-from nsa_ref.testing.mutants.selection import ForcedUpTo128, MemoryOutsideSoftmax, Selector
+from nsa_ref.testing.mutants.selection import (
+    ForcedUpTo128,
+    MemoryOutsideSoftmax,
+    Selector,
+    TieIntoTheFuture,
+)
 from nsa_ref.testing.mutants.zoo import mutant
 
 if TYPE_CHECKING:
@@ -50,6 +56,29 @@ class GatesSlightlyOff(LayerInSteps):
         factor = gates.new_ones(gates.shape)
         factor[1, :, 0] = 1.003
         return gates * factor
+
+
+@mutant("G1", "heads beyond a group's fourth take the fourth's gates")
+class GatesOfFourHeads(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        head = np.arange(case.q_heads)
+        in_group = head % case.group_size
+        return super().gates(case, weights, projected)[:, :, head - in_group + in_group.clip(0, 3)]
+
+
+@mutant("G1", "a third batch entry has the second one's gates")
+class GatesOfTwoEntries(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        gates = super().gates(case, weights, projected)
+        return gates[:, np.arange(gates.shape[1]).clip(0, 1)]
+
+
+@mutant("G1", "in bfloat16 alone, gates are 1 % too large")
+class GatesOnePercentOff(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        return super().squashed(logits) * 1.01
 
 
 @mutant("G1", "no gradient goes through one branch's gate")
@@ -156,6 +185,12 @@ class PoolsKeysAsTheyAre(LayerInSteps):
         return False
 
 
+@mutant("G2", "positions are kept in bfloat16: beyond 256 every other one is lost")
+class PositionsInBfloat16(LayerInSteps):
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        return super().turned(x, positions.bfloat16().long())
+
+
 # --- logits that are large ------------------------------------------------------------------------
 
 
@@ -198,6 +233,18 @@ class FloorIgnoredAtDecode(LayerWithFloor):
 class FloorIgnoredWhenPacked(LayerWithFloor):
     def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
         return super().sequence(switched(case, score_floor=None), weights, x, start, stop)
+
+
+class _PaddedScale(Kernel):
+    """That of the next power of two, to which tiles are padded."""
+
+    def scale(self, case: Case) -> float:
+        return float((1 << (case.head_dim - 1).bit_length()) ** -0.5)
+
+
+@mutant("G1", "a head's features are padded to a power of two, and the scale is that of the padded")
+class ScaleOfPaddedHeads(LayerInSteps):
+    kernel = _PaddedScale()
 
 
 # --- masks and choice -----------------------------------------------------------------------------
@@ -293,6 +340,11 @@ class LayerForcedUpTo128(LayerInSteps):
     selector = ForcedUpTo128()
 
 
+@mutant("G1", "of equal scores at the cutoff, the future's 0 is taken before the past's")
+class FutureZerosInTheLayer(LayerInSteps):
+    selector = TieIntoTheFuture()
+
+
 @mutant("G1", "every batch entry reads the blocks that the first one chose")
 class ChoiceOfTheFirst(LayerInSteps):
     def chosen(self, case: Case, read: Read) -> np.ndarray:
@@ -346,6 +398,65 @@ class CacheOfAnotherRequest(LayerInSteps):
 
         earlier = self.earlier.setdefault(case, x)
         return super().decode(case, weights, torch.cat([earlier[:, :1], x[:, 1:]], dim=1))
+
+
+class _FirstBlocks(Kernel):
+    def compress_mask(self, case: Case) -> np.ndarray:
+        mask = super().compress_mask(case)
+        mask[:, case.num_mem_kv + 48 :] = False
+        return mask
+
+
+@mutant("G3", "the cache has room for 48 compressed blocks, and later ones are not read")
+class CacheOf48Blocks(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        layer = LayerInSteps()
+        layer.kernel = _FirstBlocks()
+        return layer.decoded(case, weights, x)
+
+
+class _Overwritten(LayerInSteps):
+    """Every result of a shape is written into the same memory, as by a captured graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory_of: dict[Any, Tensor] = {}
+
+    def written(self, result: Tensor) -> Tensor:
+        """The result, where the next one will be."""
+        if result.requires_grad:
+            return result
+        return self.memory_of.setdefault((result.shape, result.dtype), result).copy_(result)
+
+
+@mutant(
+    "G1", "the next call writes its output over that of the last", seen_in="captured CUDA graphs"
+)
+class LayerOutputOverwritten(_Overwritten):
+    def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return self.written(super().layer(case, weights, x))
+
+
+@mutant(
+    "G3", "the next request writes its output over that of the last", seen_in="captured CUDA graphs"
+)
+class DecodedOutputOverwritten(_Overwritten):
+    def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return self.written(super().decode(case, weights, x))
+
+
+@mutant("G1", "compressed values are kept, and serve the next call of the same sizes")
+class BlocksOfAnotherCall(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
+        pooled = super().pooled(case, weights, kind, tokens)
+        of = tokens.detach()
+        last, blocks = self.kept.get((case, kind), (of, pooled))
+        self.kept[case, kind] = of, pooled.detach()
+        return pooled if last.equal(of) else blocks
 
 
 class _NewestStride(CompressionMap):
@@ -421,6 +532,24 @@ class OffsetsInBlocks(LayerInSteps):
         rounded = cu_seqlens // case.selection_block_size * case.selection_block_size
         rounded[-1] = cu_seqlens[-1]
         return super().varlen(case, weights, x, rounded)
+
+
+@mutant("G4", "one sequence alone takes another path, whose window has one key less")
+class OneSequenceAlone(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        layer = WindowOneOffInTheLayer() if len(cu_seqlens) == 2 else LayerInSteps()
+        return layer.varlen(case, weights, x, cu_seqlens)
+
+
+@mutant("G4", "the sequence before an empty last one loses its last row")
+class LastSequenceEmpty(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        found = super().varlen(case, weights, x, cu_seqlens)
+        if len(cu_seqlens) > 2 and cu_seqlens[-1] == cu_seqlens[-2] > 0:
+            kept = found.new_ones(len(found), 1)
+            kept[-1] = 0
+            found = found * kept
+        return found
 
 
 @mutant("G4", "dx of a sequence's first token goes to the last token of the one before")

@@ -158,6 +158,27 @@ class AlwaysCausalBlocks(OracleImplementation):
 # --- fine -----------------------------------------------------------------------------------------
 
 
+@mutant("F1", "the index of a block is kept in 8 bits")
+class BlockInEightBits(OracleImplementation):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        real = (block_indices >= 0) & (block_indices < case.num_selection_blocks)
+        return super().fine_mask(case, np.where(real, block_indices % 256, block_indices))
+
+
+@mutant(
+    "F2",
+    "16 slots for 16 heads: a short last block is not read",
+    seen_in="a public kernel whose tiles are 16 by 16",
+)
+class ShortBlockOfSixteenSlots(OracleImplementation):
+    def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
+        mask = super().fine_mask(case, block_indices)
+        if case.group_size == case.num_selected_blocks == 16:
+            whole = case.kv_len // case.selection_block_size * case.selection_block_size
+            mask[..., whole:] = 0
+        return mask
+
+
 @mutant("F1", "blocks are told by the first token, which is kept in 9 bits")
 class NarrowFirstToken(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from nsa_ref.semantics import FLA, PAPER, Semantics
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.mutants.dense import DenseMasks, positions
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding
 from nsa_ref.testing.mutants.zoo import mutant
@@ -177,6 +178,23 @@ class CandidatesUpTo128(Selector):
         candidates = super().candidates(case)
         candidates[..., 128:] = False
         return candidates
+
+
+@mutant("I2", "blocks beyond the 256th are no candidates")
+class CandidatesUpTo256(Selector):
+    def candidates(self, case: Case) -> np.ndarray:
+        candidates = super().candidates(case)
+        candidates[..., 256:] = False
+        return candidates
+
+
+@mutant("I2", "P is rounded to bfloat16 before it is summed up, in a port of float32")
+class NarrowProbabilities(Selector):
+    numerics: Mapping[str, str] = {"float32": "fp32"}
+
+    def probabilities(self, r: Rounding, logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        p = super().probabilities(r, logits, visible)
+        return p.astype(DTYPES["bfloat16"]).astype(r.wide)
 
 
 @mutant("I6", "causal by the block's index where its position is meant", seen_in="public kernels")

@@ -40,7 +40,8 @@ def short_last_block(draw: st.DrawFn, sizes: Drawn) -> None:
     if size == 1:
         size = sizes["selection_block_size"] = 2 * sizes["compress_block_sliding_stride"]
     decoded = sizes["kv_len"] - sizes["q_len"]
-    if size > 1:
+    many_and_short = sizes["kv_len"] > 8 * size and sizes["kv_len"] % size
+    if size > 1 and not many_and_short:
         kv_len = size * draw(st.integers(0, 4)) + draw(st.integers(1, size - 1))
         sizes["kv_len"], sizes["q_len"] = kv_len, max(1, kv_len - max(decoded, 0))
     sizes["num_selected_blocks"] = max(1, sizes["num_selected_blocks"])
@@ -217,30 +218,33 @@ def layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def many_tokens(draw: st.DrawFn, sizes: Drawn) -> None:
-    """G3: far more tokens than a window, a block or a chunk of a cache holds; one small head."""
+    """G2, G3: far more tokens than a window, a block or a chunk of a cache holds; one small head.
+
+    Positions that do not fit into the 8 bits of bfloat16, and more than 48 compressed blocks.
+    """
     affordable_layer(draw, sizes)
     sizes |= ONE_SMALL_HEAD | {
         "compress_block_size": 32,
-        "compress_block_sliding_stride": 16,
+        "compress_block_sliding_stride": 4,
         "selection_block_size": 16 * draw(st.integers(1, 2)),
         "num_selected_blocks": draw(st.integers(3, 4)),
         "sliding_window_size": draw(st.integers(20, 64)),
     }
-    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(240, 260))
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(262, 272))
 
 
 def many_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
-    """More than 128 selection blocks of two tokens, forced ones among those that are chosen."""
+    """More than 256 selection blocks of one token, forced ones among those that are chosen."""
     affordable_layer(draw, sizes)
     sizes |= ONE_SMALL_HEAD | {
-        "compress_block_size": 4,
-        "compress_block_sliding_stride": 2,
-        "selection_block_size": 2,
+        "compress_block_size": 2,
+        "compress_block_sliding_stride": 1,
+        "selection_block_size": 1,
         "num_initial_blocks": 1,
         "num_local_blocks": 2,
         "num_selected_blocks": 4,
     }
-    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(266, 272))
+    sizes["kv_len"] = sizes["q_len"] = draw(st.integers(262, 272))
 
 
 def rows_that_rotation_changes(draw: st.DrawFn, sizes: Drawn) -> None:
@@ -259,3 +263,11 @@ def layer_to_read_through(draw: st.DrawFn, sizes: Drawn) -> None:
     sizes["q_len"] = sizes["kv_len"] = min(sizes["kv_len"], 24)
     sizes["compress_map"], sizes["compress_positions"] = "linear", False
     sizes["model_dim"] = max(sizes["q_heads"] * sizes["value_dim"], sizes["kv_len"])
+
+
+def layer_of_exact_numbers(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A linear map, and room for every block: scores are all the same, and decide nothing."""
+    affordable_layer(draw, sizes)
+    sizes["compress_map"], sizes["compress_positions"] = "linear", False
+    blocks = -(-sizes["kv_len"] // sizes["selection_block_size"])
+    sizes["num_selected_blocks"] = max(blocks, sizes["num_selected_blocks"])

@@ -29,7 +29,7 @@ from nsa_ref.testing.properties.common import Property
 #: Head dims of cases that are read out by one-hot vectors: one call per `head_dim` rows or columns.
 PROBED_DIMS = (16, 24, 32)
 #: Even, because rotary embedding turns pairs.
-LAYER_DIMS = (8, 4, 2, 16)
+LAYER_DIMS = (8, 4, 2, 16, 6, 12)
 
 RANDN = ("randn",)
 LAYER_INPUTS = ("randn", "flat")
@@ -143,6 +143,10 @@ ROWS = (
              why_not_tried=laws.unstated, examples=10),
     Property("A3_compress_same_bits_again", "A3", COMPRESS, "compress", laws.same_bits,
              backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A1_compress_in_pairs", "A1", COMPRESS, "compress", laws.in_pairs,
+             populated=True, examples=7),
+    Property("A3_compress_gradients_in_pairs", "A3", COMPRESS, "compress", laws.in_pairs,
+             backward=True, populated=True, examples=7),
     Property("A2_compress_empty_rows", "A2", COMPRESS, "compress", values.empty_rows,
              semantics=causal, adjust=adjust.rows_before_the_first_block, populated=True),
     Property("A2_compress_empty_rows_backward", "A2", COMPRESS, "compress", values.empty_rows,
@@ -176,6 +180,10 @@ ROWS = (
              why_not_tried=laws.unstated, examples=10),
     Property("A3_fine_same_bits_again", "A3", FINE, "fine", laws.same_bits,
              backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A1_fine_in_pairs", "A1", FINE, "fine", laws.in_pairs,
+             populated=True, examples=7),
+    Property("A3_fine_gradients_in_pairs", "A3", FINE, "fine", laws.in_pairs,
+             backward=True, populated=True, examples=7),
     Property("A2_fine_empty_rows", "A2", FINE, "fine", values.empty_rows,
              adjust=adjust.rows_without_blocks, populated=True),
     Property("A2_fine_empty_rows_backward", "A2", FINE, "fine", values.empty_rows,
@@ -207,6 +215,10 @@ ROWS = (
              why_not_tried=laws.unstated, examples=10),
     Property("A3_sliding_same_bits_again", "A3", SLIDING, "sliding", laws.same_bits,
              backward=True, why_not_tried=laws.unstated, examples=10),
+    Property("A1_sliding_in_pairs", "A1", SLIDING, "sliding", laws.in_pairs,
+             populated=True, examples=7),
+    Property("A3_sliding_gradients_in_pairs", "A3", SLIDING, "sliding", laws.in_pairs,
+             backward=True, populated=True, examples=7),
     Property("A2_sliding_empty_rows", "A2", SLIDING, "sliding", values.empty_rows,
              semantics=causal, adjust=adjust.rows_before_the_first_key, populated=True),
     Property("A2_sliding_empty_rows_backward", "A2", SLIDING, "sliding", values.empty_rows,
@@ -278,6 +290,8 @@ ROWS = (
     layer_row("G2_layer_rotation", "G2", None, "layer", layer.output,
               by_dtype=True, semantics=rotary, adjust=adjust.rows_that_rotation_changes,
               examples=16),
+    layer_row("G2_layer_rotation_of_many_tokens", "G2", None, "layer", layer.output,
+              semantics=rotary, adjust=adjust.many_tokens, populated=True, examples=2),
     layer_row("A4_layer_gradients", "A4", None, "layer", layer.gradients,
               precondition=layer.scores_decide, backward=True, by_dtype=True,
               adjust=adjust.layer_that_chooses),
@@ -294,11 +308,15 @@ ROWS = (
     layer_row("G1_layer_output_of_large_logits", "G1", None, "layer", layer.output,
               precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
               adjust=adjust.layer_of_groups_that_chooses, examples=8),
+    layer_row("G1_layer_output_in_exact_numbers", "G1", None, "layer", layer.exact_numbers,
+              by_dtype=True, adjust=adjust.layer_of_exact_numbers, populated=True, examples=12),
+    layer_row("G1_layer_output_after_another_request", "G1", None, "layer", layer.second_request,
+              adjust=adjust.affordable_layer, populated=True, examples=6),
     layer_row("G3_decode", "G3", None, "decode", layer.output,
               by_dtype=True, semantics=causal, adjust=adjust.affordable_layer),
     layer_row("G3_decode_of_large_logits", "G3", None, "decode", layer.output,
               precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
-              semantics=causal, adjust=adjust.layer_of_groups_that_chooses, examples=8),
+              semantics=causal, adjust=adjust.layer_of_groups_that_chooses, examples=12),
     layer_row("G3_decode_after_another_request", "G3", None, "decode", layer.second_request,
               semantics=causal, adjust=adjust.affordable_layer, populated=True, examples=6),
     layer_row("G3_decode_where_scores_decide", "G3", None, "decode", layer.output,
@@ -312,7 +330,7 @@ ROWS = (
               by_dtype=True, adjust=adjust.affordable_layer, examples=12),
     layer_row("G4_varlen_of_large_logits", "G4", None, "varlen", packed.output,
               precondition=layer.scores_decide, inputs=LARGE_LOGITS, populated=True,
-              adjust=adjust.layer_of_groups_that_chooses, examples=8),
+              adjust=adjust.layer_of_groups_that_chooses, examples=12),
     layer_row("G4_varlen_of_many_blocks", "G4", None, "varlen", packed.output,
               precondition=layer.scores_decide, by_dtype=True,
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=8),

@@ -14,7 +14,14 @@ from nsa_ref.attention import Attention
 from nsa_ref.bounds import FORMS, AttentionBounds, attention_bounds_of
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
-from nsa_ref.testing.case import DTYPES, GENERIC_INPUTS, INDICES, INPUTS, Case
+from nsa_ref.testing.case import (
+    DTYPES,
+    EXTREME_INPUTS,
+    GENERIC_INPUTS,
+    INDICES,
+    INPUTS,
+    Case,
+)
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
 from nsa_ref.testing.limits import layer_lengths, limited
@@ -161,7 +168,9 @@ class Property:
             lots += [{"shape": "square", "dtypes": [dtype]} for dtype in declared]
         elif self.by_dtype:
             generic = [kind for kind in inputs if kind in GENERIC_INPUTS]
-            lots = [{"dtypes": [dtype]} for dtype in declared]
+            # of each dtype some cases with all that it has hardly room for
+            often = [*inputs, *2 * [kind for kind in inputs if kind in EXTREME_INPUTS]]
+            lots = [{"dtypes": [dtype], "inputs": often} for dtype in declared]
             lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
         every: dict[str, Any] = {
             "semantics": allowed,

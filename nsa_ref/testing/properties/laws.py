@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from nsa_ref.testing.branches import FINE, Branch, Inputs
+from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs, call
 from nsa_ref.testing.case import DTYPES, Case
-from nsa_ref.testing.compare import compare, first_at, wrong_element
+from nsa_ref.testing.compare import check_bits, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties import masks
 from nsa_ref.testing.properties.common import (
@@ -16,11 +17,13 @@ from nsa_ref.testing.properties.common import (
     Property,
     bounds_of,
     chooses_lengths,
+    compare_all,
     is_declared,
     set_up,
     settle,
 )
-from nsa_ref.testing.properties.values import upstream
+from nsa_ref.testing.properties.values import sent_back, upstream
+from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken, Inconclusive, Remark
 
 
@@ -169,14 +172,39 @@ def same_bits(prop: Property, implementation: Implementation, case: Case) -> Out
     sizes = [x.size for x in before.values()]
     for name, one in before.items():
         other = after.get(name, one)  # an lse that is there once has nothing to differ from
-        differs = one.view(np.int64) != other.view(np.int64)
-        if differs.any():
-            many = f"{differs.sum()} of {differs.size} elements"
-            why = f"`deterministic` is stated, and {many} differ"
-            tensor, part = f"{branch.name} {name}", "of the same call again"
-            fault = wrong_element(tensor, first_at(differs), other, one, part=part, why=why)
-            raise Broken(prop.clause, fault)
+        why, part = "`deterministic` is stated", "of the same call again"
+        check_bits(prop.clause, f"{branch.name} {name}", other, one, part=part, why=why)
     return Outcome(compared=sum(sizes) if all(sizes) else 0)  # gradients of no row are 0
+
+
+def in_pairs(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """A1, A3: a call leaves the result of the one before as it is, and takes nothing from it."""
+    branch, inputs, mask = set_up(prop, case)
+    earlier = fresh_seeds(case, 1)[0]
+    of_both: list[tuple[Any, ...]] = []
+    for each in (earlier, case):
+        given = branch.inputs(each)
+        d: tuple[np.ndarray, ...] = ()
+        if prop.backward:
+            d = sent_back(branch, each, branch.mask(each, given.block_indices), of_lse=False)
+        of_both.append((*branch.arguments(each, given), *d))
+    found = call(implementation.run_twice, prop.called, case, *of_both)
+    results: list[tuple[np.ndarray, ...]]
+    expected: tuple[np.ndarray, ...]
+    if prop.backward:
+        results = [branch.gradients(case, inputs, result) for result in found]
+        expected = branch.attend_vjp(case, mask, inputs, *of_both[1][-2:])
+        bounds = bounds_of(branch, implementation, case, inputs, mask, *of_both[1][-2:])
+    else:
+        results = [branch.attention(case, result) for result in found]
+        expected = branch.attend(case, mask, inputs)
+        bounds = bounds_of(branch, implementation, case, inputs, mask)
+    before, after, actual = results
+    why, part = "the next call has changed it", "of the call before"
+    for name, one, other in zip(GRADIENTS if prop.backward else ("out", "lse"), before, after):
+        if one is not None:
+            check_bits(prop.clause, f"{branch.name} {name}", other, one, part=part, why=why)
+    return compare_all(prop, actual, expected, [bounds], part="of a second call")
 
 
 def unstated(implementation: Implementation) -> Remark | None:

@@ -11,17 +11,25 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nsa_ref.layer import layer, layer_block_indices, layer_vjp, selection_inputs
+from nsa_ref.layer import (
+    branch_masks,
+    layer,
+    layer_block_indices,
+    layer_vjp,
+    projection_name,
+    selection_inputs,
+)
 from nsa_ref.layer_bounds import LayerBounds, layer_bounds
 from nsa_ref.selection import scored
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
 from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
-from nsa_ref.testing.compare import Comparison, compare
+from nsa_ref.testing.compare import Comparison, check_bits, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared, settle
 from nsa_ref.testing.strategies import fresh_seeds
@@ -119,10 +127,14 @@ class Asked:
         """The choice of blocks, if it is handed in."""
         return (truth.block_indices,) if self.method == "layer_with_blocks" else ()
 
-    def compared(self, clause: str, truth: Truth) -> Comparison:
-        """The output against its bound; undecided rows are admitted whatever they hold."""
+    def compared(self, clause: str, truth: Truth, found: Any = None) -> Comparison:
+        """The output against its bound; undecided rows are admitted whatever they hold.
+
+        found : what was returned, if it was called already
+        """
         run, case = self.implementation.run, self.case
-        found = call(run, self.method, case, self.weights, self.x, *self.blocks(truth))
+        if found is None:
+            found = call(run, self.method, case, self.weights, self.x, *self.blocks(truth))
         shape = (*self.x.shape[:2], case.layer_width)
         actual = checked_tensor(case, self.method, found, shape)
         bound = np.where(self.undecided(truth)[..., None], np.inf, truth.bounds.out)
@@ -169,22 +181,34 @@ def output(prop: Property, implementation: Implementation, case: Case) -> Outcom
 
 
 def second_request(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    """G3: what an earlier request left behind is in no row of the next one, as long as it."""
-    rows_decode(case)
-    earlier = fresh_seeds(case, 1)[0].tokens()
-    call(implementation.run, prop.method, case, case.layer_weights(), earlier)
-    return output(prop, implementation, case)
+    """G1, G3: a request leaves the rows of the one before as they are, and has none of them.
+
+    Both are as long as each other.
+    """
+    if prop.clause == "G3":
+        rows_decode(case)
+    asked = Asked.about(implementation, prop.method, case)
+    earlier = asked.weights, fresh_seeds(case, 1)[0].tokens()
+    both = earlier, (asked.weights, asked.x)
+    before, after, found = call(implementation.run_twice, prop.method, case, *both)
+    shape = (*asked.x.shape[:2], case.layer_width)
+    one, other = (checked_tensor(case, prop.method, result, shape) for result in (before, after))
+    why, part = "the next request has changed it", "of the request before"
+    check_bits(prop.clause, prop.method, other, one, part=part, why=why)
+    return check_output(asked, prop.clause, found)
 
 
-def check_output(asked: Asked, clause: str) -> Outcome:
+def check_output(asked: Asked, clause: str, found: Any = None) -> Outcome:
     """Hold the output to its bound, and find the clause and the branch that are to blame.
+
+    found : the output, if it was asked for already
 
     Raises
     ------
     Broken, Raised
     """
     try:
-        compared = asked.compared(clause, asked.truth)
+        compared = asked.compared(clause, asked.truth, found)
     except (Broken, Raised) as error:
         if clause != "G1" and asked.implementation.offers("layer"):
             # what is wrong in parallel as well is not this clause's
@@ -307,6 +331,80 @@ def with_gates(case: Case, weights: Weights, opened: Iterable[bool]) -> Weights:
         "gates.weight": np.zeros_like(weights["gates.weight"]),
         "gates.bias": bias.astype(DTYPES[case.dtype]),
     }
+
+
+# Numbers that the dtype holds
+
+
+def exact_numbers(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G1: in 16 bits, where the dtype holds every number on the way, no error is left.
+
+    All tokens are 1, q and k are 0, values are powers of two, one gate is 1/2 and the others are
+    shut. What float32 adds is far less than half the way to a number's neighbour, and lost when it
+    is stored. So it is where a row sees 2^i keys, and the dtype holds their weights.
+
+    Raises
+    ------
+    Inconclusive : another dtype, or no branch whose rows could be told
+    """
+    check_pairs(case)
+    dtype = DTYPES[case.dtype]
+    if dtype.itemsize > 2:
+        raise Inconclusive("not 16 bits")
+    weights = {name: np.zeros_like(w) for name, w in case.layer_weights().items()}
+    rng = case.generator("powers of two")
+    for name, weight in weights.items():
+        if name.startswith("to_v"):
+            exponents = rng.integers(-2, 3, len(weight))
+            weight[:, 0] = rng.choice([-1.0, 1.0], len(weight)) * 2.0**exponents
+        elif name == "norm.weight":
+            weight[...] = 1
+        elif name == "to_out.weight":
+            weight[...] = np.eye(*weight.shape, dtype=dtype)
+        elif name == "compress_v.weight":
+            # of a linear map, the window's last token
+            weight[..., -case.value_dim :] = np.eye(case.value_dim, dtype=dtype)
+    # memory holds what all other values of a head are, so that their mean is each of them
+    compressed = weights[projection_name("v", "compress", case.semantics)][:, 0]
+    weights["mem_v"][...] = compressed.reshape(case.kv_heads, 1, case.value_dim)
+    x = np.ones((case.batch, case.kv_len, case.model_dim), dtype)
+    told = ["sliding"]
+    if case.num_selected_blocks >= case.num_selection_blocks and not case.semantics.score_floor:
+        told.append("fine")  # all blocks are chosen
+    if case.compress_map in ("linear", "linear_per_head"):
+        told.append("compress")
+    return settle([_exactly(prop, implementation, case, x, weights, branch) for branch in told])
+
+
+def _exactly(
+    prop: Property,
+    implementation: Implementation,
+    case: Case,
+    x: np.ndarray,
+    weights: Weights,
+    branch: str,
+) -> Comparison:
+    """The output with one gate at 1/2 against the definition's, in rows that see 2^i keys."""
+    its = np.repeat([b == branch for b in BRANCHES], case.q_heads)
+    weights = {**weights, "gates.bias": np.where(its, 0.0, -SHUT).astype(x.dtype)}
+    how = case.geometry
+    given = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
+    blocks = layer_block_indices(*given, **how)
+    mask = branch_masks(case.kv_len, case.kv_len, blocks, **how)[branch]
+    keys = mask.sum(-1) * np.ones((case.batch, case.q_heads, case.kv_len))
+    held = np.where(keys > 0, np.log2(np.maximum(keys, 1)) % 1 == 0, False)
+    held = held.swapaxes(1, 2).repeat(case.value_dim, axis=2)
+    # what to_out has beyond all heads is 0
+    expected = layer(*given, block_indices=blocks, **how).astype(x.dtype).astype(np.float64)
+    width = expected.shape[2]
+    held = np.pad(held, [(0, 0), (0, 0), (0, max(0, width - held.shape[2]))])[..., :width]
+    bound = np.where(held & np.isfinite(expected), 0.0, np.inf)
+    found = call(implementation.run, prop.method, case, weights, x)
+    actual = checked_tensor(case, prop.method, found, expected.shape)
+    expected = np.where(np.isfinite(expected), expected, actual)  # left to A2
+    part = f"of tokens of 1, with the {branch} gate at 1/2"
+    why = "the dtype holds every number on the way"
+    return compare("G1", prop.method, actual, expected, bound, part=part, why=why)
 
 
 # The gradients
