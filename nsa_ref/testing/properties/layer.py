@@ -39,6 +39,7 @@ from nsa_ref.testing.verdicts import (
     Failure,
     Inconclusive,
     Raised,
+    Remark,
     WrongElement,
 )
 
@@ -374,6 +375,12 @@ def exact_numbers(prop: Property, implementation: Implementation, case: Case) ->
     if case.compress_map in ("linear", "linear_per_head"):
         told.append("compress")
     return settle([_exactly(prop, implementation, case, x, weights, branch) for branch in told])
+
+
+def no_narrow_dtype(implementation: Implementation) -> Remark | None:
+    """Why a port is not asked in numbers that 16 bits hold."""
+    narrow = any(DTYPES[dtype].itemsize == 2 for dtype in implementation.numerics)
+    return None if narrow else ("not 16 bits",)
 
 
 def _exactly(
