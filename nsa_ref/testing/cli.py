@@ -41,7 +41,7 @@ from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.files import read_text, write_text
-from nsa_ref.testing.findings import Finding, grouped, of_one_cause
+from nsa_ref.testing.findings import Finding, grouped, of_one_cause, told_by
 from nsa_ref.testing.fuzz_folder import Folder
 from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
@@ -528,6 +528,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
 def add_to_ledger(arguments: argparse.Namespace, console: Console) -> int:
     """Write the entry of a ledger that calls a finding known."""
     path = Path(arguments.case)
+    path = told_by(path, read_case_file(path)[1])
     case, finding = read_case_file(path)
     name, spec = finding.get("property", ""), arguments.implementation or finding.get("spec")
     if name not in PROPERTIES or finding.get("clause") not in CLAUSES or not spec:

@@ -160,6 +160,16 @@ def alike_as(finding: Finding) -> tuple[str, ...]:
     return who, finding["clause"], finding["kind"], finding["tensor"]
 
 
+def told_by(path: Path, finding: Finding) -> Path:
+    """The finding under which the report tells this one; itself, if the folder has no other.
+
+    Its property sees the mistake best: others may meet it in few of their cases.
+    """
+    cause = finding.get("cause")
+    first = path.with_name(Path(cause).name) if isinstance(cause, str) else path
+    return first if first.is_file() else path
+
+
 def of_one_cause(finding: Finding, folder: Path) -> list[Finding]:
     """The findings that have the cause of this one, as far as the folder has them; it is first."""
     found = [finding]

@@ -64,9 +64,9 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     if reason := refusal(implementation, case):
         raise Refused(reason)
     try:
-        outcome = prop.run(implementation, case)
+        outcome = _run(prop, implementation, case)
         if outcome.suspicion:
-            again = [prop.run(implementation, fresh) for fresh in fresh_seeds(case, 3)]
+            again = [_run(prop, implementation, fresh) for fresh in fresh_seeds(case, 3)]
             if all(fresh.suspicion for fresh in again):
                 raise Broken(prop.clause, outcome.suspicion, notes=(("fresh seeds", len(again)),))
             outcome = dataclasses.replace(outcome, budget=None, suspicion=None)
@@ -80,6 +80,16 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
 
 
 @own_settings()
+def _run(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    return prop.run(implementation, case)
+
+
+# CPython keeps the frames of calls in chunks of 16 KB. Where a loop happens to run at the end of
+# one, each call in it maps a new chunk and unmaps it again: kernels in Triton's interpreter took
+# twice as long. A frame that asks for 320 KB gets a chunk of 512, and the port runs in what is left.
+_run.__code__ = _run.__code__.replace(co_stacksize=40_000)
+
+
 def _oracle_can(prop: Property, case: Case) -> bool:
     """True if the property gets to an answer when it asks the definition itself."""
     try:
