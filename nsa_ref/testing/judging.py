@@ -79,7 +79,6 @@ def _ask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
         raise
 
 
-@own_settings()
 def _run(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     return prop.run(implementation, case)
 
@@ -90,6 +89,7 @@ def _run(prop: Property, implementation: Implementation, case: Case) -> Outcome:
 _run.__code__ = _run.__code__.replace(co_stacksize=40_000)
 
 
+@own_settings()
 def _oracle_can(prop: Property, case: Case) -> bool:
     """True if the property gets to an answer when it asks the definition itself."""
     try:

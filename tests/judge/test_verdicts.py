@@ -14,7 +14,7 @@ import pytest
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.choices import Reason
-from nsa_ref.testing.findings import broken_data, grouped
+from nsa_ref.testing.findings import broken_data, grouped, told_by
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.pictures import excerpt
 from nsa_ref.testing.properties import PROPERTIES
@@ -185,6 +185,15 @@ def test_findings_are_alike_whose_fields_are() -> None:
         found("A1", WrongElement(**ELEMENT), "another port"),
     ]
     assert grouped([one, *others, same]) == [[same, one], *([other] for other in others)]
+
+
+def test_a_finding_leads_to_the_one_that_tells_its_cause(tmp_path: Path) -> None:
+    first, later, alone = (tmp_path / f"{name}.json" for name in ("first", "later", "alone"))
+    first.touch()
+    assert told_by(later, {"cause": "findings/first.json"}) == first
+    assert told_by(first, {"cause": "findings/first.json"}) == first
+    assert told_by(later, {"cause": "findings/gone.json"}) == later
+    assert told_by(alone, {}) == alone
 
 
 class ChoosesTheWorst(OracleImplementation):
