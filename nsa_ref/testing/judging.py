@@ -84,8 +84,9 @@ def _run(prop: Property, implementation: Implementation, case: Case) -> Outcome:
 
 
 # CPython keeps the frames of calls in chunks of 16 KB. Where a loop happens to run at the end of
-# one, each call in it maps a new chunk and unmaps it again: kernels in Triton's interpreter took
-# twice as long. A frame that asks for 320 KB gets a chunk of 512, and the port runs in what is left.
+# one, each call in it maps a new chunk and unmaps it again: the fla kernels, in Triton's
+# interpreter, took twice as long. A frame that asks for 320 KB gets a chunk of 512, and the port
+# runs in what is left of it.
 _run.__code__ = _run.__code__.replace(co_stacksize=40_000)
 
 
