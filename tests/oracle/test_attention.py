@@ -327,7 +327,7 @@ test_attention_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "mask holds the multiplicity -1; multiplicities must be at least 0": refused(mask=MASK - 2),
         "empty_row='skip' must be one of 'zero', 'nan', 'uniform'": refused(empty_row="skip"),
         "empty_lse=1.0 must be one of -inf, 0.0, inf": refused(empty_lse=1.0),
-        "scale=nan must be a finite number. Try 0.57": refused(scale=math.nan),
+        f"scale=nan must be a finite number. Try {3**-0.5}": refused(scale=math.nan),
         "empty_row=0 must be one of 'zero', 'nan', 'uniform'": (
             refused(attend_vjp, d_out=Q, empty_row=0)
         ),
@@ -342,4 +342,5 @@ test_attention_refuses_what_does_not_fit_and_says_what_would = refusal_test(
             refused(mask=MASK * 1.0)
         ),
     },
+    whole=True,
 )

@@ -22,7 +22,7 @@ from nsa_ref import (
 from nsa_ref.sizes import COMPRESS_MAPS
 from nsa_ref.testing import Case
 from nsa_ref.testing.mutants.compression import CompressionMap
-from refusals import refusal_test
+from refusals import NO_SEMANTICS, NO_SIZES, refusal_test
 from small_cases import cases, reaches
 from tables import strides
 
@@ -221,9 +221,10 @@ test_compression_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "dim=0 must be at least 1": lambda: pool_weight_shapes(SIZES, 0),
     },
     {
-        "semantics='end' must be a Semantics": lambda: num_compress_blocks(1, SIZES, "end"),
-        "sizes=None must be a nsa_ref.Sizes": lambda: num_compress_blocks(1, None),
-        "sizes=1 must be a nsa_ref.Sizes": lambda: pool_weight_shapes(1, 1),
-        "sizes='' must be a nsa_ref.Sizes": lambda: pool(X, LINEAR, ""),
+        f"semantics='end' {NO_SEMANTICS}, not str": lambda: num_compress_blocks(1, SIZES, "end"),
+        f"sizes=None {NO_SIZES}, not NoneType": lambda: num_compress_blocks(1, None),
+        f"sizes=1 {NO_SIZES}, not int": lambda: pool_weight_shapes(1, 1),
+        f"sizes='' {NO_SIZES}, not str": lambda: pool(X, LINEAR, ""),
     },
+    whole=True,
 )

@@ -36,7 +36,7 @@ from nsa_ref.layer import rotate, selection_inputs
 from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.testing import Case, OracleImplementation
 from nsa_ref.testing.properties.catalogue import PROPERTIES
-from refusals import refusal_test
+from refusals import NO_SEMANTICS, NO_SIZES, refusal_test
 
 ONE = Sizes(model_dim=2, head_dim=2, value_dim=2, num_local_blocks=1)
 
@@ -271,7 +271,10 @@ def packed(*offsets):
 
 test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
     {
-        "weights lacks ['to_q.weight'] and has the unknown names []; it must have": (
+        "weights lacks ['to_q.weight'] and has the unknown names []; it must have "
+        "['gates.bias', 'gates.weight', 'mem_k', 'mem_v', 'to_k_compress.weight', "
+        "'to_k_fine.weight', 'to_k_sliding.weight', 'to_q.weight', 'to_v_compress.weight', "
+        "'to_v_fine.weight', 'to_v_sliding.weight']": (
             lambda: layer(X, {n: w for n, w in WEIGHTS.items() if n != "to_q.weight"}, sizes=ONE)
         ),
         "weights['mem_k'] has shape (2,); it must be (1, 0, 2)": (
@@ -303,12 +306,15 @@ test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         f"cu_seqlens=[0, 5, 4, 7] {OFFSETS}": packed(0, 5, 4, 7),
         f"cu_seqlens=[0, 6] {OFFSETS}": packed(0, 6),
         f"cu_seqlens=[] {OFFSETS}": packed(),
-        f"=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] {OFFSETS}": packed(*range(1, 16)),
+        f"cu_seqlens=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] {OFFSETS}": packed(
+            *range(1, 16)
+        ),
         "cu_seqlens has shape (1, 2); it must be (sequences + 1)": packed([0, 7]),
     },
     {
-        "cu_seqlens=0.0 must be an integer": packed(0.0, 7.0),
-        "sizes=None must be a nsa_ref.Sizes": lambda: layer(X, WEIGHTS, sizes=None),
-        "semantics=None must be a Semantics": lambda: layer_weight_shapes(ONE, None),
+        "cu_seqlens=0.0 must be an integer, not float": packed(0.0, 7.0),
+        f"sizes=None {NO_SIZES}, not NoneType": lambda: layer(X, WEIGHTS, sizes=None),
+        f"semantics=None {NO_SEMANTICS}, not NoneType": lambda: layer_weight_shapes(ONE, None),
     },
+    whole=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from nsa_ref import (
 )
 from nsa_ref.testing import OracleImplementation
 from nsa_ref.testing.mutants.dense import DenseMasks
+from refusals import refusal_test
 from small_cases import cases, reaches
 from tables import rows, strides
 
@@ -206,12 +208,27 @@ def test_every_mask_refuses_lengths_sizes_and_semantics_that_are_none(change, er
             mask(**arguments)
 
 
-def test_the_fine_mask_refuses_indices_that_do_not_fit():
-    with pytest.raises(TypeError, match="block_indices has dtype float64; it must hold integers"):
-        fine_mask(2, 2, blocks([0], [0]).astype(float), Sizes())
-    shape = r"block_indices has shape \(1, 1, 3, 1\); it must be \(batch, heads, q_len=2, n\)"
-    with pytest.raises(ValueError, match=shape):
-        fine_mask(2, 2, blocks([0], [0], [0]), Sizes())
-    groups = r"q_heads=3 must be a positive multiple of heads \(axis 1 of .*\)=2.* Try 2 or 4"
-    with pytest.raises(ValueError, match=groups):
-        fine_mask(2, 2, np.zeros((1, 2, 2, 1), int), Sizes(q_heads=3))
+def indexed(indices: np.ndarray, **sizes: int) -> Callable[[], object]:
+    return lambda: fine_mask(2, 2, indices, Sizes(**sizes))
+
+
+SHAPE = "it must be (batch, heads, q_len=2, n): n independent block numbers per query"
+
+test_the_fine_mask_refuses_indices_that_do_not_fit = refusal_test(
+    {
+        f"block_indices has shape (1, 1, 3, 1); {SHAPE}": indexed(blocks([0], [0], [0])),
+        f"block_indices has shape (1, 2, 2); {SHAPE}": indexed(np.zeros((1, 2, 2), int)),
+        "heads (axis 1 of block_indices)=0 must be at least 1": (
+            indexed(np.zeros((1, 0, 2, 1), int))
+        ),
+        "q_heads=3 must be a positive multiple of heads (axis 1 of block_indices)=2: "
+        "query heads share a choice of blocks in equal groups. Try 2 or 4": (
+            indexed(np.zeros((1, 2, 2, 1), int), q_heads=3)
+        ),
+    },
+    {
+        "block_indices has dtype float64; it must hold integers: block numbers, and -1 in unused "
+        "slots": indexed(blocks([0], [0]).astype(float)),
+    },
+    whole=True,
+)

@@ -33,7 +33,7 @@ from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing import Case
 from nsa_ref.testing.choices import INVALID, VALID, valid_selection
 from nsa_ref.testing.mutants.selection import Selector
-from refusals import refusal_test
+from refusals import NO_SEMANTICS, NO_SIZES, refusal_test
 from small_cases import cases, reaches
 from tables import rows, scored_row, strides
 
@@ -359,11 +359,12 @@ test_selection_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "candidates has dtype float64; it must be bool": (
             lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), SIZES)
         ),
-        "sizes=None must be a nsa_ref.Sizes": asked(sizes=None),
-        "sizes=0 must be a nsa_ref.Sizes": lambda: selection_candidates(2, 2, 0),
-        "sizes=1 must be a nsa_ref.Sizes": lambda: top_blocks(ROW, 1),
-        "semantics=None must be a Semantics": asked(semantics=None),
-        "semantics=0 must be a Semantics": lambda: selection_candidates(2, 2, SIZES, 0),
-        "semantics=1 must be a Semantics": lambda: top_blocks(ROW, SIZES, 1),
+        f"sizes=None {NO_SIZES}, not NoneType": asked(sizes=None),
+        f"sizes=0 {NO_SIZES}, not int": lambda: selection_candidates(2, 2, 0),
+        f"sizes=1 {NO_SIZES}, not int": lambda: top_blocks(ROW, 1),
+        f"semantics=None {NO_SEMANTICS}, not NoneType": asked(semantics=None),
+        f"semantics=0 {NO_SEMANTICS}, not int": lambda: selection_candidates(2, 2, SIZES, 0),
+        f"semantics=1 {NO_SEMANTICS}, not int": lambda: top_blocks(ROW, SIZES, 1),
     },
+    whole=True,
 )
