@@ -47,7 +47,7 @@ from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
 from nsa_ref.testing.junit import to_xml
 from nsa_ref.testing.last_words import left_running
-from nsa_ref.testing.lattice import excused_edges, unmet_edges
+from nsa_ref.testing.lattice import excused_edges, unmet_edges, unmet_pairs
 from nsa_ref.testing.ledger import Entry, LedgerError, read_ledger, to_toml, wrong_entries
 from nsa_ref.testing.loading import (
     DEVICES,
@@ -288,9 +288,10 @@ def _is_asked(
 
 
 def _thorough(console: Console, records: Sequence[Record], declared: Sequence[Declared]) -> int:
-    """HOLDS; or UNDECIDED, with a line that names the edges that no decided case stood on.
+    """HOLDS; or UNDECIDED, with a line that names the edges, or pairs, of no decided case.
 
-    An edge on which none of many more cases stands, drawn within what is declared, is out of reach.
+    A pair can be met if a case on both edges was built (see `pairs`). An edge on which none of many
+    more cases stands, drawn within what is declared, is out of reach.
     """
     excused = excused_edges(records)
     unmet = [edge for edge in unmet_edges(records) if edge not in excused]
@@ -306,6 +307,13 @@ def _thorough(console: Console, records: Sequence[Record], declared: Sequence[De
         gap = (
             f"not as thorough as it must be: no decided case had {', '.join(gaps)}. Try "
             "another --seed; what the implementation cannot do belongs into its `limits`"
+        )
+        print(f"nsa-ref: {gap}", file=sys.stderr)
+        return UNDECIDED
+    if apart := unmet_pairs(records):
+        gap = (
+            f"not as thorough as it must be: no decided case had both of {', '.join(few(apart))}. "
+            "Try another --seed; what the implementation cannot do belongs into its `limits`"
         )
         print(f"nsa-ref: {gap}", file=sys.stderr)
         return UNDECIDED

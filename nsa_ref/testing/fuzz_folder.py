@@ -25,6 +25,7 @@ from nsa_ref.testing.case import Case
 from nsa_ref.testing.files import write_json
 from nsa_ref.testing.findings import Finding, read_finding
 from nsa_ref.testing.fuzz_causes import Cause
+from nsa_ref.testing.lattice import met_pairs
 from nsa_ref.testing.loading import CannotRun
 from nsa_ref.testing.swarm import Round
 from nsa_ref.testing.verdicts import Record
@@ -65,9 +66,9 @@ class State:
 
     def count(self, records: Sequence[Record]) -> None:
         """Add what a round decided."""
+        self.pairs.update(met_pairs(records))
         for record in records:
             self.cases += record.cases
-            self.pairs.update(record.pairs)
             if record.cases:
                 self.clauses.add(record.clause)
             if record.budget_used is not None:

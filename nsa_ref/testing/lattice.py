@@ -188,6 +188,62 @@ def case_edges(prop: Property, case: Case) -> list[str]:
     return edges(case, oracle_mask(prop.branch or COMPRESS, case))
 
 
+#: Edge -> its place in what `as_bits` writes.
+PLACE = {name: place for place, name in enumerate(EDGES)}
+_EMPTY = sum(1 << PLACE[edge.name] for edge in _EDGES if edge.empty)
+
+
+def as_bits(names: Collection[str]) -> str:
+    """A set of edges as a hexadecimal number: what a record keeps of every case."""
+    return f"{sum(1 << PLACE[name] for name in names):x}"
+
+
+def pairs_of(cases: Collection[str]) -> set[str]:
+    """All pairs of edges, "one & other", on both of which one of the cases stands.
+
+    Of a case that has nothing in it only those count of which one edge says so.
+
+    cases : the edges of each, as `as_bits` has them
+    """
+    names, beside = list(EDGES), [0] * len(EDGES)
+    for edges in (int(bits, 16) for bits in cases):
+        empty = edges & _EMPTY
+        for place in _places(edges):
+            beside[place] |= empty if empty and not empty >> place & 1 else edges
+    return {
+        f"{name} & {names[other]}"
+        for place, name in enumerate(names)
+        for other in _places(beside[place] >> place + 1 << place + 1)
+    }
+
+
+def _places(edges: int) -> list[int]:
+    return [place for place in range(len(EDGES)) if edges >> place & 1]
+
+
+def met_pairs(records: Sequence[Record]) -> set[str]:
+    """The pairs of edges on which decided cases stood."""
+    return pairs_of({bits for record in records for bits in record.stood})
+
+
+def meetable_pairs(records: Sequence[Record]) -> set[str]:
+    """The pairs that can be met: cases that stand on them were built within what is declared.
+
+    A case of which nothing could be wrong is none of these, but for empty ones.
+    """
+    built = {bits for record in records if record.asked for bits in record.built}
+    return pairs_of(built) | met_pairs(records)
+
+
+def unmet_pairs(records: Sequence[Record]) -> list[str]:
+    """The pairs that can be met, and on which no case stood that was decided, or was refused."""
+    if not any(record.built for record in records):
+        return []  # it was not asked
+    refused = pairs_of({bits for record in records for bits in record.refused_at})
+    met = met_pairs(records) | refused
+    return sorted(meetable_pairs(records) - met)
+
+
 def unmet_edges(records: Sequence[Record]) -> list[str]:
     """Edges on which no decided case stood."""
     met = {edge for record in records for edge in record.edges}

@@ -19,7 +19,14 @@ from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.evidence import Evidence
 from nsa_ref.testing.findings import Finding, finite, grouped, seen_under
-from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
+from nsa_ref.testing.lattice import (
+    EDGES,
+    excused_edges,
+    meetable_pairs,
+    met_pairs,
+    unmet_edges,
+    unmet_pairs,
+)
 from nsa_ref.testing.ledger import Entry, wrong_entries
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Record
@@ -220,6 +227,7 @@ def to_json(
         },
         "edges": _met_edges(records),
         "unmet_edges": unmet_edges(records),
+        "pairs": _pairs(records),
         "compiled": compiled(records),
         "warmed": compiled(warmed),
     }
@@ -231,6 +239,24 @@ def _met_edges(records: Sequence[Record]) -> dict[str, int]:
     """Edge -> how many decided cases stood on it, in the order of the lattice."""
     met = sum((record.edges for record in records), Counter[str]())
     return {edge: met[edge] for edge in EDGES if edge in met}
+
+
+def _pairs(records: Sequence[Record]) -> dict[str, Any]:
+    """How many pairs of edges were met, how many can be, and which of these were not.
+
+    What can be met is known where it was asked for, at thorough; else `meetable` is None.
+    """
+    asked = any(record.built for record in records)
+    meetable = len(meetable_pairs(records)) if asked else None
+    met = len(met_pairs(records))
+    return {"met": met, "meetable": meetable, "unmet": unmet_pairs(records)}
+
+
+def _pairs_line(pairs: Mapping[str, Any]) -> str:
+    """The same in a line of the table's foot."""
+    if pairs["meetable"] is None:
+        return f"pairs of edges met: {pairs['met']}"
+    return f"pairs of edges met: {pairs['met']} of {pairs['meetable']} that can be met"
 
 
 def compiled(records: Sequence[Record]) -> dict[str, Counter[str]]:
@@ -309,6 +335,7 @@ def show(
         excused = excused_edges(records)
         missing = [edge for edge in unmet_edges(records) if edge not in excused]
         lines += ["edges not reached: " + ", ".join(missing)] if missing else []
+        lines.append(_pairs_line(_pairs(records)))
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
     groups = grouped(findings)

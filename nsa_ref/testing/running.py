@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import time
 import traceback
@@ -43,10 +42,11 @@ from nsa_ref.testing.last_words import (
     withdraw,
     worker_id,
 )
-from nsa_ref.testing.lattice import EDGES, SPECIAL_CLAUSES, case_edges
+from nsa_ref.testing.lattice import EDGES, SPECIAL_CLAUSES, as_bits, case_edges
 from nsa_ref.testing.ledger import Entry, ledger_of
 from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
+from nsa_ref.testing.pairs import cases_of_pairs
 from nsa_ref.testing.properties import Outcome, Property
 from nsa_ref.testing.verdicts import (
     Broken,
@@ -98,6 +98,8 @@ def run_property(prop: Property, implementation: Implementation, options: Option
                 trials.record.asked = asked_of(prop, implementation, options)
                 trials.try_examples()
                 generate(prop, implementation, options, trials.run)
+                if options.level == "thorough":
+                    trials.try_pairs()
             if large:
                 device.free_cache()
     except (Broken, TimeIsUp):
@@ -167,7 +169,7 @@ class _Trials:
             if known := self._known(broken.clause, case):
                 if counting:
                     self.record.known[known.id] += 1
-                    self.record.refused_edges.update(case_edges(self.prop, case))
+                    self._note_undecided(case)
                 # to Hypothesis it passed: what else is broken is made smaller beside it
                 return False
             if counting:
@@ -207,6 +209,26 @@ class _Trials:
         for case in examples_of(self.implementation, self.prop):
             self.record.asked += 1
             self.run(case)
+
+    def try_pairs(self) -> None:
+        """Judge the cases that were built so that every pair of edges is met.
+
+        Raises
+        ------
+        Broken : as `run`
+        """
+        numerics, dtypes = self.implementation.numerics, self.options.dtypes
+        asked = [dtype for dtype in dtypes or numerics if dtype in numerics]
+        for case in cases_of_pairs(self.implementation, self.prop):
+            if case.dtype not in asked:
+                case = dataclasses.replace(case, dtype=asked[0])
+            edges, record = case_edges(self.prop, case), self.record
+            record.asked += 1
+            before = record.inconclusive["no element",]
+            self.run(case)
+            # where nothing could be wrong, the case does not show that its pairs can be met
+            if record.inconclusive["no element",] == before or any(EDGES[e].empty for e in edges):
+                record.built[as_bits(edges)] += 1
 
     def take_turn(self, turn: int) -> None:
         """Judge the cases of a turn, the small ones first, while there is time.
@@ -263,7 +285,7 @@ class _Trials:
             if entry.status == "quarantined" and entry.explains(self.prop, self.prop.clause, case):
                 if counting:
                     self.record.spared[entry.id] += 1
-                    self.record.refused_edges.update(case_edges(self.prop, case))
+                    self._note_undecided(case)
                 return True
         return False
 
@@ -283,7 +305,13 @@ class _Trials:
                 known = self.record.not_offered
                 known[what if what in known or len(known) < MANY_REASONS else "other reasons"] += 1
                 if case is not None:
-                    self.record.refused_edges.update(case_edges(self.prop, case))
+                    self._note_undecided(case)
+
+    def _note_undecided(self, case: Case) -> None:
+        """The edges of a case that the port, or its ledger, leaves nothing to decide on."""
+        edges = case_edges(self.prop, case)
+        self.record.refused_edges.update(edges)
+        self.record.refused_at[as_bits(edges)] += 1
 
     def _count(self, case: Case, outcome: Outcome) -> None:
         record = self.record
@@ -296,6 +324,7 @@ class _Trials:
             # it was tried, and did not fail
             record.inconclusive["no element",] += 1
             record.edges.update(edge for edge in edges if EDGES[edge].empty)
+            record.stood[as_bits([e for e in edges if EDGES[e].empty] and edges)] += 1
             return
         record.cases += 1
         if outcome.powerless:
@@ -303,12 +332,12 @@ class _Trials:
         if outcome.budget is not None:
             record.budget_used = max(record.budget_used or 0.0, outcome.budget)
         record.edges.update(edges)
+        record.stood[as_bits(edges)] += 1
         if self.options.examples:
-            self._aim(outcome, edges)
+            self._aim(outcome)
 
-    def _aim(self, outcome: Outcome, edges: list[str]) -> None:
-        """Of fuzzing: count the pairs of edges, and tell Hypothesis how near the bound was."""
-        self.record.pairs.update(map(" & ".join, itertools.combinations(edges, 2)))
+    def _aim(self, outcome: Outcome) -> None:
+        """Of fuzzing: tell Hypothesis how near the bound was."""
         budget = outcome.budget
         # examples of the port's folder, and cases of a slow port, are no draws of Hypothesis
         if budget is not None and math.isfinite(budget) and currently_in_test_context():

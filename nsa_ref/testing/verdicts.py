@@ -262,7 +262,9 @@ class Record:
     not_offered : what the implementation does not have, or why it refused a case -> how often
     not_tried : why the property was not tried on it -> how often
     edges, refused_edges : edges of the lattice -> how many decided, or refused, cases stood there
-    pairs : two edges, "one & other" -> how many decided cases stood on both
+    stood, refused_at : all edges of a case at once, as `lattice.as_bits` has them -> how many cases
+        had them that were decided, or had nothing in them; and how many that were refused
+    built : the same of the cases that were built so that all pairs of edges are met (see `pairs`)
     inside, outside : entry of the ledger about the property -> cases that it covers, and others
     known, spared : entry -> cases that broke as it says, and cases that were not launched for it
     finding : see `findings`
@@ -284,7 +286,9 @@ class Record:
     budget_used: float | None = None
     edges: Counter[str] = field(default_factory=Counter)
     refused_edges: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[str] = field(default_factory=Counter)
+    stood: Counter[str] = field(default_factory=Counter)
+    refused_at: Counter[str] = field(default_factory=Counter)
+    built: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
     inside: Counter[str] = field(default_factory=Counter)
     outside: Counter[str] = field(default_factory=Counter)

@@ -26,10 +26,11 @@ from nsa_ref.testing.clauses import CLAUSES, SPEC_VERSION
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, UNDECIDED, main
 from nsa_ref.testing.files import write_json
 from nsa_ref.testing.last_words import LOCK
-from nsa_ref.testing.lattice import EDGES
+from nsa_ref.testing.lattice import EDGES, as_bits
 from nsa_ref.testing.loading import CannotRun, load
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Outcome
+from nsa_ref.testing.report import show
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.sessions import Collector
 from nsa_ref.testing.verdicts import Record
@@ -483,6 +484,21 @@ def test_thorough_without_an_edge_has_not_decided_all(
     assert "edges out of reach: G = 16 (none of 300 cases drawn" in shown.out
     met["batch 3"] = 1
     assert main([*thorough]) == HOLDS
+    assert "pairs of edges met: 0\n" in capsys.readouterr().out
+
+
+def test_thorough_without_a_pair_of_edges_has_not_decided_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = as_bits(("batch 3", "w = 1"))
+    well = record(edges=Counter(EDGES), built=Counter([pair]), asked=3)
+    assert cli._thorough(Console(), [well], []) == UNDECIDED
+    said = "no decided case had both of w = 1 & batch 3. Try another --seed"
+    assert said in capsys.readouterr().err
+    show(Console(), [well], [], title="", seconds=0.0)
+    assert "pairs of edges met: 0 of 1 that can be met" in capsys.readouterr().out
+    well.stood[pair] += 1
+    assert cli._thorough(Console(), [well], []) == HOLDS
 
 
 @pytest.mark.parametrize(

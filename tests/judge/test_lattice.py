@@ -11,15 +11,26 @@ import pytest
 
 import trials
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER
-from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing import Case, OracleImplementation, running
 from nsa_ref.testing.evidence import reachable
-from nsa_ref.testing.lattice import EDGES, excused_edges, unmet_edges
+from nsa_ref.testing.lattice import (
+    EDGES,
+    as_bits,
+    case_edges,
+    excused_edges,
+    meetable_pairs,
+    met_pairs,
+    pairs_of,
+    unmet_edges,
+    unmet_pairs,
+)
 from nsa_ref.testing.options import Options
+from nsa_ref.testing.pairs import cases_of_pairs
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
 from nsa_ref.testing.verdicts import Record
-from port_zoo import Refuses
+from port_zoo import Refuses, SlidingMask
 
 NEVER_OF_LAYERS = {edge.name for edge in EDGES.values() if "layer" not in edge.about}
 
@@ -131,3 +142,89 @@ def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path
 def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
     result = trials.record("W1_sliding_mask_as_exposed", Refuses(), tmp_path)
     assert not result.edges and result.refused_edges
+
+
+# Pairs of edges
+
+W1_EXPOSED = "W1_sliding_mask_as_exposed"
+FEW = {"q_heads": (1, 2), "kv_heads": 1, "batch": (1, 3), "value_dim": 1, "kv_len": (2, 4)}
+
+
+class FewSizes(SlidingMask):
+    """Two lengths, and so few other sizes that there are few pairs."""
+
+    limits: Any = FEW | {"q_len": (1, 4), "head_dim": 1, "layout": "contiguous"}
+
+
+def thorough(folder: Path) -> Record:
+    """What becomes of the pairs of edges, and of two drawn cases of each shape or so."""
+    prop = dataclasses.replace(PROPERTIES[W1_EXPOSED], examples=2)
+    return run_property(prop, FewSizes(), Options(findings=folder, level="thorough"))
+
+
+def stood(*cases: tuple[str, ...]) -> Counter[str]:
+    return Counter(map(as_bits, cases))
+
+
+def test_a_pair_is_met_by_one_case_and_not_by_two() -> None:
+    apart = record(stood=stood(("G = 16", "w = 0"), ("batch 3", "w = 1")))
+    assert met_pairs([apart]) == {"w = 0 & G = 16", "w = 1 & batch 3"}
+    # a case with nothing in it shows that emptiness is borne, and nothing else
+    assert pairs_of(stood(("q_len 0", "w = 1", "batch 3"))) == {
+        "q_len 0 & w = 1",
+        "q_len 0 & batch 3",
+    }
+
+
+def test_a_pair_that_can_be_met_must_be_unless_it_was_refused() -> None:
+    both = ("w = 1", "batch 3")
+    one = record(asked=3, built=stood(both), stood=stood(*((edge,) for edge in both)))
+    assert unmet_pairs([one]) == ["w = 1 & batch 3"]
+    assert unmet_pairs([one, record(refused_at=stood(both))]) == []
+    assert unmet_pairs([one, record(stood=stood(both))]) == []
+    one.asked = 0  # its calls say that it is not offered
+    assert unmet_pairs([one]) == []
+
+
+def test_limits_say_which_pairs_can_be_met() -> None:
+    built = {}
+    for lengths in ((1, 4), (4,)):
+        port = FewSizes()
+        port.limits = FewSizes.limits | {"q_len": lengths}
+        prop = PROPERTIES[W1_EXPOSED]
+        cases = cases_of_pairs(port, prop)
+        built[lengths] = pairs_of({as_bits(case_edges(prop, case)) for case in cases})
+    assert {"decode & batch 3", "G = 2 & batch 3"} <= built[1, 4]
+    assert "decode & batch 3" not in built[4,] >= {"G = 2 & batch 3"}
+    # what excludes each other is no pair, whatever is declared
+    assert not any({"w = 0", "w = 1"} <= set(pair.split(" & ")) for pair in built[1, 4])
+
+
+def test_no_pair_that_is_drawn_is_said_to_be_out_of_reach(tmp_path: Path) -> None:
+    """What is built stands on all pairs that cases have which the generator draws."""
+    drawn, built = trials.record(W1_EXPOSED, FewSizes(), tmp_path), thorough(tmp_path)
+    assert not drawn.built and met_pairs([drawn])
+    assert met_pairs([drawn]) <= pairs_of(built.built)
+    assert met_pairs([built]) == meetable_pairs([built])
+    assert unmet_pairs([built]) == []
+
+
+def test_a_pair_that_no_case_ever_has_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where cases of a pair are left out, drawn or built, all its edges are met, and it is not."""
+    judged = running.judge
+
+    def without(prop: Any, port: Any, case: Case) -> Outcome:
+        left_out = case.batch == 3 and case.sliding_window_size == 0
+        return Outcome(compared=0, ambiguous=1) if left_out else judged(prop, port, case)
+
+    monkeypatch.setattr(running, "judge", without)
+    result = thorough(tmp_path)
+    assert {"w = 0", "batch 3"} <= set(result.edges)
+    assert "w = 0 & batch 3" in unmet_pairs([result])
+
+
+def test_pairs_of_refused_cases_are_no_met_ones(tmp_path: Path) -> None:
+    result = trials.record(W1_EXPOSED, Refuses(), tmp_path)
+    assert result.refused_at and not met_pairs([result]) and not unmet_pairs([result])
