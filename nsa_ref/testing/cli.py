@@ -3,8 +3,9 @@
 A thin front over pytest: `verify`, `replay` and `mutants` run a suite in xdist workers, so that
 an implementation that crashes, aborts or hangs takes a worker down and never the run.
 
-Exit codes: 0 all offered clauses hold (every mutant dies of its clause), 1 a clause is broken (or a
-mutant does not), 2 it could not run, 3 nothing is broken and an offered clause was not decided.
+Exit codes: 0 all offered clauses hold (every mutant that limits allow dies of its clause), 1 a
+clause is broken (or a mutant does not), 2 it could not run, 3 nothing is broken and an offered
+clause was not decided.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ from nsa_ref.testing.loading import (
     versions,
 )
 from nsa_ref.testing.mutants import ZOO
-from nsa_ref.testing.mutants.trials import show_trials, worker_died
+from nsa_ref.testing.mutants.columns import COLUMNS
+from nsa_ref.testing.mutants.trials import kills_of_its_own, show_trials, worker_died
 from nsa_ref.testing.narrowing import DIED, SAMPLED, entry_of, narrowed
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration, parse_seed
 from nsa_ref.testing.page import to_html
@@ -506,26 +508,38 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         _check_writable(arguments.json)
     suite = Path(__file__).parent / "mutants" / "suite.py"
-    tests = [f"{suite}::test_mutant_is_killed_by_its_clause[{name}]" for name in names]
+    asked = [
+        (name, limits, seed)
+        for limits in COLUMNS
+        for seed in range(arguments.seeds)
+        for name in names
+    ]
     with temporary_folder() as folder:
+        listed = Path(folder) / "trials.json"
+        listed.write_text(json.dumps(asked))
         collector = run_session(
             console,
             "",
             "cpu",
-            tests=tests,
-            total=len(names),
+            tests=[str(suite)],
+            total=len(asked),
             workers=arguments.n,
             findings=Path(folder),
-            options=[f"--basetemp={folder}/pytest"],
+            options=[f"--basetemp={folder}/pytest", f"--nsa-trials={listed}"],
         )
     if collector.interrupted:
         raise KeyboardInterrupt
     if collector.errors and not collector.trials:
         raise CannotRun(collector.errors[0])
-    ended = {trial.name: trial for trial in collector.trials}
-    trials = [ended.get(name) or worker_died(name) for name in names]
+    ended = {(trial.name, trial.limits, trial.seed): trial for trial in collector.trials}
+    trials = [ended.get(one) or worker_died(*one) for one in asked]
     show_trials(console, trials, time.monotonic() - started)
-    report = {"versions": versions(), "mutants": [trial.to_json() for trial in trials]}
+    report = {
+        "versions": versions(),
+        "limits": {name: column.to_json() for name, column in COLUMNS.items()},
+        "mutants": [trial.to_json() for trial in trials],
+        "found_by_one_property_alone": kills_of_its_own(trials),
+    }
     texts = {arguments.json: lambda: json.dumps(report, indent=1) + "\n"} if arguments.json else {}
     unwritten = _write_all(texts)
     if not all(trial.right for trial in trials):
@@ -743,6 +757,12 @@ def _parse_workers(text: str) -> str:
     return text
 
 
+def _parse_count(text: str) -> int:
+    if not re.fullmatch("0*[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 1")
+    return int(text)
+
+
 #: name -> what argparse is told about it; some say something else than for `verify`
 FUZZ_OPTIONS: dict[str, dict[str, Any]] = {
     **{name: about for name, about in SHARED_OPTIONS.items() if name != "--level"},
@@ -827,6 +847,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("mutants", mutants, "judge the judge: every mutant must be found")
     command.add_argument("mutant", nargs="*", help="default: all")
+    seeds = "try each with so many seeds (default: 1)"
+    command.add_argument("--seeds", type=_parse_count, default=1, metavar="N", help=seeds)
     command.add_argument("--json", metavar="FILE", help="write the table as data")
     command.add_argument("-n", type=_parse_workers, default="auto", help="worker processes")
 

@@ -129,6 +129,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--nsa-implementation", default="", help="for nsa-ref verify")
     group.addoption("--nsa-warm", action="store_true", help="for nsa-ref verify --warm")
     group.addoption("--nsa-questions", default="", help="for nsa-ref verify: what is to be tried")
+    group.addoption("--nsa-trials", default="", help="for nsa-ref mutants: what is to be tried")
     deadline = "for nsa-ref verify --time: when the time is up"
     group.addoption("--nsa-deadline", type=float, default=math.inf, help=deadline)
     group.addoption("--nsa-round", default="", help="for nsa-ref fuzz: what this round asks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,14 +13,23 @@ import pytest
 
 from commands import nsa_ref, python
 from nsa_ref.testing import Case, Implementation, cli
+from nsa_ref.testing.conditions import Condition
 from nsa_ref.testing.mutants import ZOO
+from nsa_ref.testing.mutants.columns import COLUMNS
 from nsa_ref.testing.mutants.compression import CompressionMap
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps
 from nsa_ref.testing.mutants.layers import LayerWithFloor
 from nsa_ref.testing.mutants.rounding import Rounding, Way
 from nsa_ref.testing.mutants.selection import Selector
-from nsa_ref.testing.mutants.suite import test_mutant_is_killed_by_its_clause  # noqa: F401
+from nsa_ref.testing.mutants.trials import (
+    Trial,
+    kills_of_its_own,
+    try_mutant,
+    why_it_cannot_be_met,
+    worker_died,
+)
+from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
 from trials import passes
 
@@ -71,6 +81,99 @@ def test_what_the_mutants_are_made_from_is_right(
     passes(prop.name, implementation, tmp_path)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
+    """By a property of the clause that it breaks, for what it does, and where it does it."""
+    trial = try_mutant(name, Options(findings=tmp_path), once=True)
+    assert trial.killed, f"{trial.died_of}, not {trial.clause}\n{trial.found}"
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "reason"),
+    [
+        ("DotProductsInFloat16", "production", ("needs", "dtype", "float16")),
+        ("NoWindow", "production", ("needs", "sliding_window_size", "0")),
+        ("BlockInEightBits", "interpreter", ("needs", "num_selection_blocks", "> 256")),
+        ("LastRowTwice", "interpreter", ("needs", "q_len", "> 64")),
+        ("DuplicatesOnceBackward", "interpreter", ("needs", "duplicates", "multiset")),
+        ("SlotsFilledWithZero", "interpreter", ("not offered", "select")),
+        ("SequencesLeak", "production", ("not offered", "varlen")),
+        ("ForcedUpTo128", "production", None),
+        ("EarlyRowsSeeAll", "interpreter", None),
+        ("ScaleOfHalfTheWidth", "production", None),
+        ("LastRowTwice", "free", None),
+    ],
+)
+def test_what_limits_exclude_is_worked_out(
+    name: str, limits: str, reason: tuple[str, ...] | None
+) -> None:
+    """From what the mutant needs and what the limits leave, never from a list of names."""
+    found = list(why_it_cannot_be_met(name, limits))
+    assert reason in found if reason else not found
+
+
+@pytest.mark.parametrize("name", ["WindowPlusOne", "MinusOneIsZero", "LseBaseTwo"])
+def test_a_mutant_dies_under_other_limits(name: str, tmp_path: Path) -> None:
+    """Those of kernels in the interpreter."""
+    trial = try_mutant(name, Options(findings=tmp_path), "interpreter")
+    assert trial.killed, f"{trial.died_of}\n{trial.found}"
+
+
+def test_a_mutant_is_not_excused_by_what_it_does_not_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies where it says that it is right; and what cannot be met is tried all the same."""
+    for needs, limits in (
+        ({"kv_len": "> 512"}, "interpreter"),
+        ({"method": "select"}, "free"),
+    ):
+        conditions = () if "method" in needs else (Condition(*next(iter(needs.items()))),)
+        changed = dataclasses.replace(
+            ZOO["WindowPlusOne"], needs=conditions, method=needs.get("method", "")
+        )
+        monkeypatch.setitem(ZOO, "WindowPlusOne", changed)
+        trial = try_mutant("WindowPlusOne", Options(findings=tmp_path), limits)
+        assert (trial.died_of, trial.right) == ("W1 (beyond its needs)", False)
+
+
+def test_what_cannot_be_met_excuses_a_survivor_alone() -> None:
+    """A survivor without a reason, another clause, an exception and a lost worker are failures."""
+    what = {"name": "NoScale", "limits": "production", "seed": 0, "clause": "A1"}
+    reason = ("needs", "dtype", "float16")
+    assert Trial(**what, cannot=[reason]).died_of == "cannot be met"
+    assert Trial(**what, cannot=[reason]).right
+    assert Trial(**what, found_by="A1").right
+    assert not Trial(**what).right
+    assert not Trial(**what, found_by="A3").right
+    assert not Trial(**what, found_by="A3", cannot=[reason]).right
+    assert not Trial(**what, found_by="A1", raised=True).right
+    assert not worker_died("NoScale", "production", 0).right
+
+
+def test_a_property_that_alone_finds_a_mutant_is_told(tmp_path: Path) -> None:
+    """Of two that both find it, neither does."""
+    options = Options(findings=tmp_path)
+    alone = kills_of_its_own([try_mutant(n, options) for n in ("LastKeyNotRead", "Strictness")])
+    assert alone["W1_sliding_mask_as_exposed"] == alone["C2_compress_mask_as_exposed"] == []
+    by_one = kills_of_its_own([try_mutant("FirstHeadOnly", options)])
+    assert by_one == {"I3_selection": ["FirstHeadOnly"]}
+
+
+def test_the_interpreter_is_tried_within_what_is_declared_there() -> None:
+    """nsa_ref states the limits, because it imports nothing of nsa_fast."""
+    torch = pytest.importorskip("torch")
+    assert torch
+    from nsa_fast.adapter import NsaFastInterpreted
+
+    stated, column = NsaFastInterpreted(), COLUMNS["interpreter"]
+    assert column.limits == stated.limits
+    assert column.semantics == stated.semantics
+    assert set(column.dtypes) == set(stated.numerics)
+    offered = {method for method in vars(Implementation) if method.endswith("_mask")}
+    assert set(column.methods) == {"sliding", "compress", "fine"} | offered
+    assert all(map(stated.offers, column.methods))
+
+
 def test_no_mutant_is_lost_and_none_dies_of_another_clause_than_before() -> None:
     """A new one is added to mutant_names.txt, with the clause that must kill it."""
     pinned = Path(__file__).with_name("mutant_names.txt").read_text().splitlines()
@@ -91,7 +194,7 @@ from nsa_ref.testing.mutants import layers, mutant
 
 @mutant("F2", "none")
 class Survivor(OracleImplementation):
-    pass
+    pace = "slow"
 
 
 @mutant("A4", "gradients are wrong, and so is the output")
@@ -117,14 +220,21 @@ def planted(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_prints_what_every_mutant_died_of(planted: Path) -> None:
     """Exit code 0; the same as data."""
     names = ("WindowPlusOne", "SequencesLeak")
-    done = nsa_ref("mutants", *names, "-n", "1", "--json", "mutants.json")
+    done = nsa_ref("mutants", *names, "--seeds", "2", "-n", "1", "--json", "mutants.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^WindowPlusOne +W1 +W1 +\d+ +[\d.]+$", done.stdout, re.MULTILINE)
     assert re.search(r"^SequencesLeak +G4 +G4 +\d+ +[\d.]+$", done.stdout, re.MULTILINE)
-    assert "2 of 2 mutants die of their clause" in done.stdout
-    written = json.loads((planted / "mutants.json").read_text())["mutants"]
-    assert [one["name"] for one in written] == list(names)
-    assert all(one["right"] and one["cases"] and ZOO[one["name"]] for one in written)
+    assert "free: 2 of 2 mutants die of their clause\n" in done.stdout
+    some = "production: 1 of 2 mutants die of their clause, 1 cannot be met under these limits"
+    assert some in done.stdout
+    assert "cannot be met, not offered (varlen): SequencesLeak" in done.stdout
+    assert "properties that find no mutant alone (free): W1_sliding" in done.stdout
+    written = json.loads((planted / "mutants.json").read_text())
+    assert written["limits"].keys() == COLUMNS.keys()
+    assert written["found_by_one_property_alone"]["W1_sliding_mask_as_exposed"] == []
+    trials = [(one["name"], one["limits"], one["seed"]) for one in written["mutants"]]
+    assert trials == [(n, limits, seed) for limits in COLUMNS for seed in (0, 1) for n in names]
+    assert all(one["right"] and one["cases"] + len(one["cannot"]) for one in written["mutants"])
 
 
 def test_a_survivor_and_what_dies_of_something_else_are_shown(planted: Path) -> None:
@@ -134,7 +244,8 @@ def test_a_survivor_and_what_dies_of_something_else_are_shown(planted: Path) -> 
     assert done.returncode == 1, done.stdout + done.stderr
     for line in ("Survivor +F2 +survives", "OfAnotherClause +A4 +G1", r"Raises +C4 +C4 \(by an"):
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
-    assert "1 of 4 mutants die of their clause" in done.stdout
+    assert "free: 1 of 4 mutants die of their clause\n" in done.stdout
+    assert "production: 1 of 4 mutants die of their clause, 1 cannot be met" in done.stdout
 
 
 def test_what_cannot_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,14 +149,22 @@ class AnotherOrder(Kernel):
         return super().over_values(r, weights[..., order], v[:, :, order])
 
 
-@mutant("A1", "where heads have 128 features, and values as many, the scale is that of 64")
+@mutant(
+    "A1",
+    "where heads have 128 features, and values as many, the scale is that of 64",
+    needs={"head_dim": 128, "value_dim": 128},
+)
 class ScaleOfHalfTheWidth(Kernel):
     def scale(self, case: Case) -> float:
         halved = case.head_dim == case.value_dim == 128
         return super().scale(case) * 2**0.5 if halved else super().scale(case)
 
 
-@mutant("A1", "of several tiles of 64 rows, a last one of one row is added up twice")
+@mutant(
+    "A1",
+    "of several tiles of 64 rows, a last one of one row is added up twice",
+    needs={"q_len": "> 64", "q_len_mod_64": 1},
+)
 class LastRowTwice(Kernel):
     def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
         found = super().attend(case, branch, mask, *tensors)
@@ -171,7 +179,11 @@ class MaximumFromMinus1e4(Kernel):
         return np.maximum(super().peak(before, scores, masked), before.dtype.type(-1e4))
 
 
-@mutant("A1", "q.k is kept in the range of float16 before it is scaled")
+@mutant(
+    "A1",
+    "q.k is kept in the range of float16 before it is scaled",
+    needs={"dtype": "float16"},
+)
 class DotProductsInFloat16(Kernel):
     def scores(self, case: Case, r: Rounding, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         scores, largest = super().scores(case, r, q, k), np.finfo(np.float16).max
@@ -180,7 +192,7 @@ class DotProductsInFloat16(Kernel):
         return np.where(lost, np.copysign(np.inf, scores), scores)
 
 
-@mutant("A1", "values that are subnormal in float16 are read as 0")
+@mutant("A1", "values that are subnormal in float16 are read as 0", needs={"dtype": "float16"})
 class SubnormalValuesLost(Kernel):
     def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
         if r.dtype == np.float16:
@@ -272,7 +284,7 @@ class MaximumOfAll(Kernel):
 # --- backward -------------------------------------------------------------------------------------
 
 
-@mutant("A3", "queries beyond the 512th are lost in dk and dv")
+@mutant("A3", "queries beyond the 512th are lost in dk and dv", needs={"q_len": "> 512"})
 class NarrowQueries(Kernel):
     def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
         return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
@@ -337,7 +349,11 @@ class NarrowDq(Kernel):
         return _accumulated(r, ds, k)
 
 
-@mutant("A3", "the backward counts a block that is named twice once, where twice is declared")
+@mutant(
+    "A3",
+    "the backward counts a block that is named twice once, where twice is declared",
+    needs={"duplicates": "multiset"},
+)
 class DuplicatesOnceBackward(Kernel):
     def backward_mask(self, mask: np.ndarray) -> np.ndarray:
         return np.minimum(mask, 1)

@@ -85,14 +85,18 @@ class EarlyRowsSeeAll(OracleImplementation):
         return _early_rows(case, super().sliding_mask(case), np.ones(case.kv_len, int))
 
 
-@mutant("W3", "a window of 0 is taken for no window at all")
+@mutant("W3", "a window of 0 is taken for no window at all", needs={"sliding_window_size": 0})
 class NoWindow(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
         w = case.sliding_window_size or case.kv_len
         return super().sliding_mask(dataclasses.replace(case, sliding_window_size=w))
 
 
-@mutant("W1", "distances are kept in 9 bits: the window is seen again 512 keys further back")
+@mutant(
+    "W1",
+    "distances are kept in 9 bits: the window is seen again 512 keys further back",
+    needs={"kv_len": "> 512"},
+)
 class NarrowDistance(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
         mask = super().sliding_mask(case)
@@ -103,7 +107,7 @@ class NarrowDistance(OracleImplementation):
 # --- compress -------------------------------------------------------------------------------------
 
 
-@mutant("C2", "the last token of a block is kept in 9 bits")
+@mutant("C2", "the last token of a block is kept in 9 bits", needs={"kv_len": "> 512"})
 class NarrowLastToken(OracleImplementation):
     def compress_mask(self, case: Case) -> np.ndarray:
         mask = super().compress_mask(case)
@@ -158,7 +162,7 @@ class AlwaysCausalBlocks(OracleImplementation):
 # --- fine -----------------------------------------------------------------------------------------
 
 
-@mutant("F1", "the index of a block is kept in 8 bits")
+@mutant("F1", "the index of a block is kept in 8 bits", needs={"num_selection_blocks": "> 256"})
 class BlockInEightBits(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         real = (block_indices >= 0) & (block_indices < case.num_selection_blocks)
@@ -179,7 +183,11 @@ class ShortBlockOfSixteenSlots(OracleImplementation):
         return mask
 
 
-@mutant("F1", "blocks are told by the first token, which is kept in 9 bits")
+@mutant(
+    "F1",
+    "blocks are told by the first token, which is kept in 9 bits",
+    needs={"kv_len": "> 512"},
+)
 class NarrowFirstToken(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         mask = super().fine_mask(case, block_indices)

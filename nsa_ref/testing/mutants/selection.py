@@ -172,7 +172,7 @@ class ForcedUpTo128(Selector):
         return forced
 
 
-@mutant("I2", "blocks beyond the 128th are no candidates")
+@mutant("I2", "blocks beyond the 128th are no candidates", needs={"num_selection_blocks": "> 128"})
 class CandidatesUpTo128(Selector):
     def candidates(self, case: Case) -> np.ndarray:
         candidates = super().candidates(case)
@@ -180,7 +180,7 @@ class CandidatesUpTo128(Selector):
         return candidates
 
 
-@mutant("I2", "blocks beyond the 256th are no candidates")
+@mutant("I2", "blocks beyond the 256th are no candidates", needs={"num_selection_blocks": "> 256"})
 class CandidatesUpTo256(Selector):
     def candidates(self, case: Case) -> np.ndarray:
         candidates = super().candidates(case)
@@ -197,7 +197,12 @@ class NarrowProbabilities(Selector):
         return p.astype(DTYPES["bfloat16"]).astype(r.wide)
 
 
-@mutant("I6", "causal by the block's index where its position is meant", seen_in="public kernels")
+@mutant(
+    "I6",
+    "causal by the block's index where its position is meant",
+    seen_in="public kernels",
+    method="select",
+)
 class OwnBlockNoCandidate(Selector):
     def candidates(self, case: Case) -> np.ndarray:
         own = positions(case) // case.selection_block_size
@@ -220,7 +225,12 @@ class TieIntoTheFuture(Selector):
         return chosen
 
 
-@mutant("I6", "slots left over hold block 0 again", seen_in="ports whose unused slots hold 0")
+@mutant(
+    "I6",
+    "slots left over hold block 0 again",
+    seen_in="ports whose unused slots hold 0",
+    method="select",
+)
 class SlotsFilledWithZero(Selector):
     def unused(self) -> int:
         return 0

@@ -1,24 +1,26 @@
-"""What `nsa-ref mutants` hands to pytest: one test a mutant."""
+"""What `nsa-ref mutants` hands to pytest: a test for each mutant, limits and seed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.trials import try_mutant
-from nsa_ref.testing.options import Options
 
 
-@pytest.mark.parametrize("name", ZOO)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    listed = json.loads(Path(metafunc.config.getoption("--nsa-trials")).read_text())
+    metafunc.parametrize(("name", "limits", "seed"), listed)
+
+
 def test_mutant_is_killed_by_its_clause(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
+    name: str, limits: str, seed: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """By a property of the clause that it breaks, and for what it does."""
-    options = getattr(request.config, "nsa_ref_options", None) or Options()
-    trial = try_mutant(name, dataclasses.replace(options, findings=tmp_path))
+    options = request.config.nsa_ref_options  # type: ignore[attr-defined]
+    options = dataclasses.replace(options, findings=tmp_path, seed=seed)
+    trial = try_mutant(name, options, limits)
     request.node.user_properties.append(("nsa_ref_mutant", dataclasses.asdict(trial)))
-    mistake = ZOO[name].mistake
-    assert trial.right, f"{name} ({mistake}): {trial.died_of}, not {trial.clause}\n{trial.found}"

@@ -1,0 +1,159 @@
+"""The columns of the kill matrix: what kernels of a kind declare, and which mutants that excludes.
+
+A mutant is judged as if it were such a kernel, within the kernel's limits. Some of the mistakes
+cannot be made there: that is worked out from what is declared, and never stated of a mutant.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
+from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.conditions import SWITCHES, Condition
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.limits import CHANGED_BY, Limits
+
+#: What a kernel is, beside a whole layer.
+BRANCHES = ("sliding", "compress", "fine", "sliding_mask", "compress_mask", "fine_mask")
+
+#: Lengths that all methods of production kernels are asked.
+SHORTER = (2048, 2049, 2111)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What kernels of a kind declare, with what the mutant itself declares as the outer bounds.
+
+    limits, limits_of : as of an implementation
+    dtypes, semantics, methods : those that they have; all, if empty
+    """
+
+    limits: Limits = dataclasses.field(default_factory=dict)
+    limits_of: Mapping[str, Limits] = dataclasses.field(default_factory=dict)
+    dtypes: Sequence[str] = ()
+    semantics: Sequence[Semantics] = ()
+    methods: Sequence[str] = ()
+
+    def of(self, implementation: Implementation) -> Implementation:
+        """The implementation as a kernel of this kind."""
+        placed = copy.copy(implementation)
+        placed.limits, placed.limits_of = self.limits, self.limits_of
+        rows = implementation.numerics.items()
+        placed.numerics = {d: row for d, row in rows if d in (self.dtypes or DTYPES)}
+        follows = implementation.semantics
+        placed.semantics = [s for s in follows if s in (self.semantics or follows)]
+        if self.methods:
+            placed.offers = lambda method: (  # type: ignore[method-assign]
+                method.removesuffix("_vjp") in self.methods and implementation.offers(method)
+            )
+        return placed
+
+    def excludes(self, implementation: Implementation, need: Condition) -> bool:
+        """Whether no case of such a kernel is as the condition says.
+
+        implementation : as `of` gives it
+        """
+        allowed: dict[str, Sequence[Any]] = {
+            **{field: list(values) for field, values in self.limits.items()},
+            "dtype": list(implementation.numerics),
+            "semantics": list(implementation.semantics),
+        }
+        fields: dict[str, None] = {}
+        for read in need.reads:
+            if read in allowed:
+                fields[read] = None
+            else:
+                fields |= dict.fromkeys(
+                    ("semantics",) if read in SWITCHES else CHANGED_BY.get(read, (read,))
+                )
+        if not fields.keys() <= allowed.keys():
+            return False
+        for values in itertools.product(*(allowed[field] for field in fields)):
+            if need.holds(_case(dict(zip(fields, values)))):
+                return False
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """What it declares; of a range its ends."""
+        return {
+            "limits": _written(self.limits),
+            "limits_of": {method: _written(more) for method, more in self.limits_of.items()},
+            "dtypes": list(self.dtypes),
+            "semantics": [one.to_json() for one in self.semantics],
+            "methods": list(self.methods),
+        }
+
+
+def _written(limits: Limits) -> dict[str, Any]:
+    return {
+        field: f"{values[0]}..{values[-1]}" if isinstance(values, range) else list(values)
+        for field, values in limits.items()
+    }
+
+
+def _case(sizes: dict[str, Any]) -> Case:
+    """A case with these sizes, whose others go with them."""
+    if (group_size := sizes.pop("group_size", None)) is not None:
+        sizes = {"kv_heads": 1, "q_heads": group_size} | sizes
+    if "selection_block_size" in sizes:
+        sizes = {"compress_block_sliding_stride": 1, "compress_block_size": 1} | sizes
+    return Case(**sizes)
+
+
+#: name -> what is declared
+COLUMNS: Mapping[str, Column] = {
+    "free": Column(),
+    # few rows behind several thousand keys: selection decides
+    "production": Column(
+        limits={
+            "batch": (1,),
+            "kv_heads": (1, 2),
+            "group_size": (16,),
+            "head_dim": (64, 128),
+            "value_dim": (64, 128),
+            "compress_block_size": (32,),
+            "compress_block_sliding_stride": (16,),
+            "selection_block_size": (64,),
+            "num_selected_blocks": (16,),
+            "sliding_window_size": (512,),
+            "q_len": range(1, 5),
+            # the last block whole, of one key, and short of one key; more than 128 blocks
+            "kv_len": (*SHORTER, 8257),
+        },
+        # masks of 8257 keys take the definition seconds a case
+        limits_of={f"{branch}*": {"kv_len": SHORTER} for branch in ("sliding", "compress", "fine")},
+        dtypes=("bfloat16",),
+        methods=(*BRANCHES, "pool", "select"),
+    ),
+    # what nsa_fast declares of its kernels in Triton's interpreter
+    "interpreter": Column(
+        limits={
+            "batch": (0, 2),
+            "q_heads": (2, 8, 16),
+            "kv_heads": (1, 2),
+            "group_size": (1, 4, 16),
+            "head_dim": (64,),
+            "value_dim": (32,),
+            "selection_block_size": (4, 16),
+            "q_len": range(21),
+            "kv_len": range(131),
+        },
+        dtypes=("float32", "bfloat16"),
+        semantics=(
+            PAPER,
+            LUCIDRAINS_FLEX,
+            dataclasses.replace(PAPER, causal=False),
+            dataclasses.replace(LUCIDRAINS_FLEX, causal=False),
+            dataclasses.replace(PAPER, window_closed=False),
+            dataclasses.replace(PAPER, window_closed=False, causal=False),
+            dataclasses.replace(PAPER, compress_strict=True, forced_score=1.0, score_floor=1e-10),
+        ),
+        methods=BRANCHES,
+    ),
+}
