@@ -98,6 +98,7 @@ def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
         ("DuplicatesOnceBackward", "interpreter", ("needs", "duplicates", "multiset")),
         ("SlotsFilledWithZero", "interpreter", ("not offered", "select")),
         ("SequencesLeak", "production", ("not offered", "varlen")),
+        ("EarlyRowsSeeAll", "production", ("needs", "q_len", "> kv_len")),
         ("ForcedUpTo128", "production", None),
         ("EarlyRowsSeeAll", "interpreter", None),
         ("ScaleOfHalfTheWidth", "production", None),

@@ -71,7 +71,11 @@ def _early_rows(case: Case, mask: np.ndarray, other: np.ndarray) -> np.ndarray:
     return mask if case.semantics.causal else np.where(positions(case) >= 0, mask, other)
 
 
-@mutant("W2", "without causality, rows before every token see the first keys of their window")
+@mutant(
+    "W2",
+    "without causality, rows before every token see the first keys of their window",
+    needs={"q_len": "> kv_len", "causal": False},
+)
 class EarlyRowsSeeTheWindow(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
         reach = case.sliding_window_size + case.semantics.window_closed
@@ -79,7 +83,11 @@ class EarlyRowsSeeTheWindow(OracleImplementation):
         return _early_rows(case, super().sliding_mask(case), near)
 
 
-@mutant("W2", "without causality, rows before every token see every key")
+@mutant(
+    "W2",
+    "without causality, rows before every token see every key",
+    needs={"q_len": "> kv_len", "causal": False},
+)
 class EarlyRowsSeeAll(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:
         return _early_rows(case, super().sliding_mask(case), np.ones(case.kv_len, int))
@@ -133,7 +141,11 @@ class BlockTooEarly(OracleImplementation):
         return mask
 
 
-@mutant("C2", "a block's last token is found in whole strides, as if d divided l")
+@mutant(
+    "C2",
+    "a block's last token is found in whole strides, as if d divided l",
+    needs={"compress_block_size_mod_compress_block_sliding_stride": "!= 0"},
+)
 class LastTokenByStride(OracleImplementation):
     semantics = (PAPER,)
 
@@ -232,7 +244,11 @@ class AlwaysCausalFine(OracleImplementation):
         return super().fine_mask(causal, block_indices)
 
 
-@mutant("F4", "without causality, rows before every token see the blocks that they selected")
+@mutant(
+    "F4",
+    "without causality, rows before every token see the blocks that they selected",
+    needs={"q_len": "> kv_len", "causal": False},
+)
 class EarlyRowsSeeTheirBlocks(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         more = dataclasses.replace(case, kv_len=max(case.q_len, case.kv_len))
