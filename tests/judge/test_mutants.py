@@ -98,6 +98,11 @@ def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
         ("DuplicatesOnceBackward", "interpreter", ("needs", "duplicates", "multiset")),
         ("SlotsFilledWithZero", "interpreter", ("not offered", "select")),
         ("SequencesLeak", "production", ("not offered", "varlen")),
+        (
+            "LastTokenByStride",
+            "production",
+            ("needs", "compress_block_size_mod_compress_block_sliding_stride", "!= 0"),
+        ),
         ("EarlyRowsSeeAll", "production", ("needs", "q_len", "> kv_len")),
         ("ForcedUpTo128", "production", None),
         ("EarlyRowsSeeAll", "interpreter", None),
@@ -111,6 +116,13 @@ def test_what_limits_exclude_is_worked_out(
     """From what the mutant needs and what the limits leave, never from a list of names."""
     found = list(why_it_cannot_be_met(name, limits))
     assert reason in found if reason else not found
+
+
+def test_free_limits_exclude_no_mutant() -> None:
+    """And of every one it can be worked out what the others exclude."""
+    excluded = {(n, limits): [*why_it_cannot_be_met(n, limits)] for n in ZOO for limits in COLUMNS}
+    assert not any(excluded[name, "free"] for name in ZOO)
+    assert {limits for (_, limits), why in excluded.items() if why} == {*COLUMNS} - {"free"}
 
 
 @pytest.mark.parametrize("name", ["WindowPlusOne", "MinusOneIsZero", "LseBaseTwo"])

@@ -17,7 +17,7 @@ from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.conditions import SWITCHES, Condition
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.limits import CHANGED_BY, Limits
+from nsa_ref.testing.limits import BLOCKS, CHANGED_BY, Limits
 
 #: What a kernel is, beside a whole layer.
 BRANCHES = ("sliding", "compress", "fine", "sliding_mask", "compress_mask", "fine_mask")
@@ -101,8 +101,9 @@ def _case(sizes: dict[str, Any]) -> Case:
     """A case with these sizes, whose others go with them."""
     if (group_size := sizes.pop("group_size", None)) is not None:
         sizes = {"kv_heads": 1, "q_heads": group_size} | sizes
-    if "selection_block_size" in sizes:
-        sizes = {"compress_block_sliding_stride": 1, "compress_block_size": 1} | sizes
+    if BLOCKS & sizes.keys():
+        stride = sizes.setdefault("compress_block_sliding_stride", 1)
+        sizes = {"selection_block_size": stride, "compress_block_size": stride} | sizes
     return Case(**sizes)
 
 
