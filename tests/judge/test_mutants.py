@@ -132,6 +132,14 @@ def test_a_mutant_dies_under_other_limits(name: str, tmp_path: Path) -> None:
     assert trial.killed, f"{trial.died_of}\n{trial.found}"
 
 
+def test_a_wrong_sum_over_heads_is_blamed_where_no_case_has_one_head_a_group(
+    tmp_path: Path,
+) -> None:
+    """Its part cannot be left out under these limits: the clause is what the property is about."""
+    trial = try_mutant("FirstHeadOnly", Options(findings=tmp_path), "production")
+    assert trial.killed, f"{trial.died_of}\n{trial.found}"
+
+
 def test_a_mutant_is_not_excused_by_what_it_does_not_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
