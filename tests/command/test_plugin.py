@@ -31,7 +31,8 @@ globals().update(conformance_suite({port}()))
 
 @pytest.fixture
 def stranger(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory with no conftest above it."""
+    """A directory with no conftest above it; what configures pytest further up is not read."""
+    (place / "pytest.ini").write_text("[pytest]\n")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return place
 
