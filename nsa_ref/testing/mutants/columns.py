@@ -18,6 +18,7 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.conditions import SWITCHES, Condition
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.limits import BLOCKS, CHANGED_BY, Limits
+from nsa_ref.testing.swarm import PRODUCTION
 
 #: What a kernel is, beside a whole layer.
 BRANCHES = ("sliding", "compress", "fine", "sliding_mask", "compress_mask", "fine_mask")
@@ -112,17 +113,8 @@ COLUMNS: Mapping[str, Column] = {
     "free": Column(),
     # few rows behind several thousand keys: selection decides
     "production": Column(
-        limits={
-            "batch": (1,),
-            "kv_heads": (1, 2),
-            "group_size": (16,),
-            "head_dim": (64, 128),
-            "value_dim": (64, 128),
-            "compress_block_size": (32,),
-            "compress_block_sliding_stride": (16,),
-            "selection_block_size": (64,),
-            "num_selected_blocks": (16,),
-            "sliding_window_size": (512,),
+        limits=PRODUCTION
+        | {
             "q_len": range(1, 5),
             # the last block whole, of one key, and short of one key; more than 128 blocks
             "kv_len": (*SHORTER, 8257),
