@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -269,6 +270,37 @@ def test_an_endless_message_is_cut_and_kept(tmp_path: Path) -> None:
 
 
 # --- what is the judge's own, and what the implementation's ---------------------------------------
+
+
+def _large() -> None:
+    """Its frame takes 2 KB."""
+
+
+_large.__code__ = _large.__code__.replace(co_stacksize=250)
+
+
+class CallsInLoops(SlidingMask):
+    """Calls in a loop at every depth, and counts the pages that were mapped for it."""
+
+    def sliding_mask(self, case: Case) -> Any:
+        self.most = max(self.mapped(depth) for depth in range(150))
+        return super().sliding_mask(case)
+
+    def mapped(self, depth: int) -> int:
+        if depth:
+            return self.mapped(depth - 1)
+        _large()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(100):
+            _large()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_no_loop_of_a_port_maps_memory_at_each_call() -> None:
+    """As one does at the end of the interpreter's chunk of 16 KB for frames."""
+    port = CallsInLoops()
+    judging.judge(EXPOSED, port, Case())
+    assert port.most < 100
 
 
 class RaisesAtEveryZero(Kernel):
