@@ -535,6 +535,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     trials = [ended.get(one) or worker_died(*one) for one in asked]
     show_trials(console, trials, time.monotonic() - started)
     report = {
+        "device": "cpu",
         "versions": versions(),
         "limits": {name: column.to_json() for name, column in COLUMNS.items()},
         "mutants": [trial.to_json() for trial in trials],
