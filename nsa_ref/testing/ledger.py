@@ -210,18 +210,20 @@ def wrong_entries(records: Sequence[Record], entries: Sequence[Entry] = ()) -> l
     entries : of whose properties all were asked for
     """
     late = {name for r in records if r.unreached for name in {*r.inside, *r.outside}}
-    inside, outside, failed, spared = (Counter[str]() for _ in range(4))
+    inside, outside, failed, spared, held = (Counter[str]() for _ in range(5))
     for record in records:
         inside += record.inside
         outside += record.outside
         failed += record.known
         spared += record.spared
+        held += record.held
     found: list[Remark] = []
     for name in sorted({*inside, *outside, *failed} - late):
         if not inside[name] and not failed[name]:
             found.append(("no case", name, outside[name]))
         elif not failed[name] and not spared[name]:
-            found.append(("stale", name, inside[name]))
+            # cases that nothing was decided of do not show that it is mended
+            found += [("stale", name, held[name])] if held[name] else []
         elif inside[name] and not outside[name]:
             found.append(("every case", name, inside[name]))
     judged = {record.implementation for record in records}

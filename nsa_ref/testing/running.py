@@ -183,6 +183,8 @@ class _Trials:
         else:
             if counting:
                 self._count(case, outcome)
+                if outcome.compared or not outcome.ambiguous:
+                    self.record.held.update(self._covering(case))
             return False
 
     def _judged(self, case: Case) -> Outcome:
@@ -274,10 +276,14 @@ class _Trials:
 
     def _count_covered(self, case: Case) -> None:
         """Count the case for each entry of the ledger that is about the property."""
-        for entry in self.ledger:
-            if entry.is_about(self.prop):
-                counts = self.record.inside if entry.covers(case) else self.record.outside
-                counts[entry.id] += 1
+        covering = self._covering(case)
+        about = [entry.id for entry in self.ledger if entry.is_about(self.prop)]
+        self.record.inside.update(covering)
+        self.record.outside.update(id for id in about if id not in covering)
+
+    def _covering(self, case: Case) -> list[str]:
+        """Entries of the ledger that are about the property, and cover the case."""
+        return [e.id for e in self.ledger if e.is_about(self.prop) and e.covers(case)]
 
     def _is_spared(self, case: Case, counting: bool) -> bool:
         """True if the ledger says that the case must not be launched."""

@@ -266,7 +266,8 @@ class Record:
         had them that were decided, or had nothing in them; and how many that were refused
     built : the same of the cases that were built so that all pairs of edges are met (see `pairs`)
     inside, outside : entry of the ledger about the property -> cases that it covers, and others
-    known, spared : entry -> cases that broke as it says, and cases that were not launched for it
+    known, spared, held : entry -> cases that broke as it says, cases that were not launched for it,
+        and cases that it covers, and that hold
     finding : see `findings`
     lost : why nothing is known of it, such as that its worker died outside of any case
     """
@@ -294,6 +295,7 @@ class Record:
     outside: Counter[str] = field(default_factory=Counter)
     known: Counter[str] = field(default_factory=Counter)
     spared: Counter[str] = field(default_factory=Counter)
+    held: Counter[str] = field(default_factory=Counter)
     finding: dict[str, Any] | None = None
     lost: str = ""
 

@@ -10,7 +10,7 @@ import pytest
 
 from commands import nsa_ref
 from nsa_ref.attention import Attention
-from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing import Case, NotOffered, OracleImplementation
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.ledger import FILE_NAME, wrong_entries
 from nsa_ref.testing.options import Options
@@ -64,6 +64,21 @@ def test_a_second_bug_is_found_beside_the_known_one_and_made_smaller_beside_it(
     assert finding is not None
     case = Case.from_json(finding["case"])
     assert case.q_heads > 1 and case.kv_len > case.sliding_window_size
+
+
+class OffersNoLongWindows(Doubles):
+    """Nothing is decided of the cases that the entry covers."""
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        if case.kv_len <= case.sliding_window_size:
+            raise NotOffered("long windows")
+        return super().sliding(case, q, k, v)
+
+
+def test_an_entry_of_whose_cases_none_was_decided_is_not_stale(tmp_path: Path) -> None:
+    record = judged(OffersNoLongWindows(), tmp_path)
+    assert record.inside["long-windows"] and not record.held and not record.known
+    assert not wrong_entries([record])
 
 
 def test_an_entry_whose_failure_was_mended_is_stale(tmp_path: Path) -> None:

@@ -292,7 +292,8 @@ def test_an_entry_explains_its_own_clause_alone() -> None:
         ({"inside": 3, "outside": 5, "spared": 3}, []),
         ({"inside": 0, "outside": 5, "known": 1}, []),
         ({"inside": 0, "outside": 5}, [("no case", "a", 5)]),
-        ({"inside": 3, "outside": 5}, [("stale", "a", 3)]),
+        ({"inside": 3, "outside": 5, "held": 2}, [("stale", "a", 2)]),
+        ({"inside": 3, "outside": 5}, []),  # none of them was decided
         ({"inside": 3, "outside": 0, "known": 3}, [("every case", "a", 3)]),
         ({"inside": 0, "outside": 0, "known": 1}, []),
     ],
