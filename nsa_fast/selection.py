@@ -31,10 +31,13 @@ from nsa_fast.checks import (
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
-#: Scores of one chunk of queries: 2**24 float32 are 64 MiB. A CPU is several times as fast with
-#: chunks that fit into its cache.
-CHUNK_ELEMENTS = 2**24
+#: Scores of one chunk of queries: 2**28 float32 are 1 GiB, and a chunk is some fifty launches. A
+#: CPU is several times as fast with chunks that fit into its cache.
+CHUNK_ELEMENTS = 2**28
 CPU_CHUNK_ELEMENTS = 2**20
+
+#: Types of devices that multiply 16-bit numbers as they are and can return the sums in float32.
+SUMS_IN_FLOAT32 = {"cuda"}
 
 #: The logit of one more column, before the blocks: a row without any block goes there (I3).
 PAD_LOGIT = -1e3
@@ -139,19 +142,20 @@ def select_blocks(
     check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
     check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
 
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    columns = torch.cat([mem_k, k_cmp], dim=2).to(dtype).transpose(-1, -2)
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)
     chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
     if chosen.numel() == 0 or sizes.num_blocks == 0:
         return chosen
     memory = mem_k.shape[2]
-    columns = columns.flatten(0, 1)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    product_dtype = q.dtype if q.device.type in SUMS_IN_FLOAT32 else dtype
+    summed_in = {} if product_dtype == dtype else {"out_dtype": dtype}
+    columns = torch.cat([mem_k, k_cmp], dim=2).to(product_dtype).transpose(-1, -2).flatten(0, 1)
     slices = list(chunks(q, max(columns.shape[-1], sizes.num_blocks)))
     # one for all chunks: new pages for each would cost as much as the softmax
     largest = batch * q_heads * slices[0].stop * columns.shape[-1]
-    buffers = columns.new_empty(2, largest)
+    buffers = columns.new_empty((2, largest), dtype=dtype)
     with without_autocast(q.device):
         for rows in slices:
             first, last = rows.start + kv_len - q_len, rows.stop - 1 + kv_len - q_len
@@ -163,9 +167,9 @@ def select_blocks(
             # (batch, heads, heads that share, rows, memory and windows)
             shape = (batch, heads, q_heads // heads, len(position), needed)
             logits, p_cmp = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-            part = q[:, :, rows].to(dtype).reshape(len(columns), -1, head_dim)
+            part = q[:, :, rows].to(product_dtype).reshape(len(columns), -1, head_dim)
             product = logits.view(*part.shape[:2], needed)
-            torch.bmm(part, columns[..., :needed], out=product).mul_(factor)
+            torch.bmm(part, columns[..., :needed], out=product, **summed_in).mul_(factor)
             best = _best(sizes, logits, p_cmp, position, first, memory, num_blocks)
             chosen[:, :, rows, : best.shape[-1]] = best
     return chosen
@@ -224,7 +228,7 @@ def _best(
         scores = _overlap_scores(p_cmp[..., memory:], num_blocks, sizes)
         # every query head that shares the choice counts a forced block as forced_score
         of_forced = semantics.forced_score * logits.shape[2]
-        quantity, forced_rank = scores, torch.tensor(of_forced, dtype=scores.dtype)
+        quantity, ranked = scores, scores.masked_fill(forced, of_forced)
     else:
         visible = F.pad(visible, (seen_by_all, 0), value=True)
         scores = _logit_means(logits[..., memory:], visible, candidates, sizes)
@@ -232,16 +236,14 @@ def _best(
         quantity, of_forced = padded.softmax(dim=-1)[..., 1:], semantics.forced_score
         # where a block's probability would be forced_score
         forced_rank = math.log(semantics.forced_score) + padded.logsumexp(dim=-1, keepdim=True)
-    forced_rank = forced_rank.to(scores.device)
-    ranked = torch.where(forced, forced_rank, scores)
-    quantity = torch.where(forced, of_forced, quantity)
+        ranked = torch.where(forced, forced_rank, scores)
 
     # candidates stand before all others, whatever their scores: -inf becomes the least number
-    ranked = ranked.nan_to_num(nan=torch.inf)
-    ranked = torch.where(candidates, ranked, -torch.inf)
+    ranked = ranked.nan_to_num(nan=torch.inf).masked_fill(~candidates, -torch.inf)
     best = _highest(ranked, min(sizes.num_selected, num_blocks))
     valid = candidates.expand_as(ranked).gather(-1, best)
     if semantics.score_floor is not None:
+        quantity = quantity.masked_fill(forced, of_forced)
         valid = valid & (quantity.gather(-1, best) > semantics.score_floor)
     return torch.where(valid, best, -1)
 

@@ -16,6 +16,9 @@ from nsa_ref.testing.properties import PROPERTIES
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
 import nsa_fast  # noqa: E402
 from fast_memory import Largest  # noqa: E402
 from nsa_fast import selection  # noqa: E402
@@ -207,6 +210,49 @@ def test_selection_under_autocast_is_what_it_is_without() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = select(**tensors)
     assert torch.equal(found, expected)
+
+
+class _Operations(TorchDispatchMode):
+    """Every operation, with the tensors that it takes and what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[torch.Tensor], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.seen.append((str(func), given, result))
+        return result
+
+    def copied_to(self, device: str) -> list[str]:
+        """Operations that bring a tensor from another device, for which the host waits."""
+        return [
+            name
+            for name, given, result in self.seen
+            if isinstance(result, torch.Tensor)
+            and result.device.type == device
+            and any(tensor.device.type != device for tensor in given)
+        ]
+
+
+@pytest.mark.parametrize("semantics", [LUCIDRAINS, replace(PAPER, forced_score=1.0)])
+def test_on_cuda_nothing_is_copied_from_the_host_and_16_bits_are_multiplied(
+    semantics: Semantics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which operations run, and in which dtypes: a meta tensor has no values, and stands for it."""
+    monkeypatch.setattr(selection, "SUMS_IN_FLOAT32", {"meta"})
+    q, k_cmp = (
+        torch.empty(1, heads, length, 16, dtype=torch.bfloat16, device="meta")
+        for heads, length in ((4, 64), (2, 32))
+    )
+    with _Operations() as operations:
+        select(q=q, k_cmp=k_cmp, semantics=semantics)
+    assert operations.copied_to("meta") == []
+    products = [seen for seen in operations.seen if "bmm" in seen[0]]
+    assert len(products) == 1  # one chunk
+    (left, right, *_), result = products[0][1:]
+    assert (left.dtype, right.dtype, result.dtype) == (torch.bfloat16,) * 2 + (torch.float32,)
 
 
 def test_selection_asks_for_no_gradient() -> None:
