@@ -1,29 +1,40 @@
 """Source mutants of the definition: how many of them its own tests kill, module by module.
 
 ``python -m benchmarks.source_mutants`` has mutmut change one step at a time of every module that
-``[tool.mutmut]`` names, and run tests/oracle before each change. A run that was ended goes on where
-it stood. With names of modules (``masks attention``) these alone are asked, and asked anew.
-``--read`` runs nothing. Either prints a line for each module, and every survivor as a diff.
+``[tool.mutmut]`` names, and run tests/oracle before each change. Modules may be named (``masks
+attention``). A run that was ended goes on where it stood: what was killed is not asked again while
+its module stays as it is, and what lives is asked each time, for the tests may be sharper now.
+``--read`` runs nothing. Either prints a line for each module and what lives as a diff, and writes
+the counts of all modules that were asked, with the versions, as JSON.
 
 A survivor that is equivalent stands in ``tests/oracle/equivalent_mutants.toml`` with the reason. It
-is printed, and counts as not killed. Exit 1: fewer than 97 % were killed, a survivor is not listed,
-a listed one was killed, or one has not been asked.
+counts as not killed. Exit 1: fewer than 97 % were killed, one that lives is not listed, a listed
+one was killed, or one has not been asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import json
+import platform
 import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-LEAST = 0.97
-LISTED = Path("tests/oracle/equivalent_mutants.toml")
+from nsa_ref.testing.loading import versions
+
+LEAST = 97  # percent
+LISTED = Path(__file__).parents[1] / "tests/oracle/equivalent_mutants.toml"
+RESULTS = Path(__file__).parent / "results"
 #: A timeout is no kill: nothing says that a test would have failed.
 OUTCOMES = ("killed", "survived", "equivalent", "timeout", "no tests", "other", "not checked")
+
+Key = tuple[str, str, str]
 
 
 class Mutant(NamedTuple):
@@ -35,23 +46,24 @@ class Mutant(NamedTuple):
     now: str
 
     @property
-    def function(self) -> str:
-        return self.name.rpartition("__mutmut")[0]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What a moved line leaves as it is: no number, of a line or of the mutant."""
-        return self.function, self.was, self.now
+        return self.name.rpartition("__mutmut")[0], self.was, self.now
 
 
-def equivalent() -> dict[tuple[str, str, str], str]:
+def equivalent() -> dict[Key, str]:
     """(function, was, now) -> why no test can tell the two apart."""
     entries = tomllib.loads(LISTED.read_text(encoding="utf-8")).get("mutant", [])
-    return {(e["function"], e["was"], e["now"]): e["why"] for e in entries}
+    return {
+        (function, change["was"], change["now"]): entry["why"]
+        for entry in entries
+        for function in entry["functions"]
+        for change in entry["changes"]
+    }
 
 
 def mutants_of(module: str) -> list[Mutant]:
-    """What mutmut's files say of the mutants of a module; diffs of those alone that live."""
+    """What mutmut's files say of the mutants of a module."""
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.stats import status_by_exit_code
@@ -70,55 +82,92 @@ def mutants_of(module: str) -> list[Mutant]:
     return found
 
 
-def report(modules: list[str]) -> bool:
-    """Print the table and the survivors; True if all is well."""
-    reasons = equivalent()
-    total: Counter[str] = Counter()
-    bad: list[str] = []
-    print(f"{'module':12}{'mutants':>9}" + "".join(f"{o:>13}" for o in OUTCOMES) + "   killed")
-    for module in modules:
-        counts: Counter[str] = Counter()
-        for m in mutants_of(module):
-            outcome = m.outcome
-            if outcome == "survived" and m.key in reasons:
-                outcome = "equivalent"
-            elif m.key in reasons and outcome == "killed":
-                bad.append(f"{m.name} is listed as equivalent, and was killed")
-            elif outcome not in ("killed", "not checked"):
-                bad.append(f"{m.name} {outcome}\n  - {m.was}\n  + {m.now}")
-            counts[outcome] += 1
-        total += counts
-        _row(module, counts)
-    _row("all", total)
-    print()
-    print("\n".join(bad))
-    for function, was, now in (key for key in reasons if key[0].split(".")[1] in modules):
-        print(f"equivalent: {function}\n  - {was}\n  + {now}\n  {reasons[function, was, now]}")
-    enough = total["killed"] >= LEAST * total.total()
-    return enough and not bad and not total["not checked"]
+def judged(mutants: Iterable[Mutant], reasons: dict[Key, str]) -> Iterator[Mutant]:
+    """The same mutants; a survivor that is listed is equivalent."""
+    for m in mutants:
+        listed = m.outcome == "survived" and m.key in reasons
+        yield m._replace(outcome="equivalent") if listed else m
 
 
-def _row(name: str, counts: Counter[str]) -> None:
-    share = counts["killed"] / max(1, counts.total())
-    cells = "".join(f"{counts[o]:13}" for o in OUTCOMES)
-    print(f"{name:12}{counts.total():9}{cells}{100 * share:8.1f}%")
+def to_ask(module: str, reasons: dict[Key, str]) -> list[str]:
+    """The mutants of a module that have yet to be killed; all of them if it has changed."""
+    source, mutated = Path("nsa_ref", f"{module}.py"), Path("mutants/nsa_ref", f"{module}.py")
+    if not mutated.exists() or mutated.stat().st_mtime < source.stat().st_mtime:
+        return [f"nsa_ref.{module}.*"]
+    done = ("killed", "equivalent")
+    return [m.name for m in judged(mutants_of(module), reasons) if m.outcome not in done]
 
 
-def main() -> int:
+def row(counts: Counter[str]) -> dict[str, float]:
+    """The counts of a module, and the shares that were killed: of all, and of what differs."""
+    total, differ = counts.total(), counts.total() - counts["equivalent"]
+    shares = {"killed of all": total, "killed of what differs": differ}
+    percent = {name: round(100 * counts["killed"] / max(1, of), 2) for name, of in shares.items()}
+    return {"mutants": total} | {o: counts[o] for o in OUTCOMES} | percent
+
+
+def report(found: dict[str, list[Mutant]]) -> dict[str, dict[str, float]]:
+    """A row for each module of which something was asked, and one for all of them."""
+    counts = {module: Counter(m.outcome for m in mutants) for module, mutants in found.items()}
+    asked = {module: c for module, c in counts.items() if c.total() > c["not checked"]}
+    return {m: row(c) for m, c in (asked | {"all": sum(asked.values(), Counter())}).items()}
+
+
+def complaints(
+    found: dict[str, list[Mutant]], rows: dict[str, dict[str, float]], reasons: dict[Key, str]
+) -> list[str]:
+    """What keeps the command from passing."""
+    said = []
+    for module, mutants in found.items():
+        for m in mutants:
+            if m.outcome == "killed" and m.key in reasons:
+                said.append(f"{m.name} is listed as equivalent, and was killed")
+            elif m.outcome not in ("killed", "not checked") and m.key not in reasons:
+                said.append(f"{m.name} {m.outcome}\n  - {m.was}\n  + {m.now}")
+        if left := sum(m.outcome == "not checked" for m in mutants):
+            said.append(f"{left} mutants of {module} have not been asked")
+    if rows["all"]["killed of all"] < LEAST:
+        said.append(f"{rows['all']['killed of all']} % were killed; it must be at least {LEAST} %")
+    return said
+
+
+def show(rows: dict[str, dict[str, float]]) -> None:
+    """A line for each row, and the names of its cells above."""
+    print(" " * 10 + "".join(f"{name:>{len(name) + 2}}" for name in rows["all"]))
+    for module, cells in rows.items():
+        print(f"{module:10}" + "".join(f"{x:{len(name) + 2}}" for name, x in cells.items()))
+
+
+def main(given: list[str] | None = None) -> int:
+    """The command."""
     configured = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     every = [Path(name).stem for name in configured["tool"]["mutmut"]["only_mutate"]]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=", ".join(every))
     parser.add_argument("--read", action="store_true", help="run nothing, print what is known")
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args()
+    parser.add_argument("--output", default=RESULTS / "source-mutants.json", type=Path)
+    asked = parser.parse_args(given)
     if unknown := set(asked.modules) - set(every):
         parser.error(f"{', '.join(sorted(unknown))}: the modules are {', '.join(every)}")
-    if not asked.read:
+    reasons = equivalent()
+    modules = asked.modules or every
+    if not asked.read and (names := [n for module in modules for n in to_ask(module, reasons)]):
         mutmut = Path(sys.executable).with_name("mutmut")
-        names = [f"nsa_ref.{module}.*" for module in asked.modules]
         subprocess.run([mutmut, "run", f"--max-children={asked.processes}", *names], check=True)
-    return 0 if report(asked.modules or every) else 1
+
+    found = {module: list(judged(mutants_of(module), reasons)) for module in every}
+    rows = report(found)
+    said = complaints({module: found[module] for module in modules}, rows, reasons)
+    print("\n".join(said))
+    show(rows)
+    written = {
+        "device": platform.machine(),
+        "versions": versions() | {"mutmut": importlib.metadata.version("mutmut")},
+        "measured": rows,
+    }
+    asked.output.write_text(json.dumps(written, indent=1) + "\n")
+    return 1 if said else 0
 
 
 if __name__ == "__main__":

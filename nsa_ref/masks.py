@@ -88,7 +88,7 @@ def compress_mask(
     num_mem_kv = sizes.num_mem_kv
     mask = np.zeros((q_len, num_mem_kv + len(windows)), dtype=np.int64)
     mask[:, :num_mem_kv] = 1
-    last = np.array([stop - 1 for _, stop in windows], dtype=np.int64)
+    last = np.array([stop - 1 for _, stop in windows])
     for t in range(q_len):
         p = t + kv_len - q_len
         if p < 0:
@@ -155,14 +155,12 @@ def fine_mask(
             selected.append(p // size)
         if semantics.duplicates == "set":
             selected = sorted(set(selected))
-        row = np.zeros(kv_len, dtype=np.int64)
+        of_heads = slice(g * group, (g + 1) * group)
         for block in selected:
             stop = min((block + 1) * size, kv_len)
             if semantics.causal:
                 stop = min(stop, p + 1)
-            row[block * size : stop] += 1
-        for h in range(g * group, (g + 1) * group):
-            mask[b, h, t] = row
+            mask[b, of_heads, t, block * size : stop] += 1
     return mask
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost, judging  # noqa: E402
+from benchmarks import cost, judging, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from pages import ROOT  # noqa: E402
@@ -121,3 +122,46 @@ def test_judging_is_held_against_a_suite_of_assert_close(monkeypatch: pytest.Mon
     measured = json.loads(Path("report.json").read_text())["measured"]
     assert list(measured) == list(asked)
     assert all(found["cases"] == 2 and found["ratio"] > 0 for found in measured.values())
+
+
+def test_a_source_mutant_that_lives_must_stand_in_the_list_with_its_reason() -> None:
+    mutants = [
+        source_mutants.Mutant(f"nsa_ref.masks.x_fine_mask__mutmut_{i}", outcome, f"{i}", "other")
+        for i, outcome in enumerate(["killed"] * 98 + ["survived", "timeout"])
+    ]
+
+    def said(*listed: int) -> list[str]:
+        reasons = {mutants[i].key: "a reason" for i in listed}
+        found = {"masks": list(source_mutants.judged(mutants, reasons))}
+        rows = source_mutants.report(found)
+        assert rows["masks"] == rows["all"]
+        assert rows["all"]["killed of all"] == 98
+        assert rows["all"]["equivalent"] == (98 in listed)
+        return source_mutants.complaints(found, rows, reasons)
+
+    name = "nsa_ref.masks.x_fine_mask__mutmut_"
+    lives, ends_late = (
+        f"{name}98 survived\n  - 98\n  + other",
+        f"{name}99 timeout\n  - 99\n  + other",
+    )
+    assert said() == [lives, ends_late]
+    assert said(98, 99) == []
+    assert said(0, 98, 99) == [f"{name}0 is listed as equivalent, and was killed"]
+    mutants[2:6] = [m._replace(outcome="not checked") for m in mutants[2:6]]
+    rows = source_mutants.report({"masks": mutants, "sizes": mutants[2:6]})
+    assert list(rows) == ["masks", "all"]
+    assert source_mutants.complaints({"masks": mutants}, rows, {})[2:] == [
+        "4 mutants of masks have not been asked",
+        "94.0 % were killed; it must be at least 97 %",
+    ]
+
+
+def test_equivalent_source_mutants_are_listed_by_lines_that_stand_there() -> None:
+    """And a line is a whole one, of the function that is named."""
+    for function, was, now in source_mutants.equivalent():
+        _, module, name = function.split(".")
+        source = (ROOT / "nsa_ref" / f"{module}.py").read_text()
+        plain = name.removeprefix("x_").rpartition("ǁ")[2]
+        of_function = re.split(r"\n *def ", source.split(f"def {plain}(")[1])[0]
+        lines = [line.strip() for line in of_function.splitlines()]
+        assert was != now and set(was.splitlines()) <= set(lines), (function, was)
