@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nsa_fast.block_lists import Crowded
+from nsa_fast.checks import without_autocast
 
 #: Scores, or entries of q, of one chunk of rows: 2**24 float32 are 64 MiB.
 CHUNK_ELEMENTS = 2**24
@@ -50,7 +51,7 @@ class _Crowded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(d_out.device):
             tensors = *ctx.saved_tensors, d_out, d_lse
             dk, dv = _gradients(ctx.crowded, ctx.block_mask, ctx.scale, *tensors)
         return None, None, None, None, dk, dv, d_out, d_lse

@@ -151,6 +151,7 @@ def _compiled(
             *(q.shape[1], k.shape[1], q.shape[3], v.shape[3]),
             *block_mask.BLOCK_SIZE,
             scale,
+            *_guarded_settings(q),
         )
     )
     options = kernel_options(block_mask.BLOCK_SIZE, q.device)
@@ -165,9 +166,33 @@ def _compiled(
         from nsa_fast.tiles import compiling_with
 
         name = f"{key}_grad" if wants_grad(q, k, v) else f"{key}_lse"
-        with compiling_with(options or {}):
-            out, aux = _graph(name, _out_and_lse)(q, k, v, block_mask, scale, options)
-        return out, aux.lse
+
+        def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            with compiling_with(options or {}):
+                out, aux = _graph(name, _out_and_lse)(*inputs, block_mask, scale, options)
+            return out, aux.lse
+
+        if not wants_grad(q, k, v):
+            with torch.no_grad():
+                return run(q.detach(), k.detach(), v.detach())
+        result: tuple[Tensor, Tensor] = _Differentiable.apply(run, q, k, v)
+        return result
+
+
+def _guarded_settings(q: Tensor) -> tuple[str, ...]:
+    """What dynamo keeps graphs apart for, beside lengths: each gets a name of its own."""
+    found = {
+        "one": q.shape[0] == 1,
+        "inference": torch.is_inference_mode_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    return (
+        str(q.device),
+        *(name for name, is_so in found.items() if is_so),
+        f"{torch.get_float32_matmul_precision()} products",
+        f"{torch.get_num_threads()} threads",
+        str(torch.get_default_dtype()),
+    )
 
 
 def _out_alone(
@@ -215,7 +240,8 @@ def _graph(name: str, function: types.FunctionType) -> Callable[..., Any]:
 
     dynamo counts recompilations by code object. Past its limit it would run eager FlexAttention,
     which ignores block lists; `fullgraph=True` makes that an error. What FlexAttention compiles in
-    (heads, dims, block sizes, scale) is in the name, so the count is of what should never grow.
+    (heads, dims, block sizes, scale) and the settings that graphs are guarded on are in the name,
+    so the count is of what should never grow.
     """
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name)
@@ -241,6 +267,38 @@ def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[st
         # else the kernels trust lengths that 128 divides, where a block of 80 reaches past the end
         "IS_DIVISIBLE": False,
     }
+
+
+class _Differentiable(torch.autograd.Function):
+    """What a compiled function returns; its backward runs as often as it is asked to, and alike.
+
+    A compiled backward runs once (its saved tensors are its workspace, unless both it and whoever
+    calls it are told otherwise), and in whatever mode of autocast the caller is then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            inputs = tuple(
+                tensor.detach().requires_grad_(wanted)
+                for tensor, wanted in zip(inputs, ctx.needs_input_grad[1:])
+            )
+            out, lse = function(*inputs)
+        # saved, and not kept: a backward without retain_graph then frees what hangs on them
+        ctx.save_for_backward(out, lse, *inputs)
+        return out.detach(), lse.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
+        from nsa_fast.tiles import saved_tensors_last
+
+        out, lse, *inputs = ctx.saved_tensors
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        with without_autocast(d_out.device), saved_tensors_last():
+            found = iter(torch.autograd.grad((out, lse), wanted, (d_out, d_lse), retain_graph=True))
+        return None, *(next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels that Inductor would not offer by itself."""
+"""What Inductor would not choose by itself: tiles of the Triton kernels, a backward that lasts."""
 
 from __future__ import annotations
 
@@ -45,5 +45,16 @@ def compiling_with(options: dict[str, Any]) -> Iterator[None]:
     with (
         V.set_choices_handler(_Tiles(options)),
         functorch_config.patch(force_non_lazy_backward_lowering=True),
+        saved_tensors_last(),
     ):
         yield
+
+
+def saved_tensors_last() -> contextlib.AbstractContextManager[None]:
+    """A backward that is compiled, or called, in here leaves the tensors that were saved for it.
+
+    Else it writes over them, and refuses to run where they might be wanted again. The setting is
+    read at both times.
+    """
+    patched: contextlib.AbstractContextManager[None] = functorch_config.patch(donated_buffer=False)
+    return patched

@@ -424,7 +424,10 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
     assert torch.equal(same_out, out) and torch.equal(same_lse, lse)
     results = {"both": (same_out, same_lse), "out": (same_out,), "lse": (same_lse,)}[d_of]
     d = {"both": (d_out, d_lse), "out": (d_out,), "lse": (d_lse,)}[d_of]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = torch.autograd.grad(results, leaves, d, retain_graph=True)
     dk, dv, d_out_after, d_lse_after = torch.autograd.grad(results, leaves, d)
+    assert torch.equal(dk, under_autocast[0]) and torch.equal(dv, under_autocast[1])
     assert torch.equal(d_out_after, d_out) and torch.equal(d_lse_after, d_lse)
 
     left_out = found.left_out.repeat_interleave(4, dim=1)[:, None, :62].expand(2, 2, 62).numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+from torch.nn.attention.flex_attention import AuxOutput  # noqa: E402
+
+import nsa_fast  # noqa: E402
 from broken_nsa_fast import BUILDS  # noqa: E402
 from nsa_fast import flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import (  # noqa: E402
@@ -225,6 +229,87 @@ def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int) -> None:
         sliding_window_size=20,
     )
     PROPERTIES[name].run(_Layer(), case)
+
+
+def _asked_as_users_ask() -> dict[str, bool]:
+    """In the process: a backward that is run again, under autocast, and what it keeps."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, dim, requires_grad=True) for dim in (64, 64, 32))
+    kept: list[Any] = []
+    differentiable = flex._Differentiable.apply
+
+    def remembered(function: Callable[..., Any], *inputs: Any) -> Any:
+        def run(*inner: Any) -> Any:
+            found = function(*inner)
+            kept.append(weakref.ref(found[0]))
+            return found
+
+        return differentiable(run, *inputs)
+
+    def loss() -> Any:
+        with mock.patch.object(flex._Differentiable, "apply", remembered):
+            out, lse = nsa_fast.sliding_attention(q, k, v, sliding_window_size=8)
+        assert lse is not None
+        return out.square().sum() + lse.sum()
+
+    one = loss()
+    first = torch.autograd.grad(one, (q, k, v), retain_graph=True)
+    again = torch.autograd.grad(one, (q, k, v))
+    other = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = torch.autograd.grad(other, (q, k, v))
+    q.requires_grad_(False)
+    without_q = torch.autograd.grad(loss(), (k, v))
+    return {
+        "twice": all(map(torch.equal, first, again)),
+        "under autocast": all(map(torch.equal, first, under_autocast)),
+        "without dq": all(map(torch.equal, first[1:], without_q)),
+        "freed": len(kept) == 3 and all(ref() is None for ref in kept),
+    }
+
+
+@runs
+def test_a_backward_runs_again_and_is_freed_when_it_does_not() -> None:
+    INTERPRETED._run("run", "sliding_mask", CASE, ())  # there is a process
+    assert INTERPRETED._process is not None
+    found = INTERPRETED._process.submit(_asked_as_users_ask).result()
+    assert found == dict.fromkeys(found, True) and len(found) == 4
+
+
+def test_graphs_are_named_by_what_they_are_guarded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dynamo's limit of recompilations is one for each name."""
+    monkeypatch.setattr(flex, "TRITON_DEVICES", {"cpu"})
+    names: list[str] = []
+
+    def graph(name: str, _: Any) -> Callable[..., Any]:
+        names.append(name)
+
+        def run(q: Any, k: Any, v: Any, *_: Any) -> Any:
+            assert q.requires_grad == name.endswith("_grad")
+            return q * 1, AuxOutput(lse=q[..., 0])
+
+        return run
+
+    monkeypatch.setattr(flex, "_graph", graph)
+
+    def call(batch: int, *, requires_grad: bool = False) -> None:
+        q, k, v = (torch.zeros(batch, 1, 4, 16, requires_grad=requires_grad) for _ in "qkv")
+        nsa_fast.sliding_attention(q, k, v, sliding_window_size=2, backend="compiled")
+
+    call(1)
+    call(2)
+    with torch.inference_mode():
+        call(2)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "highest" else "highest")
+    call(2)
+    torch.set_float32_matmul_precision(precision)
+    call(2, requires_grad=True)
+    assert len(set(names)) == 5
+    call(3)
+    with torch.no_grad():
+        call(2, requires_grad=True)
+    assert len(set(names)) == 5
 
 
 def _inductors_own_tiles(device: str) -> NsaFast:
