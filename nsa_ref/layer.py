@@ -7,8 +7,8 @@ any derivative can be read off an imaginary step.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -238,13 +238,11 @@ class _Parts:
     def last_block(self, tokens: _Tokens) -> dict[str, np.ndarray]:
         """One block over the last l tokens, zeros left of token 0: (batch, kv_heads, 1, dim)."""
         size = self.sizes.compress_block_size
-        # l tokens are one window that starts at the first of them, whatever the alignment was
-        semantics = dataclasses.replace(self.semantics, compress_alignment="start")
         last = {}
         for kind, x in self.to_pool(tokens).items():
-            missing = max(0, size - x.shape[2])
-            window = np.pad(x, ((0, 0), (0, 0), (missing, 0), (0, 0)))[:, :, -size:]
-            last[kind] = pool(window, map_weights(self.weights, kind), self.sizes, semantics)
+            window = np.pad(x, ((0, 0), (0, 0), (size, 0), (0, 0)))[:, :, -size:]
+            # l tokens are one window that starts at the first of them, whatever the alignment was
+            last[kind] = pool(window, map_weights(self.weights, kind), self.sizes)
         return last
 
     def through_pool(
@@ -533,26 +531,26 @@ def decode(
             "semantics.causal=False must be True to decode: a row would need later tokens."
         )
     batch, seq_len, _ = x.shape
-    dtype = np.result_type(x, *weights.values())
 
     def none(dim: int) -> np.ndarray:
-        return np.zeros((batch, sizes.kv_heads, 0, dim), dtype=dtype)
+        return np.zeros((batch, sizes.kv_heads, 0, dim))
 
     k = dict.fromkeys(BRANCHES, none(sizes.head_dim))
     v = dict.fromkeys(BRANCHES, none(sizes.value_dim))
     blocks = {"k": none(sizes.head_dim), "v": none(sizes.value_dim)}
+    dtype = np.result_type(x, *weights.values())
     out = np.zeros((batch, seq_len, layer_width(sizes, semantics)), dtype=dtype)
     parts = _Parts(weights, sizes, semantics)
     for t in range(seq_len):
         new = parts.tokens(x[:, t : t + 1])
         k = {c: np.concatenate([k[c], new.k[c]], axis=2) for c in BRANCHES}
         v = {c: np.concatenate([v[c], new.v[c]], axis=2) for c in BRANCHES}
-        cache = _Tokens(new.h, new.q, k, v)
+        cache = new._replace(k=k, v=v)
         if num_compress_blocks(t + 1, sizes, semantics) > blocks["k"].shape[2]:
             last = parts.last_block(cache)
             blocks = {kind: np.concatenate([blocks[kind], last[kind]], axis=2) for kind in blocks}
         branches, _ = parts.branches(cache, blocks, None)
-        out[:, t : t + 1] = parts.out(new.h, branches)
+        out[:, t] = parts.out(new.h, branches)[:, 0]
     return out
 
 
@@ -647,7 +645,7 @@ def check_cu_seqlens(cu_seqlens: np.ndarray, tokens: int) -> list[int]:
     if not offsets or offsets[0] != 0 or offsets[-1] != tokens or not rising:
         # six of either end at most, so that a long batch leaves the message readable
         shown = np.array2string(
-            array, 1000, threshold=12, edgeitems=6, separator=", ", formatter={"all": str}
+            array, math.inf, threshold=12, edgeitems=6, separator=", ", formatter={"all": str}
         )
         raise ValueError(
             f"cu_seqlens={shown} must start at 0, never decrease and end at the number of "

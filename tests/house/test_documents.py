@@ -18,7 +18,13 @@ from pages import ROOT, anchors, headings, page, table
 SOURCES = [
     path for room in ("nsa_ref", "nsa_fast", "tests") for path in (ROOT / room).rglob("*.py")
 ]
-PAGES = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")]
+#: Without what stands in folders that git does not look into, such as mutmut's copy of all this.
+PAGES = [
+    path
+    for path in ROOT.rglob("*.md")
+    if not (top := path.relative_to(ROOT).parts[0]).startswith(".")
+    and f"{top}/" not in page(".gitignore").split()
+]
 
 #: The version, and what has it: both change when a sentence or a switch does.
 SPECIFICATION = "6", 0x72B71730

@@ -83,16 +83,18 @@ def test_g1_gates_go_branch_by_branch_and_heads_stand_together():
     assert out.tolist() == [[[1.0, 2.0]]]  # head 0: sliding; head 1: compress and sliding
 
 
-def test_g1_input_norm_divides_by_the_root_mean_square():
-    semantics = dataclasses.replace(PAPER, input_norm=True)
+@pytest.mark.parametrize(("input_norm", "eps"), [(True, 2**-23), ("machine_eps", 2**-52)])
+def test_g1_input_norm_divides_by_the_root_mean_square_and_a_little(input_norm, eps):
+    semantics = dataclasses.replace(PAPER, input_norm=input_norm)
     weights = zeros(ONE, semantics)
     weights["norm.weight"] = np.array([2.0, 1.0])
     weights["to_v_sliding.weight"] = np.eye(2)
     weights["gates.bias"] = np.array([-1e4, -1e4, 1e4])
-    x = np.array([[[1.0, 7.0]]])  # mean square 25
-    out = layer(x, weights, sizes=ONE, semantics=semantics)
-    root = math.sqrt(25 + 2**-23)
-    np.testing.assert_array_equal(out, [[[2 * (1 / root), 7 / root]]])
+    for unit in (1.0, 2.0**-26):
+        x = unit * np.array([[[1.0, 7.0]]])  # mean square 25 units squared
+        out = layer(x, weights, sizes=ONE, semantics=semantics)
+        root = math.sqrt(25 * unit**2 + eps)
+        np.testing.assert_array_equal(out, [[[2 * (unit / root), 7 * unit / root]]])
 
 
 @settings(deadline=None, max_examples=10, derandomize=True, database=None)
@@ -186,15 +188,16 @@ def test_g2_keys_are_pooled_once_they_are_turned_or_turned_once_they_are_pooled(
     """Two tokens of one window, k = (1, 0) at 0 and (1, 0) turned by one radian at 1.
 
     "before_pooling": their mean, and q of row 1 is turned as well; "all": the mean of (1, 0) twice,
-    turned by the window's first position, 0. Nothing is turned in "none".
+    turned by the window's first position, 0. Nothing is turned in "none", and memory never.
     """
-    sizes = dataclasses.replace(ONE, model_dim=1, compress_block_size=2)
+    sizes = dataclasses.replace(ONE, model_dim=1, compress_block_size=2, num_mem_kv=1)
     x = np.ones((1, 2, 1))
     found = {}
     for rotary in ("none", "all", "before_pooling"):
         semantics = dataclasses.replace(FLA, rotary=rotary)
         weights = zeros(sizes, semantics)
         weights["to_q.weight"] = weights["to_k.weight"] = np.array([[1.0], [0.0]])
+        weights["mem_k"] = np.array([[[5.0, 7.0]]])
         found[rotary] = selection_inputs(x, weights, sizes=sizes, semantics=semantics)
     q, k_cmp, _ = found["before_pooling"]
     turned = [math.cos(1), math.sin(1)]
@@ -202,6 +205,7 @@ def test_g2_keys_are_pooled_once_they_are_turned_or_turned_once_they_are_pooled(
     assert k_cmp[0, 0].tolist() == [[(1 + turned[0]) / 2, turned[1] / 2]]
     assert found["all"][0][0, 0].tolist() == [[1, 0], turned]
     assert found["all"][1][0, 0].tolist() == found["none"][1][0, 0].tolist() == [[1, 0]]
+    assert all(mem_k.tolist() == [[[[5, 7]]]] for _, _, mem_k in found.values())
 
 
 # --- G3, G4 ---------------------------------------------------------------------------------------
@@ -216,6 +220,20 @@ def test_g3_decoding_is_the_same_row_of_the_parallel_form(case):
     bound = layer_bounds(x, weights, chosen, numerics="fp64", **how).out
     parallel = layer(x, weights, block_indices=chosen, **how)
     assert (abs(decode(x, weights, **how) - parallel) <= bound).all()
+
+
+def test_g3_complex_numbers_pass_through_decoding():
+    """Of x alone, and of one weight alone: the first row sees what a layer of one token sees."""
+    x, weights, how = of(Case(semantics=LUCIDRAINS, q_len=3, kv_len=3, model_dim=4, head_dim=2))
+    last = weights["to_out.weight"]
+    for tokens, of_layer in (
+        (x + 1j * x[:, ::-1], weights),
+        (x, weights | {"to_out.weight": last + 1j}),
+    ):
+        found = decode(tokens, of_layer, **how)
+        alone = layer(tokens[:, :1], of_layer, **how)
+        assert found.imag.all()
+        np.testing.assert_array_equal(found[:, :1], alone)
 
 
 @pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS])
@@ -262,6 +280,8 @@ X, WEIGHTS = np.zeros((1, 7, 2)), zeros(ONE, PAPER)
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 
 
+#: One more than is shown, in one line.
+LONG = [str(10**15 + i) for i in range(13)]
 OFFSETS = "must start at 0, never decrease and end at the number of tokens, 7"
 
 
@@ -308,6 +328,9 @@ test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         f"cu_seqlens=[] {OFFSETS}": packed(),
         f"cu_seqlens=[1, 2, 3, 4, 5, 6, ..., 10, 11, 12, 13, 14, 15] {OFFSETS}": packed(
             *range(1, 16)
+        ),
+        f"cu_seqlens=[{', '.join(LONG[:6])}, ..., {', '.join(LONG[-6:])}] {OFFSETS}": (
+            packed(*map(int, LONG))
         ),
         "cu_seqlens has shape (1, 2); it must be (sequences + 1)": packed([0, 7]),
     },
