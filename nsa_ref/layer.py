@@ -253,14 +253,14 @@ class _Parts:
         d_tokens = {}
         for (kind, of_tokens), d in zip(self.to_pool(tokens).items(), (dk, dv)):
             d_memory, d_blocks = np.split(d, [sizes.num_mem_kv], axis=2)
-            dweights[f"mem_{kind}"] += d_memory.sum(axis=0)
+            dweights[f"mem_{kind}"] = d_memory.sum(axis=0)
             if kind == "k" and semantics.rotary == "all":
                 i = np.arange(d_blocks.shape[2])
                 d_blocks = rotate(d_blocks, -i * sizes.compress_block_sliding_stride)
             of_map = map_weights(self.weights, kind)
             d_tokens[kind], d_map = pool_vjp(of_tokens, of_map, d_blocks, sizes, semantics)
             for name, gradient in d_map.items():
-                dweights[f"compress_{kind}.{name}"] += gradient
+                dweights[f"compress_{kind}.{name}"] = gradient
         if semantics.rotary == "before_pooling":
             d_tokens["k"] = rotate(d_tokens["k"], -np.arange(tokens.h.shape[1]))
         return d_tokens["k"], d_tokens["v"]
@@ -466,7 +466,7 @@ def layer_vjp(
     d_heads = d_out
     if "to_out.weight" in weights:
         merged = _merged(gates, attended)
-        dweights["to_out.weight"] += np.einsum("bto,bti->oi", d_out, merged)
+        dweights["to_out.weight"] = np.einsum("bto,bti->oi", d_out, merged)
         d_heads = d_out @ weights["to_out.weight"]
     d_heads = split_heads(d_heads, sizes.q_heads)
 
@@ -490,12 +490,12 @@ def layer_vjp(
     dh += through("to_q.weight", merge_heads(dq))
     d_logit = np.concatenate(d_logits, axis=2)
     dh += through("gates.weight", d_logit)
-    dweights["gates.bias"] += d_logit.sum(axis=(0, 1))
+    dweights["gates.bias"] = d_logit.sum(axis=(0, 1))
 
     if "norm.weight" not in weights:
         return dh, dweights
     r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + norm_eps(semantics))
-    dweights["norm.weight"] += (dh * x * r).sum(axis=(0, 1))
+    dweights["norm.weight"] = (dh * x * r).sum(axis=(0, 1))
     d_normed = dh * weights["norm.weight"]
     dx = r * (d_normed - x * r**2 * (x * d_normed).mean(axis=-1, keepdims=True))
     return dx, dweights

@@ -154,6 +154,30 @@ def test_a3_every_gradient_is_the_complex_step_to_1e_12(arrays, empty_row):
     check_gradients(loss, inputs, dict(zip(inputs, gradients)), bounds)
 
 
+@pytest.mark.parametrize("complex_one", ["q", "k", "v", "d_out", "d_lse"])
+def test_complex_numbers_pass_through_from_every_argument(complex_one):
+    """Two keys of equal logits, P = 1/2 each; logits of 0 do not see which of q and k is complex.
+
+    ::
+
+        dP_j = 3 v_j      D = 3 (v_0 + v_1) / 2      dS_j = (3 v_j - D + dlse) / 2
+    """
+    turn = {complex_one: 1j}
+    v, dO = turn.get("v", 1) * np.array([2.0, 4.0]), turn.get("d_out", 1) * 3.0
+    dlse = turn.get("d_lse", 1) * 8.0
+    k = turn.get("k", 1) * np.array([1.0, 5.0])
+    q = turn.get("q", 1) * np.zeros((1, 1, 1, 1))
+    arguments = q, k.reshape(1, 1, 2, 1), v.reshape(1, 1, 2, 1), np.ones((1, 2), int)
+    out, lse = attend(*arguments, scale=1.0)
+    assert out.item() == (v[0] + v[1]) / 2
+    assert abs(lse.item() - math.log(2)) <= 4 * U
+    dq, dk, dv = attend_vjp(*arguments, np.full(q.shape, dO), np.full((1, 1, 1), dlse), scale=1.0)
+    dS = (dO * v - dO * out.item() + dlse) / 2
+    assert dq.item() == dS @ k
+    assert dk.ravel().tolist() == [0, 0]
+    assert dv.ravel().tolist() == [dO / 2, dO / 2]
+
+
 # --- mpmath ---------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ def test_every_preset_has_a_layer_and_its_gradients(name):
         head_dim=4,
         value_dim=3,
         model_dim=6,
-        compress_block_size=2,
+        compress_block_size=4,
         compress_block_sliding_stride=2,
         compress_map=compress_map,
         compress_positions=True,
@@ -162,6 +162,26 @@ def test_every_preset_has_a_layer_and_its_gradients(name):
     for weight in weights:
         assert dweights[weight].any(), weight
     check_layer_gradients(case)
+
+
+@pytest.mark.parametrize("complex_one", ["x", "to_v_fine.weight", "d_out"])
+def test_a4_gradients_go_to_the_blocks_that_are_given_and_complex_numbers_through(complex_one):
+    """Every row reads token 0, through the fine branch alone; its gate is 1, with a slope of 0."""
+    turn = {complex_one: 1j}
+    x = turn.get("x", 1) * np.array([[[1.0, 2.0], [3.0, 5.0], [-4.0, 7.0]]])
+    d_out = turn.get("d_out", 1) * np.array([[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]])
+    weights = zeros(ONE, PAPER)
+    of_v = turn.get("to_v_fine.weight", 1) * np.array([[3.0, 0.0], [0.0, 1.0]])
+    weights["to_v_fine.weight"] = of_v
+    weights["gates.bias"] = np.array([-1e4, 1e4, -1e4])
+    how = {"sizes": ONE, "block_indices": np.zeros((1, 1, 3, 1), int)}
+    out = layer(x, weights, **how)
+    np.testing.assert_array_equal(out[0], [x[0, 0] @ of_v] * 3)
+    dx, dweights = layer_vjp(x, weights, d_out, **how)
+    arriving = turn.get("d_out", 1) * np.array([7.0, 70.0])
+    np.testing.assert_array_equal(dx[0], [arriving @ of_v, [0, 0], [0, 0]])
+    assert not any(dw.any() for name, dw in dweights.items() if name != "to_v_fine.weight")
+    np.testing.assert_array_equal(dweights["to_v_fine.weight"], np.outer(arriving, x[0, 0]))
 
 
 # --- G2 -------------------------------------------------------------------------------------------
@@ -336,6 +356,12 @@ test_a_layer_refuses_what_does_not_fit_and_says_what_would = refusal_test(
     },
     {
         "cu_seqlens=0.0 must be an integer, not float": packed(0.0, 7.0),
+        "x has dtype <U1; it must hold real or complex numbers": (
+            lambda: rotate(np.array([["a", "b"]]), np.zeros(1))
+        ),
+        "positions has dtype <U1; it must hold real or complex numbers": (
+            lambda: rotate(np.zeros((1, 4)), np.array(["a"]))
+        ),
         f"sizes=None {NO_SIZES}, not NoneType": lambda: layer(X, WEIGHTS, sizes=None),
         f"semantics=None {NO_SEMANTICS}, not NoneType": lambda: layer_weight_shapes(ONE, None),
     },
