@@ -274,9 +274,10 @@ class _Parts:
         k, v = dict(tokens.k), dict(tokens.v)
         batch, q_len, kv_len = q.shape[0], q.shape[2], k["fine"].shape[2]
         p = np.arange(q_len) + kv_len - q_len
-        rows = {c: rotate(q, p) if is_rotated(semantics, c) else q for c in BRANCHES}
+        turned = {c: is_rotated(semantics, c) for c in BRANCHES}
+        rows = {c: rotate(q, p) if turned[c] else q for c in BRANCHES}
         for branch in ("fine", "sliding"):
-            if is_rotated(semantics, branch):
+            if turned[branch]:
                 k[branch] = rotate(k[branch], np.arange(kv_len))
         if semantics.rotary == "all":
             # block i stands where its window starts: XunhaoLai's choice; memory stands nowhere
@@ -480,11 +481,12 @@ def layer_vjp(
         empty_row = getattr(semantics.empty_row, branch)
         dO = g[..., None] * d_heads
         dq_c, dk_c, dv_c = attend_vjp(*branches[branch], dO, empty_row=empty_row)
+        turned = is_rotated(semantics, branch)
         if branch == "compress":
             dk_c, dv_c = parts.through_pool(dk_c, dv_c, tokens, dweights)
-        elif is_rotated(semantics, branch):
+        elif turned:
             dk_c = rotate(dk_c, -p)
-        dq += rotate(dq_c, -p) if is_rotated(semantics, branch) else dq_c
+        dq += rotate(dq_c, -p) if turned else dq_c
         dh += through(projection_name("k", branch, semantics), merge_heads(dk_c))
         dh += through(projection_name("v", branch, semantics), merge_heads(dv_c))
     dh += through("to_q.weight", merge_heads(dq))

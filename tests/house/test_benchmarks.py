@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,8 @@ def test_equivalent_source_mutants_are_listed_by_lines_that_stand_there() -> Non
     for function, was, now in source_mutants.equivalent():
         _, module, name = function.split(".")
         source = (ROOT / "nsa_ref" / f"{module}.py").read_text()
-        plain = name.removeprefix("x_").rpartition("ǁ")[2]
-        of_function = re.split(r"\n *def ", source.split(f"def {plain}(")[1])[0]
+        of_class, _, plain = name.removeprefix("x_").rpartition("ǁ")
+        indent = "    " if of_class else ""
+        of_function = source.split(f"\n{indent}def {plain}(")[1].split(f"\n{indent}def ")[0]
         lines = [line.strip() for line in of_function.splitlines()]
         assert was != now and set(was.splitlines()) <= set(lines), (function, was)
