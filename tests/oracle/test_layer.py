@@ -83,18 +83,34 @@ def test_g1_gates_go_branch_by_branch_and_heads_stand_together():
     assert out.tolist() == [[[1.0, 2.0]]]  # head 0: sliding; head 1: compress and sliding
 
 
-@pytest.mark.parametrize(("input_norm", "eps"), [(True, 2**-23), ("machine_eps", 2**-52)])
-def test_g1_input_norm_divides_by_the_root_mean_square_and_a_little(input_norm, eps):
+@pytest.mark.parametrize(
+    ("input_norm", "unit", "n"), [(True, 2.0**-12, 27), ("machine_eps", 2.0**-26, 26)]
+)
+def test_g1_input_norm_divides_by_the_root_mean_square_and_a_little(input_norm, unit, n):
+    """x = (1, 7) units, so the mean square is 25 square units; epsilon, 2^-23 or 2^-52, is 2 or 1.
+
+    ::
+
+        r = 1 / (sqrt(n) unit)        x r = (1, 7) / sqrt(n)        times (2, 1)
+        d_out = (1, 0): arriving at the norm (2, 0), whose mean with x is 1 unit
+        dx = r ((2, 0) - (1, 7) / n)
+    """
     semantics = dataclasses.replace(PAPER, input_norm=input_norm)
     weights = zeros(ONE, semantics)
     weights["norm.weight"] = np.array([2.0, 1.0])
     weights["to_v_sliding.weight"] = np.eye(2)
     weights["gates.bias"] = np.array([-1e4, -1e4, 1e4])
-    for unit in (1.0, 2.0**-26):
-        x = unit * np.array([[[1.0, 7.0]]])  # mean square 25 units squared
-        out = layer(x, weights, sizes=ONE, semantics=semantics)
-        root = math.sqrt(25 * unit**2 + eps)
-        np.testing.assert_array_equal(out, [[[2 * (unit / root), 7 * unit / root]]])
+    how = {"sizes": ONE, "semantics": semantics}
+    x = unit * np.array([[[1.0, 7.0]]])
+    out = layer(x, weights, **how)
+    np.testing.assert_array_equal(out, [[[2 * (1 / math.sqrt(n)), 7 / math.sqrt(n)]]])
+    dx, dweights = layer_vjp(x, weights, np.array([[[1.0, 0.0]]]), **how)
+    for found, expected in (
+        (dx[0, 0], np.array([2 - 1 / n, -7 / n]) / (math.sqrt(n) * unit)),
+        (dweights["norm.weight"], np.array([1 / math.sqrt(n), 0])),
+    ):
+        # a dozen operations, of which the largest term is twice the result at most
+        assert (abs(found - expected) <= 24 * np.spacing(abs(expected).max())).all()
 
 
 @settings(deadline=None, max_examples=10, derandomize=True, database=None)
