@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -154,7 +155,9 @@ def main(given: list[str] | None = None) -> int:
     modules = asked.modules or every
     if not asked.read and (names := [n for module in modules for n in to_ask(module, reasons)]):
         mutmut = Path(sys.executable).with_name("mutmut")
-        subprocess.run([mutmut, "run", f"--max-children={asked.processes}", *names], check=True)
+        command = [mutmut, "run", f"--max-children={asked.processes}", *names]
+        # a process of one thread can be forked at any time
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     found = {module: list(judged(mutants_of(module), reasons)) for module in every}
     rows = report(found)

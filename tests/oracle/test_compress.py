@@ -143,6 +143,19 @@ def test_c4_every_gradient_is_the_complex_step_to_1e_12(compress_map, data):
     check_gradients(loss, {"x": x} | weights, {"x": dx} | dweights, bounds)
 
 
+@pytest.mark.parametrize("complex_one", ["x", "weight", "d_out"])
+def test_c4_complex_numbers_pass_through_gradients_from_every_argument(complex_one):
+    turn = {complex_one: 1j}
+    x = turn.get("x", 1) * np.array([2.0, 3.0])
+    weight = turn.get("weight", 1) * np.array([[5.0, 7.0]])
+    d_out = turn.get("d_out", 1) * np.array([4.0])
+    weights, sizes = {"weight": weight, "bias": np.ones(1)}, strides(2, 2, compress_map="linear")
+    dx, dweights = pool_vjp(x.reshape(1, 1, 2, 1), weights, d_out.reshape(1, 1, 1, 1), sizes)
+    np.testing.assert_array_equal(dx.ravel(), d_out * weight[0])
+    np.testing.assert_array_equal(dweights["weight"], [d_out * x])
+    np.testing.assert_array_equal(dweights["bias"], d_out)
+
+
 def blocks_apart(case: Case) -> int:
     """Tokens between two windows; negative where they overlap."""
     return case.compress_block_sliding_stride - case.compress_block_size

@@ -1,6 +1,6 @@
 """The oracle's layer (G1 to G4): literal rows, complex step, decoding, packed sequences.
 
-That it is the layer at all, a second definition says: `LayerInSteps`, before the judge.
+That it is the layer at all, a second definition says: `LayerInSteps`, here and before the judge.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from nsa_ref import (
 from nsa_ref.layer import rotate, selection_inputs
 from nsa_ref.layer_bounds import layer_bounds
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.mutants.layer import LayerInSteps
 from nsa_ref.testing.properties.catalogue import PROPERTIES
 from refusals import NO_SEMANTICS, NO_SIZES, refusal_test
 
@@ -148,7 +149,8 @@ LAYERS = {name: (semantics, "mlp") for name, semantics in PRESETS.items()} | {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_preset_has_a_layer_and_its_gradients(name):
-    """One small layer of each: no gradient is zero throughout, all are the step's."""
+    """One small layer of each, also step by step; no gradient is zero throughout, all are the
+    complex step's."""
     semantics, compress_map = LAYERS[name]
     case = Case(
         semantics=semantics,
@@ -171,8 +173,11 @@ def test_every_preset_has_a_layer_and_its_gradients(name):
         num_mem_kv=1,
     )
     x, weights, how = of(case)
-    out = layer(x, weights, **how)
+    out, chosen = layer(x, weights, **how), layer_block_indices(x, weights, **how)
     assert out.shape == (2, 9, 6 if semantics.output_projection else 12)
+    bound = layer_bounds(x, weights, chosen, numerics="fp64", **how).out
+    second = LayerInSteps().run("layer_with_blocks", case, weights, x, chosen)
+    assert (abs(out - second) <= bound).all()
     dx, dweights = layer_vjp(x, weights, np.ones(out.shape), **how)
     assert np.isfinite(out).all() and dx.any()
     for weight in weights:

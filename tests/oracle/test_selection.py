@@ -219,6 +219,33 @@ def test_i3_the_pad_takes_the_probability_where_nothing_is_visible():
     assert selection_probability(np.zeros((2, 0))).shape == (2, 0)
 
 
+@pytest.mark.parametrize("complex_one", ["q", "k_cmp", "mem_k"])
+@pytest.mark.parametrize("semantics", [PAPER, LUCIDRAINS])
+def test_i1_i3_complex_numbers_pass_through_from_every_argument(semantics, complex_one):
+    """Two equal logits, of which the second has an imaginary step: 1/2 each, less or more a quarter
+    of the step. One of the two is of memory, which has no part in means."""
+    step = 2.0**-100
+    given = {"q": np.ones(1), "k_cmp": np.zeros(2), "mem_k": np.zeros(0)}
+    expected = [0.5 - 0.25j * step, 0.5 + 0.25j * step]
+    if complex_one == "q":  # the step is in the logits' difference: k_cmp is 0 and 1
+        given |= {"q": np.array([1j * step]), "k_cmp": np.array([0.0, 1.0])}
+    elif complex_one == "k_cmp":
+        given["k_cmp"] = np.array([0, 1j * step])
+    else:
+        given |= {"k_cmp": np.zeros(1), "mem_k": np.array([1j * step])}
+        expected = expected[:1] if semantics is PAPER else [1]
+    q, k_cmp, mem_k = (x.reshape(1, 1, -1, 1) for x in given.values())
+    blocks = k_cmp.shape[2]
+    how = {"kv_len": blocks, "sizes": Sizes(num_mem_kv=mem_k.shape[2])}
+    whole = dataclasses.replace(semantics, own_block_extra=False, compress_strict=False)
+    score = importance(q, k_cmp, mem_k, **how, semantics=whole)
+    assert score.dtype == complex or complex_one == "mem_k"
+    assert score.ravel().tolist() == expected
+    if semantics is PAPER:
+        found = compress_probabilities(q, k_cmp, mem_k, **how)
+        assert found.ravel().tolist() == expected
+
+
 @given(case=CASES)
 @settings(deadline=None, max_examples=150)
 def test_i1_i2_i3_scores_are_those_of_the_second_definition(case):
