@@ -53,6 +53,8 @@ IN_LAYERS = ("randn", "flat", "huge", "heavy")
 WINDOWS = ("compress", "pool")
 COMPRESSED = tuple(about for about, groups in ABOUT.items() if "compress" in groups)
 SELECTED = tuple(about for about, groups in ABOUT.items() if "blocks" in groups)
+#: A choice of no block has nothing in it that could be wrong.
+NOT_SELECTION = tuple(about for about in ABOUT if about != "selection")
 
 LENGTHS = ("q_len", "kv_len")
 WINDOW = ("compress_block_size", "compress_block_sliding_stride")
@@ -93,7 +95,7 @@ _EDGES = (
     Edge("kv_len < q_len", LENGTHS, lambda q_len, kv_len: kv_len < q_len, NOT_LAYERS),
     Edge("decode", LENGTHS, lambda q_len, kv_len: q_len == 1 < kv_len, NOT_LAYERS),
     Edge("n = 1", ("num_selected_blocks",), lambda n: n == 1),
-    Edge("n = 0", ("num_selected_blocks",), lambda n: n == 0),
+    Edge("n = 0", ("num_selected_blocks",), lambda n: n == 0, NOT_SELECTION),
     Edge("n = all blocks", CHOICE, lambda n, kv_len, block: n == _count(kv_len, block)),
     Edge("0 < n < blocks", CHOICE, lambda n, kv_len, block: 0 < n < _count(kv_len, block)),
     Edge("n > blocks", CHOICE, lambda n, kv_len, block: n > _count(kv_len, block)),

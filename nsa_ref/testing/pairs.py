@@ -64,12 +64,12 @@ def cases_of_pairs(implementation: Implementation, prop: Property) -> tuple[Case
     Of the properties about one thing only the first one that takes any cases has some. There are
     none for a port that is slow, or compiles: cases of their own sizes are what it has no time for.
     """
-    if implementation.pace != "fast" or prop.name != _first(implementation, prop.about):
+    if implementation.pace != "fast" or prop.name != first_asked(implementation, prop.about):
         return ()
-    return _Builder(limited(implementation, prop.called), prop).cases()
+    return Builder(limited(implementation, prop.called), prop).cases()
 
 
-def _first(implementation: Implementation, about: str) -> str:
+def first_asked(implementation: Implementation, about: str) -> str:
     """The property that is asked about pairs: the first that can be, whatever the semantics."""
     some = (p for p in PROPERTIES.values() if p.about == about and takes_any(p))
     offered = [p for p in some if not p.why_not_offered(implementation)]
@@ -78,7 +78,7 @@ def _first(implementation: Implementation, about: str) -> str:
     return offered[0].name if offered else ""
 
 
-class _Builder:
+class Builder:
     """Builds cases of one property for pairs of edges.
 
     implementation : with the limits of the method that the property calls
@@ -91,6 +91,16 @@ class _Builder:
         widest = max(implementation.numerics, key=lambda dtype: DTYPES[dtype].itemsize)
         self.values = self._values() | {"dtype": [widest]}
         self.number = 0  # of the case under way: those fields that are free are others in each
+        self.sets = [
+            [
+                v
+                for v in itertools.product(*(self.values[f] for f in fields))
+                if self._together(fields, v)
+            ]
+            for fields in TOGETHER
+        ]
+        self.edges = [edge for edge in EDGES.values() if edge.can_be_met(prop.about)]
+        self.ways = {e.name: self._ways(e) for e in self.edges if e.reads != (MASK,)}
 
     # --- what the fields may be -------------------------------------------------------------------
 
@@ -195,28 +205,19 @@ class _Builder:
 
     def cases(self) -> tuple[Case, ...]:
         """One for each pair that has any, unless one of those before it stands on it as well."""
-        edges = [edge for edge in EDGES.values() if edge.can_be_met(self.prop.about)]
         if not self.semantics or not all(self.values.values()):
             return ()
-        self.sets = [
-            [
-                v
-                for v in itertools.product(*(self.values[f] for f in fields))
-                if self._together(fields, v)
-            ]
-            for fields in TOGETHER
-        ]
-        ways = {edge.name: self._ways(edge) for edge in edges if edge.reads != (MASK,)}
         found: list[Case] = []
         covered: dict[str, set[str]] = defaultdict(set)
         # what reads a mask last: most of its pairs stand already
         pairs = sorted(
-            itertools.combinations(edges, 2), key=lambda pair: sum(e.reads == (MASK,) for e in pair)
+            itertools.combinations(self.edges, 2),
+            key=lambda pair: sum(e.reads == (MASK,) for e in pair),
         )
         for one, other in pairs:
             if other.name in covered[one.name]:
                 continue
-            case = self._case_of(one, other, ways)
+            case = self.case_of(one, other)
             if case is None:
                 continue
             found.append(case)
@@ -235,12 +236,12 @@ class _Builder:
         own = itertools.product(*(self.values[field] for field in edge.reads))
         return [dict(zip(edge.reads, values)) for values in own if edge.met(*values)]
 
-    def _case_of(self, one: Edge, other: Edge, ways: dict[str, list[Values]]) -> Case | None:
+    def case_of(self, one: Edge, other: Edge) -> Case | None:
         """A case on both edges, or None if there is none."""
         of_mask, empty = MASK in one.reads + other.reads, one.empty or other.empty
         if of_mask and empty:
             return None  # without rows there is nothing to see
-        joined = _joined(ways.get(one.name), ways.get(other.name))
+        joined = _joined(self.ways.get(one.name), self.ways.get(other.name))
         for values in itertools.islice(joined, TRIED):
             for case in self._filled(values, FILLED if of_mask else 1):
                 if not ((case.batch and case.q_len) or empty):

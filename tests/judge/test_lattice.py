@@ -13,8 +13,10 @@ import trials
 from nsa_ref.semantics import FLA, LUCIDRAINS, PAPER
 from nsa_ref.testing import Case, OracleImplementation, running
 from nsa_ref.testing.evidence import reachable
+from nsa_ref.testing.judging import judge
 from nsa_ref.testing.lattice import (
     EDGES,
+    Edge,
     as_bits,
     case_edges,
     excused_edges,
@@ -24,8 +26,9 @@ from nsa_ref.testing.lattice import (
     unmet_edges,
     unmet_pairs,
 )
+from nsa_ref.testing.limits import limited
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.pairs import cases_of_pairs
+from nsa_ref.testing.pairs import Builder, cases_of_pairs, first_asked
 from nsa_ref.testing.properties import PROPERTIES, Outcome
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.strategies import ABOUT, VARIED_BY
@@ -137,6 +140,22 @@ def test_cases_of_layers_stand_on_every_edge_but_the_excused_ones(tmp_path: Path
     unmet = set(unmet_edges(records))
     assert unmet >= NEVER_OF_LAYERS
     assert set(excused_edges(records)) == unmet
+
+
+@pytest.mark.parametrize("about", ABOUT)
+def test_cases_on_an_edge_can_decide_something(about: str) -> None:
+    """Else a branch that is judged alone would never be thorough: no case of it met the edge."""
+    oracle = OracleImplementation()
+    prop = PROPERTIES[first_asked(oracle, about)]
+    builder = Builder(limited(oracle, prop.called), prop)
+
+    def is_decided(edge: Edge) -> bool:
+        cases = (builder.case_of(edge, other) for other in (edge, *builder.edges))
+        return any(case and judge(prop, oracle, case).compared for case in cases)
+
+    built = [edge for edge in builder.edges if not edge.empty and builder.case_of(edge, edge)]
+    assert len(built) > len(EDGES) / 2
+    assert [edge.name for edge in built if not is_decided(edge)] == []
 
 
 def test_an_edge_that_only_refused_cases_had_is_excused(tmp_path: Path) -> None:
