@@ -17,7 +17,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,18 @@ class WrongDeclaration(TypeError):
     """An adapter says something about itself that has no meaning; nothing can be judged."""
 
 
+class _Call(NamedTuple):
+    """A call of a method.
+
+    arguments, handed : by name, what the judge has, and the copies or tensors that were handed in
+    """
+
+    method: str
+    arguments: dict[str, Any]
+    handed: dict[str, Any]
+    found: Any
+
+
 class Implementation:
     """NumPy in and out. Override what you have.
 
@@ -90,6 +102,9 @@ class Implementation:
     lse_gradient: bool = True
     deterministic: bool = False
     device: str = "cpu"
+
+    #: While two calls are compared: both, which hold the memory of what they returned.
+    _calls: list[_Call] | None = None
 
     def supports(self, case: Case) -> str | None:
         """None, or the reason why this one case cannot be run."""
@@ -200,12 +215,28 @@ class Implementation:
         if not self.offers(method):
             raise NotOffered(method)
         self._check_limits_of(method, case)
-        # copies: what is written into them is nothing that the judge goes by
-        given = [_copied(argument) for argument in arguments]
-        before, handed = _named(method, arguments), _named(method, given)
+        given = self._given(case, arguments)
+        handed = _named(method, given)  # now: a dict is the implementation's to change
         found = getattr(self, method)(case, *given)
-        _check_untouched(method, before, handed)
-        return found
+        return self._noted(method, arguments, handed, found)
+
+    def _given(self, case: Case, arguments: Sequence[Any]) -> list[Any]:
+        """What a method is called with: what is written into copies, the judge does not go by."""
+        return [_copied(argument) for argument in arguments]
+
+    def _noted(
+        self, method: str, arguments: Sequence[Any], handed: dict[str, Any], found: Any
+    ) -> Any:
+        """What was returned, as arrays, once what was handed in is seen to be as it was."""
+        call = _Call(method, _named(method, arguments), handed, found)
+        _check_untouched(method, call.arguments, self._arrays(call.handed))
+        if self._calls is not None:
+            self._calls.append(call)
+        return self._arrays(found)
+
+    def _arrays(self, value: Any) -> Any:
+        """What a method takes or returns, as arrays, which it holds here already."""
+        return value
 
     def _check_limits_of(self, method: str, case: Case) -> None:
         """Raise NotOffered for a case of another method that is beyond the limits of this one."""
@@ -230,11 +261,28 @@ class Implementation:
         """Two calls, one after the other; of "fine_vjp", say, by `run_vjp`.
 
         returns : what the first returned; the same once the second is over; what that returned
+
+        Raises
+        ------
+        Raised : an argument was written into, be it one of the first in the second call
         """
         run = self.run_vjp if method.endswith("_vjp") else self.run
-        found = run(method.removesuffix("_vjp"), case, *first)
-        before = _copied(found)
-        return before, found, run(method.removesuffix("_vjp"), case, *second)
+        self._calls = []
+        try:
+            found = run(method.removesuffix("_vjp"), case, *first)
+            before = _copied(found)
+            self._calls = self._calls[-1:]  # behind those that a method has made itself
+            other = run(method.removesuffix("_vjp"), case, *second)
+            for call in self._calls[:1]:
+                again = self._arrays(call.handed)
+                _check_untouched(call.method, call.arguments, again, " of the call before")
+            return before, self._returned_first(found), other
+        finally:
+            self._calls = None
+
+    def _returned_first(self, found: Any) -> Any:
+        """What the first of two calls returned, as it is now."""
+        return found
 
     def compile_counts(self) -> Mapping[str, int]:
         """What was compiled in this process so far, by kind, for the report."""
@@ -314,8 +362,12 @@ def _named(method: str, arguments: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _check_untouched(method: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _check_untouched(
+    method: str, before: Mapping[str, Any], after: Mapping[str, Any], whose: str = ""
+) -> None:
     """Compare the bits of arrays that were handed in with what they hold after the call.
+
+    whose : " of the call before", if another one has followed
 
     Raises
     ------
@@ -323,14 +375,12 @@ def _check_untouched(method: str, before: Mapping[str, Any], after: Mapping[str,
     """
     for name, old in before.items():
         new = after[name]
-        if new is old:  # tensors, which are compared as arrays
-            continue
         bits = np.dtype(f"i{old.itemsize}")
         changed = old.view(bits) != new.view(bits) if new.shape == old.shape else np.ones(1, bool)
         if changed.any():
             raise Raised(
-                f"{method} wrote into its argument {name}: {changed.sum()} of {old.size} elements "
-                "are no longer what was handed in"
+                f"{method} wrote into its argument {name}{whose}: {changed.sum()} of {old.size} "
+                "elements are no longer what was handed in"
             )
 
 
@@ -347,9 +397,6 @@ class TorchImplementation(Implementation):
 
     The tensors have the case's dtype and lie in memory as `case.layout` says.
     """
-
-    #: While two calls are compared: what each returned, as tensors, which hold their memory.
-    _returned: list[Any] | None = None
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -419,13 +466,17 @@ class TorchImplementation(Implementation):
         device.set_tf32(self.numerics.get(case.dtype) == "tf32")
         device.poison([leaf.numel() * leaf.element_size() for leaf in _leaves(tensors)])
 
-    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+    def _given(self, case: Case, arguments: Sequence[Any]) -> list[Any]:
         tensors = self._tensors(case, arguments, grad=False)
-        handed = _named(method, tensors)
         self._before(case, tensors)
-        found = super().run(method, case, *tensors)
-        _check_untouched(method, _named(method, arguments), self.array(handed))
-        return self._noted(found)
+        return tensors
+
+    def _arrays(self, value: Any) -> Any:
+        return self.array(value)
+
+    def _returned_first(self, found: Any) -> Any:
+        # of a GPU's tensors, arrays are copies: they are made again
+        return self.array(self._calls[0].found) if self._calls else found
 
     def offers_vjp(self, method: str) -> bool:
         return self.offers(method)
@@ -468,7 +519,6 @@ class TorchImplementation(Implementation):
         found = torch.autograd.grad(
             outputs, leaves, grad_outputs=d_outputs, allow_unused=True, materialize_grads=True
         )
-        _check_untouched(f"{method}_vjp", _named(f"{method}_vjp", arguments), self.array(handed))
         gradients_of = {id(leaf): grad for leaf, grad in zip(leaves, found)}
 
         def gather(item: Any) -> Any:
@@ -478,27 +528,8 @@ class TorchImplementation(Implementation):
 
         gathered = tuple(gather(i) for i in inputs if isinstance(i, dict) or i.requires_grad)
         # a layer takes its weights first, and its gradients come as those of pool do
-        return self._noted(gathered if attention or method == "pool" else gathered[::-1])
-
-    def _noted(self, found: Any) -> Any:
-        """What was returned, as arrays: of a GPU's tensors, those are copies."""
-        if self._returned is not None:
-            self._returned.append(found)
-        return self.array(found)
-
-    def run_twice(
-        self,
-        method: str,
-        case: Case,
-        first: Sequence[Any],
-        second: Sequence[Any],
-    ) -> tuple[Any, Any, Any]:
-        self._returned = []
-        try:
-            before, _, other = super().run_twice(method, case, first, second)
-            return before, self.array(self._returned[0]), other
-        finally:
-            self._returned = None
+        gathered = gathered if attention or method == "pool" else gathered[::-1]
+        return self._noted(f"{method}_vjp", arguments, handed, gathered)
 
 
 class OracleImplementation(Implementation):

@@ -25,7 +25,7 @@ RemarkName = Literal[
     "determinism unstated", "limits without long sequences", "not causal",
     "limits without large tensors", "little memory", "lost device", "slow pace",
     "fresh seeds", "device fault", "flaky", "no layer", "no layer gradients", "right without q",
-    "gates", "maybe A4",
+    "gates", "maybe A4", "choice of before",
     "no case", "every case", "stale", "no implementation", "nothing offered",
     "few cases", "edge refused", "edge not met", "edge outside",
     "no element", "vector", "larger vectors",

@@ -92,6 +92,7 @@ REMARKS: dict[RemarkName, str] = {
     "right without q": "with to_q = 0, which neither rotation nor scale changes, the same row is "
     "right: rotation, or else the scale",
     "maybe A4": "layer_with_blocks is not offered: this may be A4, a gradient of the choice",
+    "choice of before": "It is what the call before chose, whose data were others.",
     "gates": "with one gate open at a time, {} wrong, {} right",
     # what is wrong with an entry of the ledger
     "no case": "{} covers none of {} cases",

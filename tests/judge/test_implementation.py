@@ -207,9 +207,28 @@ def test_a_result_that_the_next_call_overwrites_is_found_where_arrays_are_copies
     port, case = OverwrittenOnAGpu(), a_case()
     with pytest.raises(Broken, match=r"the next call has changed it, and .* elements differ"):
         PROPERTIES["A1_sliding_in_pairs"].run(port, case)
-    assert port._returned is None
+    assert port._calls is None
     for name in ("A1_sliding_in_pairs", "A3_sliding_gradients_in_pairs"):
         assert PROPERTIES[name].run(Dense(), case).compared
+
+
+class StaticInputs(Dense):
+    """The first call's q is where a captured graph reads: the next one is copied into it."""
+
+    place: Any = None
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        if self.place is None or q.requires_grad:
+            self.place = q
+        elif q is not self.place:
+            self.place.copy_(q)
+        return super().sliding(case, q, k, v)
+
+
+def test_an_argument_that_the_next_call_writes_into_is_found() -> None:
+    message = "sliding wrote into its argument q of the call before: "
+    with pytest.raises(Raised, match=message):
+        PROPERTIES["A1_sliding_in_pairs"].run(StaticInputs(), a_case())
 
 
 def test_an_input_that_is_not_used_has_a_gradient_of_zero() -> None:

@@ -176,3 +176,47 @@ class ReluPassesAll(CompressionMap):
 class OverlapOverwritten(CompressionMap):
     def overlapping(self, r: Rounding, there: np.ndarray, more: np.ndarray) -> np.ndarray:
         return more
+
+
+# --- what ran before ------------------------------------------------------------------------------
+
+
+class _Static(CompressionMap):
+    """Every result of a shape is written into the same memory, as by a captured graph."""
+
+    def __init__(self, *way: Any) -> None:
+        super().__init__(*way)
+        self.memory: dict[Any, np.ndarray] = {}
+
+    def written(self, result: np.ndarray) -> np.ndarray:
+        """The result, where the next one will be."""
+        place = self.memory.setdefault((result.shape, result.dtype), result)
+        place[...] = result
+        return place
+
+
+@mutant(
+    "C4",
+    "the next call writes its compressed keys over those of the last",
+    seen_in="captured CUDA graphs",
+)
+class CompressedKeysOverwritten(_Static):
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+        return self.written(super().pool(case, x, weights))
+
+
+@mutant("C4", "the next call writes its dx over that of the last", seen_in="captured CUDA graphs")
+class GradientOfTokensOverwritten(_Static):
+    def pool_vjp(self, case: Case, *given: Any) -> Any:
+        dx, dweights = super().pool_vjp(case, *given)
+        return self.written(dx), dweights
+
+
+@mutant("C4", "a map's weights are kept as they were when it was called first with these sizes")
+class WeightsOfAnotherCall(CompressionMap):
+    def __init__(self, *way: Any) -> None:
+        super().__init__(*way)
+        self.kept: dict[Case, dict[str, Any]] = {}
+
+    def pool(self, case: Case, x: Any, weights: dict[str, Any]) -> np.ndarray:
+        return super().pool(case, x, self.kept.setdefault(case, weights))

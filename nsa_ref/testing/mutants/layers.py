@@ -552,6 +552,24 @@ class LastSequenceEmpty(LayerInSteps):
         return found
 
 
+@mutant(
+    "G4", "the next batch writes its output over that of the last", seen_in="captured CUDA graphs"
+)
+class PackedOutputOverwritten(_Overwritten):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.written(super().varlen(case, weights, x, cu_seqlens))
+
+
+@mutant("G4", "offsets are kept, and serve the next batch of as many tokens and sequences")
+class OffsetsOfAnotherBatch(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Case, Tensor] = {}
+
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return super().varlen(case, weights, x, self.kept.setdefault(case, cu_seqlens))
+
+
 @mutant("G4", "dx of a sequence's first token goes to the last token of the one before")
 class GradientsLeak(LayerInSteps):
     def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -234,3 +234,34 @@ class TieIntoTheFuture(Selector):
 class SlotsFilledWithZero(Selector):
     def unused(self) -> int:
         return 0
+
+
+# --- what ran before ------------------------------------------------------------------------------
+
+
+class _Kept(Selector):
+    def __init__(self, *way: Any) -> None:
+        super().__init__(*way)
+        self.kept: dict[Any, np.ndarray] = {}
+
+
+@mutant(
+    "I4",
+    "the next call writes its choice over that of the last",
+    seen_in="captured CUDA graphs",
+    method="select",
+)
+class ChoiceOverwritten(_Kept):
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        chosen = super().select(case, q, k_cmp, mem_k)
+        place = self.kept.setdefault(chosen.shape, chosen)
+        place[...] = chosen
+        return place
+
+
+@mutant("I4", "the choice is kept, and serves the next call of the same sizes", method="select")
+class ChoiceOfAnotherCall(_Kept):
+    def select(self, case: Case, q: Any, k_cmp: Any, mem_k: Any) -> np.ndarray:
+        if case not in self.kept:
+            self.kept[case] = super().select(case, q, k_cmp, mem_k)
+        return self.kept[case].copy()

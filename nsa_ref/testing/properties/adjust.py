@@ -134,6 +134,14 @@ def affordable_map(draw: st.DrawFn, sizes: Drawn) -> None:
         sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
 
 
+def map_with_weights(draw: st.DrawFn, sizes: Drawn) -> None:
+    """C4: compressed keys, of a map that has weights and is affordable."""
+    window = sizes["compress_block_size"] + sizes["compress_block_sliding_stride"]
+    sizes["kv_len"] = max(sizes["kv_len"], window)
+    sizes["compress_map"] = draw(st.sampled_from(("linear", "linear_per_head", "mlp")))
+    affordable_map(draw, sizes)
+
+
 # The choice of blocks
 
 

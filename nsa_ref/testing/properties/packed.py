@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from nsa_ref.layer_bounds import packed_weight_bounds
 from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.compare import compare
+from nsa_ref.testing.compare import check_bits, compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import layer
 from nsa_ref.testing.properties.common import Outcome, Property, chooses_lengths, is_declared
 from nsa_ref.testing.properties.layer import Asked, Truth, Weights
+from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken
 
 
@@ -54,6 +56,16 @@ class Packed:
             Truth.of(implementation, each, x[None, r], weights) for each, r in zip(alone, rows)
         ]
         return cls(asked, case, cu_seqlens, rows, truths)
+
+    @property
+    def given(self) -> tuple[Weights, np.ndarray, np.ndarray]:
+        """What `varlen` is called with."""
+        return self.asked.weights, self.asked.x, self.cu_seqlens
+
+    def rows_of(self, found: Any) -> np.ndarray:
+        """What `varlen` returned, float64, if it has the form that the plug says."""
+        case = self.asked.case
+        return checked_tensor(case, "varlen", found, (len(self.asked.x), case.layer_width))
 
     @property
     def undecided(self) -> np.ndarray:
@@ -102,11 +114,30 @@ class Packed:
 def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G4: sequences one behind the other are what each is by itself."""
     packed = Packed.of(implementation, case)
-    asked = packed.asked
-    arguments = asked.weights, asked.x, packed.cu_seqlens
-    found = call(implementation.run, "varlen", asked.case, *arguments)
-    actual = checked_tensor(case, "varlen", found, (len(asked.x), case.layer_width))
-    compared = []
+    return _check_output(
+        packed, call(implementation.run, "varlen", packed.asked.case, *packed.given)
+    )
+
+
+def second_request(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G4: a request leaves the rows of the one before as they are, and has none of them.
+
+    Both have as many tokens, and as many sequences, in another order of their lengths.
+    """
+    packed = Packed.of(implementation, case)
+    weights, x, cu_seqlens = packed.given
+    earlier = fresh_seeds(case, 1)[0].array("x", *x.shape)
+    both = (weights, earlier, cu_seqlens[-1] - cu_seqlens[::-1]), packed.given
+    before, after, found = call(implementation.run_twice, "varlen", packed.asked.case, *both)
+    one, other = (packed.rows_of(result) for result in (before, after))
+    why, part = "the next request has changed it", "of the request before"
+    check_bits("G4", "varlen", other, one, part=part, why=why)
+    return _check_output(packed, found)
+
+
+def _check_output(packed: Packed, found: Any) -> Outcome:
+    """The rows that were returned, against those of every sequence by itself."""
+    actual, compared = packed.rows_of(found), []
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
             bound = np.where(truth.undecided[..., None], np.inf, truth.bounds.out)

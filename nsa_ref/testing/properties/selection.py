@@ -13,6 +13,7 @@ from nsa_ref.selection_bounds import score_bounds
 from nsa_ref.testing.branches import as_array, call
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.choices import AMBIGUOUS, INVALID, Reason, undecided_rows, valid_selection
+from nsa_ref.testing.compare import check_bits
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties.common import Outcome, Property, is_declared
 from nsa_ref.testing.strategies import fresh_seeds
@@ -62,6 +63,39 @@ class _Row:
 def valid_choice(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """I1 to I6: the choice is a valid top-n of the oracle's scores, up to rounding."""
     ambiguous, found = _invalid_rows(implementation, case)
+    _blame(prop, implementation, case, found)
+    return _outcome(case, ambiguous)
+
+
+def in_pairs(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """I4: a call leaves the choice of the one before as it is, and takes nothing from it."""
+    earlier = fresh_seeds(case, 1)[0]
+    results = call(implementation.run_twice, "select", case, _given(earlier), _given(case))
+    before, after, indices = map(as_array, results)
+    _, wrong_before = invalid_rows(earlier, before, *_scores(implementation, earlier))
+    _blame(prop, implementation, earlier, wrong_before)
+    part, why = "of the call before", "the next call has changed it"
+    tensors = after.astype(np.float64), before.astype(np.float64)
+    check_bits(prop.clause, "select", *tensors, part=part, why=why)
+    ambiguous, found = invalid_rows(case, indices, *_scores(implementation, case))
+    if found:
+        rows = [(fault.batch, fault.head, fault.row) for fault in found.values()]
+        if all(np.array_equal(indices[row], before[row]) for row in rows):
+            # it was right in the first call: the scores are no mistake
+            raise Broken(prop.clause, next(iter(found.values())), notes=(("choice of before",),))
+        _blame(prop, implementation, case, found)
+    return _outcome(case, ambiguous)
+
+
+def _outcome(case: Case, ambiguous: int) -> Outcome:
+    rows = case.batch * case.selection_heads * case.q_len
+    return Outcome(compared=(rows - ambiguous) * case.num_selected_blocks, ambiguous=ambiguous)
+
+
+def _blame(
+    prop: Property, implementation: Implementation, case: Case, found: dict[str, WrongChoice]
+) -> None:
+    """Raise Broken for what `invalid_rows` found, with the clause that is to blame."""
     if FORCED_ORDER in found:
         wrong = ORDER in found or _wrong_without_forced_blocks(implementation, case)
         found.setdefault(ORDER if wrong else "I4", found.pop(FORCED_ORDER))
@@ -70,8 +104,6 @@ def valid_choice(prop: Property, implementation: Implementation, case: Case) -> 
     if found:
         clause = prop.clause if prop.clause in found else next(iter(found))
         raise Broken(clause, found[clause])
-    rows = case.batch * case.selection_heads * case.q_len
-    return Outcome(compared=(rows - ambiguous) * case.num_selected_blocks, ambiguous=ambiguous)
 
 
 def _wrong_without_forced_blocks(implementation: Implementation, case: Case) -> bool:
@@ -116,17 +148,31 @@ def _scores_decide(implementation: Implementation, case: Case) -> bool:
 
 def _scores(implementation: Implementation, case: Case) -> tuple[Scored, np.ndarray]:
     """What is known of the blocks, and how exactly the implementation can know their scores."""
-    q, k_cmp, _, mem_k, _ = case.compressed()
     how: dict[str, Any] = {"kv_len": case.kv_len, **case.geometry}
-    numerics = implementation.numerics[case.dtype]
-    return scored(q, k_cmp, mem_k, **how), score_bounds(q, k_cmp, mem_k, **how, numerics=numerics)
+    given, numerics = _given(case), implementation.numerics[case.dtype]
+    return scored(*given, **how), score_bounds(*given, **how, numerics=numerics)
 
 
 def _invalid_rows(implementation: Implementation, case: Case) -> tuple[int, dict[str, WrongChoice]]:
     """`invalid_rows` of what the implementation chooses."""
-    q, k_cmp, _, mem_k, _ = case.compressed()
-    indices = as_array(call(implementation.run, "select", case, q, k_cmp, mem_k))
+    indices = as_array(call(implementation.run, "select", case, *_given(case)))
     return invalid_rows(case, indices, *_scores(implementation, case))
+
+
+def _given(case: Case) -> tuple[np.ndarray, ...]:
+    """What `select` is called with."""
+    q, k_cmp, _, mem_k, _ = case.compressed()
+    return q, k_cmp, mem_k
+
+
+def check_form(case: Case, indices: np.ndarray) -> None:
+    """Raise Raised for indices that have another form than the plug says."""
+    rows = (case.batch, case.selection_heads, case.q_len)
+    if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
+        raise Raised(
+            f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
+            f"shape {(*rows, case.num_selected_blocks)}"
+        )
 
 
 def invalid_rows(
@@ -138,12 +184,7 @@ def invalid_rows(
     ------
     Raised : indices that have another form than the plug says
     """
-    rows = (case.batch, case.selection_heads, case.q_len)
-    if indices.shape[:3] != rows or indices.ndim != 4 or indices.dtype.kind != "i":
-        raise Raised(
-            f"select returned {indices.dtype} of shape {indices.shape}; it must be integers of "
-            f"shape {(*rows, case.num_selected_blocks)}"
-        )
+    check_form(case, indices)
     verdict = valid_selection(indices, of_blocks, bounds, **case.geometry)
     found: dict[str, WrongChoice] = {}
     for b, g, t in np.argwhere(verdict.verdict == INVALID).tolist():
