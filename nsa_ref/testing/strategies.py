@@ -82,6 +82,8 @@ SHAPES = ("square", "decode", "short keys", "edge")
 LONG_SHAPES = ("around 128", "long", "full tiles", "many blocks")
 #: A layer reads its own keys: hardly any tokens, or some.
 LAYER_SHAPES = ("few tokens", "square")
+#: More blocks than a kernel may have counted on.
+MANY_BLOCKS = 128
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
 #: whose offsets do not fit into 32 bits.
 EXTENTS = ("far", "large")
@@ -252,9 +254,15 @@ def cases(
         sizes["kv_len"] = size * TILE + draw(st.integers(1, max(1, size - 1)))
     if about == "layer" and (lengths := layer_lengths(limits)) is not None:
         sizes["q_len"] = sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],), allowed=lengths)
+    elif shape == "square" and (lengths := layer_lengths(limits)):
+        # rows from the first position on are as many as keys, whatever lengths there are
+        sizes["q_len"] = sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],), allowed=lengths)
     elif shape not in EXTENTS and ("q_len" in limits or "kv_len" in limits):
         sizes["q_len"] = pick("q_len", (sizes["q_len"],))
-        sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],))
+        allowed = some_of(limits.get("kv_len", ()))
+        if shape == "many blocks":
+            allowed = [n for n in allowed if n > MANY_BLOCKS * sizes["selection_block_size"]]
+        sizes["kv_len"] = pick("kv_len", (sizes["kv_len"],), allowed=allowed or None)
 
     kv_len = sizes["kv_len"]
     count = min(-(-kv_len // sizes["selection_block_size"]), 32)

@@ -7,12 +7,15 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from commands import nsa_ref, python
+from nsa_ref.attention import Attention
 from nsa_ref.testing import Case, Implementation, cli
+from nsa_ref.testing.branches import BRANCHES
 from nsa_ref.testing.conditions import Condition
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.columns import COLUMNS
@@ -25,6 +28,7 @@ from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.mutants.trials import (
     Trial,
     kills_of_its_own,
+    made_from_of,
     try_mutant,
     why_it_cannot_be_met,
     worker_died,
@@ -95,6 +99,7 @@ def test_mutant_is_killed_by_its_clause(name: str, tmp_path: Path) -> None:
         ("NoWindow", "production", ("needs", "sliding_window_size", "0")),
         ("BlockInEightBits", "interpreter", ("needs", "num_selection_blocks", "> 256")),
         ("LastRowTwice", "interpreter", ("needs", "q_len", "> 64")),
+        ("LastRowTwice", "production", ("needs", "q_len", "> 64")),
         ("DuplicatesOnceBackward", "interpreter", ("needs", "duplicates", "multiset")),
         ("SlotsFilledWithZero", "interpreter", ("not offered", "select")),
         ("SequencesLeak", "production", ("not offered", "varlen")),
@@ -125,10 +130,20 @@ def test_free_limits_exclude_no_mutant() -> None:
     assert {limits for (_, limits), why in excluded.items() if why} == {*COLUMNS} - {"free"}
 
 
-@pytest.mark.parametrize("name", ["WindowPlusOne", "MinusOneIsZero", "LseBaseTwo"])
-def test_a_mutant_dies_under_other_limits(name: str, tmp_path: Path) -> None:
-    """Those of kernels in the interpreter."""
-    trial = try_mutant(name, Options(findings=tmp_path), "interpreter")
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("WindowPlusOne", "interpreter"),
+        ("MinusOneIsZero", "interpreter"),
+        ("LseBaseTwo", "interpreter"),
+        # which are mistakes of the first rows alone
+        ("TieIntoTheFuture", "production"),
+        ("MemoryMasked", "production"),
+    ],
+)
+def test_a_mutant_dies_under_other_limits(name: str, limits: str, tmp_path: Path) -> None:
+    """Those of kernels."""
+    trial = try_mutant(name, Options(findings=tmp_path), limits)
     assert trial.killed, f"{trial.died_of}\n{trial.found}"
 
 
@@ -161,23 +176,65 @@ def test_what_cannot_be_met_excuses_a_survivor_alone() -> None:
     """A survivor without a reason, another clause, an exception and a lost worker are failures."""
     what = {"name": "NoScale", "limits": "production", "seed": 0, "clause": "A1"}
     reason = ("needs", "dtype", "float16")
-    assert Trial(**what, cannot=[reason]).died_of == "cannot be met"
-    assert Trial(**what, cannot=[reason]).right
+    assert Trial(**what, cannot=[reason], alike=1).died_of == "cannot be met"
+    assert Trial(**what, cannot=[reason], alike=1).right
+    assert Trial(**what, cannot=[("not offered", "select")]).right
     assert Trial(**what, found_by="A1").right
     assert not Trial(**what).right
+    assert not Trial(**what, cannot=[reason]).right
     assert not Trial(**what, found_by="A3").right
-    assert not Trial(**what, found_by="A3", cannot=[reason]).right
+    assert not Trial(**what, found_by="A3", cannot=[reason], alike=1).right
     assert not Trial(**what, found_by="A1", raised=True).right
     assert not worker_died("NoScale", "production", 0).right
 
 
+class LastBitOfLse(Kernel):
+    """Within every bound, and not what it is made from."""
+
+    def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+        out, lse = super().sliding(case, q, k, v)
+        return Attention(out, np.nextafter(lse, np.inf, dtype=lse.dtype))
+
+
+def test_what_cannot_be_met_gives_the_bits_of_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs is told, even if its bounds admit it."""
+    options = Options(findings=tmp_path)
+    trial = try_mutant("NarrowDistance", options, "interpreter")
+    assert (trial.died_of, trial.right) == ("cannot be met", True)
+    assert trial.alike >= trial.cases > 0
+    changed = dataclasses.replace(ZOO["NarrowDistance"], implementation=LastBitOfLse())
+    monkeypatch.setitem(ZOO, "NarrowDistance", changed)
+    trial = try_mutant("NarrowDistance", options, "interpreter")
+    assert (trial.died_of, trial.right) == ("W1 (beyond its needs)", False)
+    assert trial.found.startswith("sliding differs from kernel for Case(")
+
+
+@pytest.mark.parametrize("name", ["NoRescaling", "NarrowProbabilities", "OutputOverwritten"])
+def test_what_a_mutant_is_made_from_rounds_as_it_does(name: str) -> None:
+    mutant = ZOO[name].implementation
+    right = made_from_of(mutant)
+    assert type(right) in (Kernel, Selector)
+    assert all(getattr(right, x) == getattr(mutant, x) for x in ("way", "numerics", "semantics"))
+
+
 def test_a_property_that_alone_finds_a_mutant_is_told(tmp_path: Path) -> None:
-    """Of two that both find it, neither does."""
+    """Of two that call the same method and both find it, neither does."""
     options = Options(findings=tmp_path)
     alone = kills_of_its_own([try_mutant(n, options) for n in ("LastKeyNotRead", "Strictness")])
-    assert alone["W1_sliding_mask_as_exposed"] == alone["C2_compress_mask_as_exposed"] == []
+    assert alone["C2_compress_mask_as_exposed"] == ["Strictness"]
+    assert alone["W1_sliding_mask_as_read"] == alone["W1_sliding_mask_as_exposed"] == []
     by_one = kills_of_its_own([try_mutant("FirstHeadOnly", options)])
     assert by_one == {"I3_selection": ["FirstHeadOnly"]}
+
+
+def test_what_finds_a_mistake_in_one_branch_finds_it_in_all() -> None:
+    """The mistake is in all of them, and it was tried in the first."""
+    died = {"name": "LseBaseTwo", "limits": "free", "seed": 0, "clause": "A1", "found_by": "A1"}
+    alone = kills_of_its_own([Trial(**died, alone=["A1_compress_lse"])])
+    finders = {name for name, mutants in alone.items() if mutants}
+    assert finders == {f"A1_{branch.name}_lse" for branch in BRANCHES}
 
 
 def test_the_interpreter_is_tried_within_what_is_declared_there() -> None:
@@ -209,7 +266,9 @@ def test_every_clause_has_a_mutant() -> None:
 
 #: Read by every Python that starts with this folder on its path: the command and its workers.
 PLANTED = """
-from nsa_ref.testing import OracleImplementation
+import time
+
+from nsa_ref.testing import OracleImplementation, last_words
 from nsa_ref.testing.mutants import layers, mutant
 
 
@@ -227,6 +286,17 @@ class OfAnotherClause(layers.GatesPermuted):
 class Raises(OracleImplementation):
     def pool(self, case, x, weights):
         raise ZeroDivisionError
+
+
+@mutant("F2", "it hangs", needs={"dtype": "float64"})
+class Hangs(OracleImplementation):
+    def fine_mask(self, case, block_indices):
+        if case.dtype == "float64":
+            time.sleep(600)
+        return super().fine_mask(case, block_indices)
+
+
+last_words.timeout_of = lambda prop, *case: 1.0 if prop.clause == "F2" else 120.0
 """
 
 
@@ -259,14 +329,23 @@ def test_the_command_prints_what_every_mutant_died_of(planted: Path) -> None:
 
 
 def test_a_survivor_and_what_dies_of_something_else_are_shown(planted: Path) -> None:
-    """Exit code 1. The command's process is one of its own, which finds the planted ones."""
-    names = ("Survivor", "OfAnotherClause", "Raises", "WindowPlusOne")
+    """Exit code 1. The command's process is one of its own, which finds the planted ones.
+
+    A mutant that hangs is ended, and that is no kill.
+    """
+    names = ("Survivor", "OfAnotherClause", "Raises", "Hangs", "WindowPlusOne")
     done = python("-m", "nsa_ref.testing.cli", "mutants", *names, "-n", "1")
     assert done.returncode == 1, done.stdout + done.stderr
-    for line in ("Survivor +F2 +survives", "OfAnotherClause +A4 +G1", r"Raises +C4 +C4 \(by an"):
+    for line in (
+        "Survivor +F2 +survives",
+        "OfAnotherClause +A4 +G1",
+        r"Raises +C4 +C4 \(by an",
+        "Hangs +F2 +no end",
+    ):
         assert re.search(f"^{line}", done.stdout, re.MULTILINE), done.stdout
-    assert "free: 1 of 4 mutants die of their clause\n" in done.stdout
-    assert "production: 1 of 4 mutants die of their clause, 1 cannot be met" in done.stdout
+    assert "Hangs (it hangs), free, seed 0, must die of F2: no end\n" in done.stdout
+    assert "free: 1 of 5 mutants die of their clause\n" in done.stdout
+    assert "production: 1 of 5 mutants die of their clause, 2 cannot be met" in done.stdout
 
 
 def test_what_cannot_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

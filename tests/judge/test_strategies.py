@@ -588,3 +588,39 @@ def test_rules_survive_their_way_to_a_process_that_does_not_load_the_port() -> N
     for port, cases_of in zip((Narrow(), back), drawn):
         draw(prop, port, Options(shrink=False), cases_of.append)
     assert drawn[0] == drawn[1]
+
+
+class FromTheFirstToken(OracleImplementation):
+    """A kernel of fixed sizes, for a prompt of one block and a token, or a row behind a cache."""
+
+    limits: ClassVar[dict[str, Any]] = {
+        "head_dim": (64, 128),
+        "compress_block_size": (32,),
+        "compress_block_sliding_stride": (16,),
+        "selection_block_size": (64,),
+        "q_len": (1, 65),
+        "kv_len": (65, 2048, 8257),
+    }
+
+
+@pytest.mark.parametrize("about", sorted({*ABOUT} - {"layer"}))
+def test_within_limits_there_are_as_many_rows_as_keys(about: str) -> None:
+    """So that rows stand at the first positions, whatever lengths may be."""
+    strategy = cases(FromTheFirstToken(), about, shape="square")
+    assert {(case.q_len, case.kv_len) for case in sample(strategy, 5)} == {(65, 65)}
+
+
+@pytest.mark.parametrize("about", ["fine", "selection"])
+def test_within_limits_there_are_many_blocks(about: str) -> None:
+    """Where one length has them, it is that of the shape."""
+    strategy = cases(FromTheFirstToken(), about, shape="many blocks")
+    assert {case.kv_len for case in sample(strategy, 5)} == {8257}
+
+
+def test_an_mlp_is_tried_where_limits_leave_large_ones_alone() -> None:
+    """Of few tokens, because its weights are the square of its inputs."""
+    drawn: list[Case] = []
+    options = Options(shrink=False)
+    draw(PROPERTIES["C4_pool_gradients"], FromTheFirstToken(), options, drawn.append)
+    mlps = [case for case in drawn if case.compress_map == "mlp"]
+    assert mlps and {(case.head_dim, case.kv_len) for case in mlps} == {(64, 65)}

@@ -17,14 +17,23 @@ from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, Semantics
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.conditions import SWITCHES, Condition
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.limits import BLOCKS, CHANGED_BY, Limits
+from nsa_ref.testing.limits import BLOCKS, CHANGED_BY, Limits, limited
 from nsa_ref.testing.swarm import PRODUCTION
 
+#: What is read out of an implementation, key by key.
+READ = ("sliding", "compress", "fine")
 #: What a kernel is, beside a whole layer.
-BRANCHES = ("sliding", "compress", "fine", "sliding_mask", "compress_mask", "fine_mask")
+BRANCHES = (*READ, "sliding_mask", "compress_mask", "fine_mask")
 
-#: Lengths that all methods of production kernels are asked.
-SHORTER = (2048, 2049, 2111)
+#: A prompt from its first token on: one block, and one token of the next.
+PROMPT = 65
+#: Lengths that all methods of production kernels are asked: the last block of one key and whole,
+#: and short of one key.
+SHORTER = (PROMPT, 2048, 2049, 2111)
+#: Far more than 128 blocks, the last of one key.
+MANY_BLOCKS = 161 * 64 + 1
+#: Rows behind a long cache.
+FEW = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,31 +64,6 @@ class Column:
             )
         return placed
 
-    def excludes(self, implementation: Implementation, need: Condition) -> bool:
-        """Whether no case of such a kernel is as the condition says.
-
-        implementation : as `of` gives it
-        """
-        allowed: dict[str, Sequence[Any]] = {
-            **{field: list(values) for field, values in self.limits.items()},
-            "dtype": list(implementation.numerics),
-            "semantics": list(implementation.semantics),
-        }
-        fields: dict[str, None] = {}
-        for read in need.reads:
-            if read in allowed:
-                fields[read] = None
-            else:
-                fields |= dict.fromkeys(
-                    ("semantics",) if read in SWITCHES else CHANGED_BY.get(read, (read,))
-                )
-        if not fields.keys() <= allowed.keys():
-            return False
-        for values in itertools.product(*(allowed[field] for field in fields)):
-            if need.holds(_case(dict(zip(fields, values)))):
-                return False
-        return True
-
     def to_json(self) -> dict[str, Any]:
         """What it declares; of a range its ends."""
         return {
@@ -98,6 +82,30 @@ def _written(limits: Limits) -> dict[str, Any]:
     }
 
 
+def excludes(implementation: Implementation, method: str, need: Condition) -> bool:
+    """Whether no case of a method, as it is declared, is as the condition says."""
+    declared = limited(implementation, method)
+    allowed: dict[str, Sequence[Any]] = {
+        **{field: list(values) for field, values in declared.limits.items()},
+        "dtype": list(declared.numerics),
+        "semantics": list(declared.semantics),
+    }
+    fields: dict[str, None] = {}
+    for read in need.reads:
+        if read in allowed:
+            fields[read] = None
+        else:
+            fields |= dict.fromkeys(
+                ("semantics",) if read in SWITCHES else CHANGED_BY.get(read, (read,))
+            )
+    if not fields.keys() <= allowed.keys():
+        return False
+    for values in itertools.product(*(allowed[field] for field in fields)):
+        if need.holds(_case(dict(zip(fields, values)))):
+            return False
+    return True
+
+
 def _case(sizes: dict[str, Any]) -> Case:
     """A case with these sizes, whose others go with them."""
     if (group_size := sizes.pop("group_size", None)) is not None:
@@ -111,16 +119,13 @@ def _case(sizes: dict[str, Any]) -> Case:
 #: name -> what is declared
 COLUMNS: Mapping[str, Column] = {
     "free": Column(),
-    # few rows behind several thousand keys: selection decides
+    # few rows behind several thousand keys: selection decides; and the first rows of a prompt
     "production": Column(
-        limits=PRODUCTION
-        | {
-            "q_len": range(1, 5),
-            # the last block whole, of one key, and short of one key; more than 128 blocks
-            "kv_len": (*SHORTER, 8257),
-        },
-        # masks of 8257 keys take the definition seconds a case
-        limits_of={f"{branch}*": {"kv_len": SHORTER} for branch in ("sliding", "compress", "fine")},
+        limits=PRODUCTION | {"q_len": (*FEW, PROMPT), "kv_len": (*SHORTER, MANY_BLOCKS)},
+        # of so many keys masks and maps take the definition seconds a case; so do many rows that
+        # are read out of 2048 keys
+        limits_of={f"{kind}*": {"kv_len": SHORTER} for kind in (*READ, "pool")}
+        | {method: {"q_len": FEW} for branch in READ for method in (branch, f"{branch}_vjp")},
         dtypes=("bfloat16",),
         methods=(*BRANCHES, "pool", "select"),
     ),

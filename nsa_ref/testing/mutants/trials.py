@@ -6,15 +6,18 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from nsa_ref.testing.case import Case
-from nsa_ref.testing.mutants.columns import COLUMNS
+from nsa_ref.testing.findings import Finding
+from nsa_ref.testing.implementation import Implementation
+from nsa_ref.testing.mutants.columns import COLUMNS, excludes
 from nsa_ref.testing.mutants.zoo import ZOO
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
@@ -34,8 +37,11 @@ class Trial:
     raised : it was found by an exception of its own, or ended its process: that shows nothing
     beyond : it was found where it says that it is right
     by_property : which one found it
-    alone : no other property of the clause finds it; None where that was not tried
+    alone : of the properties that ask a method those that find it as no other one does; of a
+        mistake in several branches, in the first that shows it; None where that was not tried
     cannot : why it is right under these limits, ("not offered", what) or ("needs", name, rule)
+    alike : results that are those of what it is made from, to the bit; tried where it needs what
+        there is not
     cases, seconds : until it was found
     """
 
@@ -48,8 +54,9 @@ class Trial:
     raised: bool = False
     beyond: bool = False
     by_property: str = ""
-    alone: bool | None = None
+    alone: Sequence[str] | None = None
     cannot: Sequence[Sequence[str]] = ()
+    alike: int = 0
     cases: int = 0
     seconds: float = 0.0
 
@@ -61,7 +68,10 @@ class Trial:
     @property
     def right(self) -> bool:
         """Whether it dies as it must, or could not be told from what is right."""
-        return self.killed or bool(self.cannot and not self.found_by and not self.raised)
+        if self.found_by or self.raised:
+            return self.killed
+        needs = any(kind == "needs" for kind, *_ in self.cannot)
+        return bool(self.alike if needs else self.cannot)
 
     @property
     def died_of(self) -> str:
@@ -70,7 +80,9 @@ class Trial:
             return f"{self.found_by} (by an exception)" if self.found_by else "no end"
         if self.beyond:
             return f"{self.found_by} (beyond its needs)"
-        return self.found_by or ("cannot be met" if self.cannot else "survives")
+        if self.found_by:
+            return self.found_by
+        return "cannot be met" if self.right else "survives"
 
     def to_json(self) -> dict[str, Any]:
         """With what is known of the mutant."""
@@ -88,36 +100,125 @@ def try_mutant(name: str, options: Options, limits: str = ALL, *, once: bool = F
     mutant, started, cases = ZOO[name], time.monotonic(), 0
     implementation = COLUMNS[limits].of(mutant.implementation)
     cannot = tuple(why_it_cannot_be_met(name, limits))
-    if cannot:
-        implementation.pace = "slow"  # some cases of each property show that it is right
+    beside = Beside(mutant.implementation, implementation, limits) if cannot else None
     trial = Trial(name=name, limits=limits, seed=options.seed, clause=mutant.clause, cannot=cannot)
     options = dataclasses.replace(options, shrink=False)
-    for prop in _of_clause(mutant.clause):
-        if trial.found_by == mutant.clause and (once or trial.alone is not True):
-            break
-        record = run_property(prop, implementation, options)
-        finding = record.finding
-        if trial.found_by == mutant.clause:
-            found = finding is not None and finding["clause"] == mutant.clause
-            trial = dataclasses.replace(trial, alone=not found)
-            continue
-        cases += record.cases
-        trial = dataclasses.replace(trial, cases=cases, seconds=_since(started))
-        if finding is not None:
-            case = Case.from_json(finding["case"])
+    alone: list[str] = []
+    for methods in _by_method(mutant.clause):
+        for asked in methods:
+            finders: list[str] = []
+            for prop in asked:
+                record = run_property(prop, implementation, options)
+                finding = record.finding
+                if finding is not None and finding["clause"] == mutant.clause:
+                    finders.append(prop.name)
+                if trial.found_by != mutant.clause:
+                    cases += record.cases
+                    trial = dataclasses.replace(trial, cases=cases, seconds=_since(started))
+                    if finding is not None:
+                        trial = _died(trial, prop, finding)
+                if trial.found_by == mutant.clause and (once or limits != ALL):
+                    return trial
+                if len(finders) == 2:
+                    break
+            if finders:
+                alone += finders if len(finders) == 1 else []
+                break
+    if limits == ALL and not once:
+        trial = dataclasses.replace(trial, alone=alone)
+    if beside is not None:
+        trial = dataclasses.replace(trial, alike=beside.alike)
+        if beside.differs and not trial.found_by:
             trial = dataclasses.replace(
-                trial,
-                found_by=finding["clause"],
-                found=finding["text"],
-                raised=finding["kind"] in FAILURES,
-                beyond=not (
-                    mutant.method in ("", prop.method)
-                    and all(need.holds(case) for need in mutant.needs)
-                ),
-                by_property=prop.name,
-                alone=None if once or limits != ALL else True,
+                trial, found_by=mutant.clause, found=beside.differs, beyond=True
             )
     return trial
+
+
+def _died(trial: Trial, prop: Property, finding: Finding) -> Trial:
+    """The trial, with what was found."""
+    mutant, case = ZOO[trial.name], Case.from_json(finding["case"])
+    in_method = mutant.method in ("", prop.method)
+    return dataclasses.replace(
+        trial,
+        found_by=finding["clause"],
+        found=finding["text"],
+        raised=finding["kind"] in FAILURES,
+        beyond=not (in_method and all(need.holds(case) for need in mutant.needs)),
+        by_property=prop.name,
+    )
+
+
+def _by_method(clause: str) -> Iterable[Iterable[list[Property]]]:
+    """Properties of a clause by the method that they call; methods of the branches together."""
+    kinds: dict[str, dict[str, list[Property]]] = {}
+    for prop in _of_clause(clause):
+        of_kind = kinds.setdefault(_of_any_branch(prop.called, prop), {})
+        of_kind.setdefault(prop.called, []).append(prop)
+    return [of_kind.values() for of_kind in kinds.values()]
+
+
+def _of_any_branch(name: str, prop: Property) -> str:
+    """The name of a property or its method without that of its branch."""
+    return name.replace(prop.branch.name, "*") if prop.branch else name
+
+
+class Beside:
+    """What a mutant is made from, called whenever the mutant is: their results have the same bits.
+
+    mutant, placed : the mutant, and as a kernel within the limits, which is changed: some cases of
+        each property are enough
+    alike : results that were the same
+    differs : the first call of which they were not
+    """
+
+    def __init__(self, mutant: Implementation, placed: Implementation, limits: str) -> None:
+        self.alike, self.differs = 0, ""
+        made_from = made_from_of(mutant)
+        self._right = COLUMNS[limits].of(made_from)
+        self._run, self._run_vjp = placed.run, placed.run_vjp
+        placed.run, placed.run_vjp = self.run, self.run_vjp  # type: ignore[method-assign]
+        placed.pace = "slow"
+
+    def run(self, method: str, case: Case, *arguments: Any) -> Any:
+        """As of the mutant."""
+        found = self._run(method, case, *arguments)
+        return self._noted(found, self._right.run(method, case, *arguments), method, case)
+
+    def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
+        """As of the mutant."""
+        found = self._run_vjp(method, case, *arguments)
+        right = self._right.run_vjp(method, case, *arguments)
+        return self._noted(found, right, f"{method}_vjp", case)
+
+    def _noted(self, found: Any, right: Any, method: str, case: Case) -> Any:
+        if _bits(found) == _bits(right):
+            self.alike += 1
+        else:
+            self.differs = self.differs or f"{method} differs from {self._right.name} for {case}"
+        return found
+
+
+def made_from_of(mutant: Implementation) -> Implementation:
+    """What a mutant is made from: right, in the mutant's way, dtypes and conventions."""
+    public = (cls for cls in type(mutant).__mro__[1:] if not cls.__name__.startswith("_"))
+    made_from: Implementation = next(cls for cls in public if cls.__name__ not in ZOO)()
+    for name in ("way", "numerics", "semantics"):
+        if hasattr(made_from, name):
+            setattr(made_from, name, getattr(mutant, name))
+    return made_from
+
+
+def _bits(result: Any) -> Any:
+    """What two results have in common if they are the same to the bit."""
+    if result is None:
+        return None
+    if isinstance(result, Mapping):
+        return {name: _bits(one) for name, one in result.items()}
+    if isinstance(result, tuple):
+        return [_bits(one) for one in result]
+    array = np.asarray(result)
+    return array.dtype.str, array.shape, array.tobytes()
 
 
 def _since(started: float) -> float:
@@ -130,19 +231,20 @@ def _of_clause(clause: str) -> list[Property]:
 
 def why_it_cannot_be_met(name: str, limits: str) -> Iterator[tuple[str, ...]]:
     """Why no kernel within these limits has the mutant's mistake; nothing if one may have it."""
-    mutant, column = ZOO[name], COLUMNS[limits]
-    placed = column.of(mutant.implementation)
+    mutant = ZOO[name]
+    placed = COLUMNS[limits].of(mutant.implementation)
     asked = [
         prop
         for prop in _of_clause(mutant.clause)
         if mutant.method in ("", prop.method) and not prop.why_not_offered(mutant.implementation)
     ]
-    missing = [prop.why_not_offered(placed) for prop in asked]
-    if asked and all(missing):
-        yield from (("not offered", what) for what in dict.fromkeys(missing))
+    missing = {prop.called: prop.why_not_offered(placed) for prop in asked}
+    if asked and all(missing.values()):
+        yield from (("not offered", what) for what in dict.fromkeys(missing.values()))
         return
+    offered = [method for method, what in missing.items() if not what]
     for need in mutant.needs:
-        if column.excludes(placed, need):
+        if all(excludes(placed, method, need) for method in offered):
             yield "needs", need.name, str(need.rule)
 
 
@@ -161,19 +263,21 @@ def worker_died(name: str, limits: str, seed: int) -> Trial:
 def kills_of_its_own(trials: Collection[Trial]) -> dict[str, list[str]]:
     """Property -> the mutants that it alone finds, in one trial at least; of all that were asked.
 
-    Where all properties can be asked: under other limits some have hardly a case.
+    What finds a mistake in one branch does so for the others. Only where all properties can be
+    asked: under other limits some have hardly a case.
     """
     free = [trial for trial in trials if trial.limits == ALL]
-    found: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
+    asked: dict[str, str] = {}
     for trial in free:
         for prop in _of_clause(trial.clause):
             implementation = ZOO[trial.name].implementation
             if not (prop.why_not_offered(implementation) or prop.why_not_tried(implementation)):
-                found.setdefault(prop.name, [])
-    for trial in free:
-        if trial.killed and trial.alone and trial.name not in found[trial.by_property]:
-            found[trial.by_property].append(trial.name)
-    return found
+                asked[prop.name] = _of_any_branch(prop.name, prop)
+        for name in trial.alone or ():
+            if trial.killed:
+                found.setdefault(_of_any_branch(name, PROPERTIES[name]), set()).add(trial.name)
+    return {name: sorted(found.get(kind, ())) for name, kind in asked.items()}
 
 
 def show_trials(console: Console, trials: Collection[Trial], seconds: float) -> None:

@@ -12,6 +12,8 @@ from nsa_ref.testing.strategies import Drawn
 
 #: Maps whose weights are l dim^2 numbers, or that many for each head, at most.
 SMALL_MAPS = ("linear", "mean", "linear_per_head")
+#: Inputs of an MLP whose weights, the square of that, cost nothing; and that cost a second.
+SMALL_MLP, LARGE_MLP = 256, 2048
 ONE_SMALL_HEAD = {"batch": 1, "q_heads": 1, "kv_heads": 1, "compress_map": "mean"}
 BLOCK_SIZES = ("compress_block_sliding_stride", "compress_block_size", "selection_block_size")
 
@@ -129,9 +131,13 @@ def mean_without_positions(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def affordable_map(draw: st.DrawFn, sizes: Drawn) -> None:
-    """C4: an MLP of l * dim inputs and as many hidden units is kept affordable."""
-    if sizes["compress_block_size"] * sizes["head_dim"] > 256:
-        sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
+    """C4: an MLP has l * dim inputs and as many hidden units; a large one reads few tokens."""
+    length = sizes["compress_block_size"]
+    inputs = length * sizes["head_dim"]
+    if inputs > SMALL_MLP:
+        few = inputs <= LARGE_MLP and sizes["kv_len"] <= 3 * length
+        # the first one is that of the smallest case: limits may leave no smaller MLP
+        sizes["compress_map"] = draw(st.sampled_from((*(["mlp"] if few else []), *SMALL_MAPS)))
 
 
 def map_with_weights(draw: st.DrawFn, sizes: Drawn) -> None:
