@@ -319,10 +319,12 @@ def test_the_command_prints_what_every_mutant_died_of(planted: Path) -> None:
     some = "production: 1 of 2 mutants die of their clause, 1 cannot be met under these limits"
     assert some in done.stdout
     assert "cannot be met, not offered (varlen): SequencesLeak" in done.stdout
-    assert "properties that find no mutant alone (free): W1_sliding" in done.stdout
+    assert "properties that find no mutant alone (free): W1_sliding_mask_as_read" in done.stdout
     written = json.loads((planted / "mutants.json").read_text())
     assert written["limits"].keys() == COLUMNS.keys()
-    assert written["found_by_one_property_alone"]["W1_sliding_mask_as_exposed"] == []
+    alone = written["found_by_one_property_alone"]
+    assert alone["W1_sliding_mask_as_exposed"] == ["WindowPlusOne"]
+    assert alone["W1_sliding_mask_as_read"] == []
     trials = [(one["name"], one["limits"], one["seed"]) for one in written["mutants"]]
     assert trials == [(n, limits, seed) for limits in COLUMNS for seed in (0, 1) for n in names]
     assert all(one["right"] and one["cases"] + len(one["cannot"]) for one in written["mutants"])
