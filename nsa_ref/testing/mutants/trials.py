@@ -261,7 +261,7 @@ def worker_died(name: str, limits: str, seed: int) -> Trial:
 
 
 def kills_of_its_own(trials: Collection[Trial]) -> dict[str, list[str]]:
-    """Property -> the mutants that it alone finds, in one trial at least; of all that were asked.
+    """Property -> the mutants that it alone finds with the first seed; of all that were asked.
 
     What finds a mistake in one branch does so for the others. Only where all properties can be
     asked: under other limits some have hardly a case.
