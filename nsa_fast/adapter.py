@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import nsa_fast
-from nsa_fast import block_masks, flex, interpreter, layouts
+from nsa_fast import block_masks, fine_lists, flex, interpreter, layouts
 from nsa_fast.crowded import visible_cells
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import FLA, LUCIDRAINS, LUCIDRAINS_FLEX, PAPER, XUNHAO, Semantics
@@ -57,8 +57,6 @@ TRITON_LIMITS: Mapping[str, Collection[Any]] = {
     "value_dim": (32,),
     "selection_block_size": (4, 16),
 }
-
-
 #: What is the same code for both kinds: on a CPU the eager one is asked about it.
 ALIKE = ("pool", "select", "sliding_mask", "compress_mask", "fine_mask")
 
@@ -113,6 +111,15 @@ class NsaFast(TorchImplementation):
 
     def fine_mask(self, case: Case, block_indices: Tensor) -> dict[str, Any]:
         group, eager = case.q_heads // block_indices.shape[1], self.backend == "eager"
+        own_block = case.semantics.own_block_extra or not case.semantics.causal
+        masks: dict[str, Any] = {}
+        if case.q_len == case.kv_len and own_block:
+            create = nsa_fast.create_fine_mask(
+                case.kv_len, case.selection_block_size, case.semantics.causal
+            )
+            masks["create_fine_mask"] = create(block_indices, group)
+        if flex.is_triton(block_indices.device) and not eager and _has_tiles(case, group):
+            return masks | _tile_masks(case, block_indices)
         layout = layouts.fine_layout(
             group, case.selection_block_size, block_indices.device, self.backend
         )
@@ -124,16 +131,9 @@ class NsaFast(TorchImplementation):
             del readings["mask_mod"]  # it knows what is cut, and the lists what is chosen
         if crowded is not None:
             readings["q lists"] += visible_cells(crowded, block_mask).cpu().numpy()
-        masks: dict[str, Any] = {}
         for part, cells in readings.items():
             cells = layout.gathered(torch.from_numpy(cells), case.kv_len)
             masks[f"fine_attention {part}"] = layout.head_major(cells).numpy()
-        own_block = case.semantics.own_block_extra or not case.semantics.causal
-        if case.q_len == case.kv_len and own_block:
-            create = nsa_fast.create_fine_mask(
-                case.kv_len, case.selection_block_size, case.semantics.causal
-            )
-            masks["create_fine_mask"] = create(block_indices, group)
         return masks
 
     # branches
@@ -159,6 +159,41 @@ class NsaFast(TorchImplementation):
 
     def select(self, case: Case, q: Tensor, k_cmp: Tensor, mem_k: Tensor) -> Tensor:
         return nsa_fast.select_blocks(q, k_cmp, mem_k, **keywords(nsa_fast.select_blocks, case))
+
+
+def _has_tiles(case: Case, group: int) -> bool:
+    """Whether the fine branch's own kernels run."""
+    return case.batch * case.q_len > 0 and fine_lists.serves(
+        group=group,
+        block_size=case.selection_block_size,
+        head_dim=case.head_dim,
+        value_dim=case.value_dim,
+    )
+
+
+def _tile_masks(case: Case, block_indices: Tensor) -> dict[str, Any]:
+    """What the fine branch's own kernels walk: forward and dq tiles, dk and dv parts of blocks."""
+    chosen, ahead = block_masks.chosen_blocks(
+        case.kv_len, block_indices, case.selection_block_size, case.semantics
+    )
+    heads, q_len, blocks = case.kv_heads, case.q_len, chosen.num_blocks
+    tokens = fine_lists.tokens_per_tile(case.q_heads // heads)
+    named = {
+        "tiles": fine_lists.named_by_tiles(fine_lists.union(chosen, tokens), q_len, blocks, tokens),
+        "parts": fine_lists.named_by_parts(
+            fine_lists.parts(chosen.blocks, blocks), case.batch, heads, q_len, blocks
+        ),
+    }
+    device = block_indices.device
+    key = torch.arange(case.kv_len, device=device)
+    position = torch.arange(q_len, device=device)[:, None] + case.kv_len - q_len
+    last = torch.where(position >= 0, position + ahead, -1)
+    group = case.q_heads // heads
+    masks: dict[str, Any] = {}
+    for part, blocks_of in named.items():
+        cells = blocks_of[..., key // case.selection_block_size] * (key <= last)
+        masks[f"fine_attention {part}"] = cells.repeat_interleave(group, dim=1).cpu().numpy()
+    return masks
 
 
 def keywords(function: Callable[..., Any], case: Case) -> dict[str, Any]:

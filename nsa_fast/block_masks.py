@@ -276,18 +276,20 @@ def named_mask_mod(
     return mask_mod
 
 
-def _chosen(
+def chosen_blocks(
     kv_len: int, block_indices: Tensor, selection_block_size: int, semantics: Semantics
-) -> Chosen:
-    """The blocks that each token sees (F1, F3), cut at p if anything is causal."""
-    return block_lists.chosen_blocks(
+) -> tuple[Chosen, int]:
+    """The blocks that each token sees (F1, F3), and how far ahead of its p it sees in them."""
+    ahead = _ahead(semantics)
+    chosen = block_lists.chosen_blocks(
         block_indices,
         kv_len=kv_len,
         block_size=selection_block_size,
         offset=kv_len - block_indices.shape[2],
-        ahead=_ahead(semantics),
+        ahead=ahead,
         own_block=semantics.causal and semantics.own_block_extra,
     )
+    return chosen, ahead
 
 
 def fine_block_mask(
@@ -311,8 +313,8 @@ def fine_block_mask(
         transposed lists leave out: `crowded.py` has their dk and dv
     """
     q_len = block_indices.shape[2]
-    chosen = _chosen(kv_len, block_indices, layout.block_size, semantics)
-    at: dict[str, int] = {"offset": kv_len - q_len, "ahead": _ahead(semantics)}
+    chosen, ahead = chosen_blocks(kv_len, block_indices, layout.block_size, semantics)
+    at: dict[str, int] = {"offset": kv_len - q_len, "ahead": ahead}
     if complete:
         mask_mod = fine_mask_mod(
             chosen, **at, rows_per_token=layout.rows_per_token, heads_per_choice=1
@@ -351,7 +353,7 @@ def tiled_fine_block_mask(
     returns : (batch, heads * heads_per_choice, q_len, q_len)
     """
     seq_len = block_indices.shape[2]
-    chosen = _chosen(seq_len, block_indices, selection_block_size, semantics)
+    chosen, ahead = chosen_blocks(seq_len, block_indices, selection_block_size, semantics)
     lists = block_lists.tiled_lists(
         chosen, q_len=seq_len, q_block_size=block_size[0], kv_block_size=block_size[1]
     )
@@ -359,7 +361,7 @@ def tiled_fine_block_mask(
     mask_mod = fine_mask_mod(
         chosen,
         offset=0,
-        ahead=_ahead(semantics),
+        ahead=ahead,
         rows_per_token=1,
         heads_per_choice=heads_per_choice,
     )

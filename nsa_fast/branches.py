@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from nsa_fast import block_masks, flex, layouts
+from nsa_fast import block_masks, fine_lists, flex, layouts
 from nsa_fast.checks import (
     MAX_LENGTH,
     check_alike,
@@ -159,6 +159,21 @@ def fine_attention(
     check_device("block_indices", block_indices, "q", q)
     backend = flex.resolve_backend(backend, q, k, v)
     scale = default_scale(scale, q)
+    if (
+        backend == "compiled"
+        and flex.is_triton(q.device)
+        and q.shape[0] * q_len > 0
+        and fine_lists.serves(
+            group=q_heads // heads,
+            block_size=block_size,
+            head_dim=q.shape[3],
+            value_dim=v.shape[3],
+        )
+    ):
+        from nsa_fast import fine_kernels  # which imports triton
+
+        chosen, ahead = block_masks.chosen_blocks(kv_len, block_indices, block_size, semantics)
+        return fine_kernels.attend(q, k, v, chosen, ahead=ahead, scale=scale)
     layout = layouts.fine_layout(q_heads // heads, block_size, q.device, backend)
     block_mask, crowded = block_masks.fine_block_mask(
         kv_len,

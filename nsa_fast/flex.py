@@ -116,7 +116,7 @@ def attend(
         q_len, value_dim = q.shape[2], v.shape[3]
         mask, q, k, v = _fitted(block_mask, q, k, v, backend)
         if wants_grad(q, k, v):
-            q, k, v = _FirstDerivativeOnly.apply(q, k, v)
+            q, k, v = FirstDerivativeOnly.apply(q, k, v)
         if backend == "eager":
             out, lse = _eager(q, k, v, mask, scale)
         else:
@@ -301,7 +301,7 @@ class _Differentiable(torch.autograd.Function):
         return None, *(next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
-class _FirstDerivativeOnly(torch.autograd.Function):
+class FirstDerivativeOnly(torch.autograd.Function):
     """The identity, whose gradients raise if they are differentiated again.
 
     FlexAttention's own second derivative is wrong without a word.

@@ -7,6 +7,7 @@ lists, dk and dv the query lists, their transposes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import weakref
@@ -23,15 +24,15 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from torch.nn.attention.flex_attention import AuxOutput  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from broken_nsa_fast import BUILDS  # noqa: E402
-from nsa_fast import flex, interpreter, tiles  # noqa: E402
+from broken_nsa_fast import BUILDS, with_mistakes  # noqa: E402
+from nsa_fast import fine_lists, flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import (  # noqa: E402
     NsaFast,
     NsaFastCompiled,
     NsaFastInterpreted,
     NsaFastLayer,
 )
-from nsa_ref.semantics import LUCIDRAINS  # noqa: E402
+from nsa_ref.semantics import LUCIDRAINS, PAPER  # noqa: E402
 from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
 from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
@@ -98,6 +99,8 @@ MISREAD = {
 #: Nine selection blocks, one chosen out of the first five: some are crowded.
 CROWDED_CASE = dataclasses.replace(CASE, kv_len=130, num_selected_blocks=1, indices="few")
 FORWARD = PROPERTIES["F1_fine_mask_as_read"]
+NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
+OWN_BLOCK_EXTRA = dataclasses.replace(PAPER, own_block_extra=True)
 
 
 def test_what_is_asked_exists() -> None:
@@ -155,6 +158,69 @@ def wrong_gradients(case: Case) -> set[str]:
         for name, have, want in zip(("dq", "dk", "dv"), found, right)
         if not (abs(have - want) <= getattr(bounds, name)).all()
     }
+
+
+#: Tiles of 8 tokens, the last of them short; the first blocks have several parts of tokens.
+TILES_CASE = dataclasses.replace(
+    CASE, batch=1, q_heads=16, q_len=19, kv_len=60, num_selected_blocks=2, indices="few"
+)
+#: broken tiles -> the gradients that are wrong, as MISREAD
+MISREAD_TILES = {
+    "MemberLost": {"dq"},
+    "AllAreMembers": {"dq"},
+    "WrongMember": {"dq"},
+    "TileListShort": {"dq"},
+    "TileBlockTwice": {"dq"},
+    "TokenTakenForTheNext": {"dk", "dv"},
+    "FirstPartAgain": {"dk", "dv"},
+}
+
+
+def _of_small_parts(make: Callable[[str], NsaFast], device: str) -> NsaFast:
+    # for good, in the process: other tests ask the same of parts of any size
+    fine_lists.PART = 8
+    return make(device)
+
+
+@runs
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 2},
+        {"dtype": "bfloat16"},
+        {"q_heads": 32, "q_len": 7, "kv_len": 90, "head_dim": 40, "value_dim": 24},
+        {"q_heads": 24, "selection_block_size": 20, "semantics": NON_CAUSAL},
+        {"q_heads": 24, "kv_heads": 1, "q_len": 9, "kv_len": 5, "selection_block_size": 4},
+        {"num_selected_blocks": 0, "semantics": OWN_BLOCK_EXTRA},
+    ],
+)
+def test_tiles_of_several_tokens(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size that the fine branch's own kernels compile in, and lists of several parts."""
+    monkeypatch.setattr(INTERPRETED, "numerics", NsaFastInterpreted.numerics)
+    monkeypatch.setattr(INTERPRETED, "limits", {})
+    monkeypatch.setattr(INTERPRETED, "semantics", (PAPER, NON_CAUSAL, OWN_BLOCK_EXTRA))
+    small = functools.partial(_of_small_parts, NsaFastCompiled)
+    monkeypatch.setattr(INTERPRETED, "kernels", small)
+    case = dataclasses.replace(TILES_CASE, **changes)
+    for name in ("A1_fine_output", "A1_fine_lse", "A3_fine_gradients"):
+        PROPERTIES[name].run(INTERPRETED, case)
+
+
+@runs
+@pytest.mark.parametrize("build", MISREAD_TILES)
+def test_wrong_tiles_are_read_out(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = functools.partial(with_mistakes, build, NsaFastCompiled)
+    monkeypatch.setattr(INTERPRETED, "kernels", functools.partial(_of_small_parts, wrong))
+    if "dq" in MISREAD_TILES[build]:
+        with pytest.raises(Broken) as found:
+            FORWARD.run(INTERPRETED, TILES_CASE)
+        assert found.value.clause == "F1" and isinstance(found.value.fault, WrongMask)
+    else:
+        FORWARD.run(INTERPRETED, TILES_CASE)
+    assert wrong_gradients(TILES_CASE) >= MISREAD_TILES[build]
+    exposed = PROPERTIES["F1_fine_mask_as_exposed"]
+    with pytest.raises(Broken):
+        exposed.run(INTERPRETED, TILES_CASE)
 
 
 @runs

@@ -1,7 +1,8 @@
 """Deliberately broken builds of nsa_fast: one decision of its mask builders or cache changed each.
 
 Every name in BUILDS is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder;
-BROKEN_CACHES are asked what a cache alone can do. A build is broken from within: one place is
+BROKEN_CACHES are asked what a cache alone can do, and BROKEN_TILES break the lists of the fine
+branch's own kernels. A build is broken from within: one place is
 patched while an implementation's method runs, so that the attention functions and the masks that
 the adapter exposes are wrong together, as if the line itself were.
 """
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nsa_fast.layer
-from nsa_fast import Cache, adapter, block_lists, block_masks
+from nsa_fast import Cache, adapter, block_lists, block_masks, fine_lists
 from nsa_fast.block_lists import BlockLists, Crowded
 from nsa_fast.checks import MAX_LENGTH
+from nsa_fast.fine_lists import Parts, Union
 from nsa_fast.layer import Layer
 from nsa_ref.testing import Case, Implementation, TorchImplementation
 
@@ -65,7 +67,7 @@ def with_mistakes(
     build: str, kind: type[TorchImplementation], device: str = "cpu"
 ) -> TorchImplementation:
     """One kind of nsa_fast with the mistakes in place."""
-    mistakes = MISTAKES.get(build) or BROKEN_CACHES[build]
+    mistakes = (MISTAKES | BROKEN_CACHES | BROKEN_TILES)[build]
     attributes = {"name": f"{kind.name}, {build}", "mistakes": mistakes}
     return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
 
@@ -189,6 +191,70 @@ MISTAKES: dict[str, tuple[Mistake, ...]] = {
 
 BUILDS = {build: functools.partial(_make, build) for build in MISTAKES}
 globals().update(BUILDS)
+
+
+# --- wrong tiles of the fine branch's own kernels -------------------------------------------------
+
+
+def _member_lost(right: Any, chosen: Any, tokens: int) -> Union:
+    """A block that several tokens of a tile chose is not read for the first of them."""
+    found: Union = right(chosen, tokens)
+    members = found.entries & ((1 << tokens) - 1)
+    others = members & (members - 1)
+    return found._replace(entries=torch.where(others > 0, found.entries - members + others, 0))
+
+
+def _all_are_members(right: Any, chosen: Any, tokens: int) -> Union:
+    found: Union = right(chosen, tokens)
+    return found._replace(entries=found.entries | ((1 << tokens) - 1))
+
+
+def _wrong_member(right: Any, chosen: Any, tokens: int) -> Union:
+    """The bits of a tile's tokens are in the reverse order."""
+    found: Union = right(chosen, tokens)
+    bits = [found.entries >> bit & 1 for bit in range(tokens)]
+    turned = sum(value << (tokens - 1 - bit) for bit, value in enumerate(bits))
+    return found._replace(entries=(found.entries >> tokens << tokens) + turned)
+
+
+def _last_entry_lost(found: Union) -> Union:
+    return found._replace(counts=(found.counts - 1).clamp(min=0))
+
+
+def _last_entry_twice(found: Union) -> Union:
+    last = (found.counts - 1).clamp(min=0)[..., None].long()
+    entries = F.pad(found.entries, (0, 1))
+    entries = entries.scatter(-1, last + 1, entries.gather(-1, last))
+    return Union(entries, found.counts + (found.counts > 0).to(found.counts.dtype))
+
+
+def _token_taken_for_the_next(found: Parts) -> Parts:
+    """The last token of each block is named a second time, in the place of the one before."""
+    first, stop = found.starts[:-1].long(), found.starts[1:].long()
+    several = stop - first > 1
+    tokens = found.tokens.clone()
+    tokens[(stop - 2)[several]] = found.tokens[(stop - 1)[several]]
+    return found._replace(tokens=tokens)
+
+
+def _first_part_again(found: Parts) -> Parts:
+    """All parts of a block's tokens are its first one."""
+    tokens = found.tokens.clone()
+    for first, stop in zip(found.starts.tolist(), found.starts[1:].tolist()):
+        tokens[first + fine_lists.PART : stop] = found.tokens[first : stop - fine_lists.PART]
+    return found._replace(tokens=tokens)
+
+
+#: what is broken in the lists of tiles -> the mistakes
+BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
+    "MemberLost": ((fine_lists, "union", _member_lost),),
+    "AllAreMembers": ((fine_lists, "union", _all_are_members),),
+    "WrongMember": ((fine_lists, "union", _wrong_member),),
+    "TileListShort": ((fine_lists, "union", _returning(_last_entry_lost)),),
+    "TileBlockTwice": ((fine_lists, "union", _returning(_last_entry_twice)),),
+    "TokenTakenForTheNext": ((fine_lists, "parts", _returning(_token_taken_for_the_next)),),
+    "FirstPartAgain": ((fine_lists, "parts", _returning(_first_part_again)),),
+}
 
 
 # --- wrong caches ---------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Which blocks a tile of tokens reads, and which tokens read a block: lists for `fine_kernels.py`.
+
+A tile is T tokens of one choice of blocks. Its list names each block that one of them chose once,
+as an entry of 32 bits: block << T | tokens, where bit t stands for token t of the tile. So the
+entry itself says who sees the block, and no table is as large as tokens x blocks.
+
+The transposed list of a block, its tokens, may be as long as there are tokens, as is that of a
+block which all must read. It is cut into parts, each of them a program's work.
+
+Shapes alone decide how large anything is, so the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_fast.block_lists import Chosen
+
+#: Rows of a tile, tokens x heads: what a tensor core multiplies at once.
+ROWS = 64
+#: The least and the most heads of a group that the kernels take.
+GROUPS = (8, 128)
+#: The most tokens of a tile: 8 heads each.
+MOST_TOKENS = ROWS // GROUPS[0]
+#: The most tokens of a selection block, and the most numbers of a head.
+MOST_COLUMNS, MOST_DIM = 128, 256
+#: Tokens of a part of a transposed list.
+PART = 4096
+
+
+class Union(NamedTuple):
+    """The blocks of each tile.
+
+    entries : int32 (batch, heads, tiles, slots), ascending, the used ones first
+    counts : int32 (batch, heads, tiles)
+    """
+
+    entries: Tensor
+    counts: Tensor
+
+
+class Parts(NamedTuple):
+    """The tokens of each block, in parts.
+
+    tokens : int32 (entries,), block by block, ascending; a block is numbered on from head to head
+    starts : int32 (blocks + 1,), where the tokens of a block begin
+    block : int32 (parts,), whose tokens a part holds; the number of blocks, if it holds none
+    ends : int32 (blocks + 1,), the parts of all blocks before, and of all
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    block: Tensor
+    ends: Tensor
+
+
+def padded_group(group: int) -> int:
+    """Rows of a token: the next power of two."""
+    return 1 << (group - 1).bit_length()
+
+
+def tokens_per_tile(group: int) -> int:
+    """T, for so many heads that share a choice."""
+    return max(1, ROWS // padded_group(group))
+
+
+def serves(*, group: int, block_size: int, head_dim: int, value_dim: int) -> bool:
+    """Whether the kernels take such sizes; FlexAttention takes the others."""
+    least, most = GROUPS
+    return (
+        least <= group <= most
+        and block_size <= MOST_COLUMNS
+        and max(head_dim, value_dim) <= MOST_DIM
+    )
+
+
+def union(chosen: Chosen, tokens: int) -> Union:
+    """The list of every tile of so many tokens.
+
+    Raises
+    ------
+    ValueError : more blocks than the bits that an entry has left can number
+    """
+    most = 2 ** (31 - tokens) - 1
+    if chosen.num_blocks >= most:
+        raise ValueError(
+            f"kv_len={chosen.kv_len} makes {chosen.num_blocks} selection blocks of "
+            f"{chosen.block_size}; there must be fewer than {most}. Take larger blocks."
+        )
+    q_len, slots = chosen.blocks.shape[2:]
+    tiles = -(-q_len // tokens)
+    # tokens that the last tile is short of, and a slot where there is none
+    missing = (0, max(0, 1 - slots), 0, tiles * tokens - q_len)
+    blocks = F.pad(chosen.blocks.to(torch.int32), missing, value=chosen.num_blocks)
+    blocks = blocks.unflatten(2, (tiles, tokens))
+    token = torch.arange(tokens, dtype=torch.int32, device=blocks.device)[:, None]
+    # one sort by block and token; no token names a block twice
+    keys = (blocks * tokens + token).flatten(-2).sort(dim=-1).values
+    blocks, bits = keys // tokens, 1 << keys % tokens
+    entries = bits
+    for step in range(1, min(tokens, keys.shape[-1])):
+        same = blocks[..., step:] == blocks[..., :-step]
+        entries = entries + F.pad(torch.where(same, bits[..., step:], 0), (0, step))
+    entries = entries | blocks << tokens
+    first = F.pad(blocks[..., 1:] != blocks[..., :-1], (1, 0), value=True)
+    first &= blocks < chosen.num_blocks
+    entries = torch.where(first, entries, 2**31 - 1).sort(dim=-1).values
+    return Union(entries.contiguous(), first.sum(dim=-1, dtype=torch.int32).contiguous())
+
+
+def parts(blocks: Tensor, num_blocks: int) -> Parts:
+    """The transposed lists, in parts of PART tokens.
+
+    blocks : as `Chosen.blocks`
+    """
+    batch, heads, q_len, slots = blocks.shape
+    count, device = batch * heads * num_blocks, blocks.device
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    # the slots that are not in use are counted behind the rest
+    number = torch.where(blocks < num_blocks, blocks + head * num_blocks, count)
+    # entries come token by token; a stable sort by block keeps the tokens of a block ascending
+    number, order = number.flatten().sort(stable=True)
+    every = torch.arange(count + 1, device=device)
+    starts = torch.searchsorted(number, every)
+    ends = F.pad(-((starts[:-1] - starts[1:]) // PART), (1, 0)).cumsum(dim=0)
+    most = number.numel() // PART + count
+    block = torch.searchsorted(ends[1:], torch.arange(most, device=device), right=True)
+    return Parts(
+        (order // max(1, slots) % q_len).to(torch.int32),
+        *(found.to(torch.int32) for found in (starts, block, ends)),
+    )
+
+
+# --- what the lists name, read back ---------------------------------------------------------------
+
+
+def named_by_tiles(union: Union, q_len: int, num_blocks: int, tokens: int) -> Tensor:
+    """How often each token's tile names each block to it: int64 (batch, heads, q_len, blocks)."""
+    batch, heads, tiles, slots = union.entries.shape
+    used = torch.arange(slots, device=union.entries.device) < union.counts[..., None]
+    block = torch.where(used, union.entries >> tokens, num_blocks).long()
+    token = torch.arange(tokens, device=block.device)[:, None]
+    member = (union.entries[..., None, :] >> token & 1).long()
+    found = member.new_zeros((batch, heads, tiles, tokens, num_blocks + 1))
+    found.scatter_add_(-1, block[..., None, :].expand(member.shape), member)
+    return found.flatten(2, 3)[:, :, :q_len, :num_blocks]
+
+
+def named_by_parts(parts: Parts, batch: int, heads: int, q_len: int, num_blocks: int) -> Tensor:
+    """The same of the transposed lists."""
+    found = torch.zeros(
+        (batch * heads * num_blocks, q_len), dtype=torch.int64, device=parts.tokens.device
+    )
+    for part, block in enumerate(parts.block.tolist()):
+        if block < len(found):
+            start = int(parts.starts[block]) + (part - int(parts.ends[block])) * PART
+            stop = min(start + PART, int(parts.starts[block + 1]))
+            tokens = parts.tokens[start:stop].long()
+            found[block].index_add_(0, tokens, torch.ones_like(tokens))
+    return found.view(batch, heads, num_blocks, q_len).transpose(2, 3)
