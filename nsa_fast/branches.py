@@ -139,8 +139,9 @@ def fine_attention(
 ) -> Attention:
     """Attention to the tokens of the selected blocks, up to the query's own (F1 to F4).
 
-    The heads of a group stand together, token by token, so that one token's rows are one row block
-    and its block list is its selection; nothing of the size q_len x kv_len is built.
+    Nothing of the size q_len x kv_len is built. In Triton, groups of 8 heads and more have kernels
+    of their own (`fine_kernels.py`). In FlexAttention the heads of a group stand together, token by
+    token, so that one token's rows are one row block and its block list is its selection.
 
     Shapes
     ------

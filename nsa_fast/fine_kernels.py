@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nsa_fast import fine_lists
 from nsa_fast.block_lists import Chosen
+from nsa_fast.checks import on_device
 from nsa_fast.flex import Attention, FirstDerivativeOnly, wants_grad
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -506,7 +507,8 @@ def attend(
     q, k, v = _dense(q), _dense(k), _dense(v)
     if wants_grad(q, k, v):
         q, k, v = FirstDerivativeOnly.apply(q, k, v)
-    result: tuple[Tensor, Tensor] = _Fine.apply(q, k, v, chosen, ahead, scale)
+    with on_device(q.device):
+        result: tuple[Tensor, Tensor] = _Fine.apply(q, k, v, chosen, ahead, scale)
     return Attention(*result)
 
 
