@@ -61,7 +61,12 @@ from nsa_ref.testing.loading import (
 )
 from nsa_ref.testing.mutants import ZOO
 from nsa_ref.testing.mutants.columns import COLUMNS
-from nsa_ref.testing.mutants.trials import kills_of_its_own, show_trials, worker_died
+from nsa_ref.testing.mutants.trials import (
+    kills_of_its_own,
+    show_trials,
+    why_it_cannot_be_met,
+    worker_died,
+)
 from nsa_ref.testing.narrowing import DIED, SAMPLED, entry_of, narrowed
 from nsa_ref.testing.options import SHARED_OPTIONS, parse_duration, parse_seed
 from nsa_ref.testing.page import to_html
@@ -513,6 +518,8 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
         for limits in COLUMNS
         for seed in range(arguments.seeds)
         for name in names
+        # what cannot be met is shown once
+        if not (seed and any(why_it_cannot_be_met(name, limits)))
     ]
     with temporary_folder() as folder:
         listed = Path(folder) / "trials.json"

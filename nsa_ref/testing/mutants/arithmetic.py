@@ -281,7 +281,36 @@ class MaximumOfAll(Kernel):
         return np.maximum(before, scores.max(-1, keepdims=True, initial=-1e30))
 
 
+def _wrapped(k: np.ndarray) -> np.ndarray:
+    return k[:, :, np.arange(k.shape[2]) % 512]
+
+
+@mutant(
+    "A1",
+    "beyond the 512th token the first ones' keys are read again, and the right values",
+    seen_in="rings of keys and values with lengths of their own",
+    needs={"kv_len": "> 512"},
+)
+class KeysWrapAround(Kernel):
+    def attend(
+        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, v: Any
+    ) -> Attention:
+        return super().attend(case, branch, mask, q, _wrapped(k), v)
+
+
 # --- backward -------------------------------------------------------------------------------------
+
+
+@mutant(
+    "A3",
+    "beyond the 512th token the backward reads the first ones' keys again",
+    needs={"kv_len": "> 512"},
+)
+class KeysWrapAroundBackward(Kernel):
+    def attend_vjp(
+        self, case: Case, branch: str, mask: np.ndarray, q: Any, k: Any, *more: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return super().attend_vjp(case, branch, mask, q, _wrapped(k), *more)
 
 
 @mutant("A3", "queries beyond the 512th are lost in dk and dv", needs={"q_len": "> 512"})

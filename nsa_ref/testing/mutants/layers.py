@@ -122,6 +122,20 @@ class TokenMissingInAWeight(LayerInSteps):
         return projected
 
 
+@mutant(
+    "G1",
+    "of a single token, all batch entries have the first one's output",
+    seen_in="axes of length 1 that are squeezed",
+    needs={"kv_len": 1, "batch": "> 1"},
+)
+class OneTokenOfABatch(LayerInSteps):
+    def run_tokens(
+        self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
+    ) -> Tensor:
+        out = super().run_tokens(case, weights, x, given)
+        return out[:1].expand_as(out) if x.shape[1] == 1 else out
+
+
 # --- compression and memory -----------------------------------------------------------------------
 
 
@@ -189,6 +203,14 @@ class PoolsKeysAsTheyAre(LayerInSteps):
 class PositionsInBfloat16(LayerInSteps):
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         return super().turned(x, positions.bfloat16().long())
+
+
+@mutant("G2", "heads beyond the second are not turned", needs={"q_heads": "> 2"})
+class TwoHeadsTurned(LayerInSteps):
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        import torch
+
+        return torch.cat([super().turned(x[:, :2], positions), x[:, 2:]], dim=1)
 
 
 # --- logits that are large ------------------------------------------------------------------------
@@ -480,6 +502,18 @@ class OverlapLostAtTheCacheBoundary(LayerInSteps):
         return layer.decoded(case, weights, x)
 
 
+@mutant(
+    "G3",
+    "where one token is all there is, the first request's output is every request's",
+    seen_in="axes of length 1 that are squeezed",
+    needs={"kv_len": 1, "batch": "> 1"},
+)
+class OneTokenDecoded(LayerInSteps):
+    def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        out = super().decode(case, weights, x)
+        return out[:1].expand_as(out) if x.shape[1] == 1 else out
+
+
 class _SumOfExponentials(Selector):
     """Scores are not normalised over the columns."""
 
@@ -550,6 +584,18 @@ class LastSequenceEmpty(LayerInSteps):
             kept[-1] = 0
             found = found * kept
         return found
+
+
+@mutant(
+    "G4",
+    "where no sequence has more than one token, none is read",
+    seen_in="loops to the longest length less one",
+    needs={"kv_len": 1},
+)
+class SingleTokensNotRead(LayerInSteps):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        found = super().varlen(case, weights, x, cu_seqlens)
+        return found * int(max(cu_seqlens.diff(), default=0) > 1)
 
 
 @mutant(

@@ -159,8 +159,10 @@ def _by_method(clause: str) -> Iterable[Iterable[list[Property]]]:
 
 
 def _of_any_branch(name: str, prop: Property) -> str:
-    """The name of a property or its method without that of its branch."""
-    return name.replace(prop.branch.name, "*") if prop.branch else name
+    """The name of a property or its method, if it is a branch's without that and its clause."""
+    if prop.branch is None:
+        return name
+    return name.removeprefix(f"{prop.clause}_").replace(prop.branch.name, "*")
 
 
 class Beside:
@@ -263,8 +265,9 @@ def worker_died(name: str, limits: str, seed: int) -> Trial:
 def kills_of_its_own(trials: Collection[Trial]) -> dict[str, list[str]]:
     """Property -> the mutants that it alone finds with the first seed; of all that were asked.
 
-    What finds a mistake in one branch does so for the others. Only where all properties can be
-    asked: under other limits some have hardly a case.
+    What finds a mistake in one branch does so for the others, and for what other clauses say of
+    the same mask. Only where all properties can be asked: under other limits some have hardly a
+    case.
     """
     free = [trial for trial in trials if trial.limits == ALL]
     found: dict[str, set[str]] = {}
