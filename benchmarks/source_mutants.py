@@ -3,9 +3,10 @@
 ``python -m benchmarks.source_mutants`` has mutmut change one step at a time of every module that
 ``[tool.mutmut]`` names, and run tests/oracle before each change. Modules may be named (``masks
 attention``). A run that was ended goes on where it stood: what was killed is not asked again while
-its module stays as it is, and what lives is asked each time, for the tests may be sharper now.
-``--read`` runs nothing. Either prints a line for each module and what lives as a diff, and writes
-the counts of all modules that were asked, with the versions, as JSON.
+its function stays as it is, and what lives is asked each time, for the tests may be sharper now;
+without the folder ``mutants`` all are asked anew. ``--read`` runs nothing. Either prints a line for
+each module and what lives as a diff, and writes the counts of all modules that were asked, with the
+versions, as JSON.
 
 A survivor that is equivalent stands in ``tests/oracle/equivalent_mutants.toml`` with the reason. It
 counts as not killed. Exit 1: fewer than 97 % were killed, one that lives is not listed, a listed
@@ -91,12 +92,27 @@ def judged(mutants: Iterable[Mutant], reasons: dict[Key, str]) -> Iterator[Mutan
 
 
 def to_ask(module: str, reasons: dict[Key, str]) -> list[str]:
-    """The mutants of a module that have yet to be killed; all of them if it has changed."""
-    source, mutated = Path("nsa_ref", f"{module}.py"), Path("mutants/nsa_ref", f"{module}.py")
-    if not mutated.exists() or mutated.stat().st_mtime < source.stat().st_mtime:
+    """The mutants of a module that have yet to be killed, or the pattern of all of them."""
+    found = list(judged(mutants_of(module), reasons))
+    if not found:
         return [f"nsa_ref.{module}.*"]
-    done = ("killed", "equivalent")
-    return [m.name for m in judged(mutants_of(module), reasons) if m.outcome not in done]
+    return [m.name for m in found if m.outcome not in ("killed", "equivalent")]
+
+
+def ask(modules: list[str], reasons: dict[Key, str], processes: int) -> None:
+    """Have mutmut ask them, and then those of functions that it finds changed as it begins."""
+    # a process of one thread can be forked at any time
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    names = [n for m in modules for n in to_ask(m, reasons)] or [mutants_of(modules[0])[0].name]
+    while names:
+        mutmut = Path(sys.executable).with_name("mutmut")
+        command = [mutmut, "run", f"--max-children={processes}", *names]
+        subprocess.run(command, check=True, env=one_thread)
+        asked = set(names)
+        left = [
+            m.name for module in modules for m in mutants_of(module) if m.outcome == "not checked"
+        ]
+        names = [name for name in left if name not in asked]
 
 
 def row(counts: Counter[str]) -> dict[str, float]:
@@ -153,11 +169,8 @@ def main(given: list[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: the modules are {', '.join(every)}")
     reasons = equivalent()
     modules = asked.modules or every
-    if not asked.read and (names := [n for module in modules for n in to_ask(module, reasons)]):
-        mutmut = Path(sys.executable).with_name("mutmut")
-        command = [mutmut, "run", f"--max-children={asked.processes}", *names]
-        # a process of one thread can be forked at any time
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if not asked.read:
+        ask(modules, reasons, asked.processes)
 
     found = {module: list(judged(mutants_of(module), reasons)) for module in every}
     rows = report(found)
