@@ -415,7 +415,7 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     blocks = check_scored(blocks, semantics)
     ranked = ranked_scores(blocks, sizes, semantics)
     n = sizes.num_selected_blocks
-    chosen = np.full((*ranked.shape[:3], n), -1, dtype=np.int64)
+    chosen = np.full((*ranked.shape[:3], n), -1)
     for b, g, t in np.ndindex(ranked.shape[:3]):
         best = sorted(
             (int(block) for block in np.flatnonzero(blocks.candidates[t])),

@@ -153,6 +153,7 @@ def test_i2_the_strides_that_are_shared_are_the_sum_that_eq_9_prints(kv_len, d, 
             i = blocks * (j + 1) - m - n - 1 if semantics is PAPER else blocks * j + m + n
             if 0 <= i < len(count):
                 printed[i, j] += 1
+        assert count.dtype == np.int64
         np.testing.assert_array_equal(count, printed)
 
 
@@ -276,6 +277,11 @@ def test_i4_the_n_highest_scores_are_taken_best_first():
     assert top([0.1, 0.4], 0) == []
 
 
+def test_i4_a_score_counts_by_its_real_part_and_only_at_a_candidate():
+    assert top([0.1 + 9j, 0.4 - 9j, 0.2], 2) == [1, 2]
+    assert top([math.nan, 0.4, 0.2], 2, candidates=[1, 2]) == [1, 2]
+
+
 def test_i4_forced_blocks_are_counted_in_n_and_the_lowest_are_kept():
     assert top([0.1, 0.4, 0.2, 0.3], 2, forced=[0]) == [0, 1]
     assert top([0.1, 0.4, 0.2, 0.3], 2, forced=[0, 2, 3]) == [0, 2]
@@ -360,6 +366,9 @@ Q, K, NONE = np.ones((1, 2, 3, 2)), np.ones((1, 1, 3, 2)), np.ones((1, 1, 0, 2))
 SIZES, ROW = strides(2, 2, q_heads=2, head_dim=2), scored_row([0.0, 0.0])
 
 
+NUMBERS = "it must hold real or complex numbers"
+
+
 def asked(q=Q, k_cmp=K, mem_k=NONE, **how):
     return lambda: importance(q, k_cmp, mem_k, **{"kv_len": 6, "sizes": SIZES} | how)
 
@@ -378,6 +387,12 @@ test_selection_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "scores holds NaN at a candidate; scores must be numbers to be ranked": (
             lambda: top_blocks(scored_row([math.nan]), SIZES)
         ),
+        "scores has shape (2,); it must be (batch, heads, q_len, blocks)": (
+            lambda: top_blocks(ROW._replace(scores=np.zeros(2)), SIZES)
+        ),
+        "candidates has shape (2,); it must be (1, 2)": (
+            lambda: top_blocks(ROW._replace(candidates=np.ones(2, bool)), SIZES)
+        ),
         "forced has shape (2, 2); it must be (1, 2)": (
             lambda: top_blocks(ROW._replace(forced=np.eye(2) > 0), SIZES)
         ),
@@ -386,6 +401,16 @@ test_selection_refuses_what_does_not_fit_and_says_what_would = refusal_test(
         "candidates has dtype float64; it must be bool": (
             lambda: top_blocks(ROW._replace(candidates=np.ones((1, 2))), SIZES)
         ),
+        "forced has dtype int64; it must be bool": (
+            lambda: top_blocks(ROW._replace(forced=np.ones((1, 2), int)), SIZES)
+        ),
+        f"scores has dtype <U1; {NUMBERS}": (
+            lambda: top_blocks(ROW._replace(scores=np.full((1, 1, 1, 2), "a")), SIZES)
+        ),
+        f"means has dtype <U1; {NUMBERS}": lambda: selection_probability(np.array(["a"])),
+        f"q has dtype <U1; {NUMBERS}": asked(q=np.full(Q.shape, "a")),
+        f"k_cmp has dtype <U1; {NUMBERS}": asked(k_cmp=np.full(K.shape, "a")),
+        f"mem_k has dtype <U1; {NUMBERS}": asked(mem_k=np.full(NONE.shape, "a")),
         f"sizes=None {NO_SIZES}, not NoneType": asked(sizes=None),
         f"sizes=0 {NO_SIZES}, not int": lambda: selection_candidates(2, 2, 0),
         f"sizes=1 {NO_SIZES}, not int": lambda: top_blocks(ROW, 1),
