@@ -92,10 +92,11 @@ def test_c4_an_mlp_has_its_relu_between_its_two_layers_and_no_gradient_at_0():
         "bias_out": np.array([-50.0]),
     }
     sizes = strides(3, 3, compress_map="mlp")
-    assert pool(x, weights, sizes).item() == -30.0  # 10 * 2 - 50
-    dx, dweights = pool_vjp(x, weights, np.ones((1, 1, 1, 1)), sizes)
-    assert dx.ravel().tolist() == [10.0, 0.0, 0.0]
-    assert dweights["weight_out"].tolist() == [[2.0, 0.0, 0.0]]
+    for tokens in (x, x + np.array([0, 1j, 1j]).reshape(x.shape)):  # closed at an imaginary step
+        assert pool(tokens, weights, sizes).item() == -30.0  # 10 * 2 - 50
+        dx, dweights = pool_vjp(tokens, weights, np.ones((1, 1, 1, 1)), sizes)
+        assert dx.ravel().tolist() == [10.0, 0.0, 0.0]
+        assert dweights["weight_out"].tolist() == [[2.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("compress_map", COMPRESS_MAPS)
@@ -191,6 +192,9 @@ def test_c4_the_weights_of_each_map_have_the_listed_names_and_shapes():
     assert shapes("mean", False) == {}
     assert shapes("mean", True) == {"positions": (2, 4, 3)}
     assert shapes("linear", False) == {"weight": (3, 12), "bias": (3,)}
+    for compress_map in ("linear", "linear_per_head"):
+        positions = {"positions": (2, 4, 3)}
+        assert shapes(compress_map, True) == positions | shapes(compress_map, False)
     assert shapes("linear_per_head", False) == {"weight": (2, 3, 12), "bias": (2, 3)}
     assert shapes("mlp", True) == {
         "positions": (2, 4, 3),
