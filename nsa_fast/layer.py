@@ -35,7 +35,7 @@ from nsa_fast.checks import (
     check_size,
     check_tensor,
 )
-from nsa_fast.flex import BACKENDS
+from nsa_fast.flex import BACKENDS, is_triton
 from nsa_fast.layouts import split_heads, tokens_first
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
 from nsa_fast.rotary import rotate, wide_dtype
@@ -534,16 +534,25 @@ def _gathered(
 def _combined(h: Tensor, outs: list[Tensor], weights: Weights, layer: Layer) -> Tensor:
     """Eq. 5, the heads merged, and the output projection."""
     logits = weights.linear("gates", h, len(BRANCHES) * layer.q_heads)
+    merged = _gated(logits, outs, layer)
+    if not layer.semantics.output_projection:
+        return merged
+    return weights.linear("to_out", merged, h.shape[-1])
+
+
+def _gated(logits: Tensor, outs: list[Tensor], layer: Layer) -> Tensor:
+    """(batch, q_len, q_heads * value_dim): what comes out of the branches, times the gates."""
+    if is_triton(logits.device) and layer.backend != "eager" and outs[0].numel():
+        from nsa_fast import gate_kernels  # which imports triton
+
+        return gate_kernels.gated(logits, outs)
     wide = wide_dtype(outs[0].dtype)
     gates = logits.to(wide).sigmoid().unflatten(-1, (len(BRANCHES), layer.q_heads))
     total = sum(
         gates[:, :, branch, :, None] * tokens_first(out).to(wide) for branch, out in enumerate(outs)
     )
     assert isinstance(total, Tensor)
-    merged = total.to(outs[0].dtype).flatten(-2)
-    if not layer.semantics.output_projection:
-        return merged
-    return weights.linear("to_out", merged, h.shape[-1])
+    return total.to(outs[0].dtype).flatten(-2)
 
 
 # --- checks ---------------------------------------------------------------------------------------

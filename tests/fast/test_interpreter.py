@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from torch.nn.attention.flex_attention import AuxOutput  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from broken_nsa_fast import BUILDS, with_mistakes  # noqa: E402
+from broken_nsa_fast import BROKEN_GATES, BUILDS, with_mistakes  # noqa: E402
 from nsa_fast import fine_lists, flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import (  # noqa: E402
     NsaFast,
@@ -269,6 +269,9 @@ class _Layer(NsaFastInterpreted):
 
     semantics = NsaFastLayer.semantics
 
+    def __init__(self, kernels: Callable[[str], NsaFastLayer] = NsaFastLayer) -> None:
+        super().__init__(kernels)
+
     def offers(self, method: str) -> bool:
         return method in ("layer", "decode", "varlen")
 
@@ -276,7 +279,7 @@ class _Layer(NsaFastInterpreted):
         return method == "layer"
 
     def _run(self, *call: Any) -> Any:
-        with mock.patch.object(INTERPRETED, "kernels", NsaFastLayer):
+        with mock.patch.object(INTERPRETED, "kernels", self.kernels):
             return INTERPRETED._run(*call)
 
 
@@ -295,6 +298,25 @@ def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int) -> None:
         sliding_window_size=20,
     )
     PROPERTIES[name].run(_Layer(), case)
+
+
+def _with_wrong_gates(build: str, device: str) -> NsaFastLayer:
+    from nsa_fast import gate_kernels
+
+    right = vars(_with_wrong_gates).setdefault("right", gate_kernels.gated)
+    gate_kernels.gated = functools.partial(BROKEN_GATES[build], right) if build else right
+    return NsaFastLayer(device)
+
+
+@runs
+def test_wrong_gates_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(CASE, batch=1, q_len=6, kv_len=6, compress_block_size=8)
+    output = PROPERTIES["G1_layer_output"]
+    for build in BROKEN_GATES:
+        with pytest.raises(Broken) as found:
+            output.run(_Layer(functools.partial(_with_wrong_gates, build)), case)
+        assert found.value.clause == "G1"
+    output.run(_Layer(functools.partial(_with_wrong_gates, "")), case)
 
 
 def _asked_as_users_ask() -> dict[str, bool]:

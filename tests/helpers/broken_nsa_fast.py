@@ -257,6 +257,26 @@ BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
 }
 
 
+# --- wrong gates ---------------------------------------------------------------------------------
+
+
+def _logits_head_by_head(right: Any, logits: Tensor, outs: list[Tensor]) -> Tensor:
+    """The branches of a head are taken to stand together."""
+    return right(logits.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2), outs)
+
+
+def _gates_exchanged(right: Any, logits: Tensor, outs: list[Tensor]) -> Tensor:
+    """Compress has the gate of sliding."""
+    return right(logits, outs[::-1])
+
+
+#: Only where the module of the kernels can be imported: what is broken in them -> what stands in.
+BROKEN_GATES: dict[str, Wrong] = {
+    "LogitsHeadByHead": _logits_head_by_head,
+    "GatesExchanged": _gates_exchanged,
+}
+
+
 # --- wrong caches ---------------------------------------------------------------------------------
 
 #: (cache, name of a buffer, first row, rows); then what is written
