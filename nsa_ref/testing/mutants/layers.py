@@ -10,7 +10,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import LUCIDRAINS_FLEX
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps, Read
@@ -514,6 +514,22 @@ class OneTokenDecoded(LayerInSteps):
         return out[:1].expand_as(out) if x.shape[1] == 1 else out
 
 
+class _NarrowChoice(Selector):
+    """P is rounded to bfloat16 before it is summed up."""
+
+    def probabilities(self, r: Rounding, logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        p = super().probabilities(r, logits, visible)
+        return p.astype(DTYPES["bfloat16"]).astype(r.wide)
+
+
+@mutant("G3", "when decoding, P is rounded to bfloat16 for the choice of blocks")
+class NarrowChoiceAtDecode(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        layer = LayerInSteps()
+        layer.selector = _NarrowChoice()
+        return layer.decoded(case, weights, x)
+
+
 class _SumOfExponentials(Selector):
     """Scores are not normalised over the columns."""
 
@@ -566,6 +582,14 @@ class OffsetsInBlocks(LayerInSteps):
         rounded = cu_seqlens // case.selection_block_size * case.selection_block_size
         rounded[-1] = cu_seqlens[-1]
         return super().varlen(case, weights, x, rounded)
+
+
+@mutant("G4", "of packed sequences, P is rounded to bfloat16 for the choice of blocks")
+class NarrowChoiceWhenPacked(LayerInSteps):
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        layer = LayerInSteps()
+        layer.selector = _NarrowChoice()
+        return layer.sequence(case, weights, x, start, stop)
 
 
 @mutant("G4", "one sequence alone takes another path, whose window has one key less")

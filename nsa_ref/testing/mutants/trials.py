@@ -240,11 +240,11 @@ def why_it_cannot_be_met(name: str, limits: str) -> Iterator[tuple[str, ...]]:
         for prop in _of_clause(mutant.clause)
         if mutant.method in ("", prop.method) and not prop.why_not_offered(mutant.implementation)
     ]
-    missing = {prop.called: prop.why_not_offered(placed) for prop in asked}
-    if asked and all(missing.values()):
-        yield from (("not offered", what) for what in dict.fromkeys(missing.values()))
+    missing = [(prop.called, prop.why_not_offered(placed)) for prop in asked]
+    offered = {method for method, what in missing if not what}
+    if asked and not offered:
+        yield from (("not offered", what) for what in dict.fromkeys(what for _, what in missing))
         return
-    offered = [method for method, what in missing.items() if not what]
     for need in mutant.needs:
         if all(excludes(placed, method, need) for method in offered):
             yield "needs", need.name, str(need.rule)
