@@ -10,7 +10,7 @@ import numpy as np
 
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import LUCIDRAINS_FLEX
-from nsa_ref.testing.case import DTYPES, Case
+from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps, Read
@@ -124,16 +124,15 @@ class TokenMissingInAWeight(LayerInSteps):
 
 @mutant(
     "G1",
-    "of a single token, all batch entries have the first one's output",
-    seen_in="axes of length 1 that are squeezed",
-    needs={"kv_len": 1, "batch": "> 1"},
+    "of a sequence of one token, nothing is read",
+    seen_in="loops to the length less one",
+    needs={"kv_len": 1},
 )
-class OneTokenOfABatch(LayerInSteps):
+class OneTokenNotRead(LayerInSteps):
     def run_tokens(
         self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
     ) -> Tensor:
-        out = super().run_tokens(case, weights, x, given)
-        return out[:1].expand_as(out) if x.shape[1] == 1 else out
+        return super().run_tokens(case, weights, x, given) * int(x.shape[1] != 1)
 
 
 # --- compression and memory -----------------------------------------------------------------------
@@ -504,30 +503,13 @@ class OverlapLostAtTheCacheBoundary(LayerInSteps):
 
 @mutant(
     "G3",
-    "where one token is all there is, the first request's output is every request's",
-    seen_in="axes of length 1 that are squeezed",
-    needs={"kv_len": 1, "batch": "> 1"},
+    "of a request of one token, nothing is decoded",
+    seen_in="loops to the length less one",
+    needs={"kv_len": 1},
 )
-class OneTokenDecoded(LayerInSteps):
+class OneTokenNotDecoded(LayerInSteps):
     def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
-        out = super().decode(case, weights, x)
-        return out[:1].expand_as(out) if x.shape[1] == 1 else out
-
-
-class _NarrowChoice(Selector):
-    """P is rounded to bfloat16 before it is summed up."""
-
-    def probabilities(self, r: Rounding, logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
-        p = super().probabilities(r, logits, visible)
-        return p.astype(DTYPES["bfloat16"]).astype(r.wide)
-
-
-@mutant("G3", "when decoding, P is rounded to bfloat16 for the choice of blocks")
-class NarrowChoiceAtDecode(LayerInSteps):
-    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
-        layer = LayerInSteps()
-        layer.selector = _NarrowChoice()
-        return layer.decoded(case, weights, x)
+        return super().decode(case, weights, x) * int(x.shape[1] != 1)
 
 
 class _SumOfExponentials(Selector):
@@ -582,14 +564,6 @@ class OffsetsInBlocks(LayerInSteps):
         rounded = cu_seqlens // case.selection_block_size * case.selection_block_size
         rounded[-1] = cu_seqlens[-1]
         return super().varlen(case, weights, x, rounded)
-
-
-@mutant("G4", "of packed sequences, P is rounded to bfloat16 for the choice of blocks")
-class NarrowChoiceWhenPacked(LayerInSteps):
-    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
-        layer = LayerInSteps()
-        layer.selector = _NarrowChoice()
-        return layer.sequence(case, weights, x, start, stop)
 
 
 @mutant("G4", "one sequence alone takes another path, whose window has one key less")
