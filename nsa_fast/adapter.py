@@ -367,8 +367,8 @@ class NsaFastInterpreted(Implementation):
         self._process: ProcessPoolExecutor | None = None
 
     def offers(self, method: str) -> bool:
-        # pool and select are plain torch
-        return method in ("sliding", "compress", "fine") or method.endswith("_mask")
+        # pool is plain torch
+        return method in ("sliding", "compress", "fine", "select") or method.endswith("_mask")
 
     def offers_vjp(self, method: str) -> bool:
         return method in ("sliding", "compress", "fine")

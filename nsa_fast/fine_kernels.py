@@ -29,6 +29,7 @@ from nsa_fast import fine_lists
 from nsa_fast.block_lists import Chosen
 from nsa_fast.checks import on_device
 from nsa_fast.flex import Attention, FirstDerivativeOnly, wants_grad
+from nsa_fast.triton_rows import dense, load_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -45,17 +46,6 @@ LENGTHS = ("q_len", "kv_len", "offset", "ahead", "slots", "pairs", "blocks")
 
 
 @triton.jit
-def _rows(
-    x: tl.tensor, real: tl.tensor, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
-) -> tl.tensor:
-    """Numbers FROM to FROM + WIDTH of some rows, with zeros where there is nothing."""
-    number = FROM + tl.arange(0, WIDTH)
-    return tl.load(
-        x[:, None] + number[None, :], mask=real[:, None] & (number[None, :] < D), other=0.0
-    )
-
-
-@triton.jit
 def _store(
     x: tl.tensor,
     real: tl.tensor,
@@ -64,7 +54,7 @@ def _store(
     FROM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """The inverse of `_rows`, rounded to the dtype of x."""
+    """The inverse of `load_rows`, rounded to the dtype of x."""
     number = FROM + tl.arange(0, WIDTH)
     tl.store(
         x[:, None] + number[None, :],
@@ -157,10 +147,10 @@ def fine_forward(
     real = (token < q_len) & (of_group < G)
     q_rows = q + batch * q_batch + (head * G + of_group).to(tl.int64) * q_head
     q_rows += token.to(tl.int64) * q_token
-    q1 = _rows(q_rows, real, D, 0, D1)
+    q1 = load_rows(q_rows, real, D, 0, D1)
     q2 = q1
     if D2 > 0:
-        q2 = _rows(q_rows, real, D, D1, D2)
+        q2 = load_rows(q_rows, real, D, D1, D2)
     last = _last_seen(token + offset, ahead, kv_len)
     k_rows = k + batch * k_batch + head.to(tl.int64) * k_head
     v_rows = v + batch * v_batch + head.to(tl.int64) * v_head
@@ -175,10 +165,10 @@ def fine_forward(
         key = (entry >> T) * BLOCK + place
         inside = (place < BLOCK) & (key < kv_len)
         at_key = key.to(tl.int64)
-        s = tl.dot(q1, tl.trans(_rows(k_rows + at_key * k_token, inside, D, 0, D1)),
+        s = tl.dot(q1, tl.trans(load_rows(k_rows + at_key * k_token, inside, D, 0, D1)),
                    input_precision="ieee")  # fmt: skip
         if D2 > 0:
-            s = tl.dot(q2, tl.trans(_rows(k_rows + at_key * k_token, inside, D, D1, D2)), s,
+            s = tl.dot(q2, tl.trans(load_rows(k_rows + at_key * k_token, inside, D, D1, D2)), s,
                        input_precision="ieee")  # fmt: skip
         member = _is_member(entry, of_tile)
         visible = member[:, None] & inside[None, :] & (key[None, :] <= last[:, None])
@@ -188,7 +178,7 @@ def fine_forward(
         p = tl.math.exp2(s - shift[:, None])
         shrunk = tl.math.exp2(peak - shift)
         total = total * shrunk + tl.sum(p, axis=1)
-        values = _rows(v_rows + at_key * v_token, inside, V, 0, VP)
+        values = load_rows(v_rows + at_key * v_token, inside, V, 0, VP)
         sums = tl.dot(p.to(values.dtype), values, sums * shrunk[:, None], input_precision="ieee")
         peak = higher
     seen = total > 0
@@ -263,15 +253,17 @@ def fine_backward_q(
     real = (token < q_len) & (of_group < G)
     q_head_at = (head * G + of_group).to(tl.int64)
     q_at = batch * q_batch + q_head_at * q_head + token.to(tl.int64) * q_token
-    q1 = _rows(q + q_at, real, D, 0, D1)
+    q1 = load_rows(q + q_at, real, D, 0, D1)
     q2 = q1
     if D2 > 0:
-        q2 = _rows(q + q_at, real, D, D1, D2)
+        q2 = load_rows(q + q_at, real, D, D1, D2)
     o_at = batch * o_batch + q_head_at * o_head + token.to(tl.int64) * o_token
     d_at = batch * d_batch + q_head_at * d_head + token.to(tl.int64) * d_token
-    d = _rows(d_out + d_at, real, V, 0, VP)
+    d = load_rows(d_out + d_at, real, V, 0, VP)
     row_at = (pair * G + of_group).to(tl.int64) * q_len + token
-    row_delta = tl.sum(d.to(tl.float32) * _rows(out + o_at, real, V, 0, VP).to(tl.float32), axis=1)
+    row_delta = tl.sum(
+        d.to(tl.float32) * load_rows(out + o_at, real, V, 0, VP).to(tl.float32), axis=1
+    )
     row_delta -= tl.load(d_lse + row_at, mask=real, other=0.0)
     tl.store(delta + row_at, row_delta, mask=real)
     row_lse = tl.load(lse + row_at, mask=real, other=0.0)
@@ -292,16 +284,16 @@ def fine_backward_q(
         key = (entry >> T) * BLOCK + place
         inside = (place < BLOCK) & (key < kv_len)
         at_key = key.to(tl.int64)
-        k1 = _rows(k_rows + at_key * k_token, inside, D, 0, D1)
+        k1 = load_rows(k_rows + at_key * k_token, inside, D, 0, D1)
         s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         k2 = k1
         if D2 > 0:
-            k2 = _rows(k_rows + at_key * k_token, inside, D, D1, D2)
+            k2 = load_rows(k_rows + at_key * k_token, inside, D, D1, D2)
             s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
         member = _is_member(entry, of_tile)
         visible = member[:, None] & inside[None, :] & (key[None, :] <= last[:, None])
         p = tl.where(visible, tl.math.exp2(s * (scale * LOG2_E) - shift[:, None]), 0.0)
-        values = _rows(v_rows + at_key * v_token, inside, V, 0, VP)
+        values = load_rows(v_rows + at_key * v_token, inside, V, 0, VP)
         dp = tl.dot(d, tl.trans(values), input_precision="ieee")
         ds = (p * (dp - row_delta[:, None])).to(k1.dtype)
         dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
@@ -382,12 +374,12 @@ def fine_backward_kv(
         inside = (place < BLOCK) & (key < kv_len)
         at_key = key.to(tl.int64)
         k_at = k + batch * k_batch + head.to(tl.int64) * k_head + at_key * k_token
-        k1 = _rows(k_at, inside, D, 0, D1)
+        k1 = load_rows(k_at, inside, D, 0, D1)
         k2 = k1
         if D2 > 0:
-            k2 = _rows(k_at, inside, D, D1, D2)
+            k2 = load_rows(k_at, inside, D, D1, D2)
         v_at = v + batch * v_batch + head.to(tl.int64) * v_head + at_key * v_token
-        values = _rows(v_at, inside, V, 0, VP)
+        values = load_rows(v_at, inside, V, 0, VP)
         dk1 = tl.zeros((COLUMNS, D1), tl.float32)
         dk2 = dk1
         if D2 > 0:
@@ -401,11 +393,11 @@ def fine_backward_kv(
             token = tl.load(tokens + at, mask=at < stop, other=0)
             at_token = token.to(tl.int64)
             q_at = q + batch * q_batch + q_head_at * q_head + at_token * q_token
-            q1 = _rows(q_at, real, D, 0, D1)
+            q1 = load_rows(q_at, real, D, 0, D1)
             s = tl.dot(k1, tl.trans(q1), input_precision="ieee")
             q2 = q1
             if D2 > 0:
-                q2 = _rows(q_at, real, D, D1, D2)
+                q2 = load_rows(q_at, real, D, D1, D2)
                 s = tl.dot(k2, tl.trans(q2), s, input_precision="ieee")
             row_at = (pair * G + of_group).to(tl.int64) * q_len + at_token
             # a token that has chosen the block sees one of its keys: its lse is finite
@@ -415,7 +407,7 @@ def fine_backward_kv(
             visible = inside[:, None] & (key[:, None] <= last[None, :])
             p = tl.where(visible, tl.math.exp2(s * (scale * LOG2_E) - shift[None, :]), 0.0)
             d_at = d_out + batch * d_batch + q_head_at * d_head + at_token * d_token
-            d = _rows(d_at, real, V, 0, VP)
+            d = load_rows(d_at, real, V, 0, VP)
             dv = tl.dot(p.to(d.dtype), d, dv, input_precision="ieee")
             dp = tl.dot(values, tl.trans(d), input_precision="ieee")
             ds = (p * (dp - row_delta[None, :])).to(q1.dtype)
@@ -464,7 +456,7 @@ def fine_sum_parts(
     begin, end = tl.load(part_ends + number), tl.load(part_ends + number + 1)
     of_part = x_parts + (begin.to(tl.int64) * COLUMNS + place) * D
     for _ in tl.range(begin, end):
-        sums += _rows(of_part, inside, D, 0, DP)
+        sums += load_rows(of_part, inside, D, 0, DP)
         of_part += COLUMNS * D
     x_at = x + batch * x_batch + head.to(tl.int64) * x_head + key.to(tl.int64) * x_token
     _store(x_at, inside, sums * factor, D, 0, DP)
@@ -504,7 +496,7 @@ def attend(
     chosen : (batch, kv_heads, q_len, slots)
     ahead : as `block_lists.chosen_blocks`
     """
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     if wants_grad(q, k, v):
         q, k, v = FirstDerivativeOnly.apply(q, k, v)
     with on_device(q.device):
@@ -545,7 +537,7 @@ class _Fine(torch.autograd.Function):
         q, k, v, out, lse, chosen, entries, counts = ctx.saved_tensors
         num_blocks, lengths, scale, compiled_in = ctx.how
         pairs = q.shape[0] * lengths["heads"]
-        d_out, d_lse = _dense(d_out), d_lse.contiguous()
+        d_out, d_lse = dense(d_out), d_lse.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         delta = torch.empty_like(lse)
         tiles, slots = entries.shape[2:]
@@ -577,11 +569,6 @@ class _Fine(torch.autograd.Function):
                 D=x.shape[3], DP=max(16, triton.next_power_of_2(x.shape[3])), **SUM_OPTIONS,
             )  # fmt: skip
         return dq, dk, dv, None, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """With numbers of the last axis side by side, as kernels read them; itself if they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -66,6 +66,7 @@ def install() -> None:
     scalars_stay_tensors()
     bfloat16_is_rounded()
     nothing_is_done_twice()
+    exclusive_or_takes_no_loop()
 
     from nsa_fast import flex
 
@@ -210,3 +211,21 @@ def nothing_is_done_twice() -> None:
 
     interpreter._patch_lang = lambda kernel: patch_lang(knows_both)
     interpreter.InterpretedFunction.__call__ = call
+
+
+def exclusive_or_takes_no_loop() -> None:
+    """10. A sort reduces by exclusive or, which the interpreter does element by element."""
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime.interpreter import ReduceOps
+
+    apply = ReduceOps.apply_impl
+
+    def apply_impl(self: Any, operands: Any) -> Any:
+        if self.combine_fn != tl.standard._xor_combine:
+            return apply(self, operands)
+        (operand,) = operands
+        found = np.bitwise_xor.reduce(operand.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(found, operand.dtype)
+
+    ReduceOps.apply_impl = apply_impl

@@ -471,6 +471,10 @@ def _attend(
         weights[name].to(q.dtype).expand(q.shape[0], -1, -1, -1) for name in ("mem_k", "mem_v")
     )
     run: dict[str, Any] = {"semantics": layer.semantics, "backend": layer.backend}
+    compressed = compress_attention(
+        q_cmp, tokens["k_cmp"], tokens["v_cmp"], mem_k, mem_v, kv_len=kv_len,
+        **layer.compress_sizes, **run,
+    )  # fmt: skip
     if block_indices is None:
         block_indices = select_blocks(
             q_cmp,
@@ -483,11 +487,8 @@ def _attend(
             num_initial_blocks=layer.num_initial_blocks,
             num_local_blocks=layer.num_local_blocks,
             semantics=layer.semantics,
+            lse=compressed.lse,
         )
-    compressed = compress_attention(
-        q_cmp, tokens["k_cmp"], tokens["v_cmp"], mem_k, mem_v, kv_len=kv_len,
-        **layer.compress_sizes, **run,
-    )  # fmt: skip
 
     k_fine, v_fine = k[1], v[1]
     size, chosen = layer.selection_block_size, block_indices.shape[-1]

@@ -2,11 +2,13 @@
 
 Paper's letters: l = compress_block_size, d = compress_block_sliding_stride,
 l' = selection_block_size, n = num_selected_blocks. FlexAttention cannot hand its probabilities out,
-so q and k_cmp are multiplied a second time here, in chunks of queries, without gradients (A4).
+so q and k_cmp are multiplied a second time here, without gradients (A4): on CUDA by the kernels of
+`selection_kernels.py`, else, and where those do not serve, by torch in chunks of queries.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from torch._compile import _disable_dynamo
 from nsa_fast.branches import default_scale
 from nsa_fast.checks import (
     check_alike,
+    check_device,
     check_floating,
     check_group,
     check_kind,
@@ -26,8 +29,10 @@ from nsa_fast.checks import (
     check_size,
     check_stride_divides,
     check_tensor,
+    on_device,
     without_autocast,
 )
+from nsa_fast.flex import is_triton
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
@@ -39,13 +44,22 @@ CPU_CHUNK_ELEMENTS = 2**20
 #: Types of devices that multiply 16-bit numbers as they are and can return the sums in float32.
 SUMS_IN_FLOAT32 = {"cuda"}
 
+#: What the Triton kernels hold in registers and shared memory of sm_90: columns of q; rows of a
+#: product, a token's heads being side by side in one; and probabilities, of which a program of
+#: `top_blocks` reads all strides of at least n blocks at a time.
+MOST_DIM = 256
+ROWS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
+SCORED = 1024
+MOST_CHOSEN = 128
+
 #: The logit of one more column, before the blocks: a row without any block goes there (I3).
 PAD_LOGIT = -1e3
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """What a choice depends on beside q and k_cmp."""
 
+    kv_len: int
     windows: Windows
     num_windows: int
     block_size: int
@@ -84,6 +98,7 @@ def select_blocks(
     num_local_blocks: int = 2,
     semantics: Semantics = PAPER,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """The n selection blocks of the highest importance, for every query (I1 to I6).
 
@@ -104,6 +119,8 @@ def select_blocks(
     k_cmp : (batch, kv_heads, blocks, head_dim), the blocks that C1 makes of kv_len tokens
     mem_k : (batch, kv_heads, num_mem_kv, head_dim), or None for none; part of the softmax
     scale : a finite number, no tensor; default head_dim ** -0.5
+    lse : (batch, q_heads, q_len), what `compress_attention` returned for these q, k_cmp, mem_k,
+        semantics and scale: the kernels need not compute it again. None where there is none
     returns : int64 (batch, heads, q_len, n), best first, then -1 in unused slots; heads =
         kv_heads, or q_heads without share_selection
 
@@ -117,7 +134,8 @@ def select_blocks(
     kv_len = check_length("kv_len", kv_len)
     windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
     block_size = check_size("selection_block_size", selection_block_size, 1)
-    sizes = _Sizes(
+    sizes = Sizes(
+        kv_len=kv_len,
         windows=windows,
         num_windows=windows.count(kv_len),
         block_size=block_size,
@@ -141,12 +159,20 @@ def select_blocks(
         mem_k = k_cmp[:, :, :0]
     check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
     check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
+    if lse is not None:
+        check_tensor("lse", lse, (batch, q_heads, q_len))
+        check_device("lse", lse, "q", q)
 
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)
     chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
     if chosen.numel() == 0 or sizes.num_blocks == 0:
         return chosen
+    if is_triton(q.device) and not why_not_in_triton(q, q_heads // heads, sizes):
+        from nsa_fast import selection_kernels
+
+        with on_device(q.device):
+            return selection_kernels.choose(q, k_cmp, mem_k, lse, sizes, factor)
     memory = mem_k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     product_dtype = q.dtype if q.device.type in SUMS_IN_FLOAT32 else dtype
@@ -175,6 +201,29 @@ def select_blocks(
     return chosen
 
 
+def why_not_in_triton(q: Tensor, group: int, sizes: Sizes) -> str:
+    """What keeps `selection_kernels` from making this choice, in words; empty if nothing does.
+
+    group : query heads that share a choice
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if sizes.semantics.importance != "overlap":
+        return f"importance={sizes.semantics.importance!r} has another score than eq. 9's"
+    if q.dtype == torch.float64:
+        return "torch.float64 has no tensor cores, and the kernels add up in float32"
+    chosen, strides = min(sizes.num_selected, sizes.num_blocks), sizes.strides_per_block
+    for what, count, most in (
+        ("head_dim", q.shape[3], MOST_DIM),
+        ("query heads that share a choice", group, ROWS[q.dtype]),
+        ("blocks chosen", chosen, MOST_CHOSEN),
+        ("blocks chosen times strides of a block", chosen * strides, SCORED),
+    ):
+        if count > most:
+            return f"{what}: {count} is more than the {most} that fit on an SM"
+    return ""
+
+
 def chunks(q: Tensor, columns: int) -> Iterator[slice]:
     """Slices of the queries whose scores are CHUNK_ELEMENTS at most, or a query each."""
     batch, q_heads, q_len, _ = q.shape
@@ -184,7 +233,7 @@ def chunks(q: Tensor, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, q_len))
 
 
-def _within_reach(position: int, sizes: _Sizes) -> tuple[int, int]:
+def _within_reach(position: int, sizes: Sizes) -> tuple[int, int]:
     """Blocks that a query up to `position` can choose, and the windows that score them.
 
     All others are left out of everything: half of the work where nothing lies ahead.
@@ -197,13 +246,13 @@ def _within_reach(position: int, sizes: _Sizes) -> tuple[int, int]:
     return blocks, min(sizes.num_windows, blocks * sizes.strides_per_block)
 
 
-def _num_seen(position: int, sizes: _Sizes) -> int:
+def _num_seen(position: int, sizes: Sizes) -> int:
     """Windows that a query at `position` sees, if it is causal (C2)."""
     return min(sizes.num_windows, max(0, sizes.windows.num_seen(position)))
 
 
 def _best(
-    sizes: _Sizes,
+    sizes: Sizes,
     logits: Tensor,
     p_cmp: Tensor,
     position: Tensor,
@@ -263,7 +312,7 @@ def _highest(scores: Tensor, n: int) -> Tensor:
     return best.gather(-1, order)
 
 
-def _candidates(position: Tensor, num_blocks: int, sizes: _Sizes) -> tuple[Tensor, Tensor]:
+def _candidates(position: Tensor, num_blocks: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Which blocks may be chosen, and which of them are forced: bool (rows, blocks)."""
     semantics = sizes.semantics
     block = torch.arange(num_blocks, device=position.device)
@@ -283,7 +332,7 @@ def _candidates(position: Tensor, num_blocks: int, sizes: _Sizes) -> tuple[Tenso
     return candidates, candidates & ((block < sizes.num_initial) | local)
 
 
-def _visible(position: Tensor, blocks: slice, sizes: _Sizes) -> Tensor:
+def _visible(position: Tensor, blocks: slice, sizes: Sizes) -> Tensor:
     """C2: bool (rows, blocks)."""
     if not sizes.semantics.causal:
         return (position >= 0)[:, None].expand(-1, blocks.stop - blocks.start)
@@ -291,7 +340,7 @@ def _visible(position: Tensor, blocks: slice, sizes: _Sizes) -> Tensor:
     return sizes.windows.sees(position[:, None], block)
 
 
-def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:
+def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: Sizes) -> Tensor:
     """Eq. 9 and 10: (batch, heads, rows, blocks)."""
     p_cmp, num_windows = p_cmp.sum(dim=2), p_cmp.shape[-1]
     # Eq. 9 from 0: the sum of p_cmp over l'/d b + m - n - f, with m < l'/d and n < l/d, for windows
@@ -308,7 +357,7 @@ def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: _Sizes) -> Tensor:
     return over_windows.unflatten(-1, (num_blocks, per_block)).sum(dim=-1)
 
 
-def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: _Sizes) -> Tensor:
+def _logit_means(logits: Tensor, visible: Tensor, candidates: Tensor, sizes: Sizes) -> Tensor:
     """I3: (batch, heads, rows, blocks), -inf where a block is no candidate."""
     strides, num_blocks = sizes.strides_per_block, candidates.shape[-1]
     complete = min(sizes.num_complete, num_blocks)

@@ -152,6 +152,6 @@ COLUMNS: Mapping[str, Column] = {
             dataclasses.replace(PAPER, window_closed=False, causal=False),
             dataclasses.replace(PAPER, compress_strict=True, forced_score=1.0, score_floor=1e-10),
         ),
-        methods=BRANCHES,
+        methods=(*BRANCHES, "select"),
     ),
 }

@@ -164,7 +164,12 @@ class ForcedOnceForTheGroup(Selector):
         return case.semantics.forced_score
 
 
-@mutant("I4", "blocks beyond the 128th are forced no more", seen_in="public kernels")
+@mutant(
+    "I4",
+    "blocks beyond the 128th are forced no more",
+    seen_in="public kernels",
+    needs={"num_selection_blocks": "> 128"},
+)
 class ForcedUpTo128(Selector):
     def forced(self, case: Case) -> np.ndarray:
         forced = super().forced(case)

@@ -174,6 +174,14 @@ def nothing_forced(draw: st.DrawFn, sizes: Drawn) -> None:
     sizes["num_initial_blocks"] = sizes["num_local_blocks"] = sizes["num_mem_kv"] = 0
 
 
+def more_slots_than_blocks(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I6: every row has fewer candidates than slots, where there are few blocks."""
+    sizes["kv_len"] = max(1, sizes["kv_len"])
+    blocks = -(-sizes["kv_len"] // sizes["selection_block_size"])
+    if blocks <= 64:
+        sizes["num_selected_blocks"] = blocks + draw(st.integers(1, 3))
+
+
 def one_head_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
     """I2: no sum over heads."""
     nothing_forced(draw, sizes)

@@ -286,7 +286,8 @@ ROWS = (
     Property("I5_selection", "I5", None, "select", selection.valid_choice,
              adjust=adjust.rows_before_the_first_window, inputs=("equal", "ties", "integers"),
              examples=42),
-    Property("I6_selection", "I6", None, "select", selection.valid_choice, examples=42),
+    Property("I6_selection", "I6", None, "select", selection.valid_choice,
+             adjust=adjust.more_slots_than_blocks, examples=42),
     Property("I4_selection_in_pairs", "I4", None, "select", selection.in_pairs,
              adjust=adjust.nothing_forced, inputs=GENERIC_INPUTS, populated=True, examples=7),
 
