@@ -83,6 +83,7 @@ def to_block_mask(
     kv_len: int,
     block_size: tuple[int, int],
     q_lists: bool = True,
+    q_slots: int | None = None,
     crowded: Crowded | None = None,
 ) -> BlockMask:
     """The lists, their transpose and the predicate as one BlockMask.
@@ -90,13 +91,15 @@ def to_block_mask(
     FlexAttention's own transposition raises IndexError on lists narrower than the number of blocks.
 
     q_lists : False leaves the transpose out (None): only a backward walks it
+    q_slots : the most row blocks that have a column block in one of their lists, but for a list
+        that is stored once; None to look, for which the host waits
     crowded : column blocks that the transpose leaves out: their dk and dv are computed elsewhere
     """
     columns = count_blocks(kv_len, block_size[1])
     by_column = None
     if q_lists:
         left_out = {} if crowded is None else {"left_out": crowded.left_out}
-        by_column = transposed(lists, columns, **left_out)
+        by_column = transposed(lists, columns, q_slots, **left_out)
     return BlockMask(
         seq_lengths=(q_len, kv_len),
         kv_num_blocks=lists.num_blocks,
@@ -112,44 +115,56 @@ def to_block_mask(
     )
 
 
-def transposed(lists: BlockLists, columns: int, left_out: Tensor | None = None) -> BlockLists:
+def transposed(
+    lists: BlockLists, columns: int, slots: int | None = None, left_out: Tensor | None = None
+) -> BlockLists:
     """For every column block the row blocks that name it: what dk and dv walk.
 
+    slots : as q_slots of `to_block_mask`
     left_out : bool (batch, columns), column blocks with an empty list
     """
-    num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns, left_out)
+    num_blocks, indices = _transposed(lists.num_blocks, lists.indices, columns, slots, left_out)
     if lists.full_indices.stride(2) == 0 and left_out is None:
         full_num_blocks, full_indices = _transposed_shared(lists.full_num_blocks, columns)
     else:
         full_num_blocks, full_indices = _transposed(
-            lists.full_num_blocks, lists.full_indices, columns, left_out
+            lists.full_num_blocks, lists.full_indices, columns, slots, left_out
         )
     if not OWN_STRIDES:
         # one list may be as wide as there are row blocks and the other 1: this can double them
-        slots = max(indices.shape[-1], full_indices.shape[-1])
-        indices = F.pad(indices, (0, slots - indices.shape[-1]))
-        full_indices = F.pad(full_indices, (0, slots - full_indices.shape[-1]))
+        wider = max(indices.shape[-1], full_indices.shape[-1])
+        indices = F.pad(indices, (0, wider - indices.shape[-1]))
+        full_indices = F.pad(full_indices, (0, wider - full_indices.shape[-1]))
     return BlockLists(num_blocks, indices, full_num_blocks, full_indices)
 
 
 def _transposed(
-    num_blocks: Tensor, indices: Tensor, columns: int, left_out: Tensor | None
+    num_blocks: Tensor,
+    indices: Tensor,
+    columns: int,
+    slots: int | None,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads = indices.shape[:2]
+    batch, heads, rows, width = indices.shape
+    every = batch * heads * columns
     used, column = _used(num_blocks, indices, columns)
     if left_out is not None:
         used &= ~_by_head(left_out, heads)[column]
-    row, column = _entries(used, column)
-    # entries come row by row; a stable sort by column keeps the rows of a column ascending
-    column, order = column.sort(stable=True)
-    counts = torch.bincount(column, minlength=batch * heads * columns)
-    place = torch.arange(len(column), device=column.device) - (counts.cumsum(0) - counts)[column]
-    widest = int(counts.max()) if counts.numel() else 0
-    out = indices.new_zeros((batch * heads * columns, max(1, widest)))
-    out[column, place] = row[order].to(out.dtype)
+    # entries come row by row; a stable sort by column keeps the rows of a column ascending. The
+    # slots that are not in use are counted behind the rest
+    column, order = torch.where(used, column, every).flatten().sort(stable=True)
+    starts = torch.searchsorted(column, torch.arange(every + 2, device=column.device))
+    counts = starts.diff()
+    if slots is None:
+        slots = int(counts[:every].max()) if every else 0
+    slots = max(1, slots)
+    place = torch.arange(len(column), device=column.device) - starts[column]
+    row = (order // max(1, width) % rows).to(indices.dtype)
+    out = indices.new_zeros((every + 1, slots))
+    out[column, place.clamp(max=slots - 1)] = row
     return (
-        counts.to(torch.int32).view(batch, heads, columns),
-        out.view(batch, heads, columns, out.shape[1]),
+        counts[:every].to(torch.int32).view(batch, heads, columns),
+        out[:every].view(batch, heads, columns, slots),
     )
 
 
@@ -173,9 +188,10 @@ def _transposed_shared(num_blocks: Tensor, columns: int) -> tuple[Tensor, Tensor
     most first: then these stand at the front, for every c. So the transpose is one list for all
     columns, too.
     """
-    numbers, order = num_blocks.flatten().sort(descending=True, stable=True)
-    longer = torch.bincount(numbers, minlength=columns + 1).flip(0).cumsum(0).flip(0)
-    return longer[None, None, 1 : columns + 1].to(torch.int32), shared(order, columns)
+    fewer, order = (-num_blocks.flatten()).sort(stable=True)
+    column = torch.arange(columns, dtype=fewer.dtype, device=fewer.device)
+    longer = torch.searchsorted(fewer, -column)
+    return longer[None, None].to(torch.int32), shared(order, columns)
 
 
 def _used(num_blocks: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -119,8 +119,16 @@ def sliding_block_mask(
         kv_len=kv_len,
         device=device,
     )
+    # rows that see a column of the block stand this far apart at most
+    reach = max(0, oldest - newest) + block_size[1]
     return block_lists.to_block_mask(
-        lists, mask_mod, q_len=q_len, kv_len=kv_len, block_size=block_size, q_lists=q_lists
+        lists,
+        mask_mod,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_size=block_size,
+        q_lists=q_lists,
+        q_slots=min(len(first), -(-reach // block_size[0]) + 1),
     )
 
 
@@ -208,8 +216,18 @@ def compress_block_mask(
         columns=columns,
         device=device,
     )
+    # where full blocks are stored once, those that see some and not all of a block's columns: from
+    # its first window to its last, and before any window those that see memory alone
+    apart = max(0, -offset) + windows.seen_from(0) + block_size[1] * windows.stride
+    once = lists.full_indices.stride(2) == 0 and columns >= block_lists.LEAST_LENGTH
     return block_lists.to_block_mask(
-        lists, mask_mod, q_len=q_len, kv_len=columns, block_size=block_size, q_lists=q_lists
+        lists,
+        mask_mod,
+        q_len=q_len,
+        kv_len=columns,
+        block_size=block_size,
+        q_lists=q_lists,
+        q_slots=min(len(first), -(-apart // block_size[0]) + 1) if once else len(first),
     )
 
 

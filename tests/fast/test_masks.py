@@ -28,6 +28,7 @@ from nsa_fast import (  # noqa: E402
     create_compress_mask,
     create_fine_mask,
     create_sliding_mask,
+    fine_lists,
     upstream,
 )
 from nsa_fast.adapter import SEMANTICS, NsaFastEager, implementations  # noqa: E402
@@ -406,6 +407,18 @@ def test_transposed_lists_are_of_one_width_only_for_the_torch_that_needs_it(
     assert block_mask.full_q_indices.shape[3] == 61
     sizes = Sizes(selection_block_size=4)
     assert_reads(block_mask, nsa_ref.masks.fine_mask(64, 64, indices.numpy(), sizes, PAPER))
+
+
+def test_the_host_does_not_wait_for_lists() -> None:
+    """Tensors without numbers: what asks for one raises."""
+    nowhere = torch.device("meta")
+    block_masks.sliding_block_mask(1000, 1000, 512, PAPER, device=nowhere)
+    windows = Windows(32, 16, PAPER)
+    block_masks.compress_block_mask(1000, windows.count(1000), 1, windows, offset=0, device=nowhere)
+    indices = torch.empty(1, 4, 1000, 16, dtype=torch.int64, device=nowhere)
+    chosen, _ = block_masks.chosen_blocks(1000, indices, 64, PAPER)
+    fine_lists.union(chosen, fine_lists.tokens_per_tile(16))
+    fine_lists.parts(chosen.blocks, chosen.num_blocks)
 
 
 def papers_choice(tokens: int, block_size: int, n: int) -> torch.Tensor:
