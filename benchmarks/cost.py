@@ -79,9 +79,7 @@ def queries_and_blocks(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def fine_lists(tokens: int, q_lists: bool) -> Run:
     indices = choice(tokens)
-    return lambda: block_masks.fine_block_mask(
-        tokens, indices, LAYOUT, PAPER, complete=False, q_lists=q_lists
-    )
+    return lambda: block_masks.fine_block_mask(tokens, indices, LAYOUT, PAPER, q_lists=q_lists)
 
 
 def selection(tokens: int) -> Run:
@@ -107,7 +105,7 @@ def everything(tokens: int) -> Run:
     def run() -> object:
         indices = select_blocks(q, k_cmp, kv_len=tokens, **SIZES)
         return [
-            block_masks.fine_block_mask(tokens, indices, LAYOUT, PAPER, complete=False),
+            block_masks.fine_block_mask(tokens, indices, LAYOUT, PAPER),
             block_masks.sliding_block_mask(
                 tokens, tokens, WINDOW, PAPER, block_size=(128, 128), device=CPU
             ),
@@ -129,9 +127,7 @@ def dense(tokens: int, heads: int) -> Run:
         ahead=0,
         own_block=False,
     )
-    mask_mod = block_masks.fine_mask_mod(
-        chosen, offset=0, ahead=0, rows_per_token=1, heads_per_choice=heads
-    )
+    mask_mod = block_masks.fine_mask_mod(chosen, offset=0, ahead=0, heads_per_choice=heads)
     return lambda: create_block_mask(mask_mod, 1, heads, tokens, tokens, device="cpu")
 
 

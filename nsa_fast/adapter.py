@@ -1,7 +1,8 @@
 """The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
 
-There are four implementations. Eager and compiled FlexAttention are different code; the whole layer
-follows more conventions than its branches; and the Triton kernels run in Triton's interpreter.
+There are four implementations. Eager attention and compiled FlexAttention are different code; the
+whole layer follows more conventions than its branches; and the Triton kernels run in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -124,11 +125,10 @@ class NsaFast(TorchImplementation):
             group, case.selection_block_size, block_indices.device, self.backend
         )
         block_mask, crowded = block_masks.fine_block_mask(
-            case.kv_len, block_indices, layout, case.semantics, complete=eager
+            case.kv_len, block_indices, layout, case.semantics
         )
         readings = block_mask_readings(block_mask, *block_mask.seq_lengths)
-        if not eager:
-            del readings["mask_mod"]  # it knows what is cut, and the lists what is chosen
+        del readings["mask_mod"]  # it knows what is cut, and the lists what is chosen
         if crowded is not None:
             readings["q lists"] += visible_cells(crowded, block_mask).cpu().numpy()
         for part, cells in readings.items():
@@ -205,15 +205,15 @@ def keywords(function: Callable[..., Any], case: Case) -> dict[str, Any]:
 
 
 class NsaFastEager(NsaFast):
-    """FlexAttention's eager operator: every size, gradients, float64."""
+    """Plain torch that walks the lists: every size, gradients, float64."""
 
     name = "nsa_fast eager"
     backend = "eager"
     numerics: Mapping[str, str] = {
         "float64": "fp64",
         "float32": "fp32",
-        "bfloat16": "bf16-eager",
-        "float16": "fp16-eager",
+        "bfloat16": "bf16",
+        "float16": "fp16",
     }
 
 

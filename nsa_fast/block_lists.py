@@ -75,6 +75,14 @@ def count_blocks(length: int, block_size: int) -> int:
     return max(1, -(-length // block_size))
 
 
+def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
+    """The tensor with zeros behind it until the axis is `least` long; itself if it is."""
+    missing = least - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, missing))
+
+
 def to_block_mask(
     lists: BlockLists,
     mask_mod: MaskMod,

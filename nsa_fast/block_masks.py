@@ -1,8 +1,8 @@
 """The mask of each branch: its predicate, its block lists, and both together as a BlockMask.
 
-A predicate (FlexAttention's mask_mod) says whether a cell (row, column) is visible. Eager
-FlexAttention evaluates it everywhere and ignores the lists; compiled kernels walk the lists and ask
-it inside partial blocks only. All but `named_mask_mod` are complete in themselves.
+A predicate (FlexAttention's mask_mod) says whether a cell (row, column) is visible. Kernels walk
+the lists, and ask it inside partial blocks only. All but `named_mask_mod` are complete in
+themselves, as FlexAttention's eager operator needs them, which asks everywhere and ignores lists.
 
 The attention functions and the adapter look the builders up here: what is judged is what is used,
 and a deliberately broken build is planted in one place. q_lists=False leaves out the transposed
@@ -234,35 +234,29 @@ def compress_block_mask(
 # --- fine: F1 to F4 -------------------------------------------------------------------------------
 
 
-def fine_mask_mod(
-    chosen: Chosen, *, offset: int, ahead: int, rows_per_token: int, heads_per_choice: int
-) -> MaskMod:
+def fine_mask_mod(chosen: Chosen, *, offset: int, ahead: int, heads_per_choice: int) -> MaskMod:
     """Visible iff the column's block is one of the token's and j <= p + ahead, p >= 0.
 
     It reads the choice in a table of tokens x blocks bits: bit b of word w stands for block
     32 w + b. The table is flat and of a size that hardly varies, because Inductor's C++ template
     confuses the symbols of captured sizes with its own.
 
-    rows_per_token : rows of the mask that belong to one token, one after the other
     heads_per_choice : heads of the mask that share a choice of blocks
     """
     table, (heads, tokens, words) = block_lists.word_table(chosen)
     heads_, tokens_, words_, offset_, ahead_, block_size_ = _scalars(
         table.device, heads, tokens, words, offset, ahead, chosen.block_size
     )
-    rows_per_token_, heads_per_choice_, kv_len_ = _scalars(
-        table.device, rows_per_token, heads_per_choice, chosen.kv_len
-    )
+    heads_per_choice_, kv_len_ = _scalars(table.device, heads_per_choice, chosen.kv_len)
 
     def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        token = row // rows_per_token_
         block = column // block_size_
-        choice = (batch * heads_ + head // heads_per_choice_) * tokens_ + token
+        choice = (batch * heads_ + head // heads_per_choice_) * tokens_ + row
         # what table[...] becomes in the end, without the custom Function that carries gradients to
         # captured tensors and costs an eager call 5 ms
         word = torch.ops.aten.index(table, [choice * words_ + block // WORD_BITS])
         named = ((word >> (block % WORD_BITS)) & 1) == 1
-        position = token + offset_
+        position = row + offset_
         real = (position >= 0) & (column < kv_len_)
         return named & (column <= position + ahead_) & real
 
@@ -316,7 +310,6 @@ def fine_block_mask(
     layout: FineLayout,
     semantics: Semantics,
     *,
-    complete: bool,
     q_lists: bool = True,
 ) -> tuple[BlockMask, Crowded | None]:
     """F1 to F4 for queries that stand token by token, as `layout` says.
@@ -325,21 +318,15 @@ def fine_block_mask(
     selected blocks themselves. Blocks before the query are full, the one that it cuts is partial.
 
     block_indices : integers (batch, heads, q_len, n), any values
-    complete : the predicate knows the choice as well, for eager FlexAttention, by a table of
-        tokens x blocks bits; it wants no empty columns
     returns : (batch, heads, q_len * rows_per_token, columns), and the column blocks that the
         transposed lists leave out: `crowded.py` has their dk and dv
     """
     q_len = block_indices.shape[2]
     chosen, ahead = chosen_blocks(kv_len, block_indices, layout.block_size, semantics)
-    at: dict[str, int] = {"offset": kv_len - q_len, "ahead": ahead}
-    if complete:
-        mask_mod = fine_mask_mod(
-            chosen, **at, rows_per_token=layout.rows_per_token, heads_per_choice=1
-        )
-    else:
-        mask_mod = named_mask_mod(layout, **at, kv_len=kv_len, device=block_indices.device)
-    columns = kv_len if complete else layout.num_columns(kv_len)
+    mask_mod = named_mask_mod(
+        layout, offset=kv_len - q_len, ahead=ahead, kv_len=kv_len, device=block_indices.device
+    )
+    columns = layout.num_columns(kv_len)
     lists = block_lists.token_lists(chosen, layout.columns_per_block)
     crowded = None
     if q_lists:
@@ -380,7 +367,6 @@ def tiled_fine_block_mask(
         chosen,
         offset=0,
         ahead=ahead,
-        rows_per_token=1,
         heads_per_choice=heads_per_choice,
     )
     return block_lists.to_block_mask(

@@ -4,8 +4,8 @@ Paper's letters: w = sliding_window_size, l = compress_block_size,
 d = compress_block_sliding_stride, l' = selection_block_size. Query head h reads kv head h // G.
 Row t stands at p = t + kv_len - q_len. A row that sees no key: out 0, lse -inf, gradients 0.
 
-On CUDA the kernels are compiled; on a CPU the default is FlexAttention's eager operator, which has
-gradients and float64 and holds all scores at once, and backend="compiled" is forward only.
+On CUDA the kernels are compiled; on a CPU the default is plain torch (`eager.py`), which has
+gradients and float64, and backend="compiled" is forward only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,12 @@ def sliding_attention(
     backend = flex.resolve_backend(backend, q, k, v)
     scale = default_scale(scale, q)
     block_mask = block_masks.sliding_block_mask(
-        q.shape[2], k.shape[2], window, semantics, device=q.device, q_lists=flex.wants_grad(q, k, v)
+        q.shape[2],
+        k.shape[2],
+        window,
+        semantics,
+        device=q.device,
+        q_lists=flex.walks_q_lists(backend, q, k, v),
     )
     return flex.attend("sliding", q, k, v, block_mask, backend=backend, scale=scale)
 
@@ -120,7 +125,7 @@ def compress_attention(
         windows,
         offset=kv_len - q.shape[2],
         device=q.device,
-        q_lists=flex.wants_grad(q, k, v),
+        q_lists=flex.walks_q_lists(backend, q, k, v),
     )
     return flex.attend("compress", q, k, v, block_mask, backend=backend, scale=scale)
 
@@ -181,8 +186,7 @@ def fine_attention(
         block_indices,
         layout,
         semantics,
-        complete=backend == "eager",
-        q_lists=flex.wants_grad(q, k, v),
+        q_lists=flex.walks_q_lists(backend, q, k, v),
     )
     q, k, v = layout.token_major(q), layout.spread(k), layout.spread(v)
     out, lse = flex.attend("fine", q, k, v, block_mask, crowded, backend=backend, scale=scale)

@@ -1,34 +1,31 @@
-"""One call of FlexAttention, eager or compiled. What one of them cannot do is an error.
+"""One call of attention through a block mask. What a backend cannot do is an error.
 
 ::
 
     backend      device   gives
-    "eager"      any      out, lse, gradients; holds all scores at once, and reads the predicate
-                          alone, never the block lists
+    "eager"      any      out, lse, gradients; plain torch (`eager.py`)
     "compiled"   CUDA     out, lse, gradients; float32, bfloat16, float16
     "compiled"   CPU      out alone, no gradients; float32, bfloat16, float16
 
-On a CPU "compiled" is C++, on CUDA it is Triton; in a process of `interpreter.py` it is Triton on a
-CPU as well, and everything below that speaks of Triton holds there.
+"compiled" is FlexAttention's. On a CPU it is C++, on CUDA it is Triton; in a process of
+`interpreter.py` it is Triton on a CPU as well, and all that speaks of Triton below holds there.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks, shared
+from nsa_fast import eager
+from nsa_fast.block_lists import LEAST_LENGTH, Crowded, count_blocks, padded, shared
 from nsa_fast.checks import check_choice, check_floating, without_autocast
 from nsa_fast.crowded import with_crowded_columns
 
@@ -93,6 +90,11 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def walks_q_lists(backend: str, *tensors: Tensor) -> bool:
+    """Whether a backward is to be recorded that walks the transposed lists."""
+    return backend == "compiled" and wants_grad(*tensors)
+
+
 def attend(
     name: str,
     q: Tensor,
@@ -104,40 +106,27 @@ def attend(
     backend: str,
     scale: float,
 ) -> Attention:
-    """FlexAttention of q (batch, q_heads, q_len, head_dim) through a block mask.
+    """Attention of q (batch, q_heads, q_len, head_dim) through a block mask.
 
     name : the branch, and what else is compiled in; compiled graphs carry it
-    block_mask : for the lengths of q and k; with q lists if a backward is to be recorded
+    block_mask : for the lengths of q and k; with q lists if `walks_q_lists`
     crowded : the column blocks that these leave out
     """
     with without_autocast(q.device):
         if q.shape[0] == 0 or q.shape[2] == 0:
             return _of_no_query(q, k, v)
         q_len, value_dim = q.shape[2], v.shape[3]
-        mask, q, k, v = _fitted(block_mask, q, k, v, backend)
+        if backend == "compiled":
+            block_mask, q, k, v = _fitted(block_mask, q, k, v)
         if wants_grad(q, k, v):
             q, k, v = FirstDerivativeOnly.apply(q, k, v)
         if backend == "eager":
-            out, lse = _eager(q, k, v, mask, scale)
-        else:
-            out, lse = _compiled(name, q, k, v, mask, scale)
-            if crowded is not None and lse is not None:
-                out, lse = with_crowded_columns(crowded, mask, scale, q, k, v, out, lse)
+            return Attention(*eager.attention(q, k, v, block_mask, scale))
+        out, lse = _compiled(name, q, k, v, block_mask, scale)
+        if crowded is not None and lse is not None:
+            out, lse = with_crowded_columns(crowded, block_mask, scale, q, k, v, out, lse)
         out = out[:, :, :q_len, :value_dim]
         return Attention(out, None if lse is None else lse[:, :, :q_len])
-
-
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float
-) -> tuple[Tensor, Tensor]:
-    # the public function refuses inputs with requires_grad on a CPU; the operator below it has a
-    # backward for any device, and its lse is a logarithm to base 2
-    out, lse, _ = flex_attention_op(q, k, v, _same_score, block_mask.as_tuple(), scale, {}, (), ())
-    return out, lse * math.log(2)
-
-
-def _same_score(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return score
 
 
 def _compiled(
@@ -343,19 +332,16 @@ def _of_no_query(q: Tensor, k: Tensor, v: Tensor) -> Attention:
 
 
 def _fitted(
-    mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, backend: str
+    mask: BlockMask, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[BlockMask, Tensor, Tensor, Tensor]:
     """Inputs and lists as the kernels take them: no length below 2, one layout.
 
     What is added is invisible (zero keys that the predicate excludes) or cut off the result.
     """
     q, k, v = (padded(t, 2, LEAST_LENGTH) for t in (q, k, v))
-    if is_triton(q.device) and backend == "compiled":
+    if is_triton(q.device):
         q, k, v = (padded(t, 3, LEAST_TRITON_DIM) for t in (q, k, v))
     q, k, v = (_contiguous_copy(t) for t in (q, k, v))
-    if backend == "eager":
-        return _replaced(mask, seq_lengths=(q.shape[2], k.shape[2])), q, k, v
-
     # the C++ kernels want as many slots as there are blocks
     blocks = 0 if is_triton(q.device) else count_blocks(k.shape[2], mask.BLOCK_SIZE[1])
     lists: dict[str, Tensor | None] = {}
@@ -370,14 +356,6 @@ def _fitted(
                 indices = shared(padded(indices[:, :, 0], 2, width)[0, 0], rows)
             lists[f"{kind}_indices"] = padded(padded(indices, 2, rows), 3, width)
     return _replaced(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
-
-
-def padded(tensor: Tensor, axis: int, least: int) -> Tensor:
-    """The tensor with zeros behind it until the axis is `least` long; itself if it is."""
-    missing = least - tensor.shape[axis]
-    if missing <= 0:
-        return tensor
-    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, missing))
 
 
 def _contiguous_copy(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_fast.flex import is_triton, padded
+from nsa_fast.block_lists import padded
+from nsa_fast.flex import is_triton
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -18,7 +18,6 @@ from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER, PerBranch
 from nsa_ref.testing.branches import FINE
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.compare import compare
-from nsa_ref.testing.probes import block_mask_readings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.properties.common import bounds_of
 
@@ -28,7 +27,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 
 import nsa_fast  # noqa: E402
 from fast_layers import CASE as SMALL  # noqa: E402
-from nsa_fast import block_lists, block_masks, crowded, flex, layouts  # noqa: E402
+from fast_memory import Largest  # noqa: E402
+from nsa_fast import block_lists, block_masks, crowded, eager, flex, layouts  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
 from nsa_fast.layouts import FineLayout  # noqa: E402
 from refusals import Refusals, refusal_test  # noqa: E402
@@ -91,6 +91,34 @@ EDGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_eager_out_lse_and_gradients_in_float64(branch: str, edge: str) -> None:
     assert_right(NsaFastEager(), branch, replace(**EDGES[edge]))
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(("scores", "gathered"), [(1, 1), (3000, 400)])
+def test_eager_attention_walks_some_rows_at_a_time(
+    branch: str, scores: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row block and a list at a time, or several, of which the last ones are fewer."""
+    monkeypatch.setattr(eager, "SCORES", scores)
+    monkeypatch.setattr(eager, "GATHERED", gathered)
+    assert_right(NsaFastEager(), branch, replace(q_len=45, kv_len=49))
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_eager_attention_holds_nothing_as_large_as_all_pairs(branch: str) -> None:
+    """The scores of some rows, or what grows with the tokens."""
+    tokens = 2**11
+    q, k, v = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (2, 1, 1))
+    changes: dict[str, Any] = {"q": q, "k": k, "v": v}
+    if branch == "fine":
+        changes["block_indices"] = torch.randint(0, tokens // 4, (1, 1, tokens, 4))
+    if branch == "compress":
+        few = torch.randn(1, 1, tokens // 2, 8, requires_grad=True)
+        changes = {"q": q, "k_cmp": few, "v_cmp": few, "kv_len": tokens}
+    with Largest() as largest:
+        call(branch, **changes)().out.sum().backward()
+    assert largest.elements <= max(2 * eager.SCORES, eager.GATHERED)
+    assert q.grad is not None and q.grad.isfinite().all()
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -171,7 +199,7 @@ def test_compiled_kernels_are_never_run_eagerly() -> None:
         nsa_fast.fine_attention(*compiled_inputs(), indices, **sizes)
 
 
-# --- layouts for a GPU, run by the eager operator -------------------------------------------------
+# --- layouts for a GPU, walked by the eager path --------------------------------------------------
 
 CUDA = torch.device("cuda")
 
@@ -205,24 +233,11 @@ def test_rows_added_for_tensor_cores_change_nothing(
 def test_columns_added_for_tensor_cores_change_nothing(
     block_size: int, edge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Triton is handed, read by its lists: eager FlexAttention would ask the predicate."""
-    layout, attend = layouts.fine_layout, flex.attend
-
-    def as_listed(
-        name: str, q: Any, k: Any, v: Any, mask: Any, crowded_columns: Any, **how: Any
-    ) -> Any:
-        assert mask.seq_lengths == (q.shape[2], k.shape[2])
-        cells = block_mask_readings(mask, *mask.seq_lengths)["kv lists"]
-        # one more row and column, which lengths below 2 are lengthened by
-        seen = torch.as_tensor(np.pad(cells, ((0, 0), (0, 0), (0, 2), (0, 2)))) != 0
-        mask = flex._replaced(mask, mask_mod=lambda b, h, i, j: seen[b, h, i, j])
-        return attend(name, q, k, v, mask, crowded_columns, **(how | {"backend": "eager"}))
-
-    monkeypatch.setattr(flex, "resolve_backend", lambda *_: "compiled")
+    """What Triton is handed, walked by the eager path."""
+    layout = layouts.fine_layout
     monkeypatch.setattr(
-        layouts, "fine_layout", lambda heads, size, _, backend: layout(heads, size, CUDA, backend)
+        layouts, "fine_layout", lambda heads, size, *_: layout(heads, size, CUDA, "compiled")
     )
-    monkeypatch.setattr(flex, "attend", as_listed)
     assert_right(NsaFastEager(), "fine", replace(selection_block_size=block_size, **EDGES[edge]))
 
 
@@ -362,8 +377,11 @@ def test_attention_under_autocast_is_what_it_is_without(branch: str, backend: st
 def test_forward_alone_builds_no_transposed_lists(
     branch: str, kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And eager attention none at all: it walks the same lists back."""
     monkeypatch.setattr(block_lists, "transposed", mock.Mock(side_effect=AssertionError))
     assert_forward(kind(), branch, replace(dtype="float32"))
+    if kind is NsaFastEager:
+        assert_right(kind(), branch, replace(dtype="float32"))
 
 
 def test_a_backward_gets_transposed_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,9 +425,7 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
 
     heads_per_choice = case.q_heads // case.selection_heads
     layout = FineLayout(heads_per_choice, heads_per_choice, 4, 4)
-    block_mask, found = block_masks.fine_block_mask(
-        62, torch.as_tensor(indices), layout, semantics, complete=True
-    )
+    block_mask, found = block_masks.fine_block_mask(62, torch.as_tensor(indices), layout, semantics)
     assert found is not None and found.left_out.sum(1).tolist() == [1, 2]
     kind = getattr(torch, dtype)
     q, k, v, d_out, d_lse = (
@@ -418,7 +434,7 @@ def test_crowded_columns_get_their_whole_gradient_and_no_other_column_gets_any(
     )
     q, d_out = layout.token_major(q), layout.token_major(d_out)
     d_lse = layout.token_major(d_lse[..., None])[..., 0].float()
-    out, lse = flex._eager(q, k, v, block_mask, case.scale)
+    out, lse = eager.attention(q, k, v, block_mask, case.scale)
     leaves = [tensor.detach().requires_grad_() for tensor in (k, v, out, lse)]
     same_out, same_lse = crowded.with_crowded_columns(found, block_mask, case.scale, q, *leaves)
     assert torch.equal(same_out, out) and torch.equal(same_lse, lse)

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost, judging, source_mutants  # noqa: E402
+from benchmarks import cost, eager_cpu, judging, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from pages import ROOT  # noqa: E402
@@ -50,7 +50,7 @@ def test_the_constants_of_the_interpreter_are_those_of_numpy() -> None:
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
 def test_what_the_kernels_graphs_allocate_grows_with_the_tokens() -> None:
-    """Without a kernel being executed; eager attention would hold all scores at once."""
+    """Without a kernel being executed."""
     arguments = ("--device=interpreter", "--tokens", "1024", "2048")
     report = report_of("kernel_memory", *arguments, says="forward and backward")
     assert "no kernel executed" in report["device"]
@@ -100,6 +100,12 @@ def test_costs_are_measured_in_processes_of_their_own() -> None:
     (found,) = figures["tokens"].values()
     assert found["seconds"] > 0 and found["MiB"] >= 0
     assert figures["exponents"] == {"seconds": None, "MiB": None}
+
+
+def test_the_eager_path_is_timed_beside_flexattention() -> None:
+    eager_cpu.main(["--at=64", "--tokens", "32", "64", "--rounds=1", "--output=report.json"])
+    measured = json.loads(Path("report.json").read_text())["measured"]
+    assert all(found["ratio"] > 0 and found["MiB"]["64"] > 0 for found in measured.values())
 
 
 def test_results_say_where_they_come_from() -> None:
