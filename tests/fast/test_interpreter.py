@@ -32,7 +32,7 @@ from nsa_fast.adapter import (  # noqa: E402
     NsaFastInterpreted,
     NsaFastLayer,
 )
-from nsa_ref.semantics import LUCIDRAINS, PAPER  # noqa: E402
+from nsa_ref.semantics import LUCIDRAINS, PAPER, Semantics  # noqa: E402
 from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
 from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
@@ -284,11 +284,18 @@ class _Layer(NsaFastInterpreted):
 
 
 @runs
-@pytest.mark.parametrize(("name", "tokens"), [("A4_layer_gradients", 40), ("G3_decode", 10)])
-def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "tokens", "semantics"),
+    [
+        ("A4_layer_gradients", 40, LUCIDRAINS),
+        ("G3_decode", 10, LUCIDRAINS),
+        ("G1_layer_output", 40, PAPER),  # its choice is Triton's, with the compress branch's lse
+    ],
+)
+def test_the_whole_layer_runs_on_the_kernels(name: str, tokens: int, semantics: Semantics) -> None:
     case = dataclasses.replace(
         CASE,
-        semantics=LUCIDRAINS,
+        semantics=semantics,
         batch=1,
         q_len=tokens,
         kv_len=tokens,
