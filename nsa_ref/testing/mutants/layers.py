@@ -13,7 +13,7 @@ from nsa_ref.semantics import LUCIDRAINS_FLEX
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
-from nsa_ref.testing.mutants.layer import LayerInSteps, Read
+from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay, Read
 from nsa_ref.testing.mutants.masks import NoCausalCut, switched
 from nsa_ref.testing.mutants.rounding import Rounding
 from nsa_ref.testing.mutants.selection import (
@@ -79,6 +79,45 @@ class GatesOnePercentOff(LayerInSteps):
 
     def squashed(self, logits: Tensor) -> Tensor:
         return super().squashed(logits) * 1.01
+
+
+@mutant("G3", "in bfloat16, gates are 1 % too large at decoding")
+class GatesOnePercentOffAtDecode(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return GatesOnePercentOff().decoded(case, weights, x)
+
+
+@mutant("G4", "in bfloat16, gates of packed sequences are 1 % too large")
+class GatesOnePercentOffWhenPacked(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        return GatesOnePercentOff().sequence(case, weights, x, start, stop)
+
+
+@mutant("G1", "in bfloat16 alone, the output projection is 1 % too large")
+class ProjectionOnePercentOff(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def run_tokens(
+        self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
+    ) -> Tensor:
+        weights = {n: w * 1.01 if n == "to_out.weight" else w for n, w in weights.items()}
+        return super().run_tokens(case, weights, x, given)
+
+
+@mutant("G1", "in bfloat16, kept in float32 on the way, one branch's gates are 1 % too small")
+class FineGatesOnePercentSmall(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__(LayerWay(wide=True), "bf16")
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        gates = super().squashed(logits)
+        factor = gates.new_ones(gates.shape)
+        factor[1] = 0.99
+        return gates * factor
 
 
 @mutant("G1", "no gradient goes through one branch's gate")

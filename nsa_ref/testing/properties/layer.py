@@ -338,7 +338,7 @@ def with_gates(case: Case, weights: Weights, opened: Iterable[bool]) -> Weights:
 
 
 def exact_numbers(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    """G1: in 16 bits, where the dtype holds every number on the way, no error is left.
+    """G1, G3: in 16 bits, where the dtype holds every number on the way, no error is left.
 
     All tokens are 1, q and k are 0, values are powers of two, one gate is 1/2 and the others are
     shut. What float32 adds is far less than half the way to a number's neighbour, and lost when it
@@ -346,7 +346,38 @@ def exact_numbers(prop: Property, implementation: Implementation, case: Case) ->
 
     Raises
     ------
-    Inconclusive : another dtype, or no branch whose rows could be told
+    Inconclusive : another dtype
+    """
+    if prop.clause == "G3":
+        rows_decode(case)
+    compared, weights = [], weights_of_exact_numbers(case)
+    for branch in told_in_exact_numbers(case):
+        try:
+            compared.append(
+                exactly(prop.clause, prop.method, implementation, case, weights, branch)
+            )
+        except Broken as broken:
+            if prop.clause != "G1" and not implementation.offers("layer"):
+                raise broken.noted(("no layer", prop.method)) from None
+            if prop.clause != "G1":
+                # what is wrong in parallel as well is not this clause's
+                exactly("G1", "layer", implementation, case, weights, branch)
+            raise
+    return settle(compared)
+
+
+def no_narrow_dtype(implementation: Implementation) -> Remark | None:
+    """Why a port is not asked in numbers that 16 bits hold."""
+    narrow = any(DTYPES[dtype].itemsize == 2 for dtype in implementation.numerics)
+    return None if narrow else ("not 16 bits",)
+
+
+def weights_of_exact_numbers(case: Case) -> Weights:
+    """Weights with which the dtype holds every number on the way, for tokens of 1.
+
+    Raises
+    ------
+    Inconclusive : another dtype than of 16 bits
     """
     check_pairs(case)
     dtype = DTYPES[case.dtype]
@@ -368,50 +399,73 @@ def exact_numbers(prop: Property, implementation: Implementation, case: Case) ->
     # memory holds what all other values of a head are, so that their mean is each of them
     compressed = weights[projection_name("v", "compress", case.semantics)][:, 0]
     weights["mem_v"][...] = compressed.reshape(case.kv_heads, 1, case.value_dim)
-    x = np.ones((case.batch, case.kv_len, case.model_dim), dtype)
+    return weights
+
+
+def told_in_exact_numbers(case: Case) -> list[str]:
+    """The branches whose rows the definition can tell exactly."""
     told = ["sliding"]
     if case.num_selected_blocks >= case.num_selection_blocks and not case.semantics.score_floor:
         told.append("fine")  # all blocks are chosen
     if case.compress_map in ("linear", "linear_per_head"):
         told.append("compress")
-    return settle([_exactly(prop, implementation, case, x, weights, branch) for branch in told])
+    return told
 
 
-def no_narrow_dtype(implementation: Implementation) -> Remark | None:
-    """Why a port is not asked in numbers that 16 bits hold."""
-    narrow = any(DTYPES[dtype].itemsize == 2 for dtype in implementation.numerics)
-    return None if narrow else ("not 16 bits",)
+def with_one_gate(case: Case, weights: Weights, branch: str) -> Weights:
+    """The weights with this branch's gate at 1/2, and the others shut."""
+    its = np.repeat([b == branch for b in BRANCHES], case.q_heads)
+    bias = np.where(its, 0.0, -SHUT).astype(DTYPES[case.dtype])
+    return {**weights, "gates.bias": bias}
 
 
-def _exactly(
-    prop: Property,
+def exactly(
+    clause: str,
+    method: str,
     implementation: Implementation,
     case: Case,
-    x: np.ndarray,
     weights: Weights,
     branch: str,
 ) -> Comparison:
-    """The output with one gate at 1/2 against the definition's, in rows that see 2^i keys."""
-    its = np.repeat([b == branch for b in BRANCHES], case.q_heads)
-    weights = {**weights, "gates.bias": np.where(its, 0.0, -SHUT).astype(x.dtype)}
+    """The output of `layer` or `decode` with one gate at 1/2, in exact numbers."""
+    given = with_one_gate(case, weights, branch)
+    x = np.ones((case.batch, case.kv_len, case.model_dim), DTYPES[case.dtype])
+    found = call(implementation.run, method, case, given, x)
+    actual = checked_tensor(case, method, found, (*x.shape[:2], case.layer_width))
+    return compare_exactly(clause, method, case, given, branch, actual)
+
+
+def compare_exactly(
+    clause: str,
+    method: str,
+    case: Case,
+    weights: Weights,
+    branch: str,
+    actual: np.ndarray,
+    of: str = "",
+) -> Comparison:
+    """Rows of tokens of 1 against the definition's, where they see 2^i keys.
+
+    of : which sequence they are of
+    """
+    x = np.ones((case.batch, case.kv_len, case.model_dim))
     how = case.geometry
-    given = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
+    given = x, {n: w.astype(np.float64) for n, w in weights.items()}
     blocks = layer_block_indices(*given, **how)
     mask = branch_masks(case.kv_len, case.kv_len, blocks, **how)[branch]
     keys = mask.sum(-1) * np.ones((case.batch, case.q_heads, case.kv_len))
     held = np.where(keys > 0, np.log2(np.maximum(keys, 1)) % 1 == 0, False)
     held = held.swapaxes(1, 2).repeat(case.value_dim, axis=2)
     # what to_out has beyond all heads is 0
-    expected = layer(*given, block_indices=blocks, **how).astype(x.dtype).astype(np.float64)
+    expected = layer(*given, block_indices=blocks, **how)
+    expected = expected.astype(DTYPES[case.dtype]).astype(np.float64)
     width = expected.shape[2]
     held = np.pad(held, [(0, 0), (0, 0), (0, max(0, width - held.shape[2]))])[..., :width]
     bound = np.where(held & np.isfinite(expected), 0.0, np.inf)
-    found = call(implementation.run, prop.method, case, weights, x)
-    actual = checked_tensor(case, prop.method, found, expected.shape)
     expected = np.where(np.isfinite(expected), expected, actual)  # left to A2
-    part = f"of tokens of 1, with the {branch} gate at 1/2"
+    part = f"of tokens of 1, with the {branch} gate at 1/2{of}"
     why = "the dtype holds every number on the way"
-    return compare("G1", prop.method, actual, expected, bound, part=part, why=why)
+    return compare(clause, method, actual, expected, bound, part=part, why=why)
 
 
 # The gradients

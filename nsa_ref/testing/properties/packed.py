@@ -12,11 +12,17 @@ import numpy as np
 
 from nsa_ref.layer_bounds import packed_weight_bounds
 from nsa_ref.testing.branches import call, checked_tensor
-from nsa_ref.testing.case import Case
+from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_bits, compare
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.properties import layer
-from nsa_ref.testing.properties.common import Outcome, Property, chooses_lengths, is_declared
+from nsa_ref.testing.properties.common import (
+    Outcome,
+    Property,
+    chooses_lengths,
+    is_declared,
+    settle,
+)
 from nsa_ref.testing.properties.layer import Asked, Truth, Weights
 from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import Broken
@@ -42,11 +48,7 @@ class Packed:
     def of(cls, implementation: Implementation, case: Case) -> Packed:
         """The sequences of a case, of the lengths that are declared."""
         layer.check_pairs(case)
-        # packed tokens have no batch, so that limits of it do not matter
-        lengths = chooses_lengths(implementation, case).sequence_lengths()
-        every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in lengths]
-        every = [each for each in every if is_declared(implementation, each, case)]
-        alone = [dataclasses.replace(each, batch=1) for each in every]
+        alone = _sequences(implementation, case)
         cu_seqlens = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
         rows = [slice(start, stop) for start, stop in pairwise(cu_seqlens.tolist())]
         x = case.array("x", int(cu_seqlens[-1]), case.model_dim)
@@ -100,15 +102,29 @@ class Packed:
         if not offers("layer"):
             return broken.noted(("no layer gradients" if backward else "no layer", "varlen"))
         for truth, rows in zip(self.truths, self.rows):
-            batch = 1 if is_declared(implementation, truth.case, self.drawn) else self.drawn.batch
-            alone = dataclasses.replace(truth.case, batch=batch)
-            x = np.repeat(self.asked.x[None, rows], batch, axis=0)
+            alone = _as_batch(implementation, self.drawn, truth.case)
+            x = np.repeat(self.asked.x[None, rows], alone.batch, axis=0)
             asked = Asked(implementation, "layer", alone, x, self.asked.weights)
             if backward:
                 layer.check_gradients(asked, "A4")
             else:
                 layer.check_output(asked, "G1")
         return broken
+
+
+def _sequences(implementation: Implementation, case: Case) -> list[Case]:
+    """The sequences of a case, of the lengths that are declared, each a batch of 1."""
+    # packed tokens have no batch, so that limits of it do not matter
+    lengths = chooses_lengths(implementation, case).sequence_lengths()
+    every = [dataclasses.replace(case, q_len=n, kv_len=n) for n in lengths]
+    every = [each for each in every if is_declared(implementation, each, case)]
+    return [dataclasses.replace(each, batch=1) for each in every]
+
+
+def _as_batch(implementation: Implementation, case: Case, alone: Case) -> Case:
+    """A sequence by itself, as `layer` can be asked: of the case's batch, should 1 not be."""
+    batch = 1 if is_declared(implementation, alone, case) else case.batch
+    return dataclasses.replace(alone, batch=batch)
 
 
 def output(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -146,6 +162,36 @@ def _check_output(packed: Packed, found: Any) -> Outcome:
     except Broken as broken:
         raise packed.blame(broken, backward=False) from None
     return layer.settle_rows(compared, packed.undecided)
+
+
+def exact_numbers(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G4: in 16 bits, where the dtype holds every number on the way, no error is left.
+
+    Raises
+    ------
+    Inconclusive : another dtype
+    """
+    one, alone = dataclasses.replace(case, batch=1), _sequences(implementation, case)
+    weights, compared = layer.weights_of_exact_numbers(one), []
+    ends = np.cumsum([0, *(each.kv_len for each in alone)]).astype(np.int64)
+    x = np.ones((int(ends[-1]), case.model_dim), DTYPES[case.dtype])
+    for branch in layer.told_in_exact_numbers(one):
+        given = layer.with_one_gate(one, weights, branch)
+        found = call(implementation.run, "varlen", one, given, x, ends)
+        rows = checked_tensor(case, "varlen", found, (len(x), case.layer_width))
+        for i, (each, (start, stop)) in enumerate(zip(alone, pairwise(ends.tolist()))):
+            if not each.kv_len:
+                continue
+            asked = each, given, branch, rows[None, start:stop], f", of sequence {i}"
+            try:
+                compared.append(layer.compare_exactly("G4", "varlen", *asked))
+            except Broken as broken:
+                if not implementation.offers("layer"):
+                    raise broken.noted(("no layer", "varlen")) from None
+                by_itself = _as_batch(implementation, case, each)
+                layer.exactly("G1", "layer", implementation, by_itself, weights, branch)
+                raise
+    return settle(compared)
 
 
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
