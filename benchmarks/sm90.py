@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nsa_fast import selection_kernels
+from nsa_fast import fine_kernels, fine_lists, gate_kernels, selection_kernels
 from nsa_fast.selection import Sizes
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER
@@ -143,7 +143,10 @@ def _loops(instructions: list[Instruction]) -> list[int]:
 
 # --- the kernels ----------------------------------------------------------------------------------
 
-HEADS, KV_HEADS, HEAD_DIM = 64, 4, 192
+#: Where kernels are started.
+MODULES = ("selection_kernels", "fine_kernels", "gate_kernels")
+
+HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 64, 4, 192, 128
 SIZES = Sizes(
     kv_len=65536,
     windows=Windows(32, 16, PAPER),
@@ -156,39 +159,61 @@ SIZES = Sizes(
 )
 
 
-def selection_launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
-    """The kernels of the selection."""
-    number = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    pointers = {"q": number, "k_cmp": number, "columns": number, "lse": "*fp32", "p": "*fp32"}
-    floats = {"scale_log2": "fp32", "forced_score": "fp32", "floor": "fp32"}
+def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
+    """Every kernel by name, as it is launched at the paper's shape."""
     product = selection_kernels.product_constants(
         dtype, HEAD_DIM, heads=KV_HEADS, kv_heads=KV_HEADS, group=HEADS // KV_HEADS
     )
     choice = selection_kernels.choice_constants(SIZES, SIZES.num_selected)
     seen = {"STRIDE": SIZES.windows.stride, "CAUSAL": True}
-    strides = [
-        f"{x}_{axis}" for x in "qkp" for axis in ("batch", "head", "token", "window", "pair")
+    fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
+    part = {"PART": fine_lists.PART}
+    summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
+    gates = gate_kernels.constants(HEADS, VALUE_DIM)
+    rows = [
+        (selection_kernels.row_lse, product | seen, selection_kernels.PRODUCT_OPTIONS),
+        (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
+        (selection_kernels.top_blocks, choice | seen, selection_kernels.CHOICE_OPTIONS),
+        (fine_kernels.fine_forward, fine, fine_kernels.OPTIONS),
+        (fine_kernels.fine_backward_q, fine, fine_kernels.OPTIONS),
+        (fine_kernels.fine_backward_kv, fine | part, fine_kernels.KV_OPTIONS),
+        (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
+        (gate_kernels.gated_sum, gates, {}),
+        (gate_kernels.gated_sum_backward, gates, {}),
     ]
     found = {}
-    for kernel, constants, options in (
-        (selection_kernels.row_lse, product, selection_kernels.PRODUCT_OPTIONS),
-        (selection_kernels.group_probabilities, product, selection_kernels.PRODUCT_OPTIONS),
-        (selection_kernels.top_blocks, choice, selection_kernels.CHOICE_OPTIONS),
-    ):
-        types = {
-            name: (pointers | floats | {"chosen": "*i64"}).get(name, "i32")
-            for name in kernel.arg_names
-            if name not in constants | seen
-        }
-        found[kernel.fn.__name__] = Launch(kernel, types, constants | seen, strides, **options)
+    for kernel, constants, options in rows:
+        types = {name: _type(name, dtype) for name in kernel.arg_names if name not in constants}
+        aligned = [name for name in types if STRIDE.fullmatch(name)]
+        found[kernel.fn.__name__] = Launch(kernel, types, constants, aligned, **options)
     return found
+
+
+#: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
+TYPES = {
+    "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts"),
+    "*i32": ("entries", "counts", "token_lists", "starts", "part_block", "part_ends"),
+    "*i64": ("chosen",),
+    "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),
+}
+TENSORS = re.compile(r"d?[qkvx]\d?|k_cmp|columns|d?_?out|d?_?logits")
+STRIDE = re.compile(r"\w_(batch|head|token|window|pair)|(batch|head|token)\d")
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    """What an argument is to Triton, by its name."""
+    for found, names in TYPES.items():
+        if name in names:
+            return found
+    number = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    return number if TENSORS.fullmatch(name) else "i32"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=KEPT)
     output = parser.parse_args().output
-    kernels = {name: compiled_for_sm90(launch) for name, launch in selection_launches().items()}
+    kernels = {name: compiled_for_sm90(launch) for name, launch in launches().items()}
     for name, facts in kernels.items():
         print(name, ", ".join(f"{what} {value}" for what, value in facts.items()))
     report = {"versions": versions(), "kernels": kernels}

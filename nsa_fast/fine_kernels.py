@@ -315,7 +315,7 @@ def fine_backward_kv(
     delta: tl.tensor,
     dk_parts: tl.tensor,
     dv_parts: tl.tensor,
-    tokens: tl.tensor,
+    token_lists: tl.tensor,
     starts: tl.tensor,
     part_block: tl.tensor,
     part_ends: tl.tensor,
@@ -390,7 +390,7 @@ def fine_backward_kv(
         for first in tl.range(start, stop, T):
             at = first + of_tile
             real = (at < stop) & (of_group < G)
-            token = tl.load(tokens + at, mask=at < stop, other=0)
+            token = tl.load(token_lists + at, mask=at < stop, other=0)
             at_token = token.to(tl.int64)
             q_at = q + batch * q_batch + q_head_at * q_head + at_token * q_token
             q1 = load_rows(q_at, real, D, 0, D1)

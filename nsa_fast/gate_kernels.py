@@ -195,7 +195,7 @@ class _Gated(torch.autograd.Function):
         merged = outs[0].new_empty((batch, q_len, heads * value_dim))
         rows = batch * q_len * heads
         gated_sum[_grid(rows, value_dim)](
-            logits, *outs, merged, *_strides(outs), rows, q_len, **_constants(heads, value_dim)
+            logits, *outs, merged, *_strides(outs), rows, q_len, **constants(heads, value_dim)
         )
         ctx.save_for_backward(logits, *outs)
         return merged
@@ -209,19 +209,19 @@ class _Gated(torch.autograd.Function):
         d_outs = [out.new_empty((batch, q_len, heads, value_dim)) for out in outs]
         gated_sum_backward[_grid(rows, value_dim)](
             logits, *outs, d_merged.contiguous(), d_logits, *d_outs, *_strides(outs), rows, q_len,
-            **_constants(heads, value_dim),
+            **constants(heads, value_dim),
         )  # fmt: skip
         return d_logits, *(d.transpose(1, 2) for d in d_outs)
 
 
-def _constants(heads: int, value_dim: int) -> dict[str, int]:
+def constants(heads: int, value_dim: int) -> dict[str, int]:
     """What the kernels compile in."""
     padded = triton.next_power_of_2(value_dim)
     return {"H": heads, "V": value_dim, "VP": padded, "R": max(1, NUMBERS // padded)}
 
 
 def _grid(rows: int, value_dim: int) -> tuple[int]:
-    return (triton.cdiv(rows, _constants(1, value_dim)["R"]),)
+    return (triton.cdiv(rows, constants(1, value_dim)["R"]),)
 
 
 def _strides(outs: Sequence[Tensor]) -> list[int]:
