@@ -176,12 +176,12 @@ def select_blocks(
     memory = mem_k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     product_dtype = q.dtype if q.device.type in SUMS_IN_FLOAT32 else dtype
-    summed_in = {} if product_dtype == dtype else {"out_dtype": dtype}
+    widened = product_dtype != dtype
     columns = torch.cat([mem_k, k_cmp], dim=2).to(product_dtype).transpose(-1, -2).flatten(0, 1)
     slices = list(chunks(q, max(columns.shape[-1], sizes.num_blocks)))
     # one for all chunks: new pages for each would cost as much as the softmax
     largest = batch * q_heads * slices[0].stop * columns.shape[-1]
-    buffers = columns.new_empty((2, largest), dtype=dtype)
+    buffers = columns.new_empty((1 if widened else 2, largest), dtype=dtype)
     with without_autocast(q.device):
         for rows in slices:
             first, last = rows.start + kv_len - q_len, rows.stop - 1 + kv_len - q_len
@@ -192,12 +192,18 @@ def select_blocks(
             needed = memory + num_windows
             # (batch, heads, heads that share, rows, memory and windows)
             shape = (batch, heads, q_heads // heads, len(position), needed)
-            logits, p_cmp = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+            p_cmp, *free = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
             part = q[:, :, rows].to(product_dtype).reshape(len(columns), -1, head_dim)
-            product = logits.view(*part.shape[:2], needed)
-            torch.bmm(part, columns[..., :needed], out=product, **summed_in).mul_(factor)
+            if widened:  # torch 2.11 knows no shapes of such a product with `out`
+                logits = torch.bmm(part, columns[..., :needed], out_dtype=dtype).view(shape)
+            else:
+                (logits,) = free
+                product = logits.view(*part.shape[:2], needed)
+                torch.bmm(part, columns[..., :needed], out=product)
+            logits.mul_(factor)
             best = _best(sizes, logits, p_cmp, position, first, memory, num_blocks)
             chosen[:, :, rows, : best.shape[-1]] = best
+            del logits  # before the next chunk's
     return chosen
 
 
