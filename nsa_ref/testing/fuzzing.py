@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import os
 import threading
 import time
@@ -45,8 +46,16 @@ ENOUGH_BROKEN = 8
 #: Seconds for a case that may hang as another one did.
 SHORT_TIMEOUT = 10.0
 
+#: Seconds of a run, and the share of what is left of it, that are kept for sorting what a round
+#: finds; and how many are too few for another round.
+SORTING_TIME, SORTING_SHARE, LEAST_OF_A_ROUND = 60.0, 0.25, 5.0
+
 #: A run ends when so many rounds, one after the other, have judged nothing.
 IDLE_ROUNDS = 3
+
+
+class TimeIsUp(Exception):
+    """What is not sorted yet lies in the folder, for the next run."""
 
 
 class Fuzzing:
@@ -83,9 +92,12 @@ class Fuzzing:
         self._collector: Collector | None = None
         self._counted, self._since = 0, time.monotonic()
         self._why_lost = ""
+        self._until = math.inf  # what an earlier run left is sorted however long that takes
 
     def go_on(self, seconds: float) -> bool:
-        """Round after round until the time is up, or the user ends it; whether a cause is known.
+        """Round after round until the time is up, or the user ends it; whether anything is broken.
+
+        What is not sorted by then is left to the next run.
 
         Raises
         ------
@@ -98,26 +110,32 @@ class Fuzzing:
             try:
                 self._take_up()
                 self._exchange()
-                idle = 0
-                while time.monotonic() < until:
-                    collector = self._round(until)
+                idle, self._until = 0, until
+                left = until - time.monotonic()
+                while left > 0:
+                    collector = self._round()
                     idle = 0 if any(r.cases or r.known for r in collector.records) else idle + 1
                     idles = idle >= max(IDLE_ROUNDS, len(self.declared))
                     if idles and (collector.errors or not self.state.cases):
                         why = [*collector.errors, "no case was decided"][0]
                         raise CannotRun(f"nothing of {self.spec} could be judged: {why}")
                     self._exchange()
-            except KeyboardInterrupt:
-                if left := len(self.folder.left()[0]):
-                    say(self.console, f"ended; the next run sorts what {left} properties found")
+                    left = until - time.monotonic() - LEAST_OF_A_ROUND
+            except (KeyboardInterrupt, TimeIsUp) as reason:
+                if unsorted := len(self.folder.left()[0]):
+                    why = "the time is up" if isinstance(reason, TimeIsUp) else "ended"
+                    some = "1 property" if unsorted == 1 else f"{unsorted} properties"
+                    say(self.console, f"{why}; the next run sorts what {some} found")
             finally:
                 self._count()
                 self.folder.save(self.state)
         say(self.console, self._line())
         self._say_causes()
-        if not self.state.cases and not self.causes:
+        # a process that died may have been killed by somebody
+        unsorted = any(found.get("ended") != "crash" for found in self.folder.left()[0])
+        if not (self.state.cases or self.causes or unsorted):
             raise CannotRun(f"no case of {self.spec} was judged in that time: more --time")
-        return bool(self.causes)
+        return bool(self.causes) or unsorted
 
     def export(self) -> None:
         """Make what is known explicit examples for every later run of the implementation.
@@ -147,10 +165,10 @@ class Fuzzing:
             self.state.rounds = max(self.state.rounds, cut.number + 1)
             self._take_in(cut, *self.folder.left())
 
-    def _round(self, until: float) -> Collector:
+    def _round(self) -> Collector:
         """Draw a round, run it, and take in what it found."""
         state, drawn = self.state, self._drawn()
-        collector = self._judge(drawn, until)
+        collector = self._judge(drawn)
         if drawn.implementation not in state.offered:
             state.offered[drawn.implementation] = [r.name for r in collector.records if r.asked]
         state.rounds += 1
@@ -177,11 +195,13 @@ class Fuzzing:
         asked = [prop for prop in asked if prop.name in offered] or asked
         return draw_round(*number, state.seconds, asked, implementation, self.workers)
 
-    def _judge(self, drawn: Round, until: float) -> Collector:
-        """Run a round."""
+    def _judge(self, drawn: Round) -> Collector:
+        """Run a round, which leaves some time to sort what it finds."""
+        left = self._until - time.monotonic()
+        left -= min(SORTING_TIME, SORTING_SHARE * max(0.0, left - LEAST_OF_A_ROUND))
         options = [
             f"--nsa-round={self.folder.begin(drawn)}",
-            f"--nsa-deadline={time.time() + until - time.monotonic()}",
+            f"--nsa-deadline={time.time() + left}",
             f"--nsa-examples={self.examples}",
             f"--nsa-shared={self.url}",
             *(f"--nsa-dtype={dtype}" for dtype in self.arguments.dtype or ()),
@@ -205,7 +225,11 @@ class Fuzzing:
         Raises
         ------
         KeyboardInterrupt : the user ended it
+        TimeIsUp : the time was up before what was found is sorted
         """
+        if not counts:
+            self._check_time()
+            options = [*options, f"--nsa-deadline={time.time() + self._until - time.monotonic()}"]
 
         def gather(console: Console, total: int | None) -> Collector:
             collector = Collector(console, total)
@@ -233,7 +257,14 @@ class Fuzzing:
         self._collector = None
         if collector.interrupted:
             raise KeyboardInterrupt
+        if not counts:
+            self._check_time()
         return collector
+
+    def _check_time(self) -> None:
+        """Raise TimeIsUp for sorting that cannot be done in time."""
+        if time.monotonic() >= self._until:
+            raise TimeIsUp
 
     def _count(self) -> None:
         """Add to what is known what was done since this was called last."""

@@ -64,6 +64,8 @@ def test_case(
     cases = _drawn(prop, implementation, options)
     if number >= len(cases) or (plugin.round is not None and number >= SAMPLED_IN_FUZZING):
         pytest.skip(f"there are {len(cases)} cases, of which fuzzing asks {SAMPLED_IN_FUZZING}")
+    if not options.seconds_left:
+        pytest.skip("the time is up")
     with announced(prop, implementation, options, cases[number]):
         broken = broken_clause(prop, implementation, cases[number])
         if broken and plugin.round is not None:

@@ -174,9 +174,7 @@ class _Trials:
                 return False
             if counting:
                 self.record.cases += 1
-                # what fuzzing finds at the very end is made smaller all the same
-                most = math.inf if self.options.examples else self.options.seconds_left
-                left = min(SHRINKING_TIME, most)
+                left = min(SHRINKING_TIME, self.options.seconds_left)
                 self.shrink_until = time.monotonic() + left
             broken = self._kept(case, broken)
             raise broken

@@ -23,8 +23,10 @@ def _test(number: int, case: Case, finding: Finding) -> Callable[[pytest.Fixture
 
     def smallest(implementation: Implementation, request: pytest.FixtureRequest) -> None:
         options = request.config.nsa_ref_options  # type: ignore[attr-defined]
+        if not options.seconds_left:
+            pytest.skip("the time is up")
         with announced(prop, implementation, options, case):
-            until = time.monotonic() + SHRINKING_TIME
+            until = time.monotonic() + min(SHRINKING_TIME, options.seconds_left)
             smaller = made_smaller(prop, implementation, case, until)
         # two findings may have one name
         folder = options.findings / "smaller" / str(number)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -40,6 +42,7 @@ from nsa_ref.testing.profiles import fuzz_settings
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
 from nsa_ref.testing.sharing import open_database
+from nsa_ref.testing.swarm import Round
 from port_zoo import Faint
 
 
@@ -164,6 +167,45 @@ class Far(ExampleDatabase):
         raise AssertionError("nothing is taken away")
 
 
+def fuzzing_in(folder: Folder, said: io.StringIO, *arguments: str) -> Fuzzing:
+    """A run that goes on in this folder, and has not begun."""
+    parsed = cli._parser().parse_args(["fuzz", "faint_port:Port", "-n", "1", *arguments])
+    declared = {"device": "cpu", "ledgers": [], "implementations": []}
+    return Fuzzing(parsed, Console(file=said, width=500), folder, declared)
+
+
+def test_what_is_not_sorted_when_the_time_is_up_is_left_to_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something is broken all the same, and no session begins when the time is up."""
+    folder, said = Folder(tmp_path / "folder"), io.StringIO()
+    prop, round = PROPERTIES["I6_fine_mask_as_exposed"], Round(4, 1, "faint", ("I6_selection",))
+    options = Options(findings=folder.found, shrink=False)
+    with folder.taken():
+        fuzz = fuzzing_in(folder, said)
+
+        def found_at_the_end() -> None:
+            folder.begin(round)
+            assert run_property(prop, Faint(), options).finding
+            fuzz._until = time.monotonic()
+            fuzz._take_in(round, *folder.left())
+
+        def no_session(*_: Any, **__: Any) -> None:
+            raise AssertionError("the time is up")
+
+        monkeypatch.setattr(fuzz, "_round", found_at_the_end)
+        monkeypatch.setattr(fuzzing, "run_session", no_session)
+        assert fuzz.go_on(600.0)
+        assert "the time is up; the next run sorts what 1 property found" in said.getvalue()
+
+        later, taken = fuzzing_in(folder, said), []
+        monkeypatch.setattr(later, "_take_in", lambda cut, found, _: taken.append((cut, found)))
+        later.go_on(1e-9)
+        ((cut, (finding,)),) = taken
+        assert cut == round and finding["property"] == prop.name
+        assert later._until < math.inf
+
+
 def test_a_lost_connection_is_said_and_loses_no_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,15 +214,8 @@ def test_a_lost_connection_is_said_and_loses_no_finding(
     prop, options = PROPERTIES["I6_fine_mask_as_exposed"], Options(findings=tmp_path / "kept")
     finding = run_property(prop, Faint(), options).finding
     assert finding is not None
-
-    def machine(name: str) -> Fuzzing:
-        command = ["fuzz", "faint_port:Port", "--database", "redis://far", "-n", "1"]
-        folder = Folder(tmp_path / name)
-        declared = {"device": "cpu", "ledgers": [], "implementations": []}
-        arguments = cli._parser().parse_args(command)
-        return Fuzzing(arguments, Console(file=said, width=500), folder, declared)
-
-    one, other = machine("one"), machine("other")
+    far = "--database", "redis://far"
+    one, other = (fuzzing_in(Folder(tmp_path / name), said, *far) for name in ("one", "other"))
     one.causes.append(Cause(finding, "id", Sample([], [])))
     for down, line in (
         (True, "the shared database does not answer (nobody there); what is found is kept in"),
