@@ -8,7 +8,7 @@ stand in the order compress, fine, sliding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -351,18 +351,69 @@ def _parallel(
     spans: list[tuple[int, int]],
     block_indices: Tensor | None,
 ) -> Tensor:
-    """All rows of every span of tokens, each span by itself."""
+    """All rows of every span of tokens, each span by itself; spans of like lengths in one batch."""
     h = _normed(x, weights, layer)
     position = torch.cat([torch.arange(stop - start, device=x.device) for start, stop in spans])
     tokens = _project(h, weights, layer, position)
-    parts = []
+    if len(spans) == 1:
+        outs = _attend(_with_compressed(tokens, weights, layer), weights, layer, block_indices)
+        return _combined(h, outs, weights, layer)
+    # one more token, of zeros, and no block: what stands behind the shorter sequences of a batch
+    tokens = {name: F.pad(tensor[0], (0, 0, 0, 1)) for name, tensor in tokens.items()}
+    if block_indices is not None:
+        block_indices = F.pad(block_indices[0], (0, 0, 0, 1), value=-1)
+    order, parts = [], []
+    for row in _batches(spans, layer, x.device):
+        batch = {name: tensor[:, row].transpose(0, 1) for name, tensor in tokens.items()}
+        indices = None if block_indices is None else block_indices[:, row].transpose(0, 1)
+        outs = _attend(_with_compressed(batch, weights, layer), weights, layer, indices)
+        real = row < x.shape[1]
+        order.append(row[real])
+        parts.append([out.transpose(1, 2)[real] for out in outs])
+    back = torch.cat(order).argsort()
+    outs = [torch.cat(each)[back].transpose(0, 1)[None] for each in zip(*parts)]
+    return _combined(h, outs, weights, layer)
+
+
+def _batches(spans: list[tuple[int, int]], layer: Layer, device: torch.device) -> Iterator[Tensor]:
+    """Which tokens stand in a batch: int64 (sequences, longest length).
+
+    Behind a shorter sequence stands the number of all tokens. Lengths are at most twice as large as
+    others of their batch; they are equal where a row depends on the number of tokens.
+    """
+    alike = layer.semantics.causal and not _length_decides(layer)
+    groups: dict[int, list[tuple[int, int]]] = {}
     for start, stop in spans:
-        part = {name: tensor[:, :, start:stop] for name, tensor in tokens.items()}
-        for kind in ("k", "v"):
-            part[f"{kind}_cmp"] = _pool(kind, part[layer.name(kind, "compress")], weights, layer)
-        indices = None if block_indices is None else block_indices[:, :, start:stop]
-        parts.append(_attend(part, weights, layer, indices))
-    return _combined(h, [torch.cat(outs, dim=2) for outs in zip(*parts)], weights, layer)
+        length = stop - start
+        groups.setdefault((length - 1).bit_length() if alike else length, []).append((start, stop))
+    for group in groups.values():
+        start, stop = torch.tensor(group, device=device).T[..., None]
+        row = start + torch.arange(int((stop - start).max()), device=device)
+        yield torch.where(row < stop, row, spans[-1][1])
+
+
+def _with_compressed(
+    tokens: Mapping[str, Tensor], weights: Weights, layer: Layer
+) -> dict[str, Tensor]:
+    """The tokens' q, k and v with "k_cmp" and "v_cmp"."""
+    pooled = {
+        f"{kind}_cmp": _pool(kind, tokens[layer.name(kind, "compress")], weights, layer)
+        for kind in ("k", "v")
+    }
+    return {**tokens, **pooled}
+
+
+def _length_decides(layer: Layer) -> bool:
+    """I3: whether the number of tokens decides which blocks a row can choose.
+
+    By mean logits a block is a candidate once its windows are complete, in the length of the call.
+    """
+    semantics = layer.semantics
+    complete = semantics.compress_alignment == "end" and (
+        semantics.own_block_extra
+        or layer.selection_block_size != layer.compress_block_sliding_stride
+    )
+    return semantics.importance == "logit_mean" and not complete
 
 
 def _appended(
@@ -605,9 +656,12 @@ def weight_shapes(layer: Layer) -> dict[str, tuple[int | str, ...]]:
 def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
     check_floating("x", x)
     device = x.device.type
+    named = {f"weights[{name!r}]": weight for name, weight in weights.items()}
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return  # which brings them together
-    check_alike(x=x, **{f"weights[{name!r}]": weight for name, weight in weights.items()})
+        for name, weight in named.items():  # which brings their dtypes together
+            check_device(name, weight, "x", x)
+        return
+    check_alike(x=x, **named)
 
 
 def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
@@ -647,12 +701,7 @@ def _check_cache(cache: Cache, x: Tensor, layer: Layer, packed: bool) -> None:
             "semantics.causal=False does not run with a cache: a later token would change the rows "
             "that were returned already. Call it without a cache."
         )
-    # I3: a block is a candidate once its windows are complete, in the length of the call
-    complete = semantics.compress_alignment == "end" and (
-        semantics.own_block_extra
-        or layer.selection_block_size != layer.compress_block_sliding_stride
-    )
-    if semantics.importance == "logit_mean" and not complete:
+    if _length_decides(layer):
         raise ValueError(
             "semantics.importance='logit_mean' runs with a cache only for "
             "compress_alignment='end' with own_block_extra=True (or selection_block_size above "

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -105,6 +107,23 @@ def test_packed_sequences_read_the_blocks_that_are_handed_in(kind: str) -> None:
     ends = np.cumsum([0, *lengths])
     x, blocks = tokens(1, sum(lengths))[0], some_blocks(both.case.semantics, 1, sum(lengths))[0]
     found = both(x, cu_seqlens=torch.from_numpy(ends).int(), block_indices=blocks)
+    for a, b in pairwise(ends):
+        both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls"), [("PAPER with memory", 4), ("PAPER, not causal", 6), ("LUCIDRAINS_FLEX", 4)]
+)
+def test_packed_sequences_of_like_lengths_run_in_one_batch(
+    kind: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths of 1, 2, 3 and 4, 5 to 8; those of one length alone, where the length decides."""
+    called = mock.Mock(wraps=nsa_fast.layer.sliding_attention)
+    monkeypatch.setattr(nsa_fast.layer, "sliding_attention", called)
+    both, ends = Layer(*KINDS[kind]), [0, 3, 4, 4, 5, 9, 17, 19, 24]
+    x, blocks = tokens(1, 24)[0], some_blocks(both.case.semantics, 1, 24)[0]
+    found = both(x, cu_seqlens=torch.tensor(ends), block_indices=blocks)
+    assert called.call_count == calls
     for a, b in pairwise(ends):
         both.assert_right(x[None, a:b], blocks[None, :, a:b], out=found[None, a:b])
 
@@ -274,6 +293,25 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def test_several_threads_train_at_a_time() -> None:
+    """Each its own layer, and the same numbers as alone."""
+
+    def trained(seed: int) -> list[Tensor]:
+        layer, x = copy.deepcopy(start), tokens(2, 13 + seed)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+        return [weight.detach() for weight in layer.parameters()]
+
+    start, seeds = module(PAPER, num_mem_kv=1).double(), range(2)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(trained, seeds))
+    for seed in seeds:
+        assert all(map(torch.equal, found[seed], trained(seed)))
+
+
 # --- what does not run says so --------------------------------------------------------------------
 
 
@@ -294,6 +332,14 @@ def blocks(*shape: int, **how: Any) -> Tensor:
 
 
 X = torch.zeros(1, 4, MODEL_DIM)
+
+
+def under_autocast(run: Callable[[], object]) -> Callable[[], object]:
+    def autocasting() -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run()
+
+    return autocasting
 
 
 def fake() -> object:
@@ -326,6 +372,9 @@ VALUE_ERRORS: Refusals = {
     ),
     "weights['gates.bias'] is on meta and x on cpu": call(
         weights={"gates.bias": torch.zeros(12, dtype=torch.float64, device="meta")}
+    ),
+    "weights['mem_k'] is on meta and x on cpu; they must be on one device": under_autocast(
+        lambda: module().to("meta")(X)
     ),
     "block_indices has shape (2, 4, 8, 1); it must be (2, 2, 8, n)": call(
         block_indices=blocks(2, 4, 8, 1)
