@@ -35,6 +35,7 @@ from nsa_ref.testing.mutants.trials import (
 )
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES, Property
+from nsa_ref.testing.running import run_property
 from trials import passes
 
 
@@ -170,6 +171,24 @@ def test_a_mutant_is_not_excused_by_what_it_does_not_need(
         monkeypatch.setitem(ZOO, "WindowPlusOne", changed)
         trial = try_mutant("WindowPlusOne", Options(findings=tmp_path), limits)
         assert (trial.died_of, trial.right) == ("W1 (beyond its needs)", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "found_by", "seed"),
+    [
+        # rows that read no key, and are NaN as declared
+        ("NarrowFirstToken", "F1_fine_mask_of_long_sequences", 4),
+        # a block that is read anyway, in the layer
+        ("FineWithoutCut", "F1_fine_mask_through_the_layer", 5),
+    ],
+)
+def test_a_mutant_of_a_mask_is_no_wrong_value(
+    name: str, found_by: str, seed: int, tmp_path: Path
+) -> None:
+    """Seeds at which another clause was blamed."""
+    options = Options(findings=tmp_path, seed=seed, shrink=False)
+    finding = run_property(PROPERTIES[found_by], ZOO[name].implementation, options).finding
+    assert finding is not None and finding["clause"] == ZOO[name].clause
 
 
 def test_what_cannot_be_met_excuses_a_survivor_alone() -> None:

@@ -212,7 +212,9 @@ class NoCausalCut(OracleImplementation):
     def fine_mask(self, case: Case, block_indices: np.ndarray) -> np.ndarray:
         mask = super().fine_mask(switched(case, causal=False), block_indices)
         size = case.selection_block_size
-        return cut(case, mask, np.arange(case.kv_len) // size * size <= positions(case))
+        mask = cut(case, mask, np.arange(case.kv_len) // size * size <= positions(case))
+        # what is seen anyway, as the own block may be, still is
+        return np.maximum(mask, super().fine_mask(case, block_indices))
 
 
 @mutant("F1", "the query's own block is dropped")
