@@ -64,8 +64,11 @@ def equivalent() -> dict[Key, str]:
     }
 
 
-def mutants_of(module: str) -> list[Mutant]:
-    """What mutmut's files say of the mutants of a module."""
+def mutants_of(module: str, reasons: dict[Key, str]) -> list[Mutant]:
+    """What mutmut's files say of the mutants of a module; a survivor that is listed is equivalent.
+
+    Only what lives has its lines read, and what is killed in a function of the list: that is slow.
+    """
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.stats import status_by_exit_code
@@ -73,15 +76,20 @@ def mutants_of(module: str) -> list[Mutant]:
     path = Path("nsa_ref", f"{module}.py")
     data = SourceFileMutationData(path=path)
     data.load()
+    listed = {function for function, _, _ in reasons}
     found = []
     for name, code in data.exit_code_by_key.items():
         outcome = status_by_exit_code[code]
-        lines = get_diff_for_mutant(name, path=path).splitlines()[2:]
-        was, now = (
-            "\n".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+"
-        )
-        found.append(Mutant(name, outcome if outcome in OUTCOMES else "other", was, now))
-    return found
+        m = Mutant(name, outcome if outcome in OUTCOMES else "other", "", "")
+        if m.outcome not in ("killed", "not checked") or m.key[0] in listed:
+            lines = get_diff_for_mutant(name, path=path).splitlines()[2:]
+            was, now = (
+                "\n".join(line[1:].strip() for line in lines if line.startswith(sign))
+                for sign in "-+"
+            )
+            m = m._replace(was=was, now=now)
+        found.append(m)
+    return list(judged(found, reasons))
 
 
 def judged(mutants: Iterable[Mutant], reasons: dict[Key, str]) -> Iterator[Mutant]:
@@ -93,7 +101,7 @@ def judged(mutants: Iterable[Mutant], reasons: dict[Key, str]) -> Iterator[Mutan
 
 def to_ask(module: str, reasons: dict[Key, str]) -> list[str]:
     """The mutants of a module that have yet to be killed, or the pattern of all of them."""
-    found = list(judged(mutants_of(module), reasons))
+    found = mutants_of(module, reasons)
     if not found:
         return [f"nsa_ref.{module}.*"]
     return [m.name for m in found if m.outcome not in ("killed", "equivalent")]
@@ -107,14 +115,19 @@ def ask(modules: list[str], reasons: dict[Key, str], processes: int) -> None:
         # it collects garbage five times, for two thirds of the time that a mutant takes
         "PYTEST_ADDOPTS": "-p no:unraisableexception",
     }
-    names = [n for m in modules for n in to_ask(m, reasons)] or [mutants_of(modules[0])[0].name]
+    names = [n for m in modules for n in to_ask(m, reasons)] or [
+        mutants_of(modules[0], reasons)[0].name
+    ]
     while names:
         mutmut = Path(sys.executable).with_name("mutmut")
         command = [mutmut, "run", f"--max-children={processes}", *names]
         subprocess.run(command, check=True, env=environment)
         asked = set(names)
         left = [
-            m.name for module in modules for m in mutants_of(module) if m.outcome == "not checked"
+            m.name
+            for module in modules
+            for m in mutants_of(module, reasons)
+            if m.outcome == "not checked"
         ]
         names = [name for name in left if name not in asked]
 
@@ -176,7 +189,7 @@ def main(given: list[str] | None = None) -> int:
     if not asked.read:
         ask(modules, reasons, asked.processes)
 
-    found = {module: list(judged(mutants_of(module), reasons)) for module in every}
+    found = {module: mutants_of(module, reasons) for module in every}
     rows = report(found)
     said = complaints({module: found[module] for module in modules}, rows, reasons)
     print("\n".join(said))
