@@ -151,7 +151,9 @@ def test_a_source_mutant_that_lives_must_stand_in_the_list_with_its_reason() -> 
     )
     assert said() == [lives, ends_late]
     assert said(98, 99) == []
-    assert said(0, 98, 99) == [f"{name}0 is listed as equivalent, and was killed"]
+    assert said(0, 98, 99) == [
+        "nsa_ref.masks.x_fine_mask is listed as equivalent, and does not live\n  + other"
+    ]
     mutants[2:6] = [m._replace(outcome="not checked") for m in mutants[2:6]]
     rows = source_mutants.report({"masks": mutants, "sizes": mutants[2:6]})
     assert list(rows) == ["masks", "all"]
