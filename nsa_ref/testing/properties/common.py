@@ -168,9 +168,15 @@ class Property:
             lots += [{"shape": "square", "dtypes": [dtype]} for dtype in declared]
         elif self.by_dtype:
             generic = [kind for kind in inputs if kind in GENERIC_INPUTS]
-            # of each dtype some cases with all that it has hardly room for
-            often = [*inputs, *2 * [kind for kind in inputs if kind in EXTREME_INPUTS]]
-            lots = [{"dtypes": [dtype], "inputs": often} for dtype in declared]
+            # of each dtype some cases with all that it has hardly room for; float16 has least
+            extreme = [kind for kind in inputs if kind in EXTREME_INPUTS]
+            lots = [
+                {
+                    "dtypes": [dtype],
+                    "inputs": [*inputs, *(6 if dtype == "float16" else 2) * extreme],
+                }
+                for dtype in declared
+            ]
             lots += [{"dtypes": [dtype], "inputs": generic} for dtype in declared if generic]
         every: dict[str, Any] = {
             "semantics": allowed,
