@@ -168,7 +168,7 @@ def in_turns(runs: tuple[Run, Run], rounds: int) -> list[float]:
 
 
 def measure(what: str, backward: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    for run in pair(what, 256, backward):  # what is loaded or set up once
+    for run in pair(what, min(256, arguments.at), backward):  # what is loaded or set up once
         run()
     ours, theirs = in_turns(pair(what, arguments.at, backward), arguments.rounds)
     peaks = {n: peak_bytes(pair(what, n, backward)[0]) / 2**20 for n in arguments.tokens}

@@ -106,6 +106,9 @@ def test_the_eager_path_is_timed_beside_flexattention() -> None:
     eager_cpu.main(["--at=64", "--tokens", "32", "64", "--rounds=1", "--output=report.json"])
     measured = json.loads(Path("report.json").read_text())["measured"]
     assert all(found["ratio"] > 0 and found["MiB"]["64"] > 0 for found in measured.values())
+    kept = json.loads((RESULTS / "eager-cpu.json").read_text())["measured"]
+    assert list(kept) == list(measured)
+    assert all(found["ratio"] >= 5 and found["exponent of MiB"] < 1.1 for found in kept.values())
 
 
 def test_results_say_where_they_come_from() -> None:
