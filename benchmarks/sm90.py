@@ -348,7 +348,7 @@ def main() -> None:
     kernels = {name: compiled_for_sm90(launch) for name, launch in launches().items()}
     for name, facts in kernels.items():
         print(name, ", ".join(f"{what} {value}" for what, value in facts.items()))
-    report = {"versions": versions(), "kernels": kernels}
+    report = {"device": "none; for sm_90", "versions": versions(), "kernels": kernels}
     output.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nsa_fast.checks import on_device
 from nsa_fast.flex import FirstDerivativeOnly, wants_grad
+from nsa_fast.triton_rows import dense
 
 #: Numbers of a program: rows x value_dim.
 NUMBERS = 4096
@@ -180,7 +181,7 @@ def gated(logits: Tensor, outs: Sequence[Tensor]) -> Tensor:
     returns : (batch, q_len, heads * value_dim), in the dtype of outs
     """
     logits = logits.contiguous()
-    outs = [out if out.stride(-1) == 1 else out.contiguous() for out in outs]
+    outs = [dense(out) for out in outs]
     if wants_grad(logits, *outs):
         logits, *outs = FirstDerivativeOnly.apply(logits, *outs)
     with on_device(logits.device):

@@ -1,4 +1,4 @@
-"""The selection's Triton kernels: in Triton's interpreter, and as machine code of sm_90."""
+"""The selection's Triton kernels, in Triton's interpreter."""
 
 from __future__ import annotations
 
