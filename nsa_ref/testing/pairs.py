@@ -29,7 +29,9 @@ Values = dict[str, Any]
 _NO_MASK = np.zeros((0, 0, 0, 0))
 
 #: What makes cases of a layer or a map affordable, and chooses no size.
-CHOOSES_NO_SIZE = (None, adjust.affordable_layer, adjust.affordable_map)
+AFFORDABLE = (adjust.affordable_layer, adjust.affordable_map)
+#: What a property may have that rests on no sizes: the last one makes more of its cases decide.
+NO_CONDITION = (None, *AFFORDABLE, adjust.more_slots_than_blocks)
 
 #: Of the values with which two edges are met, so many are filled up to cases.
 TRIED = 100
@@ -52,7 +54,7 @@ def takes_any(prop: Property) -> bool:
     """Whether cases of any sizes may be asked of the property."""
     plain = PROPERTIES["I6_selection"]
     bound = prop.indices or prop.populated or prop.extent or prop.precondition != plain.precondition
-    if bound or prop.adjust not in CHOOSES_NO_SIZE:
+    if bound or prop.adjust not in NO_CONDITION:
         return False
     return prop.about == "layer" or not (prop.inputs or prop.head_dims)
 
@@ -284,7 +286,7 @@ class Builder:
             return None
         semantics = open_too[(self.number + number) % len(open_too)]
         sizes = sizes | {"semantics": semantics, "seed": self.number}
-        if self.prop.adjust is not None:
+        if self.prop.adjust in AFFORDABLE:
             maps = self.values["compress_map"]
             self.prop.adjust(lambda *_: maps[0], sizes)  # type: ignore[arg-type]
         rules = self.implementation.rules
