@@ -24,8 +24,6 @@ from nsa_fast.block_lists import Chosen
 ROWS = 64
 #: The least and the most heads of a group that the kernels take.
 GROUPS = (8, 128)
-#: The most tokens of a tile: 8 heads each.
-MOST_TOKENS = ROWS // GROUPS[0]
 #: The most tokens of a selection block, and the most numbers of a head.
 MOST_COLUMNS, MOST_DIM = 128, 256
 #: Tokens of a part of a transposed list.
