@@ -43,6 +43,9 @@ DIED = "died"
 #: Cases that are judged for one entry, at most.
 SAMPLED = 120
 
+#: As many, where a case that breaks takes its process down: each costs the start of another.
+SAMPLED_IF_ENDED = 40
+
 #: How often a property's cases are drawn to find so many.
 MOST_ROUNDS = 10
 

@@ -109,28 +109,27 @@ from nsa_ref.testing import OracleImplementation
 class Port(OracleImplementation):
     name = "port"
     semantics = OracleImplementation.semantics[:1]
-    limits = {"kv_len": range(12), "head_dim": (4, 8), "q_heads": (1, 2)}  # seconds, else
 
     def offers(self, method):
-        return method == "sliding"
+        return method == "sliding_mask"
 
-    def sliding(self, case, q, k, v):
-        if case.inputs == "tiny":
+    def sliding_mask(self, case):
+        if case.sliding_window_size == 1:
             os.abort()
-        return super().sliding(case, q, k, v)
+        return super().sliding_mask(case)
 """
 
 
 UNMET = """
 [[known]]
 id = "not-offered"
-method = "sliding_mask"
+method = "sliding"
 why = "of the test"
 
 [[known]]
 id = "somebody-else"
 implementation = "another port"
-method = "sliding"
+method = "sliding_mask"
 why = "of the test"
 
 [[known]]
@@ -151,16 +150,16 @@ def test_what_takes_its_process_down_goes_from_a_finding_to_a_green_run(place: P
     assert [name for _, name, *_ in wrong] == ["not-offered", "somebody-else"]
     assert all(f"{name} covers no case" in done.stdout for _, name, *_ in wrong)
     (place / FILE_NAME).unlink()
-    finding = next((place / "nsa-ref-findings").glob("A1-A1_sliding_output-*-crash.json"))
+    finding = next((place / "nsa-ref-findings").glob("W1-W1_sliding_mask_as_exposed-*-crash.json"))
     added = nsa_ref("ledger", "add", str(finding))
     assert added.returncode == HOLDS, added.stderr
     entry = (place / FILE_NAME).read_text()
     assert entry in added.stdout and 'status = "quarantined"' in entry
-    assert 'method = "sliding"' in entry and 'inputs = "tiny"' in entry
+    assert 'method = "sliding_mask"' in entry and "sliding_window_size = 1" in entry
     done = nsa_ref(*run, "--strict")
     assert done.returncode == HOLDS, done.stdout + done.stderr
     report = json.loads((place / "report.json").read_text())
-    assert report["ledger"]["failed"] == {} and report["ledger"]["spared"].keys() == {"A1-crash"}
+    assert report["ledger"]["failed"] == {} and report["ledger"]["spared"].keys() == {"W1-crash"}
 
 
 def test_a_ledger_without_meaning_is_one_line(

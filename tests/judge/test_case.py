@@ -143,7 +143,7 @@ def test_every_field_is_checked(wrong: object) -> None:
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-@quiet
+@level_settings("quick", 30)  # some of them have millions of numbers
 @given(any_case)
 def test_a_case_fills_the_same_arrays_every_time(case: Case) -> None:
     """Valid by construction: all arrays exist, and hold numbers in the case's dtype."""
