@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost, eager_cpu, judging, source_mutants  # noqa: E402
+from benchmarks import cost, eager_cpu, gpu, judging, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from pages import ROOT  # noqa: E402
@@ -109,6 +114,67 @@ def test_the_eager_path_is_timed_beside_flexattention() -> None:
     kept = json.loads((RESULTS / "eager-cpu.json").read_text())["measured"]
     assert list(kept) == list(measured)
     assert all(found["ratio"] >= 5 and found["exponent of MiB"] < 1.1 for found in kept.values())
+
+
+def test_every_step_for_a_gpu_runs_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy = dataclasses.replace(gpu.SIZES["cpu"], tokens=(32,))
+    monkeypatch.setitem(gpu.SIZES, "cpu", toy)
+    names = list(gpu.Bench("cpu").steps())
+    gpu.run_steps("cpu", names)
+    said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [each["name"] for each in said if "name" in each] == names
+    box = gpu.Box("cpu", 1.0, Path("report.json"))
+    for each in said:
+        if "name" in each:
+            assert "error" not in each["found"], each
+            box.write(each["name"], each["found"])
+    forward, backward = (gpu.curves(box.report, f"{way}, ms") for way in ("forward", "backward"))
+    assert list(forward) == list(gpu.Bench("cpu").timed())
+    assert set(forward) - set(backward) == {"select"}  # which has no gradients
+    assert gpu.floor(box.report)[32] > 0
+    assert [table.row_count for table in gpu.tables(box.report)] == [len(forward) + 1, 8]
+
+
+#: Takes "a", and "c" once it is the first: "b" hangs, and "d" ends the process.
+FAILS = """
+import json, os, sys, time
+for name in sys.argv[1:]:
+    print(json.dumps({"begins": name}), flush=True)
+    if name == "b":
+        time.sleep(60)
+    if name == "d":
+        os.abort()
+    print(json.dumps({"name": name, "found": {"ms": 1.0}}), flush=True)
+"""
+
+
+def test_a_step_that_hangs_or_ends_its_process_is_written_and_the_next_one_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "LONGEST_STEP", 0.5)
+    box = gpu.Box("cpu", 1.0, Path("report.json"))
+    box.process = [sys.executable, "-c", FAILS]
+    box.go_through(["a", "b", "c", "d", "e"])
+    report = json.loads(Path("report.json").read_text())
+    failed = {name for name, found in report["measured"].items() if "error" in found}
+    assert list(report["measured"]) == ["a", "b", "c", "d", "e"] and failed == {"b", "d"}
+    box.until = time.monotonic()
+    box.go_through(["f"])
+    box.command("judge", "nowhere", kept="verify")
+    assert json.loads(Path("report.json").read_text())["not begun"] == ["f", "judge"]
+
+
+def test_what_was_measured_stays_when_the_run_is_ended() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--output=report.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("ceilings: ")
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) == 128 + signal.SIGTERM
+    report = json.loads(Path("report.json").read_text())
+    assert report["measured"]["ceilings"]["copy, GB/s"] > 0 and report["versions"]
 
 
 def test_results_say_where_they_come_from() -> None:

@@ -1,0 +1,721 @@
+"""An hour on a GPU, in a box: python -m benchmarks.gpu --minutes 10
+
+What matters most comes first, and each result is written as it comes: a run that is cut off has
+lost nothing that it had measured. In order:
+
+    ceilings     what the device copies and multiplies in a second
+    oracle       every kernel at a small size, judged
+    64k tokens   the branches, the selection, the layer, and what they have to beat, each timed
+                 forward and backward beside its estimate (`benchmarks.sm90`), with peak memory;
+                 and the kernels of the layer one by one
+    dtypes       the oracle again, for float16 and float32
+    lengths      what was timed, from 4k to 128k tokens
+    constants    `benchmarks.hardware_constants`
+    judge        `nsa-ref verify`, for the time that is left
+
+Times are medians. On a GPU they are CUDA events' around calls that ran before, on random numbers,
+with inputs that take turns where one set would stay in the L2 cache. Steps run in a process of
+their own: one that fails, hangs or takes its process down is written with its reason, the next one
+goes on, and the exit code is 1 in the end.
+
+With --device cpu the same steps run on toy sizes: that shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.cost import RESULTS, peak_bytes, processor
+from nsa_fast import (
+    NativeSparseAttention,
+    compress_attention,
+    compress_pool,
+    fine_attention,
+    select_blocks,
+    sliding_attention,
+)
+from nsa_fast.adapter import implementations
+from nsa_fast.layer import _gated
+from nsa_ref.testing import Case
+from nsa_ref.testing.files import write_json
+from nsa_ref.testing.judging import judge
+from nsa_ref.testing.loading import versions
+from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.verdicts import Broken, Inconclusive
+from nsa_ref.testing.wording import one_line
+
+#: Seconds after which a step is ended: it compiles, or it hangs.
+LONGEST_STEP = 150.0
+#: Seconds over which the calls of one figure go on, once there are some.
+TIMED = 1.0
+#: Less than so many seconds are not begun with.
+LEAST = 2.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is timed; tokens in the order in which they are tried."""
+
+    dtype: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    compress_block_size: int
+    compress_block_sliding_stride: int
+    selection_block_size: int
+    num_selected_blocks: int
+    sliding_window_size: int
+    model_dim: int
+    tokens: tuple[int, ...]
+    ceiling: int  # numbers that are copied, and the square root of those of a matrix
+
+    @property
+    def windows(self) -> dict[str, int]:
+        names = ("compress_block_size", "compress_block_sliding_stride")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def choice(self) -> dict[str, int]:
+        names = ("selection_block_size", "num_selected_blocks")
+        return {name: getattr(self, name) for name in names}
+
+    def operations(self, tokens: int) -> float:
+        """That a forward of the branches and the selection needs, two for a product and its sum."""
+        compressed = tokens / self.compress_block_sliding_stride / 2
+        chosen = self.num_selected_blocks * self.selection_block_size
+        read = compressed + chosen + self.sliding_window_size
+        wide = self.head_dim + self.value_dim
+        return 2 * tokens * self.q_heads * (read * wide + compressed * self.head_dim)
+
+
+SIZES = {
+    "cuda": Sizes(
+        "bfloat16", 64, 4, 192, 128, 32, 16, 64, 16, 512, 2560,
+        (2**16, 2**12, 2**14, 2**17, 2**15, 2**13), 2**14,
+    ),
+    "cpu": Sizes("float32", 8, 1, 16, 8, 8, 4, 8, 4, 16, 32, (128, 64), 2**8),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """Something that is timed.
+
+    forward : what is called
+    inputs : tensors that it gets gradients for
+    about : what its time depends on beside the sizes
+    """
+
+    forward: Callable[[], Tensor]
+    inputs: Sequence[Tensor] = ()
+    about: Mapping[str, float] = MappingProxyType({})
+
+
+class Bench:
+    """The steps on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.sizes = torch.device(device), SIZES[device]
+        self.cuda = device == "cuda"
+        self.dtype: torch.dtype = getattr(torch, self.sizes.dtype)
+        torch.manual_seed(0)
+
+    def steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Every step by name, in the order in which they run."""
+        found: dict[str, Callable[[], dict[str, Any]]] = {"ceilings": self.ceilings}
+        first, *lengths = self.sizes.tokens
+        found |= self.checks(self.sizes.dtype) | self.clocks(first)
+        found["kernels of the layer"] = functools.partial(self.kernels, first)
+        for dtype in ("float16", "float32") if self.cuda else ():
+            found |= self.checks(dtype)
+        for tokens in lengths:
+            found |= self.clocks(tokens)
+        return found
+
+    def checks(self, dtype: str) -> dict[str, Callable[[], dict[str, Any]]]:
+        return {
+            f"oracle: {name}, {dtype}": functools.partial(self.against_the_oracle, prop, case)
+            for name, (prop, case) in self.asked(dtype).items()
+        }
+
+    def clocks(self, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        return {
+            f"{what}, {tokens} tokens": functools.partial(self.time, make, tokens)
+            for what, make in self.timed().items()
+        }
+
+    # --- what the device can do, and whether the kernels are right ----------------------------
+
+    def ceilings(self) -> dict[str, Any]:
+        """Bytes read and written, and operations of a product, in a second."""
+        n = self.sizes.ceiling
+        source = torch.randn(n, n, device=self.device).to(self.dtype)
+        target = torch.empty_like(source)
+        copied, multiplied = (
+            self.seconds([run])[0]
+            for run in (lambda: target.copy_(source), lambda: source @ source)
+        )
+        found: dict[str, Any] = {
+            "copy, GB/s": 2 * source.nbytes / copied / 1e9,
+            "matmul, TFLOP/s": 2 * n**3 / multiplied / 1e12,
+        }
+        if self.cuda:
+            about = torch.cuda.get_device_properties(self.device)
+            found |= {
+                "SMs": about.multi_processor_count,
+                "memory, GiB": about.total_memory / 2**30,
+                "L2, MiB": about.L2_cache_size / 2**20,
+                "driver, CUDA": torch.version.cuda,
+            }
+        return found
+
+    def asked(self, dtype: str) -> dict[str, tuple[str, Case]]:
+        """Cases that between them run every kernel, forward and backward."""
+        length = 300 if self.cuda else 40
+        sizes = self.sizes
+        size = Case(
+            q_len=length,
+            kv_len=length,
+            q_heads=sizes.q_heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            value_dim=sizes.value_dim,
+            num_mem_kv=1,
+            compress_block_size=sizes.compress_block_size,
+            compress_block_sliding_stride=sizes.compress_block_sliding_stride,
+            selection_block_size=sizes.selection_block_size,
+            num_selected_blocks=4,
+            sliding_window_size=sizes.sliding_window_size // 8,
+        )
+        # groups of 4 heads read their blocks in FlexAttention
+        few = replace(size, q_heads=4 * sizes.kv_heads)
+        asked = {"selection": ("I6_selection", size), "layer": ("G1_layer_output", size)}
+        for branch in ("fine", "compress", "sliding"):
+            asked[f"{branch}, forward"] = f"A1_{branch}_output", size
+            asked[f"{branch}, backward"] = f"A3_{branch}_gradients", size
+        asked["fine of 4 heads, backward"] = "A3_fine_gradients", few
+        asked["layer, backward"] = "A4_layer_gradients", size
+        return {name: (prop, replace(case, dtype=dtype)) for name, (prop, case) in asked.items()}
+
+    def against_the_oracle(self, name: str, case: Case) -> dict[str, Any]:
+        """The judge's verdict on one case, by the first implementation that offers its method."""
+        prop = PROPERTIES[name]
+        one = next(
+            one
+            for one in implementations(self.device.type)
+            if not prop.why_not_offered(one) and case.dtype in one.numerics
+        )
+        try:
+            outcome = judge(prop, one, case)
+        except (Broken, Inconclusive) as error:
+            return {"error": one_line(error), "case": case.to_json()}
+        return {"holds": bool(outcome.compared), "budget used": outcome.budget}
+
+    # --- what is timed ------------------------------------------------------------------------
+
+    def timed(self) -> dict[str, Callable[[int], Run]]:
+        """What is timed at a number of tokens, the most valuable first."""
+        found: dict[str, Callable[[int], Run]] = {
+            "select": self.selection,
+            "fine": self.fine,
+            "compress": self.compress,
+            "sliding": self.sliding,
+            "gates": self.gates,
+            "layer": self.layer,
+            "scaled_dot_product_attention": self.dense,
+            "dense FlexAttention": self.dense_flex,
+            "scaled_dot_product_attention, head_dim of v": self.narrow_dense,
+        }
+        if self.cuda and importlib.util.find_spec("fla"):
+            found["parallel_nsa of fla"] = self.fla
+        return found
+
+    def random(self, heads: int, tokens: int, dim: int) -> Tensor:
+        shape = (1, heads, tokens, dim)
+        return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_()
+
+    def qkv(self, tokens: int, dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sizes, dim = self.sizes, dim or self.sizes.head_dim
+        return (
+            self.random(sizes.q_heads, tokens, dim),
+            self.random(sizes.kv_heads, tokens, dim),
+            self.random(sizes.kv_heads, tokens, sizes.value_dim),
+        )
+
+    def pooled(self, *tokens: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            found = [self.pool(each) for each in tokens]
+        return [each.requires_grad_() for each in found]
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        sizes = self.sizes
+        return compress_pool(
+            tokens,
+            compress_block_size=sizes.compress_block_size,
+            compress_block_sliding_stride=sizes.compress_block_sliding_stride,
+        )
+
+    def compress(self, tokens: int) -> Run:
+        q, k, v = self.qkv(tokens)
+        k_cmp, v_cmp = self.pooled(k, v)
+
+        def run() -> Tensor:
+            return compress_attention(q, k_cmp, v_cmp, kv_len=tokens, **self.sizes.windows).out
+
+        return Run(run, (q, k_cmp, v_cmp))
+
+    def chosen(self, q: Tensor, k: Tensor) -> Callable[[], Tensor]:
+        """The choice of blocks as the layer makes it, with the compress branch's lse."""
+        (k_cmp,), tokens, sizes = self.pooled(k), k.shape[2], self.sizes
+        with torch.no_grad():
+            lse = compress_attention(q, k_cmp, k_cmp, kv_len=tokens, **sizes.windows).lse
+        return lambda: select_blocks(
+            q, k_cmp, kv_len=tokens, lse=lse, **sizes.windows, **sizes.choice
+        )
+
+    def selection(self, tokens: int) -> Run:
+        q, k, _ = self.qkv(tokens)
+        return Run(self.chosen(q, k))
+
+    def fine(self, tokens: int) -> Run:
+        q, k, v = self.qkv(tokens)
+        indices, size = self.chosen(q, k)(), self.sizes.selection_block_size
+        return Run(
+            lambda: fine_attention(q, k, v, indices, selection_block_size=size).out,
+            (q, k, v),
+            {"blocks of 4 tokens, mean": blocks_of_tiles(indices, 4)},
+        )
+
+    def sliding(self, tokens: int) -> Run:
+        return self.windowed(tokens, self.sizes.sliding_window_size)
+
+    def dense_flex(self, tokens: int) -> Run:
+        """FlexAttention through a window of all tokens: the same kernels, of dense attention."""
+        return self.windowed(tokens, tokens)
+
+    def windowed(self, tokens: int, window: int) -> Run:
+        q, k, v = self.qkv(tokens)
+        return Run(lambda: sliding_attention(q, k, v, sliding_window_size=window).out, (q, k, v))
+
+    def gates(self, tokens: int) -> Run:
+        """Eq. 5: the gates, and the sum of what comes out of the branches."""
+        sizes = self.sizes
+        outs = [self.random(sizes.q_heads, tokens, sizes.value_dim) for _ in range(3)]
+        logits = self.random(1, tokens, 3 * sizes.q_heads).detach()[0].requires_grad_()
+        return Run(lambda: _gated(logits, outs, self.module.layer), (logits, *outs))
+
+    @functools.cached_property
+    def module(self) -> NativeSparseAttention:
+        named = asdict(self.sizes)
+        for name in ("dtype", "tokens", "ceiling"):
+            del named[name]
+        return NativeSparseAttention(**named).to(self.device, self.dtype)
+
+    def layer(self, tokens: int) -> Run:
+        """The whole layer, with its projections."""
+        x = self.random(1, tokens, self.sizes.model_dim).detach()[0].requires_grad_()
+        weights = [weight for weight in self.module.parameters() if weight.numel()]
+        return Run(lambda: self.module(x), (x, *weights))
+
+    def dense(self, tokens: int, dim: int | None = None) -> Run:
+        q, k, v = self.qkv(tokens, dim)
+
+        def run() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return Run(run, (q, k, v))
+
+    def narrow_dense(self, tokens: int) -> Run:
+        """Kernels of dense attention want one head_dim for all: that of v, which is less work."""
+        return self.dense(tokens, self.sizes.value_dim)
+
+    def fla(self, tokens: int) -> Run:
+        """Its windows are the selection blocks, pooled by a mean."""
+        sizes = self.sizes
+        q, k, v = (
+            each.detach().transpose(1, 2).contiguous().requires_grad_() for each in self.qkv(tokens)
+        )
+        kernels = importlib.import_module("fla.ops.nsa.parallel")
+        gates = torch.rand(3, 1, tokens, sizes.q_heads, device=self.device, dtype=self.dtype)
+
+        def run() -> Tensor:
+            out: Tensor = kernels.parallel_nsa(
+                q,
+                k,
+                v,
+                *gates,
+                block_counts=sizes.num_selected_blocks,
+                block_size=sizes.selection_block_size,
+                window_size=sizes.sliding_window_size,
+            )
+            return out
+
+        return Run(run, (q, k, v))
+
+    def time(self, make: Callable[[int], Run], tokens: int) -> dict[str, Any]:
+        """Milliseconds forward and backward, and MiB at the most on top of what there is."""
+        runs = [make(tokens)]
+        held = sum(each.nbytes for each in runs[0].inputs)
+        if self.cuda and held:
+            # as many sets as do not fit into the L2 cache together
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            runs += [make(tokens) for _ in range(min(8, 2 * cache // held))]
+        found: dict[str, Any] = dict(runs[0].about)
+        with torch.no_grad():
+            found["forward, ms"], found["calls"] = self.milliseconds([run.forward for run in runs])
+        if not runs[0].inputs:
+            return found
+        d_out = torch.randn_like(runs[0].forward())
+
+        def backward(run: Run) -> Callable[[], object]:
+            out = run.forward()
+            return lambda: torch.autograd.grad(out, run.inputs, d_out, allow_unused=True)
+
+        prepared = [functools.partial(backward, run) for run in runs]
+        found["backward, ms"], _ = self.milliseconds(prepared, prepared=True)
+        found["MiB"] = self.peak(lambda: backward(runs[0])()) / 2**20
+        return found
+
+    def kernels(self, tokens: int) -> dict[str, Any]:
+        """Milliseconds of every kernel of the layer's forward and backward, added up by name."""
+        from torch.profiler import ProfilerActivity, profile
+
+        run = self.layer(tokens)
+
+        def both() -> None:
+            out = run.forward()
+            torch.autograd.grad(out.sum(), run.inputs, allow_unused=True)
+            self.wait()
+
+        both()
+        activity = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
+        with profile(activities=[activity]) as recorded:
+            both()
+        events = recorded.key_averages()
+        taken = {
+            event.key: (event.self_device_time_total if self.cuda else event.self_cpu_time_total)
+            for event in events
+        }
+        count, estimated = {event.key: event.count for event in events}, estimates()
+        longest: dict[str, Any] = {}
+        for name in sorted(taken, key=taken.__getitem__, reverse=True)[:40]:
+            longest[name] = {"ms": taken[name] / 1e3, "launches": count[name]}
+            if name in estimated:
+                longest[name]["estimate, ms"] = estimated[name]
+        return {"launches": sum(count.values()), "longest": longest}
+
+    # --- clocks -------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def milliseconds(
+        self, runs: Sequence[Callable[[], Any]], *, prepared: bool = False
+    ) -> tuple[float, int]:
+        seconds, calls = self.seconds(runs, prepared=prepared)
+        return seconds * 1e3, calls
+
+    def seconds(
+        self, runs: Sequence[Callable[[], Any]], *, prepared: bool = False
+    ) -> tuple[float, int]:
+        """The median of a call, and how many calls it is of; the runs take turns.
+
+        prepared : a run returns what is timed
+        """
+        found: list[float] = []
+        started = time.monotonic()
+        for number in range(1000):
+            run = runs[number % len(runs)]
+            run = run() if prepared else run
+            self.wait()
+            took = self.clocked(run)
+            if number < 2:  # what is compiled or allocated once
+                started = time.monotonic()
+                continue
+            found.append(took)
+            enough = TIMED if len(found) >= 5 else 5 * TIMED
+            if time.monotonic() - started > (enough if self.cuda else 0.02):
+                break
+        return statistics.median(found), len(found)
+
+    def clocked(self, run: Callable[[], Any]) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def peak(self, run: Callable[[], object]) -> int:
+        if not self.cuda:
+            return peak_bytes(run)
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def blocks_of_tiles(block_indices: Tensor, tokens: int) -> float:
+    """How many blocks a tile of tokens reads in the mean: what the fine kernels' time goes by."""
+    batch, heads, q_len, n = block_indices.shape
+    whole = block_indices[:, :, : q_len // tokens * tokens].reshape(batch, heads, -1, tokens * n)
+    ordered = whole.sort(dim=-1).values
+    new = ordered[..., 1:] != ordered[..., :-1]
+    named = new.sum(-1) + 1 - (ordered[..., 0] < 0).to(torch.int64)  # -1 is no block
+    return float(named.double().mean())
+
+
+def run_steps(device: str, names: Sequence[str]) -> None:
+    """What a process of its own does: says in a line of JSON each what it begins, and what came."""
+    bench = Bench(device)
+    steps = bench.steps()
+    for name in names:
+        print(json.dumps({"begins": name}), flush=True)
+        try:
+            found = steps[name]()
+        except Exception as error:  # what is too large, or not offered here
+            found = {"error": one_line(error)}
+            if bench.cuda:
+                torch.cuda.empty_cache()
+        print(json.dumps({"name": name, "found": found}), flush=True)
+        if bench.cuda:
+            bench.wait()  # a lost context ends this process, and a fresh one goes on
+
+
+# --- the process that writes ----------------------------------------------------------------------
+
+
+class Box:
+    """A time budget, and the report that is written after every step."""
+
+    def __init__(self, device: str, minutes: float, output: Path) -> None:
+        self.output = output
+        self.until = time.monotonic() + 60 * minutes
+        #: What goes through the steps whose names follow.
+        self.process = [sys.executable, "-m", "benchmarks.gpu", f"--device={device}", "--steps"]
+        about = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, toy sizes"
+        self.report: dict[str, Any] = {
+            "device": about,
+            "versions": versions(),
+            "minutes": minutes,
+            "sizes": asdict(SIZES[device]) | {"semantics": "PAPER"},
+            "measured": {},
+            "not begun": [],
+        }
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+    def write(self, name: str, found: dict[str, Any]) -> None:
+        self.report["measured"][name] = found
+        write_json(self.output, self.report)
+        print(f"{name}: {json.dumps(found)[:300]}", flush=True)
+
+    def go_through(self, names: Sequence[str]) -> None:
+        """Every step, in as many processes as it takes."""
+        left = list(names)
+        while left and self.left > LEAST:
+            begun = ""
+            for said in self.child(left):
+                begun = said.get("begins", "")
+                if not begun:
+                    self.write(said["name"], said["found"])
+                    left.remove(said["name"])
+            if begun:
+                self.write(begun, {"error": "its process ended, or took too long"})
+                left.remove(begun)
+            elif left and self.left > LEAST:
+                self.write(left[0], {"error": "no process got to it"})
+                left.pop(0)
+        self.report["not begun"] += left
+        write_json(self.output, self.report)
+
+    def child(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """What a process says that goes through the steps; it is ended if it is silent."""
+        command = [*self.process, *names]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                while True:
+                    alarm = threading.Timer(max(0.1, min(LONGEST_STEP, self.left)), process.kill)
+                    alarm.daemon = True  # whoever ends this process does not wait for it
+                    alarm.start()
+                    line = process.stdout.readline()
+                    alarm.cancel()
+                    if not line:
+                        return
+                    yield json.loads(line)
+            finally:
+                process.kill()
+
+    def command(self, name: str, *arguments: str, kept: str) -> None:
+        """A command of this repository, and the report that it writes beside ours."""
+        if self.left < LEAST:
+            self.report["not begun"].append(name)
+            write_json(self.output, self.report)
+            return
+        path = self.output.with_name(f"{self.output.stem}-{kept}.json")
+        command = [sys.executable, "-m", *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.left + 120)
+        except subprocess.TimeoutExpired:
+            self.write(name, {"error": "it took too long"})
+            return
+        lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or [""]
+        found: dict[str, Any] = {"exit code": done.returncode, "says": lines[-1]}
+        if path.exists():
+            found["report"] = path.name
+        self.write(name, found)
+
+
+def estimates() -> dict[str, Any]:
+    """Of the kernels at 64k tokens, by `benchmarks.sm90`; empty where there are none."""
+    version = versions().get("triton", "")
+    path = RESULTS / f"sm90-triton-{'.'.join(version.split('.')[:2])}.json"
+    if not path.exists():
+        return {}
+    kernels = json.loads(path.read_text())["kernels"]
+    return {name: facts["estimate_ms"] for name, facts in kernels.items()}
+
+
+def curves(report: dict[str, Any], way: str) -> dict[str, dict[int, float]]:
+    """Milliseconds by what was timed, and by tokens."""
+    found: dict[str, dict[int, float]] = {}
+    for name, figures in report["measured"].items():
+        what, _, tokens = name.removesuffix(" tokens").rpartition(", ")
+        if tokens.isdigit() and way in figures:
+            found.setdefault(what, {})[int(tokens)] = figures[way]
+    return {what: dict(sorted(of.items())) for what, of in found.items()}
+
+
+def floor(report: dict[str, Any]) -> dict[int, float]:
+    """Milliseconds of what a forward has to multiply, at the rate that was measured."""
+    rate = report["measured"].get("ceilings", {}).get("matmul, TFLOP/s")
+    if not rate:
+        return {}
+    sizes = dict(report["sizes"])
+    sizes.pop("semantics")
+    of = Sizes(**sizes)
+    return {tokens: of.operations(tokens) / rate / 1e9 for tokens in sorted(of.tokens)}
+
+
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    for way in ("forward, ms", "backward, ms"):
+        found = curves(report, way)
+        lengths = sorted({tokens for of in found.values() for tokens in of})
+        table = Table(title=way)
+        for column in ("", *map(str, lengths)):
+            table.add_column(column, justify="right" if column else "left")
+        rows = found | ({"floor": floor(report)} if way.startswith("forward") else {})
+        for what, of in rows.items():
+            cells = (f"{of[tokens]:.3g}" if tokens in of else "-" for tokens in lengths)
+            table.add_row(what, *cells)
+        yield table
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """The curves of the forward, and its floor, in a picture; no picture without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, way in zip(figure.subplots(1, 2), ("forward, ms", "backward, ms")):
+        for what, of in curves(report, way).items():
+            axes.plot(list(of), list(of.values()), marker="o", label=what)
+        if way.startswith("forward") and (lowest := floor(report)):
+            axes.plot(list(lowest), list(lowest.values()), "k--", label="floor of the branches")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=way)
+        axes.legend(fontsize=7)
+    figure.suptitle(report["device"])
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=SIZES, default="cuda")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--output", type=Path, help="default: a file in benchmarks/results/")
+    parser.add_argument("--steps", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(given)
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here. Try --device cpu, which shows how the script works")
+    if arguments.steps:
+        run_steps(device, arguments.steps)
+        return
+    # what a batch system sends first: the steps' process is then ended as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    name = torch.cuda.get_device_name() if device == "cuda" else "toy"
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    box = Box(device, arguments.minutes, arguments.output or RESULTS / f"gpu-{slug}.json")
+    box.report["estimates, ms"] = estimates()
+    box.go_through(list(Bench(device).steps()))
+    constants = box.output.with_name(f"{box.output.stem}-constants.json")
+    box.command(
+        "constants",
+        "benchmarks.hardware_constants",
+        f"--device={'cuda' if device == 'cuda' else 'interpreter'}",
+        f"--output={constants}",
+        *([] if device == "cuda" else ["--size=2048"]),
+        kept="constants",
+    )
+    verdict = box.output.with_name(f"{box.output.stem}-verify.json")
+    box.command(
+        "judge",
+        "nsa_ref.testing.cli",
+        "verify",
+        "nsa_fast",
+        f"--device={device}",
+        f"--time={max(1, round(box.left))}s",
+        f"--json={verdict}",
+        kept="verify",
+    )
+    console = Console(width=max(100, Console().width))
+    for table in tables(box.report):
+        console.print(table)
+    picture = box.output.with_suffix(".png")
+    if draw(box.report, picture):
+        print(f"drawn into {picture}")
+    print(f"written to {box.output}")
+    failed = [name for name, found in box.report["measured"].items() if "error" in found]
+    if failed:
+        sys.exit(f"these steps failed, each with its reason in the report: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
