@@ -42,8 +42,9 @@ INPUTS = (
     "offsets",
     "tiny",
     "low",
+    "drift",
 )
-GENERIC_INPUTS = ("randn", "flat", "heavy", "offsets")
+GENERIC_INPUTS = ("randn", "flat", "heavy", "offsets", "drift")
 #: What float16 has room for, and only just: drawn more often where rounding is tried.
 EXTREME_INPUTS = ("tiny", "low")
 
@@ -208,7 +209,7 @@ class Case(Sizes):
                 return np.ones(shape)
             case "ties", "q" | "k":
                 return rng.integers(0, 2, shape).astype(float)
-            case "flat", "q":
+            case "flat" | "drift", "q":
                 return 0.2 * rng.standard_normal(shape)
             case "huge", "q" | "k":
                 return 20.0 * rng.standard_normal(shape)
@@ -218,6 +219,11 @@ class Case(Sizes):
                 return rng.standard_normal(shape) + 5
             case "offsets", "v":
                 return rng.standard_normal(shape) + 10
+            case "drift", "k":
+                return rng.standard_normal(shape) + 2
+            case "drift", "v":
+                # all keys weigh alike, and sums over them go far before they come back
+                return rng.standard_normal(shape) + np.linspace(-3, 3, shape[-2])[:, None]
             case "tiny", _:
                 return 1e-4 * rng.standard_normal(shape)
             case "low", "q" | "k":

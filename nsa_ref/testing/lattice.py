@@ -12,7 +12,7 @@ from nsa_ref.testing.branches import COMPRESS
 from nsa_ref.testing.case import INDICES, INPUTS, LAYOUTS, Case
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.properties.common import oracle_mask
-from nsa_ref.testing.strategies import ABOUT, is_varied
+from nsa_ref.testing.strategies import ABOUT, TILE_DIMS, is_varied
 from nsa_ref.testing.verdicts import Record
 
 #: What `Edge.reads` calls the mask, multiplicities (batch, q_heads, q_len, columns).
@@ -69,12 +69,19 @@ def _count(kv_len: int, block: int) -> int:
     return -(-kv_len // block)
 
 
+def _one_beyond(tile: int) -> Callable[[int], bool]:
+    """Whether a length fills several tiles, the last with one alone."""
+    return lambda length: length > tile and length % tile == 1
+
+
 def _rows_see(some: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], bool]:
     """Whether there are rows whose number of visible keys is such."""
     return lambda mask: bool(some((mask != 0).sum(-1)).any())
 
 
 _EDGES = (
+    # what all other edges are met in as well: pairs with it are edges of a layer
+    Edge("a whole layer", (), lambda: True, ("layer",)),
     Edge("no visible key", (MASK,), _rows_see(lambda keys: keys == 0)),
     Edge("one visible key", (MASK,), _rows_see(lambda keys: keys == 1)),
     Edge("several visible keys", (MASK,), _rows_see(lambda keys: keys > 1)),
@@ -86,6 +93,12 @@ _EDGES = (
     Edge("l < d", WINDOW, lt, WINDOWS),
     Edge("l > d", WINDOW, gt, COMPRESSED),
     Edge("several windows", ("kv_len", *WINDOW), lambda kv_len, l, d: kv_len >= l + d),  # noqa: E741
+    Edge(
+        "more than 48 compressed blocks",
+        ("kv_len", *WINDOW),
+        lambda kv_len, l, d: kv_len >= l + 48 * d,  # noqa: E741
+        COMPRESSED,
+    ),
     Edge("l' > d", ("selection_block_size", WINDOW[1]), gt, SELECTED),
     Edge("kv_len < l'", BLOCKS, lt),
     Edge("q_len 0", ("q_len",), lambda q_len: q_len == 0, NOT_LAYERS, empty=True),
@@ -99,6 +112,12 @@ _EDGES = (
     Edge("n = all blocks", CHOICE, lambda n, kv_len, block: n == _count(kv_len, block)),
     Edge("0 < n < blocks", CHOICE, lambda n, kv_len, block: 0 < n < _count(kv_len, block)),
     Edge("n > blocks", CHOICE, lambda n, kv_len, block: n > _count(kv_len, block)),
+    Edge(
+        "16 blocks, the last one short",
+        CHOICE,
+        lambda n, kv_len, block: n == 16 <= _count(kv_len, block) and kv_len % block != 0,
+        tuple(about for about in SELECTED if about != "layer"),
+    ),
     Edge("forced blocks", FORCED, lambda initial, local: initial + local > 0),
     Edge("w = 0", ("sliding_window_size",), lambda w: w == 0),
     Edge("w = 1", ("sliding_window_size",), lambda w: w == 1),
@@ -111,11 +130,17 @@ _EDGES = (
     Edge("several groups", GROUP, lambda q_heads, kv_heads: q_heads > kv_heads > 1),
     Edge("G = 2", GROUP, lambda q_heads, kv_heads: q_heads == 2 * kv_heads),
     Edge("G prime > 2", GROUP, lambda q_heads, kv_heads: q_heads // kv_heads in (3, 5)),
+    Edge("G = 5", GROUP, lambda q_heads, kv_heads: q_heads == 5 * kv_heads),
     Edge("G = 16", GROUP, lambda q_heads, kv_heads: q_heads == 16 * kv_heads),
     Edge("kv_heads = 1", ("kv_heads",), lambda kv_heads: kv_heads == 1),
     Edge("Dk != Dv", ("head_dim", "value_dim"), ne),
     Edge("head_dim no power of two", ("head_dim",), lambda dim: dim & (dim - 1) != 0),
     Edge("head_dim > 128", ("head_dim",), lambda head_dim: head_dim > 128, NOT_LAYERS),
+    *(
+        Edge(f"{field} {dim}", (field,), dim.__eq__, NOT_LAYERS)
+        for field in ("head_dim", "value_dim")
+        for dim in TILE_DIMS
+    ),
     Edge("batch 0", ("batch",), lambda batch: batch == 0, empty=True),
     Edge("batch 3", ("batch",), lambda batch: batch == 3),
     Edge("memory 0", ("num_mem_kv",), lambda memory: memory == 0),
@@ -123,6 +148,13 @@ _EDGES = (
     Edge("memory 1", ("num_mem_kv",), lambda memory: memory == 1),
     Edge("memory 16", ("num_mem_kv",), lambda memory: memory == 16),
     Edge("more than 128 blocks", BLOCKS, lambda kv_len, block: _count(kv_len, block) > 128),
+    Edge("more than 256 blocks", BLOCKS, lambda kv_len, block: _count(kv_len, block) > 256),
+    Edge("more than 256 tokens", ("kv_len",), lambda kv_len: kv_len > 256),
+    *(
+        Edge(f"one {what} beyond {tile}", (field,), _one_beyond(tile), NOT_LAYERS)
+        for what, field in (("row", "q_len"), ("key", "kv_len"))
+        for tile in (64, 128)
+    ),
     Edge("length around 128", ("kv_len",), lambda kv_len: 127 <= kv_len <= 130, NOT_LAYERS),
     *(
         Edge(f"inputs {kind}", ("inputs",), kind.__eq__, ABOUT if kind in IN_LAYERS else NOT_LAYERS)
@@ -187,7 +219,8 @@ def case_edges(prop: Property, case: Case) -> list[str]:
     if prop.extent:
         return []
     # the choice of blocks and a whole layer have no keys of their own: those of compress count
-    return edges(case, oracle_mask(prop.branch or COMPRESS, case))
+    met = edges(case, oracle_mask(prop.branch or COMPRESS, case))
+    return [name for name in met if prop.about in EDGES[name].about]
 
 
 #: Edge -> its place in what `as_bits` writes.

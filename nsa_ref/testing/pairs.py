@@ -151,12 +151,12 @@ class Builder:
         some = sorted({*values["compress_block_size"][:4], *strides[:3], *blocks[:4]})
         lengths = {0, *range(1, 10), *(x + more for x in some for more in (-1, 0, 1, x + 1))}
         lengths |= {sum(pair) for pair in zip(values["compress_block_size"], strides)}
-        lengths |= {24} if layer else {127, 128, 129, 130}
+        lengths |= {24} if layer else {127, 128, 129, 130, 257}
         if "blocks" in self.groups and not layer:
             lengths |= {
                 size * count + more
                 for size in blocks[:2]
-                for count in (129, 130)
+                for count in (129, 130, 257)
                 for more in (0, 1)
             }
         least = 1 if layer else 0
@@ -180,7 +180,7 @@ class Builder:
             reach = [w for w in reach if w]
         values["sliding_window_size"] = within("sliding_window_size", reach)
         values["kv_heads"] = within("kv_heads", (1, 2, 3))
-        factors = [g for g in (1, 2, 3, 4, 16) if g in self.limits.get("group_size", (g,))]
+        factors = [g for g in (1, 2, 3, 4, 5, 16) if g in self.limits.get("group_size", (g,))]
         factors = factors or list(some_of(self.limits["group_size"]))[:4]
         heads = sorted({n * g for n in values["kv_heads"] for g in factors})
         values["q_heads"] = within("q_heads", heads)

@@ -101,8 +101,11 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "indices": "few", "compress_map": "linear_per_head",
         "num_initial_blocks": 1, "seed": 1,
     },
-    "sixteen-heads": {"q_heads": 16, "q_len": 7, "kv_len": 7, "inputs": "one_hot_v", "seed": 1},
-    "own-key": {"sliding_window_size": 0, "inputs": "equal", "indices": "all"},
+    "sixteen-heads": {
+        "q_heads": 16, "head_dim": 128, "value_dim": 64, "q_len": 7, "kv_len": 7,
+        "inputs": "one_hot_v", "seed": 1,
+    },
+    "own-key": {"q_heads": 5, "sliding_window_size": 0, "inputs": "equal", "indices": "all"},
     "wide-window": {
         "sliding_window_size": 13, "num_mem_kv": 16, "inputs": "tiny", "indices": "all",
         "num_selected_blocks": 3, "seed": 1,
@@ -110,8 +113,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "wide-head": {"head_dim": 136, "value_dim": 3, "inputs": "ties"},
     "huge-logits": {"inputs": "huge", "kv_heads": 2, "seed": 1},
     "many-blocks": {
-        "q_len": 2, "kv_len": 130, "compress_block_size": 2, "compress_block_sliding_stride": 1,
+        "q_len": 2, "kv_len": 258, "compress_block_size": 2, "compress_block_sliding_stride": 1,
         "selection_block_size": 1, "num_selected_blocks": 17, "num_mem_kv": 1,
+    },
+    "tiles-and-one": {
+        "head_dim": 64, "value_dim": 128, "q_len": 129, "kv_len": 129, "inputs": "drift",
+        "selection_block_size": 8, "num_selected_blocks": 16, "sliding_window_size": 128,
     },
 }
 
@@ -236,8 +243,8 @@ def _case(about: str, fields: dict[str, Any], semantics: Semantics, dtype: str) 
         if not groups & set(varied_for):
             fields.pop(field, None)
     if about == "layer":
-        # it reads its own tokens, all of them, and its heads are narrow
-        if fields["head_dim"] > 128:
+        # it reads its own tokens, all of them, and its heads are narrow where these are many
+        if fields["head_dim"] > (128 if fields["kv_len"] < 64 else 8):
             return None
         fields["q_len"] = fields["kv_len"]
         if fields.get("inputs") not in IN_LAYERS:

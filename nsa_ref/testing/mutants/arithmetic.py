@@ -173,6 +173,15 @@ class LastRowTwice(Kernel):
         return found
 
 
+@mutant("A1", "of 64 features, values lose the last", needs={"value_dim": 64})
+class LastOf64Values(Kernel):
+    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        found = super().over_values(r, weights, v)
+        if v.shape[3] == 64:
+            found[..., -1] = 0
+        return found
+
+
 @mutant("A1", "logits start from a maximum of -1e4, and below it nothing is left")
 class MaximumFromMinus1e4(Kernel):
     def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -317,6 +326,26 @@ class KeysWrapAroundBackward(Kernel):
 class NarrowQueries(Kernel):
     def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
         return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
+
+
+@mutant(
+    "A3",
+    "of several tiles of 128 rows, a last one of one row is lost in dk and dv",
+    needs={"q_len": "> 128", "q_len_mod_128": 1},
+)
+class RowBeyond128Lost(Kernel):
+    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
+        if case.q_len > 128 and case.q_len % 128 == 1:
+            return np.where(np.arange(case.q_len)[:, None] < case.q_len - 1, ds, 0)
+        return ds
+
+
+@mutant("A3", "of several tiles of 128 keys, a last one of one key is lost in dq")
+class KeyBeyond128Lost(Kernel):
+    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        if k.shape[2] > 128 and k.shape[2] % 128 == 1:
+            ds, k = ds[..., :-1], k[:, :, :-1]
+        return super().over_keys(r, ds, k)
 
 
 @mutant("A3", "states to be deterministic, and adds up dq in another order each time")

@@ -82,6 +82,14 @@ def several_keys(draw: st.DrawFn, sizes: Drawn) -> None:
     sizes["sliding_window_size"], sizes["num_selected_blocks"] = 100, 4
 
 
+def many_visible_keys(draw: st.DrawFn, sizes: Drawn) -> None:
+    """A3: rows that see more than a hundred keys each, so that sums over keys are long."""
+    sizes["q_len"], sizes["kv_len"] = 16, 129
+    sizes["sliding_window_size"] = sizes["kv_len"]
+    sizes["compress_block_size"] = sizes["compress_block_sliding_stride"] = 1
+    sizes["num_selected_blocks"] = -(-sizes["kv_len"] // sizes["selection_block_size"])
+
+
 def entries_apart(draw: st.DrawFn, sizes: Drawn) -> None:
     """A5: the canary sits in one batch entry, so the entries cannot share memory."""
     if sizes["layout"] == "expanded":

@@ -38,6 +38,7 @@ LONG_INPUTS = ("randn", "flat", "offsets")
 CANARY_INPUTS = ("randn", "flat", "integers")
 LINEAR_INPUTS = ("randn", "flat", "integers", "huge")
 MIXED = ("mixed",)
+DRIFT = ("drift",)
 
 
 def causal(semantics: Semantics) -> bool:
@@ -160,6 +161,9 @@ ROWS = (
              backward=True, by_dtype=True, examples=48),
     Property("A3_compress_gradients_by_shape", "A3", COMPRESS, "compress", values.gradients,
              backward=True, examples=24),
+    Property("A3_compress_gradients_of_long_sums", "A3", COMPRESS, "compress", values.gradients,
+             backward=True, by_dtype=True, adjust=adjust.many_visible_keys, inputs=DRIFT,
+             populated=True, examples=16),
     Property("A3_compress_mask_as_read_backward", "A3", COMPRESS, "compress", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
     canary_row("A5_compress_canary", "A5", COMPRESS, "compress", influence.canary,
@@ -197,6 +201,9 @@ ROWS = (
              backward=True, by_dtype=True, examples=48),
     Property("A3_fine_gradients_by_shape", "A3", FINE, "fine", values.gradients,
              backward=True, examples=24),
+    Property("A3_fine_gradients_of_long_sums", "A3", FINE, "fine", values.gradients,
+             backward=True, by_dtype=True, adjust=adjust.many_visible_keys, inputs=DRIFT,
+             indices=("all",), populated=True, examples=16),
     Property("A3_fine_mask_as_read_backward", "A3", FINE, "fine", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
     canary_row("A5_fine_canary", "A5", FINE, "fine", influence.canary),
@@ -232,6 +239,9 @@ ROWS = (
              backward=True, by_dtype=True, examples=48),
     Property("A3_sliding_gradients_by_shape", "A3", SLIDING, "sliding", values.gradients,
              backward=True, examples=24),
+    Property("A3_sliding_gradients_of_long_sums", "A3", SLIDING, "sliding", values.gradients,
+             backward=True, by_dtype=True, adjust=adjust.many_visible_keys, inputs=DRIFT,
+             populated=True, examples=16),
     Property("A3_sliding_mask_as_read_backward", "A3", SLIDING, "sliding", masks.read_backward,
              backward=True, adjust=adjust.few_rows, head_dims=PROBED_DIMS),
     canary_row("A5_sliding_canary", "A5", SLIDING, "sliding", influence.canary),
