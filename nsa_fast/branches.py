@@ -118,6 +118,11 @@ def compress_attention(
         k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
     backend = flex.resolve_backend(backend, q, k, v)
     scale = default_scale(scale, q)
+    if flex.is_triton(q.device) and flex.walks_q_lists(backend, q, k, v):
+        # A program of the backward walks all queries of its keys' head. The first keys are seen by
+        # all, and with one head for G of queries the rest of the GPU would wait for them.
+        group = q.shape[1] // kv_heads
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
     block_mask = block_masks.compress_block_mask(
         q.shape[2],
         blocks,
@@ -169,7 +174,8 @@ def fine_attention(
         backend == "compiled"
         and flex.is_triton(q.device)
         and q.shape[0] * q_len > 0
-        and fine_lists.serves(
+        and not fine_lists.why_not(
+            q.dtype,
             group=q_heads // heads,
             block_size=block_size,
             head_dim=q.shape[3],

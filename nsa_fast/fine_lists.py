@@ -24,8 +24,11 @@ from nsa_fast.block_lists import Chosen
 ROWS = 64
 #: The least and the most heads of a group that the kernels take.
 GROUPS = (8, 128)
-#: The most tokens of a selection block, and the most numbers of a head.
-MOST_COLUMNS, MOST_DIM = 128, 256
+#: The most tokens of a selection block.
+MOST_COLUMNS = 128
+#: The most numbers of a head. float32 has no tensor cores here: of longer heads its products do not
+#: fit in the registers.
+MOST_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
 #: Tokens of a part of a transposed list.
 PART = 4096
 
@@ -66,14 +69,25 @@ def tokens_per_tile(group: int) -> int:
     return max(1, ROWS // padded_group(group))
 
 
-def serves(*, group: int, block_size: int, head_dim: int, value_dim: int) -> bool:
-    """Whether the kernels take such sizes; FlexAttention takes the others."""
+def why_not(
+    dtype: torch.dtype, *, group: int, block_size: int, head_dim: int, value_dim: int
+) -> str:
+    """What keeps the kernels from such sizes, in words; empty if nothing does.
+
+    FlexAttention takes the others.
+    """
     least, most = GROUPS
-    return (
-        least <= group <= most
-        and block_size <= MOST_COLUMNS
-        and max(head_dim, value_dim) <= MOST_DIM
-    )
+    if not least <= group <= most:
+        return f"{group} heads that share a choice are not within {least} to {most}"
+    most_dim = MOST_DIM[dtype]
+    for what, count, limit in (
+        ("selection_block_size", block_size, MOST_COLUMNS),
+        ("head_dim", head_dim, most_dim),
+        ("value_dim", value_dim, most_dim),
+    ):
+        if count > limit:
+            return f"{what}={count} in {dtype} is more than the {limit} that fit in registers"
+    return ""
 
 
 def union(chosen: Chosen, tokens: int) -> Union:

@@ -72,6 +72,8 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
             f"q has dtype {q.dtype}; backend='compiled' runs {listed}. "
             "backend='eager' runs torch.float64 too."
         )
+    if is_triton(q.device) and (reason := why_no_tiles(q.dtype, q.shape[3], v.shape[3])):
+        raise ValueError(f"backend='compiled' does not run here: {reason}. Use backend='eager'.")
     if wants_grad(q, k, v) and not is_triton(q.device):
         raise ValueError(
             "backend='compiled' gives no gradients on a CPU, and an input has requires_grad=True. "
@@ -143,7 +145,7 @@ def _compiled(
             *_guarded_settings(q),
         )
     )
-    options = kernel_options(block_mask.BLOCK_SIZE, q.device)
+    options = kernel_options(block_mask.BLOCK_SIZE, q.device, q.dtype, q.shape[3], v.shape[3])
     # two sizes that happen to be equal are two sizes: else each coincidence is one more graph
     with shape_config.patch(use_duck_shape=False):
         if not is_triton(q.device):
@@ -237,25 +239,87 @@ def _graph(name: str, function: types.FunctionType) -> Callable[..., Any]:
     return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
-def kernel_options(block_size: tuple[int, int], device: torch.device) -> dict[str, Any] | None:
+class Tile(NamedTuple):
+    """Rows that a program holds, columns of each step along the others, warps, stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Of heads with at most so many numbers; out and dq hold queries, dk and dv hold keys."""
+
+    head_dim: int
+    value_dim: int
+    forward: Tile
+    backward: Tile
+
+
+#: Bytes of a number -> tiles that fit sm_90's 227 KiB of shared memory. `benchmarks/sm90.py`
+#: compiles each; of those compiled these were the fastest by its estimate.
+TILES = {
+    2: (
+        Tiles(64, 64, Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
+        Tiles(256, 128, Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+        Tiles(256, 256, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    ),
+    4: (
+        Tiles(64, 64, Tile(128, 32, 4, 3), Tile(16, 16, 4, 1)),
+        Tiles(256, 256, Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ),
+}
+
+
+def why_no_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
+    """What keeps Triton from such heads in FlexAttention, in words; empty if nothing does."""
+    most = TILES[dtype.itemsize][-1]
+    for name, dim, limit in (
+        ("head_dim", head_dim, most.head_dim),
+        ("value_dim", value_dim, most.value_dim),
+    ):
+        if dim > limit:
+            return f"{name}={dim} is more than the {limit} numbers that fit on an SM"
+    return ""
+
+
+def kernel_options(
+    block_size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+) -> dict[str, Any] | None:
     """What the Triton kernels are told: above all, tiles that divide the blocks of the mask."""
     if not is_triton(device):
         return None
-    # one kernel for all lengths: FlexAttention has another for fewer than 128 rows
-    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-    if block_size[0] % 128 == 0 and block_size[1] % 128 == 0:
-        return options  # any tile does
-    rows, columns = (min(64, size & -size) for size in block_size)  # largest power of two in it
-    return options | {
-        "fwd_BLOCK_M": rows,
-        "fwd_BLOCK_N": columns,
-        "bwd_BLOCK_M1": min(rows, columns),  # BLOCK_M1 must divide BLOCK_N1
-        "bwd_BLOCK_N1": columns,
-        "bwd_BLOCK_M2": rows,
-        "bwd_BLOCK_N2": min(rows, columns),  # BLOCK_N2 must divide BLOCK_M2
-        # else the kernels trust lengths that 128 divides, where a block of 80 reaches past the end
-        "IS_DIVISIBLE": False,
+    _, _, forward, backward = next(
+        tiles
+        for tiles in TILES[dtype.itemsize]
+        if head_dim <= tiles.head_dim and value_dim <= tiles.value_dim
+    )
+    rows, columns = (size & -size for size in block_size)  # the largest power of two in each
+    held, walked = min(forward.rows, rows), min(forward.columns, columns)
+    of_q, of_k = min(backward.rows, rows), min(backward.rows, columns)
+    options = {
+        # one kernel for all lengths: FlexAttention has another for fewer than 128 rows
+        "FORCE_USE_FLEX_ATTENTION": True,
+        "fwd_BLOCK_M": held,
+        "fwd_BLOCK_N": walked,
+        "fwd_num_warps": max(4, forward.warps * held // forward.rows),
+        "fwd_num_stages": forward.stages,
+        "bwd_BLOCK_M1": min(backward.columns, rows, of_k),  # BLOCK_M1 must divide BLOCK_N1
+        "bwd_BLOCK_N1": of_k,
+        "bwd_BLOCK_M2": of_q,
+        "bwd_BLOCK_N2": min(backward.columns, columns, of_q),  # BLOCK_N2 must divide BLOCK_M2
+        "bwd_num_warps": max(4, backward.warps * min(of_q, of_k) // backward.rows),
+        "bwd_num_stages": backward.stages,
     }
+    if any(size % 128 for size in block_size):
+        # else the kernels trust lengths that 128 divides, where a block of 80 reaches past the end
+        options["IS_DIVISIBLE"] = False
+    return options
 
 
 class _Differentiable(torch.autograd.Function):

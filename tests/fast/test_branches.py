@@ -245,10 +245,11 @@ def test_columns_added_for_tensor_cores_change_nothing(
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("block_size", [1, 4, 10, 16, 20, 48, 64, 128])
-def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_triton_tiles_divide_the_blocks(rows: int, block_size: int, dtype: torch.dtype) -> None:
     layout = layouts.fine_layout(rows, block_size, CUDA, "compiled")
     tile = layout.rows_per_token, layout.columns_per_block
-    options = flex.kernel_options(tile, CUDA)
+    options = flex.kernel_options(tile, CUDA, dtype, 192, 128)
     assert options is not None and tile[0] >= rows and tile[1] >= block_size
     eager = layouts.fine_layout(rows, block_size, CUDA, "eager")
     assert eager == FineLayout(rows, rows, block_size, block_size)
@@ -261,9 +262,57 @@ def test_triton_tiles_divide_the_blocks(rows: int, block_size: int) -> None:
 
 def test_tokens_on_a_gpu_are_in_blocks_that_every_triton_tile_divides() -> None:
     assert block_masks.token_block_size(CUDA) == (128, 128)
-    # any tile does; one kernel, whatever the length
-    assert flex.kernel_options((128, 128), CUDA) == {"FORCE_USE_FLEX_ATTENTION": True}
-    assert flex.kernel_options((128, 128), torch.device("cpu")) is None
+    assert flex.kernel_options((128, 128), torch.device("cpu"), torch.float32, 64, 64) is None
+    options = flex.kernel_options((128, 128), CUDA, torch.bfloat16, 192, 128)
+    assert options == {
+        "FORCE_USE_FLEX_ATTENTION": True,  # one kernel, whatever the length
+        "fwd_BLOCK_M": 128,
+        "fwd_BLOCK_N": 64,
+        "fwd_num_warps": 8,
+        "fwd_num_stages": 2,
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 64,
+        "bwd_BLOCK_M2": 64,
+        "bwd_BLOCK_N2": 32,
+        "bwd_num_warps": 4,
+        "bwd_num_stages": 2,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_heads_without_a_tile_are_refused_in_words(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is compiled or launched."""
+    monkeypatch.setattr(flex, "TRITON_DEVICES", {"cpu"})
+    q, k, v = (torch.zeros(1, 2, 8, dim, dtype=dtype) for dim in (257, 257, 16))
+    with pytest.raises(ValueError, match="head_dim=257 is more than the 256"):
+        nsa_fast.sliding_attention(q, k, v, sliding_window_size=2, backend="compiled")
+    assert flex.why_no_tiles(dtype, 256, 257).startswith("value_dim=257")
+    assert not flex.why_no_tiles(dtype, 256, 256)
+
+
+def test_the_compress_backward_has_a_head_of_keys_for_each_of_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where Triton's kernels walk them: a program then walks one head's queries, not a group's."""
+    monkeypatch.setattr(flex, "TRITON_DEVICES", {"cpu"})
+    heads = []
+
+    def attend(name: str, *given: Any, **how: Any) -> flex.Attention:
+        q, k, v, block_mask = given
+        heads.append((k.shape[1], v.shape[1]))
+        return flex.Attention(*eager.attention(q, k, v, block_mask, how["scale"]))
+
+    monkeypatch.setattr(flex, "attend", attend)
+    q, k, v = (torch.randn(1, h, n, 4) for h, n in ((4, 8), (2, 3), (2, 3)))
+    sizes = {"kv_len": 8, "compress_block_size": 4, "compress_block_sliding_stride": 2}
+    for wanted in (False, True):
+        q, k, v = (x.detach().requires_grad_(wanted) for x in (q, k, v))
+        out = nsa_fast.compress_attention(q, k, v, backend="compiled", **sizes).out
+    assert heads == [(2, 2), (4, 4)]
+    found = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape[1] for x in found] == [4, 2, 2]
 
 
 # --- what does not run says so --------------------------------------------------------------------
