@@ -43,7 +43,7 @@ from matplotlib import pyplot
 from torch import Tensor, nn
 
 from nsa_fast import NativeSparseAttention
-from nsa_fast.rotary import rotate
+from nsa_fast.rotary import rotate, turns
 from nsa_ref import (
     LUCIDRAINS_FLEX,
     Sizes,
@@ -130,9 +130,9 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x)).unflatten(-1, (sum(self.heads), -1)).transpose(1, 2)
         q, k, v = qkv.split(self.heads, dim=1)
-        position = torch.arange(x.shape[1])
+        turn = turns(torch.arange(x.shape[1]), q.shape[3], x.dtype)
         out = F.scaled_dot_product_attention(
-            rotate(q, position), rotate(k, position), v, is_causal=True, enable_gqa=True
+            rotate(q, turn), rotate(k, turn), v, is_causal=True, enable_gqa=True
         )
         return self.to_out(out.transpose(1, 2).flatten(2))
 

@@ -322,15 +322,23 @@ def _filled(num_blocks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 class Chosen(NamedTuple):
     """The selection blocks that each token sees at least one cell of.
 
-    blocks : int64 (batch, heads, tokens, slots), ascending, distinct; `num_blocks` in unused slots
-    cells : int64, the same shape: how many columns of the block the token sees
+    blocks : int64 (batch, heads, tokens, slots), ascending, distinct; `num_blocks` in unused
+        slots, which may stand between the others
+    offset, ahead : as `chosen_blocks`
     """
 
     blocks: Tensor
-    cells: Tensor
     num_blocks: int
     block_size: int
     kv_len: int
+    offset: int
+    ahead: int
+
+    def cells(self) -> Tensor:
+        """int64, as blocks: how many columns of the block the token sees."""
+        last = _last_seen(self)[:, None]
+        stop = ((self.blocks + 1) * self.block_size).clamp(max=self.kv_len).minimum(last + 1)
+        return torch.where(self.blocks < self.num_blocks, stop - self.blocks * self.block_size, 0)
 
 
 def chosen_blocks(
@@ -351,21 +359,27 @@ def chosen_blocks(
     """
     blocks = block_indices.to(torch.int64)
     num_blocks = -(-kv_len // block_size)
-    position = torch.arange(blocks.shape[2], device=blocks.device)[:, None] + offset
+    found = Chosen(blocks, num_blocks, block_size, kv_len, offset, ahead)
+    last = _last_seen(found)[:, None]
     if own_block:
-        own = position // block_size
+        own = (last - ahead) // block_size
         blocks = torch.cat([blocks, own.expand(*blocks.shape[:3], 1)], dim=-1)
-    position = torch.where(position < 0, -1, position + ahead)
-    known = (blocks >= 0) & (blocks < num_blocks)
-    # compared before it is multiplied: an index may be anything up to 2**63
-    blocks = torch.where(known, blocks, num_blocks)
-    begun = blocks * block_size <= position
+    # compared, and not multiplied: an index may be anything up to 2**63
+    begun = (blocks >= 0) & (blocks <= (last // block_size).clamp(max=num_blocks - 1))
     blocks = torch.where(begun, blocks, num_blocks).sort(dim=-1).values
-    again = F.pad(blocks[..., 1:] == blocks[..., :-1], (1, 0)) if blocks.shape[-1] else blocks > 0
-    blocks = torch.where(again, num_blocks, blocks).sort(dim=-1).values
-    stop = ((blocks + 1) * block_size).clamp(max=kv_len).minimum(position + 1)
-    cells = torch.where(blocks < num_blocks, stop - blocks * block_size, 0)
-    return Chosen(blocks, cells, num_blocks, block_size, kv_len)
+    again = blocks[..., 1:] == blocks[..., :-1]
+    blocks[..., 1:].masked_fill_(again, num_blocks)
+    return found._replace(blocks=blocks)
+
+
+def _last_seen(chosen: Chosen) -> Tensor:
+    """F1: the last position that each token sees, int64 (tokens,); -1 where it sees nothing."""
+    tokens, offset = chosen.blocks.shape[2], chosen.offset
+    start = offset + chosen.ahead
+    last = torch.arange(start, start + tokens, device=chosen.blocks.device)
+    if offset < 0:
+        last[:-offset] = -1  # before token 0
+    return last
 
 
 def word_table(chosen: Chosen) -> tuple[Tensor, tuple[int, int, int]]:
@@ -425,8 +439,9 @@ def token_lists(chosen: Chosen, columns_per_block: int) -> BlockLists:
     if tokens == 0 or slots == 0:
         return _empty_lists(chosen, rows=max(1, tokens))
     start = chosen.blocks * chosen.block_size
-    seen = (chosen.blocks < blocks) & (chosen.cells > 0)
-    full = seen & (chosen.cells == (start + chosen.block_size).clamp(max=chosen.kv_len) - start)
+    cells = chosen.cells()
+    seen = (chosen.blocks < blocks) & (cells > 0)
+    full = seen & (cells == (start + chosen.block_size).clamp(max=chosen.kv_len) - start)
     # the last block may be short: it is whole as soon as its real columns are
     full &= columns_per_block == chosen.block_size and chosen.kv_len >= LEAST_LENGTH
     return BlockLists(
@@ -445,8 +460,9 @@ def tiled_lists(chosen: Chosen, *, q_len: int, q_block_size: int, kv_block_size:
     rows, columns = count_blocks(q_len, q_block_size), count_blocks(chosen.kv_len, kv_block_size)
     counts = chosen.blocks.new_zeros((batch, heads, rows * columns))
     row = (torch.arange(tokens, device=counts.device) // q_block_size * columns)[:, None]
-    start = torch.where(chosen.cells > 0, chosen.blocks * chosen.block_size, 0)
-    stop = start + chosen.cells
+    visible = chosen.cells()
+    start = torch.where(visible > 0, chosen.blocks * chosen.block_size, 0)
+    stop = start + visible
     for step in range(min(columns, -(-chosen.block_size // kv_block_size) + 1)):
         column = start // kv_block_size + step
         cells = stop.minimum((column + 1) * kv_block_size) - start.maximum(column * kv_block_size)

@@ -11,6 +11,10 @@ lists, which only a backward walks.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -24,6 +28,41 @@ from nsa_ref.semantics import Semantics
 
 #: How far ahead of its position p a query sees where nothing is causal: past any end.
 PAST_THE_END = 2**30
+
+#: Masks of sizes alone that are kept: those of two branches, for a few lengths.
+KEPT = 16
+
+
+def of_sizes(build: Callable[..., BlockMask], *sizes: Any, **named: Any) -> BlockMask:
+    """The mask that a builder makes of sizes alone; where kernels are Triton's, made once.
+
+    So a step with the sizes of the one before launches nothing for it. Masks are kept apart by
+    what reads them: a stream of the GPU, because another one may still be writing them, and
+    inference mode, whose tensors no backward can save. A CUDA graph that is being captured makes
+    its own, in its own memory.
+    """
+    device = named["device"]
+    if not is_triton(device):
+        return build(*sizes, **named)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return build(*sizes, **named)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    inference = torch.is_inference_mode_enabled()
+    return made_once(build, sizes, tuple(named.items()), stream, inference)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def made_once(
+    build: Callable[..., BlockMask],
+    sizes: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+    stream: int,
+    inference: bool,
+) -> BlockMask:
+    """What `of_sizes` keeps."""
+    return build(*sizes, **dict(named))
 
 
 def token_block_size(device: torch.device) -> tuple[int, int]:

@@ -64,7 +64,8 @@ def sliding_attention(
     check_qkv(q, k, v)
     backend = flex.resolve_backend(backend, q, k, v)
     scale = default_scale(scale, q)
-    block_mask = block_masks.sliding_block_mask(
+    block_mask = block_masks.of_sizes(
+        block_masks.sliding_block_mask,
         q.shape[2],
         k.shape[2],
         window,
@@ -109,21 +110,27 @@ def compress_attention(
     check_tensor("k_cmp", k_cmp, (batch, kv_heads, blocks, q.shape[3]))
     if (mem_k is None) != (mem_v is None):
         raise TypeError("mem_k and mem_v must be given together, or neither.")
-    k, v, memory = k_cmp, v_cmp, 0
+    of_memory: list[Tensor] = []
+    memory = 0
     if mem_k is not None and mem_v is not None:
         check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", q.shape[3]))
         memory = mem_k.shape[2]
         check_tensor("mem_v", mem_v, (batch, kv_heads, memory, v_cmp.shape[3]))
         check_alike(q=q, mem_k=mem_k, mem_v=mem_v)
-        k, v = torch.cat([mem_k, k_cmp], dim=2), torch.cat([mem_v, v_cmp], dim=2)
-    backend = flex.resolve_backend(backend, q, k, v)
+        if memory or flex.wants_grad(mem_k, mem_v):  # which then gets a gradient, without elements
+            of_memory = [mem_k, mem_v]
+    tensors = [q, k_cmp, v_cmp, *of_memory]
+    backend = flex.resolve_backend(backend, *tensors)
     scale = default_scale(scale, q)
-    if flex.is_triton(q.device) and flex.walks_q_lists(backend, q, k, v):
+    group = 1
+    if flex.is_triton(q.device) and flex.walks_q_lists(backend, *tensors):
         # A program of the backward walks all queries of its keys' head. The first keys are seen by
         # all, and with one head for G of queries the rest of the GPU would wait for them.
         group = q.shape[1] // kv_heads
-        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
-    block_mask = block_masks.compress_block_mask(
+    k = _joined([*of_memory[:1], k_cmp], group)
+    v = _joined([*of_memory[1:], v_cmp], group)
+    block_mask = block_masks.of_sizes(
+        block_masks.compress_block_mask,
         q.shape[2],
         blocks,
         memory,
@@ -199,6 +206,14 @@ def fine_attention(
     if lse is not None:
         lse = layout.head_major(lse[..., None])[..., 0]
     return Attention(layout.head_major(out), lse)
+
+
+def _joined(parts: list[Tensor], times: int) -> Tensor:
+    """One behind the other along the tokens, in one copy; each head so many times."""
+    if times > 1:
+        parts = [part[:, :, None].expand(-1, -1, times, -1, -1) for part in parts]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    return joined.flatten(1, 2) if times > 1 else joined
 
 
 def default_scale(scale: float | None, q: Tensor) -> float:

@@ -29,6 +29,8 @@ MOST_COLUMNS = 128
 #: The most numbers of a head. float32 has no tensor cores here: of longer heads its products do not
 #: fit in the registers.
 MOST_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
+#: Behind every entry.
+NONE = 2**31 - 1
 #: Tokens of a part of a transposed list.
 PART = 4096
 
@@ -105,23 +107,24 @@ def union(chosen: Chosen, tokens: int) -> Union:
         )
     q_len, slots = chosen.blocks.shape[2:]
     tiles = -(-q_len // tokens)
-    # tokens that the last tile is short of, and a slot where there is none
-    missing = (0, max(0, 1 - slots), 0, tiles * tokens - q_len)
-    blocks = F.pad(chosen.blocks.to(torch.int32), missing, value=chosen.num_blocks)
+    blocks = chosen.blocks.to(torch.int32)
+    missing = tiles * tokens - q_len
+    if missing or not slots:  # tokens that the last tile is short of, a slot where there is none
+        blocks = F.pad(blocks, (0, max(0, 1 - slots), 0, missing), value=chosen.num_blocks)
     blocks = blocks.unflatten(2, (tiles, tokens))
     token = torch.arange(tokens, dtype=torch.int32, device=blocks.device)[:, None]
     # one sort by block and token; no token names a block twice
-    keys = (blocks * tokens + token).flatten(-2).sort(dim=-1).values
+    keys = torch.add(token, blocks, alpha=tokens).flatten(-2).sort(dim=-1).values
     blocks, bits = keys // tokens, 1 << keys % tokens
-    entries = bits
+    entries = torch.add(bits, blocks, alpha=1 << tokens)
+    again = blocks[..., 1:] == blocks[..., :-1]
     for step in range(1, min(tokens, keys.shape[-1])):
-        same = blocks[..., step:] == blocks[..., :-step]
-        entries = entries + F.pad(torch.where(same, bits[..., step:], 0), (0, step))
-    entries = entries | blocks << tokens
-    first = F.pad(blocks[..., 1:] != blocks[..., :-1], (1, 0), value=True)
-    first &= blocks < chosen.num_blocks
-    entries = torch.where(first, entries, 2**31 - 1).sort(dim=-1).values
-    return Union(entries.contiguous(), first.sum(dim=-1, dtype=torch.int32).contiguous())
+        same = again if step == 1 else blocks[..., step:] == blocks[..., :-step]
+        entries[..., :-step].addcmul_(bits[..., step:], same)
+    entries[..., 1:].masked_fill_(again, NONE)  # the first entry of a block has the bits of all
+    entries.masked_fill_(blocks == chosen.num_blocks, NONE)
+    entries = entries.sort(dim=-1).values
+    return Union(entries, (entries != NONE).sum(dim=-1, dtype=torch.int32))
 
 
 def parts(blocks: Tensor, num_blocks: int) -> Parts:

@@ -54,7 +54,7 @@ class Attention(NamedTuple):
     lse: Tensor | None
 
 
-def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str:
+def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor, *memory: Tensor) -> str:
     """The backend to use, or an error that says what runs."""
     if backend is None:
         backend = "compiled" if is_triton(q.device) else "eager"
@@ -74,7 +74,7 @@ def resolve_backend(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str
         )
     if is_triton(q.device) and (reason := why_no_tiles(q.dtype, q.shape[3], v.shape[3])):
         raise ValueError(f"backend='compiled' does not run here: {reason}. Use backend='eager'.")
-    if wants_grad(q, k, v) and not is_triton(q.device):
+    if wants_grad(q, k, v, *memory) and not is_triton(q.device):
         raise ValueError(
             "backend='compiled' gives no gradients on a CPU, and an input has requires_grad=True. "
             "Use backend='eager', or call it under torch.no_grad()."
@@ -143,6 +143,7 @@ def _compiled(
             *block_mask.BLOCK_SIZE,
             scale,
             *_guarded_settings(q),
+            *(["token major"] if is_token_major(q) else []),
         )
     )
     options = kernel_options(block_mask.BLOCK_SIZE, q.device, q.dtype, q.shape[3], v.shape[3])
@@ -405,7 +406,11 @@ def _fitted(
     q, k, v = (padded(t, 2, LEAST_LENGTH) for t in (q, k, v))
     if is_triton(q.device):
         q, k, v = (padded(t, 3, LEAST_TRITON_DIM) for t in (q, k, v))
-    q, k, v = (_contiguous_copy(t) for t in (q, k, v))
+    if is_token_major(q):
+        q = _no_view(q.transpose(1, 2)).transpose(1, 2)
+    else:
+        q = _no_view(q.contiguous())
+    k, v = _no_view(k.contiguous()), _no_view(v.contiguous())
     # the C++ kernels want as many slots as there are blocks
     blocks = 0 if is_triton(q.device) else count_blocks(k.shape[2], mask.BLOCK_SIZE[1])
     lists: dict[str, Tensor | None] = {}
@@ -422,13 +427,21 @@ def _fitted(
     return _replaced(mask, seq_lengths=(q.shape[2], k.shape[2]), **lists), q, k, v
 
 
-def _contiguous_copy(tensor: Tensor) -> Tensor:
-    """Contiguous, and no view of another tensor.
+def is_token_major(q: Tensor) -> bool:
+    """Whether the heads of a token stand side by side, as a projection leaves them.
+
+    Triton's kernels read q, the largest of the inputs, in this layout as well.
+    """
+    return is_triton(q.device) and not q.is_contiguous() and q.transpose(1, 2).is_contiguous()
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same, which nobody knows to be a view of another tensor.
 
     Graphs are guarded on strides, and a view's on those of its base: every layout of the caller's
     would be a graph of its own. A copy costs less than that.
     """
-    return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape)
 
 
 def _replaced(mask: BlockMask, **changes: Any) -> BlockMask:

@@ -38,7 +38,7 @@ from nsa_fast.checks import (
 from nsa_fast.flex import BACKENDS, is_triton
 from nsa_fast.layouts import split_heads, tokens_first
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
-from nsa_fast.rotary import rotate, wide_dtype
+from nsa_fast.rotary import rotate, turns, wide_dtype
 from nsa_fast.selection import select_blocks
 from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
@@ -353,8 +353,7 @@ def _parallel(
 ) -> Tensor:
     """All rows of every span of tokens, each span by itself; spans of like lengths in one batch."""
     h = _normed(x, weights, layer)
-    position = torch.cat([torch.arange(stop - start, device=x.device) for start, stop in spans])
-    tokens = _project(h, weights, layer, position)
+    tokens = _project(h, weights, layer, [(0, stop - start) for start, stop in spans])
     if len(spans) == 1:
         outs = _attend(_with_compressed(tokens, weights, layer), weights, layer, block_indices)
         return _combined(h, outs, weights, layer)
@@ -426,8 +425,7 @@ def _appended(
     """The rows of new tokens, which the cache holds afterwards."""
     before, after = cache.length, cache.length + x.shape[1]
     h = _normed(x, weights, layer)
-    position = torch.arange(before, after, device=x.device)
-    tokens = _project(h, weights, layer, position)
+    tokens = _project(h, weights, layer, [(before, after)])
     key = _cached_with(layer)
     cache.check(key, tokens["q"].dtype, x.device)
     for name in tokens.keys() - {"q", "q_cmp"}:
@@ -454,18 +452,30 @@ def _normed(x: Tensor, weights: Weights, layer: Layer) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weights["norm.weight"], eps)
 
 
-def _project(h: Tensor, weights: Weights, layer: Layer, position: Tensor) -> dict[str, Tensor]:
+def _project(
+    h: Tensor, weights: Weights, layer: Layer, positions: list[tuple[int, int]]
+) -> dict[str, Tensor]:
     """Every q, k, v that a branch reads, (batch, heads, tokens, dim); k and v by `Layer.name`.
 
     Fine and sliding read "q", compress and the selection "q_cmp".
+
+    positions : of the tokens, from and to, sequence by sequence
     """
     rotary = layer.semantics.rotary
+    by: Tensor | None = None
+
+    def rotated(x: Tensor) -> Tensor:
+        nonlocal by
+        if by is None:
+            position = torch.cat([torch.arange(*each, device=h.device) for each in positions])
+            by = turns(position, layer.head_dim, x.dtype)
+        return rotate(x, by)
 
     def projected(name: str, heads: int, dim: int) -> Tensor:
         return split_heads(weights.linear(name, h, heads * dim), heads)
 
     plain_q = projected("to_q", layer.q_heads, layer.head_dim)
-    q = plain_q if rotary == "none" else rotate(plain_q, position)
+    q = plain_q if rotary == "none" else rotated(plain_q)
     tokens = {"q": q, "q_cmp": q if rotary in ("all", "before_pooling") else plain_q}
     for kind, dim in (("k", layer.head_dim), ("v", layer.value_dim)):
         for branch in BRANCHES:
@@ -477,7 +487,7 @@ def _project(h: Tensor, weights: Weights, layer: Layer, position: Tensor) -> dic
             else:
                 found = projected(f"to_{name.removesuffix('_rotated')}", layer.kv_heads, dim)
             if kind == "k" and layer.rotates_keys(branch):
-                found = rotate(found, position)
+                found = rotated(found)
             tokens[name] = found
     return tokens
 
@@ -502,7 +512,8 @@ def _pool(kind: str, tokens: Tensor, weights: Weights, layer: Layer, *, skip: in
     if kind == "v" or layer.semantics.rotary != "all":
         return pooled
     block = torch.arange(skip, skip + pooled.shape[2], device=pooled.device)
-    return rotate(pooled, block * layer.compress_block_sliding_stride)
+    position = block * layer.compress_block_sliding_stride
+    return rotate(pooled, turns(position, layer.head_dim, pooled.dtype))
 
 
 # --- branches -------------------------------------------------------------------------------------

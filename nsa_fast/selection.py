@@ -165,14 +165,14 @@ def select_blocks(
 
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)
-    chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
-    if chosen.numel() == 0 or sizes.num_blocks == 0:
-        return chosen
+    if math.prod(shape) == 0 or sizes.num_blocks == 0:
+        return torch.full(shape, -1, dtype=torch.int64, device=q.device)
     if is_triton(q.device) and not why_not_in_triton(q, q_heads // heads, sizes):
         from nsa_fast import selection_kernels
 
         with on_device(q.device):
             return selection_kernels.choose(q, k_cmp, mem_k, lse, sizes, factor)
+    chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
     memory = mem_k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     product_dtype = q.dtype if q.device.type in SUMS_IN_FLOAT32 else dtype

@@ -487,4 +487,5 @@ def choose(
             **forced, forced_score=semantics.forced_score * group, floor=floor,
             **of_choice, **seen, **CHOICE_OPTIONS,
         )  # fmt: skip
-    return F.pad(chosen, (0, sizes.num_selected - n), value=-1)
+    missing = sizes.num_selected - n
+    return F.pad(chosen, (0, missing), value=-1) if missing else chosen

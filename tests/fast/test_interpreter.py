@@ -371,6 +371,54 @@ def test_a_backward_runs_again_and_is_freed_when_it_does_not() -> None:
     assert found == dict.fromkeys(found, True) and len(found) == 4
 
 
+def _with_q_as_a_projection_leaves_it() -> dict[str, Any]:
+    """In the process: heads side by side, beside the same numbers head by head."""
+    from torch._dynamo.utils import counters
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[str] = []
+    launch = GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    def results(q: Any, k: Any, v: Any) -> list[Any]:
+        with mock.patch.object(GridExecutor, "__call__", counted):
+            launched.clear()
+            out, lse = nsa_fast.sliding_attention(q, k, v, sliding_window_size=8)
+            forward = len(launched)
+            gradients = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+        launches.append({"forward": forward, "backward": len(launched) - forward})
+        return [out, lse, *gradients]
+
+    launches: list[dict[str, int]] = []
+    equal, graphs = [], []
+    for tokens in (40, 45):
+        k, v = (torch.randn(1, 2, tokens, dim, requires_grad=True) for dim in (64, 32))
+        by_token = torch.randn(1, tokens, 2, 64, requires_grad=True)
+        right = results(by_token.transpose(1, 2).contiguous(), k, v)
+        before = counters["stats"]["unique_graphs"]
+        found = results(by_token.transpose(1, 2), k, v)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        equal.append(all(map(torch.equal, found, right)))
+    stands = found[0].transpose(1, 2).is_contiguous()
+    return {"launches": launches, "equal": equal, "graphs": graphs, "out stands as q": stands}
+
+
+@runs
+def test_q_is_read_as_a_projection_leaves_it() -> None:
+    """It is not copied; the layout is one graph, whatever the length. So `census` counts."""
+    from benchmarks.census import FLEX_LAUNCHES
+
+    INTERPRETED._run("run", "sliding_mask", CASE, ())  # there is a process
+    assert INTERPRETED._process is not None
+    found = INTERPRETED._process.submit(_with_q_as_a_projection_leaves_it).result()
+    assert found["launches"] == [FLEX_LAUNCHES] * 4
+    assert found["equal"] == [True, True] and found["out stands as q"]
+    assert found["graphs"] in ([1, 0], [0, 0])  # another test may have compiled it
+
+
 def test_graphs_are_named_by_what_they_are_guarded_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """dynamo's limit of recompilations is one for each name."""
     monkeypatch.setattr(flex, "TRITON_DEVICES", {"cpu"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -370,7 +371,7 @@ def test_upstream_fine_mask_counts_cells_by_block_not_by_token() -> None:
 def chosen_of(batch: int, heads: int, tokens: int, num_blocks: int) -> block_lists.Chosen:
     """Sizes alone, without memory behind them."""
     none = torch.zeros((batch, heads, tokens, 0), dtype=torch.int64, device="meta")
-    return block_lists.Chosen(none, none, num_blocks, 64, 64 * num_blocks)
+    return block_lists.Chosen(none, num_blocks, 64, 64 * num_blocks, offset=0, ahead=0)
 
 
 @pytest.mark.parametrize("tokens", [2**10, 2**16, 3 * 2**16, 2**18])
@@ -417,6 +418,32 @@ def test_the_host_does_not_wait_for_lists() -> None:
     chosen, _ = block_masks.chosen_blocks(1000, indices, 64, PAPER)
     fine_lists.union(chosen, fine_lists.tokens_per_tile(16))
     fine_lists.parts(chosen.blocks, chosen.num_blocks)
+
+
+def test_masks_of_sizes_are_made_once_for_each_that_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stream of a GPU, inference mode; a CUDA graph that is captured makes its own each time."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    stream = mock.Mock(cuda_stream=1)
+    capturing = mock.Mock(return_value=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
+    builder = mock.Mock(side_effect=lambda *sizes, **named: object())
+
+    def made(*sizes: int, device: torch.device = gpu, q_lists: bool = True) -> int:
+        before = builder.call_count
+        block_masks.of_sizes(builder, *sizes, device=device, q_lists=q_lists)
+        return builder.call_count - before
+
+    assert [made(8, 8), made(8, 8), made(8, 9), made(8, 8, q_lists=False)] == [1, 0, 1, 1]
+    stream.cuda_stream = 2
+    assert [made(8, 8), made(8, 8)] == [1, 0]
+    with torch.inference_mode():
+        assert [made(8, 8), made(8, 8)] == [1, 0]
+    capturing.return_value = True
+    assert [made(8, 8), made(8, 8)] == [1, 1]
+    assert [made(8, 8, device=cpu), made(8, 8, device=cpu)] == [1, 1]
 
 
 def papers_choice(tokens: int, block_size: int, n: int) -> torch.Tensor:

@@ -41,6 +41,9 @@ def in_place(mistakes: tuple[Mistake, ...]) -> Iterator[None]:
         for place, name, wrong in mistakes:
             instead = _with_original(wrong, getattr(place, name))
             patches.enter_context(mock.patch.object(place, name, instead))
+        # masks that were kept are right, and those that are kept now will be wrong
+        block_masks.made_once.cache_clear()
+        patches.callback(block_masks.made_once.cache_clear)
         yield
 
 
