@@ -652,9 +652,10 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         return False
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
+    colors = {what: f"C{number}" for number, what in enumerate(curves(report, "forward, ms"))}
     for axes, way in zip(figure.subplots(1, 2), ("forward, ms", "backward, ms")):
         for what, of in curves(report, way).items():
-            axes.plot(list(of), list(of.values()), marker="o", label=what)
+            axes.plot(list(of), list(of.values()), marker="o", label=what, color=colors.get(what))
         if way.startswith("forward") and (lowest := floor(report)):
             axes.plot(list(lowest), list(lowest.values()), "k--", label="floor of the branches")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=way)
