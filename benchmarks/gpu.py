@@ -27,6 +27,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import signal
 import statistics
@@ -67,8 +68,8 @@ from nsa_ref.testing.wording import one_line
 
 #: Seconds after which a step is ended: it compiles, or it hangs.
 LONGEST_STEP = 150.0
-#: Seconds over which the calls of one figure go on, once there are some.
-TIMED = 1.0
+#: Seconds over which the calls of one figure go on, and how many are queued at a time.
+TIMED, QUEUED = 1.0, 3
 #: Less than so many seconds are not begun with.
 LEAST = 2.0
 
@@ -444,33 +445,39 @@ class Bench:
 
         prepared : a run returns what is timed
         """
+        turns = itertools.cycle(runs)
+
+        def called() -> Callable[[], float]:
+            run = next(turns)
+            return self.clocked(run() if prepared else run)
+
+        for _ in range(2):  # what is compiled or allocated once
+            called()()
         found: list[float] = []
-        started = time.monotonic()
-        for number in range(1000):
-            run = runs[number % len(runs)]
-            run = run() if prepared else run
-            self.wait()
-            took = self.clocked(run)
-            if number < 2:  # what is compiled or allocated once
-                started = time.monotonic()
-                continue
-            found.append(took)
-            enough = TIMED if len(found) >= 5 else 5 * TIMED
-            if time.monotonic() - started > (enough if self.cuda else 0.02):
-                break
+        until = time.monotonic() + (TIMED if self.cuda else 0.02)
+        while not found or time.monotonic() < until:
+            # one is queued while another runs, as in training
+            clocks = [called() for _ in range(QUEUED if self.cuda else 1)]
+            found += [read() for read in clocks]
         return statistics.median(found), len(found)
 
-    def clocked(self, run: Callable[[], Any]) -> float:
+    def clocked(self, run: Callable[[], Any]) -> Callable[[], float]:
+        """Calls it; what is returned waits for its end, and says how many seconds it took."""
         if not self.cuda:
             started = time.perf_counter()
             run()
-            return time.perf_counter() - started
+            took = time.perf_counter() - started
+            return lambda: took
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+
+        def read() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+        return read
 
     def peak(self, run: Callable[[], object]) -> int:
         if not self.cuda:
