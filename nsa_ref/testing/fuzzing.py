@@ -92,12 +92,15 @@ class Fuzzing:
         self._collector: Collector | None = None
         self._counted, self._since = 0, time.monotonic()
         self._why_lost = ""
+        # file of a finding -> that of the one in the folder of which it was made
+        self._made_of: dict[str, Path] = {}
         self._until = math.inf  # what an earlier run left is sorted however long that takes
 
     def go_on(self, seconds: float) -> bool:
         """Round after round until the time is up, or the user ends it; whether anything is broken.
 
-        What is not sorted by then is left to the next run.
+        What is not sorted by then is left to the next run, and counts as broken: nothing shows yet
+        that it is not.
 
         Raises
         ------
@@ -131,11 +134,12 @@ class Fuzzing:
                 self.folder.save(self.state)
         say(self.console, self._line())
         self._say_causes()
-        # a process that died may have been killed by somebody
-        unsorted = any(found.get("ended") != "crash" for found in self.folder.left()[0])
-        if not (self.state.cases or self.causes or unsorted):
+        findings, _ = self.folder.left()
+        for finding in findings:
+            self._say_cause("unsorted", finding)
+        if not (self.state.cases or self.causes or findings):
             raise CannotRun(f"no case of {self.spec} was judged in that time: more --time")
-        return bool(self.causes) or unsorted
+        return bool(self.causes or findings)
 
     def export(self) -> None:
         """Make what is known explicit examples for every later run of the implementation.
@@ -339,7 +343,15 @@ class Fuzzing:
             for cause in causes:
                 self.folder.keep(cause)
             self._write_ledger()
+            for j in of:
+                self._is_sorted(findings[j]["file"])
         return [finding for j, finding in enumerate(findings) if j not in of]
+
+    def _is_sorted(self, file: str) -> None:
+        """A finding is no longer left to the next run, if it is the last of what it was made of."""
+        of = self._made_of.pop(file, Path(file))
+        if of not in self._made_of.values():
+            of.unlink(missing_ok=True)
 
     def _smaller(self, kept: Sequence[Finding | Path]) -> list[Finding]:
         """What is broken once more of findings, or of the cases in files, as small as it can be.
@@ -360,10 +372,13 @@ class Fuzzing:
             collector = self._run(
                 options=options, total=len(some), tests=[suite], aside=f"again-{start}"
             )
-            for number, (_, finding) in enumerate(some):
+            for number, (path, finding) in enumerate(some):
                 records = collector.kept.get(number, ())
                 smaller = [record.finding for record in records if record.finding is not None]
+                self._made_of |= {one["file"]: path for one in smaller}
                 found += smaller or ([finding] if finding else [])
+                if records and not (smaller or finding):
+                    path.unlink(missing_ok=True)  # somebody had killed the process
         return found
 
     def _begin_cause(self, finding: Finding, drawn: Round | None) -> Cause:
@@ -381,6 +396,7 @@ class Fuzzing:
         state.causes.append(Path(finding["file"]).name)
         self._write_ledger()
         self.folder.save(state)
+        self._is_sorted(found_as)
         self._share(finding)
         self._say_cause("found", finding)
         return cause

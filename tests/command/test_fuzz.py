@@ -206,6 +206,69 @@ def test_what_is_not_sorted_when_the_time_is_up_is_left_to_the_next_run(
         assert later._until < math.inf
 
 
+@pytest.mark.parametrize("ended", [{}, {"ended": "hang"}, {"ended": "crash"}], ids=str)
+def test_a_run_does_not_end_well_with_what_it_did_not_sort(
+    ended: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: it is said, and the exit code is 1."""
+    folder, said = Folder(tmp_path / "folder"), io.StringIO()
+    options = Options(findings=folder.found, shrink=False)
+    with folder.taken():
+        fuzz = fuzzing_in(folder, said)
+        fuzz.state.cases = 1
+
+        def round_that_ends_the_time() -> None:
+            folder.begin(Round(0, 1, "faint", ("I6_fine_mask_as_exposed",)))
+            found = run_property(PROPERTIES["I6_fine_mask_as_exposed"], Faint(), options).finding
+            assert found is not None
+            Path(found["file"]).write_text(json.dumps(found | ended))
+            raise fuzzing.TimeIsUp
+
+        monkeypatch.setattr(fuzz, "_round", round_that_ends_the_time)
+        assert fuzz.go_on(600.0) is True
+    assert re.search(r"^unsorted: I6, I6_fine_mask_as_exposed: ", said.getvalue(), re.M)
+
+
+def test_what_was_sorted_before_the_time_was_up_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run has the others left, and no more."""
+    folder, said = Folder(tmp_path / "folder"), io.StringIO()
+    options = Options(findings=folder.found, shrink=False)
+    monkeypatch.setattr(fuzzing, "answers_to", lambda asked, run: {})
+    round, names = Round(0, 1, "faint", ()), ["F3_fine_mask_as_exposed", "I6_fine_mask_as_exposed"]
+    with folder.taken():
+        folder.begin(round)
+        for name in names:
+            assert run_property(PROPERTIES[name], Faint(), options).finding
+
+        def sorting(*, until: float) -> tuple[Fuzzing, list[str]]:
+            """A run, and the properties of the findings that it sampled, as far as it came."""
+            fuzz, sampled = fuzzing_in(folder, said), list[str]()
+            fuzz._write_ledger()
+
+            def sample(finding: Any, drawn: Any) -> tuple[Sample, list[str]]:
+                if len(sampled) >= until:
+                    raise fuzzing.TimeIsUp
+                sampled.append(finding["property"])
+                return Sample([read_finding(Path(finding["file"]))[0]], []), []
+
+            monkeypatch.setattr(fuzz, "_sample", sample)
+            # as where nothing could be made smaller
+            monkeypatch.setattr(fuzz, "_smaller", lambda kept: kept)
+            return fuzz, sampled
+
+        first, sampled = sorting(until=1)
+        with pytest.raises(fuzzing.TimeIsUp):
+            first._take_in(round, *folder.left())
+        left = [found["property"] for found in folder.left()[0]]
+        assert sorted([*sampled, *left]) == names
+        second, sampled = sorting(until=math.inf)
+        second._take_in(round, *folder.left())
+        assert sampled == left and folder.left() == ([], [])
+        assert [cause.times for cause in sorting(until=0)[0].causes] == [1, 1]
+
+
 def test_a_lost_connection_is_said_and_loses_no_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +384,7 @@ def test_nothing_is_lost_when_a_worker_and_the_run_are_killed(
         said, _ = process.communicate(timeout=30)
     assert process.returncode == BROKEN and "Traceback" not in said
     assert f"goes on with faint_port:Port on cpu after {first.rounds} rounds" in said
-    assert said.count("nsa-ref replay ") == 4 and state().causes == first.causes
+    assert len(re.findall("^known", said, re.M)) == 4 and state().causes == first.causes
 
     # and what was found is tried first by every later run
     assert main([*FUZZ[:-2], "--export"]) == HOLDS
