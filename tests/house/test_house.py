@@ -139,14 +139,21 @@ def test_no_import_goes_in_a_circle(package: str) -> None:
 
 
 def test_importing_the_definition_loads_numpy_and_little_else() -> None:
-    """Neither torch nor hypothesis, and under 0.3 s beside NumPy's own."""
-    done = python("-X", "importtime", "-c", "import nsa_ref", cwd=ROOT, check=True)
-    lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)", done.stderr)
-    loaded = {name.partition(".")[0] for _, _, name in lines}
-    assert {"numpy", "nsa_ref"} <= loaded
-    assert not loaded & set(HEAVY)
-    total = {name: int(cumulative) for _, cumulative, name in lines}
-    assert (total["nsa_ref"] - total["numpy"]) / 1e6 < 0.3
+    """Neither torch nor hypothesis, and under 0.3 s beside NumPy's own: in one of three tries.
+
+    The first may compile, and another process may have the machine.
+    """
+    for _ in range(3):
+        done = python("-X", "importtime", "-c", "import nsa_ref", cwd=ROOT, check=True)
+        lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)", done.stderr)
+        loaded = {name.partition(".")[0] for _, _, name in lines}
+        assert {"numpy", "nsa_ref"} <= loaded
+        assert not loaded & set(HEAVY)
+        total = {name: int(cumulative) for _, cumulative, name in lines}
+        seconds = (total["nsa_ref"] - total["numpy"]) / 1e6
+        if seconds < 0.3:
+            break
+    assert seconds < 0.3
 
 
 def test_loading_the_judge_loads_no_torch() -> None:
