@@ -11,6 +11,7 @@ the sizes of the one before, part by part:
     bytes       read and written: every tensor that a launch is handed, once
     products    operations of matrix products that are computed in float32
     syncs       what the host waits for: numbers and sizes that it reads, copies to and from it
+    kept        bytes that the forward leaves for the backward, beside weights and x
 
 Prints a table and writes it as JSON. Nothing is timed: a launch is not a time.
 """
@@ -66,6 +67,8 @@ PARTS = {
     "_gated": "gates",
 }
 WHAT = ("launches", "bytes", "products", "syncs")
+#: Weights and x: they are there anyway.
+GIVEN = "given"
 #: Projections, and what lies between the parts.
 OTHER = "projections"
 
@@ -114,6 +117,8 @@ class Census(TorchDispatchMode):
         #: direction, part and kind -> launches, bytes, products, syncs
         self.counts: dict[tuple[str, str, str], Counter[str]] = {}
         self.direction = "forward"
+        #: part -> what is kept, by where it is stored
+        self.kept: dict[str, dict[int, Tensor]] = {}
         self._part = OTHER
         self._spans: list[tuple[int, int, str]] = []  # of numbers of autograd's nodes
 
@@ -144,6 +149,21 @@ class Census(TorchDispatchMode):
 
     def sync(self, kind: str) -> None:
         self.add(kind, syncs=1)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """What autograd saves; a part has what it is the first to save."""
+        place = tensor.untyped_storage()._cdata
+        if not any(place in kept for kept in self.kept.values()):
+            self.kept.setdefault(self._part, {})[place] = tensor.detach()
+        return tensor
+
+    def bytes_kept(self) -> dict[str, int]:
+        found = {
+            part: sum(x.untyped_storage().nbytes() for x in kept.values())
+            for part, kept in self.kept.items()
+            if part != GIVEN
+        }
+        return found | {"sum": sum(found.values())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -307,7 +327,11 @@ def census_of_layer(tokens: int, **changes: Any) -> Census:
     with counted():
         layer(x)
     with counted() as census:
-        out = layer(x)
+        census.kept[GIVEN] = {
+            given.untyped_storage()._cdata: given for given in (x, *layer.parameters())
+        }
+        with torch.autograd.graph.saved_tensors_hooks(census.keep, lambda kept: kept):
+            out = layer(x)
         census.direction = "backward"
         out.backward(d_out)
     return census
@@ -350,11 +374,14 @@ def main(given: list[str] | None = None) -> None:
                     if here == [direction, part]
                 }
                 print("   ", ", ".join(f"{kind} {n}" for kind, n in kinds.items()))
+    kept = census.bytes_kept()
+    print("kept, GB: ", ", ".join(f"{part} {count / 1e9:.2f}" for part, count in kept.items()))
     report = {
         "device": "none; counted on torch's meta device",
         "versions": versions(),
         "layer": LAYER | {"dtype": str(DTYPE), "semantics": "PAPER", "tokens": arguments.tokens},
         "counted": found,
+        "kept": kept,
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="what is counted are launches of its kernel
 
 import nsa_fast.layer  # noqa: E402
 from benchmarks import census  # noqa: E402
-from nsa_fast import fine_lists, gate_kernels  # noqa: E402
+from nsa_fast import block_masks, fine_lists, gate_kernels  # noqa: E402
 from nsa_ref.semantics import PAPER  # noqa: E402
 
 TOKENS = 2**16
@@ -79,6 +79,27 @@ def test_q_is_copied_by_no_branch() -> None:
     for (direction, part, kind), amounts in counted(TOKENS).counts.items():
         if direction == "forward" and kind in ("clone", "copy", "_to_copy"):
             assert amounts["bytes"] < bytes_of_q, (part, kind)
+
+
+def test_the_forward_keeps_q_and_three_outputs_once_and_as_they_are() -> None:
+    """Nothing else that is as large, and no copy in float32."""
+    found = counted(TOKENS)
+    kept = [x for part, of in found.kept.items() if part != census.GIVEN for x in of.values()]
+    least = TOKENS * census.LAYER["q_heads"] * census.LAYER["value_dim"]
+    large = [x for x in kept if x.untyped_storage().nbytes() // x.element_size() >= least]
+    assert sorted(x.shape[-1] for x in large) == [128, 128, 128, 192]
+    assert {x.dtype for x in large} == {census.DTYPE}
+
+
+def test_a_step_that_a_cuda_graph_captures_waits_for_nothing_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It makes its masks itself, of what stands on the device."""
+    made = lambda build, *sizes, **named: build(*sizes, **named)  # noqa: E731
+    monkeypatch.setattr(block_masks, "of_sizes", made)
+    rows = census.table(census.census_of_layer(1024))
+    assert rows["forward"]["sum"]["syncs"] == rows["backward"]["sum"]["syncs"] == 0
+    assert rows["forward"]["sliding"]["launches"] > 50
 
 
 def _with(place: Any, name: str, change: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:

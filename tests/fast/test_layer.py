@@ -23,6 +23,7 @@ from nsa_ref.testing.properties import PROPERTIES
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from torch import Tensor  # noqa: E402
+from torch._dynamo.testing import CompileCounter  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -291,6 +292,33 @@ def test_checkpointing_changes_no_gradient() -> None:
     out = checkpoint(layer, x, use_reentrant=False)
     found = torch.autograd.grad(out.square().sum(), inputs)
     assert all(map(torch.equal, found, expected))
+
+
+class _Model(torch.nn.Module):
+    """Two layers, with something before, between and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = module(PAPER), module(PAPER)
+        self.width = self.first(tokens(1, 4).float()).shape[2]
+        self.between = torch.nn.Linear(self.width, self.first.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(self.between(self.first(torch.relu(x)))))
+
+
+def test_a_compiled_model_breaks_once_at_each_layer() -> None:
+    """And computes the same bits, gradients as well."""
+    model = _Model()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs)
+    x = tokens(2, 13).float().requires_grad_()
+    inputs = [x, *model.parameters()]
+    expected, found = (
+        torch.autograd.grad(run(x).square().sum(), inputs) for run in (model, compiled)
+    )
+    assert all(map(torch.equal, found, expected))
+    assert graphs.frame_count == 3
 
 
 def test_several_threads_train_at_a_time() -> None:
