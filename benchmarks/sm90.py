@@ -10,13 +10,15 @@ Nothing runs. The times at 64k tokens are ESTIMATES, of a model of an H200 with 
     optimistic   the time of the busiest unit alone: tensor cores, instructions, exponentials,
                  shared memory, the L2 cache, or memory
     expected     at least that, and one program's time, instruction after instruction, over the
-                 programs that fit on an SM
+                 programs that fit on an SM; FlexAttention's programs are of unequal lengths, and
+                 are started in their order, each where one has ended
     floor        the products that are needed, at the peak of the tensor cores
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import re
 import subprocess
@@ -31,7 +33,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nsa_fast import fine_kernels, fine_lists, gate_kernels, selection_kernels
+from benchmarks.flex_sources import Call, Written, written
+from nsa_fast import (
+    block_masks,
+    fine_kernels,
+    fine_lists,
+    flex,
+    gate_kernels,
+    selection_kernels,
+)
 from nsa_fast.selection import Sizes
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER
@@ -39,7 +49,9 @@ from nsa_ref.testing.loading import versions
 
 RESULTS = Path(__file__).parent / "results"
 #: One for each version of Triton, which decides what becomes of a kernel.
-KEPT = RESULTS / f"sm90-triton-{'.'.join(triton.__version__.split('.')[:2])}.json"
+_TRITON = ".".join(triton.__version__.split(".")[:2])
+KEPT = RESULTS / f"sm90-triton-{_TRITON}.json"
+SUPPORTED = RESULTS / f"sm90-supported-triton-{_TRITON}.json"
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -52,10 +64,25 @@ PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
 SMS, CLOCK, OPERATIONS, EXPONENTIALS, SHARED_BYTES = 132, 1.83e9, 4096, 16, 128
 #: Bytes a second from the L2 cache (published for an H100; the least certain), and from memory.
 L2, MEMORY = 5.5e12, 4.3e12
+#: Instructions of a loop that computes nothing.
+SHORT = 40
 #: Clocks of an instruction in a program by itself, and of a step for which a warp waits.
 CLOCKS, WAIT = 1.2, 20
 #: Registers, and bytes of shared memory with those that a program reserves, of an SM.
 REGISTERS, SHARED, RESERVED = 65536, 228 * 1024, 1024
+
+
+class Walk(NamedTuple):
+    """Programs of one kind of FlexAttention's: those of out, of dq, or of dk and dv.
+
+    partial, full : of every program, the iterations of its loop over partial blocks and over full
+        ones, which stand in this order in the kernel
+    l2_bytes : read in an iteration
+    """
+
+    partial: list[int]
+    full: list[int]
+    l2_bytes: int
 
 
 class Work(NamedTuple):
@@ -65,12 +92,16 @@ class Work(NamedTuple):
     l2_bytes : read in one of them
     memory_bytes : read and written in all
     operations : of the products that are needed, in all
+    walks : instead of iterations, the kinds of programs of one head, as their loops stand
+    heads : how often these are launched; the last kind is started first
     """
 
     iterations: float = 0
     l2_bytes: float = 0
     memory_bytes: float = 0
     operations: float = 0
+    walks: tuple[Walk, ...] = ()
+    heads: int = 0
 
 
 class Launch(NamedTuple):
@@ -147,7 +178,7 @@ def compiled_for_sm90(launch: Launch) -> dict[str, Any]:
         "instructions": len(instructions),
         "loops": [len(loop) for loop in loops],
         "programs": programs,
-        "estimate_ms": _estimate(launch, max(loops, key=len, default=[]), programs),
+        "estimate_ms": _estimate(launch, loops, programs),
     }
 
 
@@ -157,9 +188,27 @@ def _programs(registers: int, shared: int, warps: int) -> int:
     return min(by_registers, SHARED // (shared + RESERVED), 64 // warps, 32)
 
 
-def _estimate(launch: Launch, loop: list[Instruction], programs: int) -> dict[str, float]:
+def _estimate(launch: Launch, loops: list[list[Instruction]], programs: int) -> dict[str, float]:
     """Milliseconds by the model at the top of this file."""
-    work, warps = launch.work, launch.num_warps
+    work, seconds = launch.work, 1 / SMS / CLOCK
+    optimistic = expected = work.memory_bytes / MEMORY
+    if work.walks:
+        if programs:
+            busiest, expected = _of_walks(launch, _innermost(loops), programs)
+            optimistic = max(optimistic, busiest * seconds)
+    else:
+        unit, serial = _clocks(max(loops, key=len, default=[]), launch.num_warps, work.l2_bytes)
+        optimistic = max(optimistic, work.iterations * seconds * unit)
+        expected = work.iterations * seconds * serial / programs
+    return {
+        "optimistic": round(optimistic * 1e3, 2),
+        "expected": round(max(optimistic, expected) * 1e3, 2),
+        "floor": round(work.operations / (OPERATIONS * CLOCK * SMS) * 1e3, 2),
+    }
+
+
+def _clocks(loop: list[Instruction], warps: int, l2_bytes: float) -> tuple[float, float]:
+    """Of an iteration: those of the busiest unit, and those of a program by itself."""
     count = Counter(each.opcode for each in loop)
     moved = count["LDS"] + count["STS"] + 4 * (count["LDSM"] + count["STSM"] + count["LDGSTS"])
     products = sum(64 * 16 * 2 * each.columns for each in loop) / OPERATIONS * warps / 4
@@ -168,20 +217,32 @@ def _estimate(launch: Launch, loop: list[Instruction], programs: int) -> dict[st
         len(loop) * warps / 4,  # four schedulers
         32 * count["MUFU"] * warps / EXPONENTIALS,
         32 * 4 * moved * warps / SHARED_BYTES,
-        work.l2_bytes / (L2 / SMS / CLOCK),
+        l2_bytes / (L2 / SMS / CLOCK),
     )
     # the warps of a program beyond four run beside the others, a little better packed
     beside = 1 if warps <= 4 else 0.8 * warps / 4
     waits = count["BAR"] + count["SHFL"] + count["LDS"]
-    serial = products + CLOCKS * beside * len(loop) + WAIT * waits
-    each_clock = work.iterations / SMS / CLOCK * 1e3
-    memory = work.memory_bytes / MEMORY * 1e3
-    optimistic = max(memory, each_clock * max(units))
-    return {
-        "optimistic": round(optimistic, 2),
-        "expected": round(max(optimistic, each_clock * serial / programs), 2),
-        "floor": round(work.operations / (OPERATIONS * CLOCK * SMS) * 1e3, 2),
-    }
+    return max(units), products + CLOCKS * beside * len(loop) + WAIT * waits
+
+
+def _of_walks(launch: Launch, loops: list[list[Instruction]], programs: int) -> tuple[float, float]:
+    """Clocks of the busiest unit in all, and seconds until the last program has ended."""
+    work, busiest, lengths = launch.work, 0.0, []
+    assert len(loops) == 2 * len(work.walks), [len(loop) for loop in loops]
+    for walk, pair in zip(work.walks, zip(loops[::2], loops[1::2])):
+        (unit, serial), (full_unit, full_serial) = (
+            _clocks(loop, launch.num_warps, walk.l2_bytes) for loop in pair
+        )
+        busiest += work.heads * (sum(walk.partial) * unit + sum(walk.full) * full_unit)
+        # beside others that want the same unit
+        serial, full_serial = max(serial, programs * unit), max(full_serial, programs * full_unit)
+        lengths.append(
+            [serial * few + full_serial * many for few, many in zip(walk.partial, walk.full)]
+        )
+    free = [0.0] * (SMS * programs)
+    for length in (length for _ in range(work.heads) for kind in lengths[::-1] for length in kind):
+        heapq.heapreplace(free, free[0] + length)
+    return busiest, max(free) / CLOCK
 
 
 def _disassembled(what: str, cubin: Path) -> str:
@@ -226,6 +287,20 @@ def _loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     ]
 
 
+def _innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
+    """Those without another in them, that are more than a wait."""
+    spans = [(loop[0].address, loop[-1].address) for loop in loops]
+    return [
+        loop
+        for loop, (start, end) in zip(loops, spans)
+        if len(loop) > SHORT
+        and not any(
+            start <= first and last <= end and (start, end) != (first, last)
+            for first, last in spans
+        )
+    ]
+
+
 # --- the kernels ----------------------------------------------------------------------------------
 
 #: Where kernels are started.
@@ -257,29 +332,44 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     choice = selection_kernels.choice_constants(SIZES, SIZES.num_selected)
     seen = {"STRIDE": SIZES.windows.stride, "CAUSAL": True}
     fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
-    part = {"PART": fine_lists.PART}
     summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
     gates = gate_kernels.constants(HEADS, VALUE_DIM)
     rows = [
         (selection_kernels.row_lse, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.top_blocks, choice | seen, selection_kernels.CHOICE_OPTIONS),
-        (fine_kernels.fine_forward, fine, fine_kernels.OPTIONS),
-        (fine_kernels.fine_backward_q, fine, fine_kernels.OPTIONS),
-        (fine_kernels.fine_backward_kv, fine | part, fine_kernels.KV_OPTIONS),
+        *_fine_rows(fine),
         (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
     ]
-    found = {}
-    for kernel, constants, options in rows:
-        types = {name: _type(name, dtype) for name in kernel.arg_names if name not in constants}
-        aligned = [name for name in types if STRIDE.fullmatch(name)]
-        name = kernel.fn.__name__
-        found[name] = Launch(
-            kernel, types, constants, aligned, **options, work=_work()[name](constants)
+    return {
+        kernel.fn.__name__: _launch(
+            kernel, dtype, constants, options, _work()[kernel.fn.__name__](constants)
         )
-    return found
+        for kernel, constants, options in rows
+    }
+
+
+def _fine_rows(fine: dict[str, Any]) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    part = {"PART": fine_lists.PART}
+    return [
+        (fine_kernels.fine_forward, fine, fine_kernels.OPTIONS),
+        (fine_kernels.fine_backward_q, fine, fine_kernels.OPTIONS),
+        (fine_kernels.fine_backward_kv, fine | part, fine_kernels.KV_OPTIONS),
+    ]
+
+
+def _launch(
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    work: Work,
+) -> Launch:
+    types = {name: _type(name, dtype) for name in kernel.arg_names if name not in constants}
+    aligned = [name for name in types if STRIDE.fullmatch(name)]
+    return Launch(kernel, types, constants, aligned, **options, work=work)
 
 
 def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
@@ -321,6 +411,77 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
     }
 
 
+# --- what Inductor writes -------------------------------------------------------------------------
+
+WINDOW = 512
+#: The branches that are FlexAttention's, at the paper's shape.
+CALLS = {
+    branch: Call(branch, "bfloat16", HEAD_DIM, VALUE_DIM, HEADS, KV_HEADS, SIZES.block_size)
+    for branch in ("compress", "sliding")
+}
+
+
+def flex_launches() -> dict[str, Launch]:
+    """FlexAttention's kernels by name, as nsa_fast configures them at the paper's shape."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = written(list(CALLS.values()), Path(folder))
+    for branch, call in CALLS.items():
+        for direction, kernel in kernels[call].items():
+            work = _flex_work(branch, direction, kernel.tile)
+            found[f"{branch}_{direction}"] = of_inductor(kernel, work)
+    return found
+
+
+def of_inductor(kernel: Written, work: Work) -> Launch:
+    """A kernel that Inductor has written, as Inductor launches it."""
+    types = {name: type for name, type in kernel.signature.items() if type != "constexpr"}
+    warps, stages = kernel.num_warps, kernel.num_stages
+    return Launch(kernel.function, types, kernel.constants, kernel.aligned, warps, stages, work)
+
+
+def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
+    """What such a kernel does with 64k tokens, from the lists that it walks."""
+    block, cpu, tokens = (128, 128), torch.device("cpu"), SIZES.kv_len
+    if branch == "sliding":
+        mask = block_masks.sliding_block_mask(
+            tokens, tokens, WINDOW, PAPER, device=cpu, block_size=block
+        )
+        kv_heads, columns = KV_HEADS, float(WINDOW)
+    else:
+        mask = block_masks.compress_block_mask(
+            tokens, SIZES.num_windows, 0, SIZES.windows, offset=0, device=cpu, block_size=block
+        )
+        kv_heads, columns = HEADS, (SIZES.num_windows + 1) / 2
+    group, wide = HEADS // kv_heads, HEAD_DIM + VALUE_DIM
+
+    def walk(lists: str, held: int, step: int, *, programs: int = 1, times: int = 1) -> Walk:
+        partial, full = (
+            (getattr(mask, f"{kind}{lists}_num_blocks").flatten() * (block[0] // step * times))
+            .repeat_interleave(block[0] // held)
+            .repeat(programs)
+            .tolist()
+            for kind in ("", "full_")
+        )
+        return Walk(partial, full, 2 * step * wide)
+
+    pairs = 2 * tokens * HEADS * columns
+    if direction == "forward":
+        return Work(
+            operations=pairs * wide,
+            walks=(walk("kv", tile["BLOCK_M"], tile["BLOCK_N"]),),
+            heads=HEADS,
+        )
+    return Work(
+        operations=pairs * (3 * HEAD_DIM + 2 * VALUE_DIM),
+        walks=(
+            walk("kv", tile["BLOCK_M2"], tile["BLOCK_N2"], programs=group),
+            walk("q", tile["BLOCK_N1"], tile["BLOCK_M1"], times=group),
+        ),
+        heads=kv_heads,
+    )
+
+
 #: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
 TYPES = {
     "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts"),
@@ -341,15 +502,245 @@ def _type(name: str, dtype: torch.dtype) -> str:
     return number if TENSORS.fullmatch(name) else "i32"
 
 
+# --- what has grown -------------------------------------------------------------------------------
+
+
+def grown(found: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What has become worse of a kernel since the figures that are kept, in words.
+
+    Registers, stack, spills and the instructions of loops may grow by 5 %, shared memory not at
+    all; products stay as they are computed.
+    """
+    now, then = ({**facts, "loops": sum(facts["loops"])} for facts in (found, before))
+    allowed = {"registers": 1.05, "stack": 1.05, "spills": 1.05, "loops": 1.05, "shared": 1.0}
+    worse = [name for name, factor in allowed.items() if now[name] > factor * then[name]]
+    if now["products"] != then["products"]:
+        worse.append("products")
+    return [f"{name}: {then[name]} before, {now[name]} now" for name in worse]
+
+
+# --- the sum --------------------------------------------------------------------------------------
+
+#: Kernels of each part of a layer, forward and backward.
+PARTS = {
+    "compress": (("compress_forward",), ("compress_backward",)),
+    "selection": (("group_probabilities", "top_blocks"), ()),
+    "fine": (
+        ("fine_forward",),
+        ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+    ),
+    "sliding": (("sliding_forward",), ("sliding_backward",)),
+    "gates": (("gated_sum",), ("gated_sum_backward",)),
+}
+#: Milliseconds of each part before it had these kernels and tiles, by the same model (fine's
+#: backward with its crowded columns): forward, backward.
+BEFORE = {
+    "compress": (18.0, 95.0),
+    "selection": (475.0, 0.0),
+    "fine": (32.0, 101.0),
+    "sliding": (6.0, 24.0),
+    "gates": (10.0, 20.0),
+    "pooling": (3.0, 0.0),
+}
+#: What the layer should take at most.
+TARGETS = (60.0, 110.0)
+
+
+class Sum(NamedTuple):
+    """Of one part in one direction, in milliseconds; around : what is no kernel's above."""
+
+    part: str
+    before: float
+    optimistic: float
+    expected: float
+    floor: float
+    around: float
+
+
+def sums(kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Sum]]:
+    """Each part of the layer, and all of it, by direction."""
+    around = around_kernels()
+    found = {}
+    for which, direction in enumerate(("forward", "backward")):
+        rows = []
+        for part in BEFORE:
+            estimates = [kernels[name]["estimate_ms"] for name in PARTS.get(part, ((), ()))[which]]
+            optimistic, expected, floor = (
+                sum(each[what] for each in estimates)
+                for what in ("optimistic", "expected", "floor")
+            )
+            other = around.get((direction, part), 0.0)
+            rows.append(
+                Sum(
+                    part,
+                    BEFORE[part][which],
+                    optimistic + other,
+                    expected + other,
+                    floor,
+                    other,
+                )
+            )
+        _, *columns = zip(*rows)
+        found[direction] = [*rows, Sum("sum", *(sum(column) for column in columns))]
+    return found
+
+
+def around_kernels() -> dict[tuple[str, str], float]:
+    """Milliseconds of what runs beside the kernels, by direction and part: arithmetic.
+
+    Bytes that `benchmarks.census` counts, at the speed of memory: lists, copies, pooling. Rotary
+    and projections are none of PAPER's attention. Before its backward FlexAttention multiplies out
+    and its gradient, which reads both.
+    """
+    from benchmarks.census import census_of_layer
+
+    found: Counter[tuple[str, str]] = Counter()
+    for (direction, part, kind), amounts in census_of_layer(SIZES.kv_len).counts.items():
+        if part in BEFORE and kind != "FlexAttention" and not _is_ours(kind):
+            found[direction, part] += amounts["bytes"]
+    for branch in CALLS:
+        found["backward", branch] += 4 * SIZES.kv_len * HEADS * VALUE_DIM
+    return {place: moved / MEMORY * 1e3 for place, moved in found.items()}
+
+
+def _is_ours(kind: str) -> bool:
+    return any(kind in names for pair in PARTS.values() for names in pair)
+
+
+def print_sums(found: Mapping[str, list[Sum]]) -> None:
+    for (direction, rows), target in zip(found.items(), TARGETS):
+        print(f"\n{direction}, ESTIMATES in ms; target {target:.0f}")
+        print(f"{'':12}{'before':>8}{'optimistic':>12}{'expected':>10}{'floor':>8}  of it around")
+        for row in rows:
+            print(
+                f"{row.part:12}{row.before:8.0f}{row.optimistic:12.1f}{row.expected:10.1f}"
+                f"{row.floor:8.1f}{row.around:12.2f}"
+            )
+
+
+# --- what runs at all -----------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """group : query heads of a kv head; block_size : tokens of a selection block"""
+
+    dtype: str
+    head_dim: int
+    value_dim: int
+    group: int = 16
+    block_size: int = 64
+
+
+SHAPES = [
+    *(
+        Shape("bfloat16", *dims)
+        for dims in ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+    ),
+    *(Shape("bfloat16", 192, 128, group) for group in (1, 4, 64)),
+    *(Shape("bfloat16", 192, 128, 16, size) for size in (16, 32, 128)),
+    *(Shape("float16", *dims) for dims in ((64, 64), (192, 128), (256, 256))),
+    *(Shape("float32", *dims) for dims in ((64, 64), (128, 128), (192, 128), (256, 256))),
+    Shape("bfloat16", 512, 512),
+]
+#: Bytes of shared memory that a program may have on sm_90.
+MOST_SHARED = 227 * 1024
+
+
+def supported(shapes: list[Shape]) -> list[dict[str, Any]]:
+    """Of each shape, who serves it, or why nobody does, and what its kernels are compiled to."""
+    calls: dict[Shape, dict[str, Call]] = {}
+    for shape in shapes:
+        if flex.why_no_tiles(getattr(torch, shape.dtype), shape.head_dim, shape.value_dim):
+            continue
+        dims = (shape.dtype, shape.head_dim, shape.value_dim)
+        # the compress branch's kernels differ from these in what they mask
+        calls[shape] = {"sliding": Call("sliding", *dims, 16, 1, 64)}
+        if _why_not_ours(shape):
+            calls[shape]["fine"] = Call("fine", *dims, shape.group, 1, shape.block_size)
+    with tempfile.TemporaryDirectory() as folder:
+        every = {call for of_shape in calls.values() for call in of_shape.values()}
+        kernels = written(sorted(every), Path(folder))
+    compiled = {
+        call: {name: _compiled_row(of_inductor(kernel, Work())) for name, kernel in of_call.items()}
+        for call, of_call in kernels.items()
+    }
+    rows = []
+    for shape in shapes:
+        row: dict[str, Any] = shape._asdict()
+        if shape not in calls:
+            dtype = getattr(torch, shape.dtype)
+            row["refused"] = flex.why_no_tiles(dtype, shape.head_dim, shape.value_dim)
+        else:
+            row["fine"] = "FlexAttention" if "fine" in calls[shape] else "fine_kernels"
+            row["kernels"] = {
+                f"{branch}_{name}": facts
+                for branch, call in calls[shape].items()
+                for name, facts in compiled[call].items()
+            }
+            if "fine" not in calls[shape]:
+                row["kernels"] |= {
+                    name: _compiled_row(launch) for name, launch in _fine_launches(shape).items()
+                }
+        rows.append(row)
+    return rows
+
+
+def _why_not_ours(shape: Shape) -> str:
+    dtype, head_dim, value_dim, group, block_size = shape
+    return fine_lists.why_not(
+        getattr(torch, dtype),
+        group=group,
+        block_size=block_size,
+        head_dim=head_dim,
+        value_dim=value_dim,
+    )
+
+
+def _fine_launches(shape: Shape) -> dict[str, Launch]:
+    fine = fine_kernels.constants(shape.head_dim, shape.value_dim, shape.block_size, shape.group)
+    return {
+        kernel.fn.__name__: _launch(kernel, getattr(torch, shape.dtype), constants, options, Work())
+        for kernel, constants, options in _fine_rows(fine)
+    }
+
+
+def _compiled_row(launch: Launch) -> dict[str, Any]:
+    facts = compiled_for_sm90(launch)
+    assert facts["shared"] <= MOST_SHARED, facts
+    return {name: facts[name] for name in ("registers", "stack", "spills", "shared", "products")}
+
+
+def print_supported(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        shape = " ".join(f"{row[name]!s:>8}" for name in Shape._fields)
+        if "refused" in row:
+            print(shape, "refused:", row["refused"])
+            continue
+        print(shape, "fine by", row["fine"])
+        for name, facts in row["kernels"].items():
+            print(" " * 8, name, ", ".join(f"{what} {value}" for what, value in facts.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=KEPT)
-    output = parser.parse_args().output
-    kernels = {name: compiled_for_sm90(launch) for name, launch in launches().items()}
+    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--supported", action="store_true", help="which dtypes and sizes run, each compiled"
+    )
+    given = parser.parse_args()
+    if given.supported:
+        rows = supported(SHAPES)
+        print_supported(rows)
+        report = {"device": "none; for sm_90", "versions": versions(), "shapes": rows}
+        (given.output or SUPPORTED).write_text(json.dumps(report, indent=1) + "\n")
+        return
+    every = launches() | flex_launches()
+    kernels = {name: compiled_for_sm90(launch) for name, launch in every.items()}
     for name, facts in kernels.items():
         print(name, ", ".join(f"{what} {value}" for what, value in facts.items()))
     report = {"device": "none; for sm_90", "versions": versions(), "kernels": kernels}
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    (given.output or KEPT).write_text(json.dumps(report, indent=1) + "\n")
+    print_sums(sums(kernels))
 
 
 if __name__ == "__main__":

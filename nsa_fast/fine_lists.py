@@ -24,11 +24,9 @@ from nsa_fast.block_lists import Chosen
 ROWS = 64
 #: The least and the most heads of a group that the kernels take.
 GROUPS = (8, 128)
-#: The most tokens of a selection block.
-MOST_COLUMNS = 128
-#: The most numbers of a head. float32 has no tensor cores here: of longer heads its products do not
-#: fit in the registers.
-MOST_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
+#: The most tokens of a selection block, and numbers of a head. In float32 nothing is multiplied on
+#: tensor cores, and more does not fit in registers: 64 and 64 need 6 KB of stack a thread.
+MOST = {torch.bfloat16: (128, 256), torch.float16: (128, 256), torch.float32: (32, 64)}
 #: Behind every entry.
 NONE = 2**31 - 1
 #: Tokens of a part of a transposed list.
@@ -81,9 +79,9 @@ def why_not(
     least, most = GROUPS
     if not least <= group <= most:
         return f"{group} heads that share a choice are not within {least} to {most}"
-    most_dim = MOST_DIM[dtype]
+    most_columns, most_dim = MOST[dtype]
     for what, count, limit in (
-        ("selection_block_size", block_size, MOST_COLUMNS),
+        ("selection_block_size", block_size, most_columns),
         ("head_dim", head_dim, most_dim),
         ("value_dim", value_dim, most_dim),
     ):
