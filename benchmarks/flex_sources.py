@@ -61,7 +61,15 @@ def written(calls: list[Call], folder: Path) -> dict[Call, dict[str, Written]]:
     if reason := interpreter.missing():
         raise RuntimeError(f"Inductor's sources need Triton's interpreter, and {reason}.")
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.flex_sources", str(folder), json.dumps(calls)],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.flex_sources",
+            str(folder),
+            json.dumps(calls),
+        ],
         check=True,
         env=os.environ | interpreter.ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
     )

@@ -28,7 +28,15 @@ from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
 import nsa_fast  # noqa: E402
 from fast_layers import CASE as SMALL  # noqa: E402
 from fast_memory import Largest  # noqa: E402
-from nsa_fast import block_lists, block_masks, crowded, eager, flex, layouts  # noqa: E402
+from nsa_fast import (  # noqa: E402
+    block_lists,
+    block_masks,
+    crowded,
+    eager,
+    fine_lists,
+    flex,
+    layouts,
+)
 from nsa_fast.adapter import NsaFastCompiled, NsaFastEager  # noqa: E402
 from nsa_fast.layouts import FineLayout  # noqa: E402
 from refusals import Refusals, refusal_test  # noqa: E402
@@ -290,6 +298,25 @@ def test_heads_without_a_tile_are_refused_in_words(
         nsa_fast.sliding_attention(q, k, v, sliding_window_size=2, backend="compiled")
     assert flex.why_no_tiles(dtype, 256, 257).startswith("value_dim=257")
     assert not flex.why_no_tiles(dtype, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float32}, "selection_block_size=64 in torch.float32 is more than the 32"),
+        ({"dtype": torch.float32, "block_size": 16}, "head_dim=192 in torch.float32 is more"),
+        ({"dtype": torch.float32, "block_size": 16, "head_dim": 64, "value_dim": 64}, ""),
+        ({"dtype": torch.float16, "value_dim": 257}, "value_dim=257 in torch.float16 is more"),
+        ({"group": 7}, "7 heads that share a choice are not within 8 to 128"),
+    ],
+)
+def test_what_the_fine_kernels_do_not_take_is_flexattentions(
+    changes: dict[str, Any], reason: str
+) -> None:
+    sizes = {"group": 16, "block_size": 64, "head_dim": 192, "value_dim": 128}
+    found = fine_lists.why_not(**{"dtype": torch.bfloat16, **sizes, **changes})
+    assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 def test_the_compress_backward_has_a_head_of_keys_for_each_of_queries(
