@@ -24,7 +24,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -632,57 +632,49 @@ class Shape(NamedTuple):
 
 
 SHAPES = [
-    *(
-        Shape("bfloat16", *dims)
-        for dims in ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
-    ),
-    *(Shape("bfloat16", 192, 128, group) for group in (1, 4, 64)),
-    *(Shape("bfloat16", 192, 128, 16, size) for size in (16, 32, 128)),
-    *(Shape("float16", *dims) for dims in ((64, 64), (192, 128), (256, 256))),
-    *(Shape("float32", *dims) for dims in ((64, 64), (128, 128), (192, 128), (256, 256))),
+    Shape("bfloat16", 192, 128),
+    Shape("float16", 192, 128),
+    Shape("float32", 192, 128),
+    Shape("bfloat16", 64, 64),
+    Shape("bfloat16", 128, 128),
+    Shape("bfloat16", 256, 256),
+    Shape("bfloat16", 192, 128, group=4),
+    Shape("bfloat16", 192, 128, block_size=16),
+    Shape("float32", 64, 64, block_size=16),
     Shape("bfloat16", 512, 512),
 ]
 #: Bytes of shared memory that a program may have on sm_90.
 MOST_SHARED = 227 * 1024
 
 
-def supported(shapes: list[Shape]) -> list[dict[str, Any]]:
+def supported(shapes: list[Shape]) -> Iterator[dict[str, Any]]:
     """Of each shape, who serves it, or why nobody does, and what its kernels are compiled to."""
-    calls: dict[Shape, dict[str, Call]] = {}
-    for shape in shapes:
-        if flex.why_no_tiles(getattr(torch, shape.dtype), shape.head_dim, shape.value_dim):
-            continue
-        dims = (shape.dtype, shape.head_dim, shape.value_dim)
-        # the compress branch's kernels differ from these in what they mask
-        calls[shape] = {"sliding": Call("sliding", *dims, 16, 1, 64)}
-        if _why_not_ours(shape):
-            calls[shape]["fine"] = Call("fine", *dims, shape.group, 1, shape.block_size)
     with tempfile.TemporaryDirectory() as folder:
-        every = {call for of_shape in calls.values() for call in of_shape.values()}
-        kernels = written(sorted(every), Path(folder))
-    compiled = {
-        call: {name: _compiled_row(of_inductor(kernel, Work())) for name, kernel in of_call.items()}
-        for call, of_call in kernels.items()
-    }
-    rows = []
+        kernels = written(sorted({c for shape in shapes for c in _calls(shape)}), Path(folder))
     for shape in shapes:
         row: dict[str, Any] = shape._asdict()
-        if shape not in calls:
-            dtype = getattr(torch, shape.dtype)
-            row["refused"] = flex.why_no_tiles(dtype, shape.head_dim, shape.value_dim)
-        else:
-            row["fine"] = "FlexAttention" if "fine" in calls[shape] else "fine_kernels"
-            row["kernels"] = {
-                f"{branch}_{name}": facts
-                for branch, call in calls[shape].items()
-                for name, facts in compiled[call].items()
-            }
-            if "fine" not in calls[shape]:
-                row["kernels"] |= {
-                    name: _compiled_row(launch) for name, launch in _fine_launches(shape).items()
-                }
-        rows.append(row)
-    return rows
+        dtype = getattr(torch, shape.dtype)
+        if refused := flex.why_no_tiles(dtype, shape.head_dim, shape.value_dim):
+            yield row | {"refused": refused}
+            continue
+        launches = {
+            f"{call.branch}_{direction}": of_inductor(kernel, Work())
+            for call in _calls(shape)
+            for direction, kernel in kernels[call].items()
+        }
+        ours = not _why_not_ours(shape)
+        row["fine"] = "fine_kernels" if ours else "FlexAttention"
+        launches |= _fine_launches(shape) if ours else {}
+        yield row | {"kernels": {name: _compiled_row(each) for name, each in launches.items()}}
+
+
+def _calls(shape: Shape) -> list[Call]:
+    """What FlexAttention does; compress's kernels differ from sliding's in what they mask."""
+    dtype, head_dim, value_dim, group, block_size = shape
+    if flex.why_no_tiles(getattr(torch, dtype), head_dim, value_dim):
+        return []
+    branches = ["sliding", *(["fine"] if _why_not_ours(shape) else [])]
+    return [Call(each, dtype, head_dim, value_dim, group, 1, block_size) for each in branches]
 
 
 def _why_not_ours(shape: Shape) -> str:
@@ -710,15 +702,10 @@ def _compiled_row(launch: Launch) -> dict[str, Any]:
     return {name: facts[name] for name in ("registers", "stack", "spills", "shared", "products")}
 
 
-def print_supported(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        shape = " ".join(f"{row[name]!s:>8}" for name in Shape._fields)
-        if "refused" in row:
-            print(shape, "refused:", row["refused"])
-            continue
-        print(shape, "fine by", row["fine"])
-        for name, facts in row["kernels"].items():
-            print(" " * 8, name, ", ".join(f"{what} {value}" for what, value in facts.items()))
+def print_supported(row: dict[str, Any]) -> None:
+    print(*(row[name] for name in Shape._fields), row.get("refused") or "fine by " + row["fine"])
+    for name, facts in row.get("kernels", {}).items():
+        print("  ", name, ", ".join(f"{what} {value}" for what, value in facts.items()), flush=True)
 
 
 def main() -> None:
@@ -729,8 +716,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.supported:
-        rows = supported(SHAPES)
-        print_supported(rows)
+        rows = []
+        for row in supported(SHAPES):
+            print_supported(row)
+            rows.append(row)
         report = {"device": "none; for sm_90", "versions": versions(), "shapes": rows}
         (given.output or SUPPORTED).write_text(json.dumps(report, indent=1) + "\n")
         return
