@@ -81,15 +81,16 @@ def test_programs_of_unequal_lengths_leave_a_tail() -> None:
     loop = [sm90.Instruction(address, "IADD3", None, 0) for address in range(100)]
     launch = sm90.Launch(None, {}, {})
 
-    def seconds(*full: int) -> float:
+    def clocks(*full: int) -> int:
         walk = sm90.Walk([0] * len(full), list(full), 0)
         work = sm90.Work(walks=(walk,), heads=1)
-        return sm90._of_walks(launch._replace(work=work), [loop, loop], 1)[1]
+        return round(sm90._of_walks(launch._replace(work=work), [loop, loop], 1)[1] * sm90.CLOCK)
 
-    alike = seconds(*[100] * sm90.SMS)
-    assert seconds(*[100] * sm90.SMS, 100) == pytest.approx(2 * alike)
-    assert seconds(*[50] * 2 * sm90.SMS, 1000) == pytest.approx(11 * alike)
-    assert seconds(1000, *[50] * 2 * sm90.SMS) == pytest.approx(10 * alike)
+    iteration = clocks(1)
+    assert clocks(*[100] * sm90.SMS) == 100 * iteration
+    assert clocks(*[100] * sm90.SMS, 100) == 200 * iteration
+    assert clocks(*[50] * 2 * sm90.SMS, 1000) == 1100 * iteration
+    assert clocks(1000, *[50] * 2 * sm90.SMS) == 1000 * iteration
 
 
 @pytest.mark.parametrize(
