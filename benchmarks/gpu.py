@@ -39,12 +39,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.cost import RESULTS, peak_bytes, processor
@@ -65,6 +63,9 @@ from nsa_ref.testing.loading import versions
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.verdicts import Broken, Inconclusive
 from nsa_ref.testing.wording import one_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: Seconds after which a step is ended: it compiles, or it hangs.
 LONGEST_STEP = 150.0
@@ -637,6 +638,8 @@ def floor(report: dict[str, Any]) -> dict[int, float]:
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
+    from rich.table import Table
+
     for way in ("forward, ms", "backward, ms"):
         found = curves(report, way)
         lengths = sorted({tokens for of in found.values() for tokens in of})
@@ -648,6 +651,18 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
             cells = (f"{of[tokens]:.3g}" if tokens in of else "-" for tokens in lengths)
             table.add_row(what, *cells)
         yield table
+
+
+def show(report: dict[str, Any]) -> bool:
+    """The tables, printed; none without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return False
+    console = Console(width=max(100, Console().width))
+    for table in tables(report):
+        console.print(table)
+    return True
 
 
 def draw(report: dict[str, Any], path: Path) -> bool:
@@ -713,9 +728,7 @@ def main(given: list[str] | None = None) -> None:
         f"--json={verdict}",
         kept="verify",
     )
-    console = Console(width=max(100, Console().width))
-    for table in tables(box.report):
-        console.print(table)
+    show(box.report)
     picture = box.output.with_suffix(".png")
     if draw(box.report, picture):
         print(f"drawn into {picture}")

@@ -137,6 +137,18 @@ def test_every_step_for_a_gpu_runs_on_a_cpu(
     assert [table.row_count for table in gpu.tables(box.report)] == [len(forward) + 1, 8]
 
 
+def test_without_rich_and_matplotlib_there_is_the_file_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine with a GPU may have neither, and cannot install them."""
+    report: dict[str, Any] = {"measured": {"layer, 32 tokens": {"forward, ms": 1.0}}, "device": "x"}
+    assert gpu.show(report) and "forward, ms" in capsys.readouterr().out
+    for name in ("rich.console", "rich.table", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not gpu.show(report) and not gpu.draw(report, Path("picture.png"))
+    importlib.reload(gpu)  # the module itself needs neither
+
+
 #: Takes "a", and "c" once it is the first: "b" hangs, and "d" ends the process.
 FAILS = """
 import json, os, sys, time
