@@ -199,6 +199,14 @@ def one_head_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
     sizes["q_heads"] = sizes["kv_heads"]
 
 
+def like_scores(draw: st.DrawFn, sizes: Drawn) -> None:
+    """I2: many candidates that are almost as good as each other, a part of which is chosen."""
+    sizes["kv_len"] = max(sizes["kv_len"], 128)
+    one_head_a_group(draw, sizes)
+    blocks = sizes["kv_len"] // sizes["selection_block_size"]
+    sizes["num_selected_blocks"] = max(1, blocks // 4)
+
+
 def several_heads_a_group(draw: st.DrawFn, sizes: Drawn) -> None:
     """I3: sums over heads."""
     nothing_forced(draw, sizes)
