@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nsa_ref.attention import Attention
-from nsa_ref.semantics import LUCIDRAINS_FLEX
+from nsa_ref.semantics import LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.mutants.compression import CompressionMap, NoPositions
 from nsa_ref.testing.mutants.kernel import Kernel
@@ -118,6 +118,30 @@ class FineGatesOnePercentSmall(LayerInSteps):
         factor = gates.new_ones(gates.shape)
         factor[1] = 0.99
         return gates * factor
+
+
+@mutant("G1", "in bfloat16 alone, gradients of gates are 1 % too large")
+class GateGradientOnePercentOff(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        gates = super().squashed(logits)
+        return gates + 0.01 * (gates - gates.detach())
+
+
+@mutant("G1", "in bfloat16 alone, the projection's gradient is 1 % too large")
+class ProjectionGradientOnePercentOff(LayerInSteps):
+    semantics = (dataclasses.replace(PAPER, kv_per_branch=False, output_projection=True),)
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def run_tokens(
+        self, case: Case, weights: Any, x: Tensor, given: np.ndarray | None = None
+    ) -> Tensor:
+        weights = {
+            n: w + 0.01 * (w - w.detach()) if n == "to_out.weight" else w
+            for n, w in weights.items()
+        }
+        return super().run_tokens(case, weights, x, given)
 
 
 @mutant("G1", "no gradient goes through one branch's gate")

@@ -452,9 +452,7 @@ def compare_exactly(
     how = case.geometry
     given = x, {n: w.astype(np.float64) for n, w in weights.items()}
     blocks = layer_block_indices(*given, **how)
-    mask = branch_masks(case.kv_len, case.kv_len, blocks, **how)[branch]
-    keys = mask.sum(-1) * np.ones((case.batch, case.q_heads, case.kv_len))
-    held = np.where(keys > 0, np.log2(np.maximum(keys, 1)) % 1 == 0, False)
+    held = _rows_of_exact_numbers(case, blocks, branch)
     held = held.swapaxes(1, 2).repeat(case.value_dim, axis=2)
     # what to_out has beyond all heads is 0
     expected = layer(*given, block_indices=blocks, **how)
@@ -466,6 +464,61 @@ def compare_exactly(
     part = f"of tokens of 1, with the {branch} gate at 1/2{of}"
     why = "the dtype holds every number on the way"
     return compare(clause, method, actual, expected, bound, part=part, why=why)
+
+
+def exact_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G1: so no error is left in the gradients of the open gate, its values and the projection.
+
+    d_out is 1 at one feature of each head, in one row, which sees 2^i keys: all sums are of a few
+    numbers of one size. What 16 bits do not hold all the same, and NaN rows, are not compared.
+
+    Raises
+    ------
+    Inconclusive : another dtype
+    """
+    weights, dtype = weights_of_exact_numbers(case), DTYPES[case.dtype]
+    x = np.ones((case.batch, case.kv_len, case.model_dim), dtype)
+    compared = []
+    for branch in told_in_exact_numbers(case):
+        given = with_one_gate(case, weights, branch)
+        wide = x.astype(np.float64), {n: w.astype(np.float64) for n, w in given.items()}
+        blocks = layer_block_indices(*wide, **case.geometry)
+        rows = np.flatnonzero(_rows_of_exact_numbers(case, blocks, branch).all(axis=(0, 1)))
+        if not rows.size:
+            continue
+        heads, dim = np.arange(case.q_heads), case.value_dim
+        features = heads * dim + heads % dim
+        d_out = np.zeros((*x.shape[:2], case.layer_width), dtype)
+        d_out[:, rows[-1], features[features < case.layer_width]] = 1
+        asked = Asked(implementation, prop.method, case, x, given)
+        _, found = run_vjp(asked, prop.clause, d_out)
+        back = d_out.astype(np.float64)
+        _, wanted = layer_vjp(*wide, back, block_indices=blocks, **case.geometry)
+        values = projection_name("v", branch, case.semantics)
+        for name in ("gates.bias", "gates.weight", values, "to_out.weight"):
+            if name not in wanted:
+                continue
+            want, have = wanted[name], found[name]
+            held = np.isfinite(want) & (want.astype(dtype).astype(np.float64) == want)
+            compared.append(
+                compare(
+                    prop.clause,
+                    f"d{name}",
+                    have,
+                    np.where(held, want, have),
+                    np.where(held, 0.0, np.inf),
+                    part=f"of tokens of 1, with the {branch} gate at 1/2",
+                    why="the dtype holds every number on the way",
+                )
+            )
+    return settle(compared)
+
+
+def _rows_of_exact_numbers(case: Case, blocks: np.ndarray, branch: str) -> np.ndarray:
+    """Which rows see 2^i keys, so that a dtype holds their weights: (batch, q_heads, kv_len)."""
+    mask = branch_masks(case.kv_len, case.kv_len, blocks, **case.geometry)[branch]
+    keys = mask.sum(-1) * np.ones((case.batch, case.q_heads, case.kv_len))
+    return np.where(keys > 0, np.log2(np.maximum(keys, 1)) % 1 == 0, False)
 
 
 # The gradients
