@@ -349,13 +349,16 @@ def _positions_go_on(
 ) -> Tensor:
     """Positions follow those of the longest length."""
     ahead = _longest(cache) - cache.length
-    shifted = _positions_moved(lambda position: position + ahead)
+    shifted = _positions_moved(lambda first: first + ahead)
     with in_place(((nsa_fast.layer, "_project", shifted),)):
         return right(x, weights, layer, cache, *rest)
 
 
-def _positions_moved(move: Callable[[Tensor], Tensor]) -> Wrong:
-    return lambda right, h, weights, layer, position: right(h, weights, layer, move(position))
+def _positions_moved(move: Callable[[int], int]) -> Wrong:
+    """Where the tokens of each sequence begin."""
+    return lambda right, h, weights, layer, positions: right(
+        h, weights, layer, [(move(first), move(first) + end - first) for first, end in positions]
+    )
 
 
 def _windows_counted_at_the_longest(
@@ -394,9 +397,7 @@ BROKEN_CACHES: dict[str, tuple[Mistake, ...]] = {
         (Cache, "truncate", _longest_kept),
         (nsa_fast.layer, "_appended", _positions_go_on),
     ),
-    "positions begin again": (
-        (nsa_fast.layer, "_project", _positions_moved(lambda position: position - position[:1])),
-    ),
+    "positions begin again": ((nsa_fast.layer, "_project", _positions_moved(lambda first: 0)),),
     "copies share buffers": ((Cache, "copy", _copied(dict)),),
     "copies exchange sequences": (
         (Cache, "copy", _copied(lambda buffers: {n: b.flip(0) for n, b in buffers.items()})),

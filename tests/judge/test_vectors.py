@@ -276,7 +276,7 @@ WRONG = [
     ("compress-PAPER-plain", "dmem_k", lambda a: 2 * a, "A3", "wrong element", "compress dmem_k"),
     ("pool-PAPER-no-query", "out", lambda a: a[..., ::-1], "C1", "wrong element", "pool (mean)"),
     ("pool-PAPER-plain", "dweight", lambda a: -a, "C4", "wrong element", "dweight"),
-    ("select-PAPER-many-blocks", "block_indices", lambda a: 129 - a, "I1", "wrong choice", ""),
+    ("select-PAPER-many-blocks", "block_indices", lambda a: 257 - a, "I1", "wrong choice", ""),
     ("select-PAPER-plain", "block_indices", lambda a: 0 * a, "I4", "wrong choice", "named 2 times"),
     ("layer-PAPER-plain", "dto_q.weight", lambda a: a + 1, "A4", "wrong element", "dto_q.weight"),
     ("layer-PAPER-plain", "decoded", shifted, "G3", "wrong element", "decode["),
