@@ -640,6 +640,11 @@ SHAPES = [
     Shape("bfloat16", 256, 256),
     Shape("bfloat16", 192, 128, group=4),
     Shape("bfloat16", 192, 128, block_size=16),
+    Shape("bfloat16", 192, 128, block_size=128),
+    Shape("bfloat16", 256, 128, block_size=128),
+    Shape("bfloat16", 192, 192, block_size=128),
+    Shape("bfloat16", 192, 128, group=8),
+    Shape("bfloat16", 192, 128, group=128),
     Shape("float32", 64, 64, block_size=16),
     Shape("bfloat16", 512, 512),
 ]

@@ -218,6 +218,14 @@ class NsaFastEager(NsaFast):
     }
 
 
+#: The compress branch's backward gives dk and dv of each query head, which are then added up.
+TRITON_NUMERICS: Mapping[str, str] = {
+    "float32": "fp32",
+    "bfloat16": "bf16-head",
+    "float16": "fp16-head",
+}
+
+
 class NsaFastCompiled(NsaFast):
     """FlexAttention as Inductor compiles it: C++ without gradients on a CPU, Triton on CUDA."""
 
@@ -238,6 +246,7 @@ class NsaFastCompiled(NsaFast):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device)
         if self._is_triton():
+            self.numerics = TRITON_NUMERICS
             # no atomics; sums on a CPU may depend on how memory is aligned
             self.deterministic = True
             # 4096: with 16 heads and 513 tokens, offsets do not fit into 32 bits
@@ -280,7 +289,7 @@ class NsaFastLayer(TorchImplementation):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device)
         compiled = flex.is_triton(torch.device(device))
-        self.numerics = (NsaFastCompiled if compiled else NsaFastEager).numerics
+        self.numerics = TRITON_NUMERICS if compiled else NsaFastEager.numerics
         self.limits = TRITON_LIMITS if compiled else {}
 
     def layer(self, case: Case, weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -354,7 +363,9 @@ class NsaFastInterpreted(Implementation):
     deterministic = True
     # a head that chooses for itself has the rows of a group of 1
     semantics = SHARED_SELECTION
-    numerics: Mapping[str, str] = {"float32": "fp32", "bfloat16": "bf16"}
+    numerics: Mapping[str, str] = {
+        dtype: row for dtype, row in TRITON_NUMERICS.items() if dtype != "float16"
+    }
     # a call takes seconds
     limits: Mapping[str, Collection[Any]] = {
         **TRITON_LIMITS,

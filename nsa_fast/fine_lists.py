@@ -27,6 +27,8 @@ GROUPS = (8, 128)
 #: The most tokens of a selection block, and numbers of a head. In float32 nothing is multiplied on
 #: tensor cores, and more does not fit in registers: 64 and 64 need 6 KB of stack a thread.
 MOST = {torch.bfloat16: (128, 256), torch.float16: (128, 256), torch.float32: (32, 64)}
+#: Bytes of shared memory that a program can have on sm_90.
+SHARED = 227 * 1024
 #: Behind every entry.
 NONE = 2**31 - 1
 #: Tokens of a part of a transposed list.
@@ -87,7 +89,22 @@ def why_not(
     ):
         if count > limit:
             return f"{what}={count} in {dtype} is more than the {limit} that fit in registers"
+    # two blocks of keys and values, of which one is on its way, and the tile's q and d_out
+    low = max(16, 1 << (head_dim.bit_length() - 1))
+    wide = low + _padded(head_dim - low) + _padded(value_dim)
+    rows = padded_group(group) * tokens_per_tile(group)
+    shared = (2 * _padded(block_size) + rows) * wide * dtype.itemsize
+    if shared > SHARED:
+        return (
+            f"selection_block_size={block_size} with head_dim={head_dim} and "
+            f"value_dim={value_dim} takes {shared} bytes of an SM, of {SHARED}"
+        )
     return ""
+
+
+def _padded(dim: int) -> int:
+    """What Triton makes of it: the next power of two, 16 at least; 0 of nothing."""
+    return max(16, 1 << (dim - 1).bit_length()) if dim > 0 else 0
 
 
 def union(chosen: Chosen, tokens: int) -> Union:

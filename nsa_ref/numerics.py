@@ -166,6 +166,7 @@ NUMERICS: dict[str, Numerics] = {
     "bf16": _BF16,
     "fp16": _FP16,
     "bf16-head": dataclasses.replace(_BF16, stores_each_head=True),
+    "fp16-head": dataclasses.replace(_FP16, stores_each_head=True),
     "bf16-eager": dataclasses.replace(_BF16, stores_each_head=True, rounds_every_operation=True),
     "fp16-eager": dataclasses.replace(_FP16, stores_each_head=True, rounds_every_operation=True),
 }

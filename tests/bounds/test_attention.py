@@ -181,7 +181,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("row", ["fp32", "tf32", "bf16", "fp16", "bf16-head"])
+@pytest.mark.parametrize("row", ["fp32", "tf32", "bf16", "fp16", "bf16-head", "fp16-head"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_every_wrong_kernel_exceeds_a_bound(wrong: type[Kernel], row: str) -> None:
     """Five draws, five kills: above 1 in some tensor, or off the slope."""

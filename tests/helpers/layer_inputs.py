@@ -24,7 +24,7 @@ from nsa_ref.testing.mutants.rounding import Way
 def draw_way(rng: Generator, row: str) -> LayerWay:
     """Whatever right layers of the row differ on."""
     fused_projections, wide, turn_once, reverse, scale_first = rng.random(5) < 0.5
-    always = row in ("tf32", "bf16", "bf16-head", "fp16")
+    always = row in ("tf32", "bf16", "bf16-head", "fp16", "fp16-head")
     fused = always or (row in ("fp32", "fp64") and rng.random() < 0.4)
     unfused = Way(fused=False, scale_first=scale_first)
     attention = draw_attention_way(rng, row) if fused else unfused

@@ -48,7 +48,9 @@ def port(base: type = OracleImplementation, **attributes: Any) -> Implementation
 finding = functools.partial(trials.finding, shrink=False)
 
 
-@pytest.mark.parametrize("row", ["bf16", "bf16-head", "bf16-eager", "fp16", "fp16-eager"])
+@pytest.mark.parametrize(
+    "row", ["bf16", "bf16-head", "bf16-eager", "fp16", "fp16-head", "fp16-eager"]
+)
 @pytest.mark.parametrize("order", ["library", "reversed", "truncated"])
 def test_right_layers_are_exact_where_the_dtype_holds_every_number(
     row: str, order: str, tmp_path: Path
