@@ -8,8 +8,8 @@ lost nothing that it had measured. In order:
     64k tokens   the branches, the selection, the layer, and what they have to beat, each timed
                  forward and backward beside its estimate (`benchmarks.sm90`), with peak memory;
                  and the kernels of the layer one by one
-    dtypes       the oracle again, for float16 and float32
     lengths      what was timed, from 4k to 128k tokens
+    dtypes       the oracle again, for float16 and float32
     constants    `benchmarks.hardware_constants`
     judge        `nsa-ref verify`, for the time that is left
 
@@ -29,6 +29,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cost import RESULTS, peak_bytes, processor
 from nsa_fast import (
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
 LONGEST_STEP = 150.0
 #: Seconds over which the calls of one figure go on, and how many are queued at a time.
 TIMED, QUEUED = 1.0, 3
+#: How the judge exits if time was up before all was decided.
+UNDECIDED = 3
 #: Less than so many seconds are not begun with.
 LEAST = 2.0
 
@@ -103,12 +107,14 @@ class Sizes:
         names = ("selection_block_size", "num_selected_blocks")
         return {name: getattr(self, name) for name in names}
 
-    def operations(self, tokens: int) -> float:
-        """That a forward of the branches and the selection needs, two for a product and its sum."""
+    def operations(self, tokens: int, *, backward: bool) -> float:
+        """That the branches, and forward the selection, need: two for a product and its sum."""
         compressed = tokens / self.compress_block_sliding_stride / 2
         chosen = self.num_selected_blocks * self.selection_block_size
         read = compressed + chosen + self.sliding_window_size
         wide = self.head_dim + self.value_dim
+        if backward:  # q k and dO v again, then dq, dk and dv
+            return 2 * tokens * self.q_heads * read * (2 * wide + self.head_dim)
         return 2 * tokens * self.q_heads * (read * wide + compressed * self.head_dim)
 
 
@@ -134,6 +140,10 @@ class Run(NamedTuple):
     about: Mapping[str, float] = MappingProxyType({})
 
 
+class Refused(Exception):
+    """What is compared with does not run here."""
+
+
 class Bench:
     """The steps on one device."""
 
@@ -149,10 +159,10 @@ class Bench:
         first, *lengths = self.sizes.tokens
         found |= self.checks(self.sizes.dtype) | self.clocks(first)
         found["kernels of the layer"] = functools.partial(self.kernels, first)
-        for dtype in ("float16", "float32") if self.cuda else ():
-            found |= self.checks(dtype)
         for tokens in lengths:
             found |= self.clocks(tokens)
+        for dtype in ("float16", "float32") if self.cuda else ():
+            found |= self.checks(dtype)
         return found
 
     def checks(self, dtype: str) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -194,10 +204,11 @@ class Bench:
 
     def asked(self, dtype: str) -> dict[str, tuple[str, Case]]:
         """Cases that between them run every kernel, forward and backward."""
-        length = 300 if self.cuda else 40
+        # few rows: the oracle takes them one by one
+        rows, length = (24, 300) if self.cuda else (8, 40)
         sizes = self.sizes
         size = Case(
-            q_len=length,
+            q_len=rows,
             kv_len=length,
             q_heads=sizes.q_heads,
             kv_heads=sizes.kv_heads,
@@ -212,12 +223,14 @@ class Bench:
         )
         # groups of 4 heads read their blocks in FlexAttention
         few = replace(size, q_heads=4 * sizes.kv_heads)
-        asked = {"selection": ("I6_selection", size), "layer": ("G1_layer_output", size)}
+        # a layer has as many rows as tokens
+        whole = replace(few, q_heads=4, kv_heads=1, q_len=length)
+        asked = {"selection": ("I6_selection", size), "layer": ("G1_layer_output", whole)}
         for branch in ("fine", "compress", "sliding"):
             asked[f"{branch}, forward"] = f"A1_{branch}_output", size
             asked[f"{branch}, backward"] = f"A3_{branch}_gradients", size
         asked["fine of 4 heads, backward"] = "A3_fine_gradients", few
-        asked["layer, backward"] = "A4_layer_gradients", size
+        asked["layer, backward"] = "A4_layer_gradients", whole
         return {name: (prop, replace(case, dtype=dtype)) for name, (prop, case) in asked.items()}
 
     def against_the_oracle(self, name: str, case: Case) -> dict[str, Any]:
@@ -232,7 +245,9 @@ class Bench:
             outcome = judge(prop, one, case)
         except (Broken, Inconclusive) as error:
             return {"error": one_line(error), "case": case.to_json()}
-        return {"holds": bool(outcome.compared), "budget used": outcome.budget}
+        if not outcome.compared:
+            return {"error": "nothing could be compared", "case": case.to_json()}
+        return {"holds": True, "budget used": outcome.budget}
 
     # --- what is timed ------------------------------------------------------------------------
 
@@ -245,17 +260,23 @@ class Bench:
             "sliding": self.sliding,
             "gates": self.gates,
             "layer": self.layer,
-            "scaled_dot_product_attention": self.dense,
             "dense FlexAttention": self.dense_flex,
-            "scaled_dot_product_attention, head_dim of v": self.narrow_dense,
         }
+        for name, backends in self.dense_backends.items():
+            found[f"dense {name}"] = functools.partial(self.dense, backends)
+            # kernels of dense attention may want one head_dim: that of v is less work
+            found[f"dense {name}, head_dim of v"] = functools.partial(
+                self.dense, backends, dim=self.sizes.value_dim
+            )
         if self.cuda and importlib.util.find_spec("fla"):
             found["parallel_nsa of fla"] = self.fla
         return found
 
     def random(self, heads: int, tokens: int, dim: int) -> Tensor:
-        shape = (1, heads, tokens, dim)
-        return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_()
+        """(1, heads, tokens, dim), as a projection leaves it: a token's heads side by side."""
+        shape = (1, tokens, heads, dim)
+        made = torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2)
+        return made.requires_grad_()
 
     def qkv(self, tokens: int, dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         sizes, dim = self.sizes, dim or self.sizes.head_dim
@@ -340,17 +361,25 @@ class Bench:
         weights = [weight for weight in self.module.parameters() if weight.numel()]
         return Run(lambda: self.module(x), (x, *weights))
 
-    def dense(self, tokens: int, dim: int | None = None) -> Run:
+    @property
+    def dense_backends(self) -> dict[str, list[SDPBackend]]:
+        """By name; on a CPU whichever torch takes."""
+        if not self.cuda:
+            return {"attention": [SDPBackend.MATH]}
+        return {"cuDNN": [SDPBackend.CUDNN_ATTENTION], "flash": [SDPBackend.FLASH_ATTENTION]}
+
+    def dense(self, backends: list[SDPBackend], tokens: int, dim: int | None = None) -> Run:
         q, k, v = self.qkv(tokens, dim)
 
         def run() -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with sdpa_kernel(backends):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
+        try:
+            run()
+        except RuntimeError as error:
+            raise Refused(one_line(error)) from None
         return Run(run, (q, k, v))
-
-    def narrow_dense(self, tokens: int) -> Run:
-        """Kernels of dense attention want one head_dim for all: that of v, which is less work."""
-        return self.dense(tokens, self.sizes.value_dim)
 
     def fla(self, tokens: int) -> Run:
         """Its windows are the selection blocks, pooled by a mean."""
@@ -388,6 +417,8 @@ class Bench:
             found["forward, ms"], found["calls"] = self.milliseconds([run.forward for run in runs])
         if not runs[0].inputs:
             return found
+        # what a backward walks is made here as well
+        found["training forward, ms"], _ = self.milliseconds([run.forward for run in runs])
         d_out = torch.randn_like(runs[0].forward())
 
         def backward(run: Run) -> Callable[[], object]:
@@ -400,7 +431,7 @@ class Bench:
         return found
 
     def kernels(self, tokens: int) -> dict[str, Any]:
-        """Milliseconds of every kernel of the layer's forward and backward, added up by name."""
+        """Milliseconds of every kernel of one forward and backward of the layer, by name."""
         from torch.profiler import ProfilerActivity, profile
 
         run = self.layer(tokens)
@@ -414,7 +445,11 @@ class Bench:
         activity = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
         with profile(activities=[activity]) as recorded:
             both()
-        events = recorded.key_averages()
+        events = [
+            event
+            for event in recorded.key_averages()
+            if not self.cuda or event.device_type == torch.autograd.DeviceType.CUDA
+        ]
         taken = {
             event.key: (event.self_device_time_total if self.cuda else event.self_cpu_time_total)
             for event in events
@@ -503,19 +538,31 @@ def blocks_of_tiles(block_indices: Tensor, tokens: int) -> float:
 
 def run_steps(device: str, names: Sequence[str]) -> None:
     """What a process of its own does: says in a line of JSON each what it begins, and what came."""
-    bench = Bench(device)
-    steps = bench.steps()
-    for name in names:
-        print(json.dumps({"begins": name}), flush=True)
-        try:
-            found = steps[name]()
-        except Exception as error:  # what is too large, or not offered here
-            found = {"error": one_line(error)}
+    # compilers print, too: what this process says goes where nothing else does
+    own = os.dup(1)
+    os.dup2(2, 1)
+
+    def say(**what: Any) -> None:
+        os.write(own, (json.dumps(what) + "\n").encode())
+
+    try:
+        bench = Bench(device)
+        steps = bench.steps()
+        for name in names:
+            say(begins=name)
+            try:
+                found = steps[name]()
+            except Refused as reason:
+                found = {"refused": str(reason)}
+            except Exception as error:  # what is too large, or not offered here
+                found = {"error": one_line(error)}
+            say(name=name, found=found)
             if bench.cuda:
+                bench.wait()  # a lost context ends this process, and a fresh one goes on
                 torch.cuda.empty_cache()
-        print(json.dumps({"name": name, "found": found}), flush=True)
-        if bench.cuda:
-            bench.wait()  # a lost context ends this process, and a fresh one goes on
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 # --- the process that writes ----------------------------------------------------------------------
@@ -527,6 +574,8 @@ class Box:
     def __init__(self, device: str, minutes: float, output: Path) -> None:
         self.output = output
         self.until = time.monotonic() + 60 * minutes
+        #: How the last process ended, as `subprocess` says it.
+        self.ended = 0
         #: What goes through the steps whose names follow.
         self.process = [sys.executable, "-m", "benchmarks.gpu", f"--device={device}", "--steps"]
         about = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, toy sizes"
@@ -536,7 +585,7 @@ class Box:
             "minutes": minutes,
             "sizes": asdict(SIZES[device]) | {"semantics": "PAPER"},
             "measured": {},
-            "not begun": [],
+            "not done": [],
         }
 
     @property
@@ -553,19 +602,19 @@ class Box:
         """Every step, in as many processes as it takes."""
         left = list(names)
         while left and self.left > LEAST:
-            begun = ""
+            begun, before = "", len(left)
             for said in self.child(left):
                 begun = said.get("begins", "")
                 if not begun:
                     self.write(said["name"], said["found"])
                     left.remove(said["name"])
-            if begun:
-                self.write(begun, {"error": "its process ended, or took too long"})
-                left.remove(begun)
-            elif left and self.left > LEAST:
-                self.write(left[0], {"error": "no process got to it"})
-                left.pop(0)
-        self.report["not begun"] += left
+            if begun and self.left <= LEAST:
+                break  # the time is up
+            if begun or len(left) == before:
+                lost = begun or left[0]
+                self.write(lost, {"error": f"its process ended ({self.ended}), or took too long"})
+                left.remove(lost)
+        self.report["not done"] += left
         write_json(self.output, self.report)
 
     def child(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -582,17 +631,19 @@ class Box:
                     alarm.cancel()
                     if not line:
                         return
-                    yield json.loads(line)
+                    yield json.loads(line, parse_constant=str)  # no JSON has inf or NaN
             finally:
                 process.kill()
+                self.ended = process.wait()
 
     def command(self, name: str, *arguments: str, kept: str) -> None:
         """A command of this repository, and the report that it writes beside ours."""
         if self.left < LEAST:
-            self.report["not begun"].append(name)
+            self.report["not done"].append(name)
             write_json(self.output, self.report)
             return
         path = self.output.with_name(f"{self.output.stem}-{kept}.json")
+        path.unlink(missing_ok=True)
         command = [sys.executable, "-m", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.left + 120)
@@ -601,9 +652,26 @@ class Box:
             return
         lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or [""]
         found: dict[str, Any] = {"exit code": done.returncode, "says": lines[-1]}
+        if done.returncode not in (0, UNDECIDED):
+            found["error"] = (done.stderr.strip() or lines[-1]).splitlines()[-1]
         if path.exists():
             found["report"] = path.name
         self.write(name, found)
+
+
+WAYS = ("forward, ms", "backward, ms")
+
+#: What is timed, the way, and the kernels of which there are estimates.
+ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
+    "select": {WAYS[0]: ("group_probabilities", "top_blocks")},
+    "fine": {
+        WAYS[0]: ("fine_forward",),
+        WAYS[1]: ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+    },
+    "compress": {WAYS[0]: ("compress_forward",), WAYS[1]: ("compress_backward",)},
+    "sliding": {WAYS[0]: ("sliding_forward",), WAYS[1]: ("sliding_backward",)},
+    "gates": {WAYS[0]: ("gated_sum",), WAYS[1]: ("gated_sum_backward",)},
+}
 
 
 def estimates() -> dict[str, Any]:
@@ -626,30 +694,39 @@ def curves(report: dict[str, Any], way: str) -> dict[str, dict[int, float]]:
     return {what: dict(sorted(of.items())) for what, of in found.items()}
 
 
-def floor(report: dict[str, Any]) -> dict[int, float]:
-    """Milliseconds of what a forward has to multiply, at the rate that was measured."""
+def floor(report: dict[str, Any], way: str) -> dict[int, float]:
+    """Milliseconds of what has to be multiplied, at the rate that was measured."""
     rate = report["measured"].get("ceilings", {}).get("matmul, TFLOP/s")
     if not rate:
         return {}
     sizes = dict(report["sizes"])
     sizes.pop("semantics")
     of = Sizes(**sizes)
-    return {tokens: of.operations(tokens) / rate / 1e9 for tokens in sorted(of.tokens)}
+    backward = way.startswith("backward")
+    return {n: of.operations(n, backward=backward) / rate / 1e9 for n in sorted(of.tokens)}
+
+
+def estimated(report: dict[str, Any], what: str, way: str) -> str:
+    """Of the kernels alone, at 64k tokens, from `optimistic` to `expected`."""
+    kernels, known = ESTIMATED.get(what, {}).get(way, ()), report.get("estimates, ms", {})
+    if not kernels or not all(name in known for name in kernels):
+        return "-"
+    ends = (sum(known[name][end] for name in kernels) for end in ("optimistic", "expected"))
+    return " to ".join(f"{end:.3g}" for end in ends)
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
     from rich.table import Table
 
-    for way in ("forward, ms", "backward, ms"):
+    for way in WAYS:
         found = curves(report, way)
         lengths = sorted({tokens for of in found.values() for tokens in of})
         table = Table(title=way)
-        for column in ("", *map(str, lengths)):
+        for column in ("", *map(str, lengths), "estimate at 65536"):
             table.add_column(column, justify="right" if column else "left")
-        rows = found | ({"floor": floor(report)} if way.startswith("forward") else {})
-        for what, of in rows.items():
+        for what, of in (found | {"floor": floor(report, way)}).items():
             cells = (f"{of[tokens]:.3g}" if tokens in of else "-" for tokens in lengths)
-            table.add_row(what, *cells)
+            table.add_row(what, *cells, estimated(report, what, way))
         yield table
 
 
@@ -675,10 +752,10 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     colors = {what: f"C{number}" for number, what in enumerate(curves(report, "forward, ms"))}
-    for axes, way in zip(figure.subplots(1, 2), ("forward, ms", "backward, ms")):
+    for axes, way in zip(figure.subplots(1, 2), WAYS):
         for what, of in curves(report, way).items():
             axes.plot(list(of), list(of.values()), marker="o", label=what, color=colors.get(what))
-        if way.startswith("forward") and (lowest := floor(report)):
+        if lowest := floor(report, way):
             axes.plot(list(lowest), list(lowest.values()), "k--", label="floor of the branches")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=way)
         axes.legend(fontsize=7)
@@ -707,6 +784,21 @@ def main(given: list[str] | None = None) -> None:
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     box = Box(device, arguments.minutes, arguments.output or RESULTS / f"gpu-{slug}.json")
     box.report["estimates, ms"] = estimates()
+    try:
+        fill(box, device)
+    finally:  # of a run that is ended, too
+        show(box.report)
+        picture = box.output.with_suffix(".png")
+        if draw(box.report, picture):
+            print(f"drawn into {picture}")
+        print(f"written to {box.output}")
+    failed = [name for name, found in box.report["measured"].items() if "error" in found]
+    if failed:
+        sys.exit(f"these steps failed, each with its reason in the report: {'; '.join(failed)}")
+
+
+def fill(box: Box, device: str) -> None:
+    """Everything, in its order, as far as the time goes."""
     box.go_through(list(Bench(device).steps()))
     constants = box.output.with_name(f"{box.output.stem}-constants.json")
     box.command(
@@ -728,14 +820,6 @@ def main(given: list[str] | None = None) -> None:
         f"--json={verdict}",
         kept="verify",
     )
-    show(box.report)
-    picture = box.output.with_suffix(".png")
-    if draw(box.report, picture):
-        print(f"drawn into {picture}")
-    print(f"written to {box.output}")
-    failed = [name for name, found in box.report["measured"].items() if "error" in found]
-    if failed:
-        sys.exit(f"these steps failed, each with its reason in the report: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
