@@ -93,6 +93,12 @@ def test_programs_of_unequal_lengths_leave_a_tail() -> None:
     assert clocks(1000, *[50] * 2 * sm90.SMS) == 1000 * iteration
 
 
+def test_float16_is_multiplied_as_bfloat16_is() -> None:
+    found = sm90.compiled_for_sm90(sm90.launches(torch.float16)["fine_forward"])
+    before = json.loads(sm90.KEPT.read_text())["kernels"]["fine_forward"]
+    assert sm90.grown(found, before) == [] and found["products"] == "wgmma"
+
+
 @pytest.mark.parametrize(
     "path", sorted(sm90.RESULTS.glob("sm90-supported-*.json")), ids=lambda path: path.name
 )
