@@ -224,7 +224,7 @@ class Bench:
         # groups of 4 heads read their blocks in FlexAttention
         few = replace(size, q_heads=4 * sizes.kv_heads)
         # a layer has as many rows as tokens
-        whole = replace(few, q_heads=4, kv_heads=1, q_len=length)
+        whole = replace(size, q_heads=8, kv_heads=1, q_len=length)
         asked = {"selection": ("I6_selection", size), "layer": ("G1_layer_output", whole)}
         for branch in ("fine", "compress", "sliding"):
             asked[f"{branch}, forward"] = f"A1_{branch}_output", size
