@@ -259,6 +259,7 @@ class Bench:
             "compress": self.compress,
             "sliding": self.sliding,
             "gates": self.gates,
+            "branches": functools.partial(self.branches, self.sizes.windows),
             "layer": self.layer,
             "dense FlexAttention": self.dense_flex,
         }
@@ -269,6 +270,10 @@ class Bench:
                 self.dense, backends, dim=self.sizes.value_dim
             )
         if self.cuda and importlib.util.find_spec("fla"):
+            # its windows are its selection blocks: so are ours, where it is compared
+            size = self.sizes.selection_block_size
+            windows = dict.fromkeys(self.sizes.windows, size)
+            found["branches, windows of fla"] = functools.partial(self.branches, windows)
             found["parallel_nsa of fla"] = self.fla
         return found
 
@@ -348,6 +353,23 @@ class Bench:
         logits = self.random(1, tokens, 3 * sizes.q_heads).detach()[0].requires_grad_()
         return Run(lambda: _gated(logits, outs, self.module.layer), (logits, *outs))
 
+    def branches(self, windows: dict[str, Any], tokens: int) -> Run:
+        """All that stands between q, k, v and the merged heads: what is held against others."""
+        sizes, (q, k, v) = self.sizes, self.qkv(tokens)
+        logits = self.random(1, tokens, 3 * sizes.q_heads).detach()[0].requires_grad_()
+        choice, width = sizes.choice, sizes.sliding_window_size
+
+        def run() -> Tensor:
+            k_cmp, v_cmp = compress_pool(k, **windows), compress_pool(v, **windows)
+            compressed = compress_attention(q, k_cmp, v_cmp, kv_len=tokens, **windows)
+            chosen = select_blocks(q, k_cmp, kv_len=tokens, lse=compressed.lse, **windows, **choice)
+            size = choice["selection_block_size"]
+            fine = fine_attention(q, k, v, chosen, selection_block_size=size)
+            sliding = sliding_attention(q, k, v, sliding_window_size=width)
+            return _gated(logits, [compressed.out, fine.out, sliding.out], self.module.layer)
+
+        return Run(run, (q, k, v, logits))
+
     @functools.cached_property
     def module(self) -> NativeSparseAttention:
         named = asdict(self.sizes)
@@ -382,7 +404,7 @@ class Bench:
         return Run(run, (q, k, v))
 
     def fla(self, tokens: int) -> Run:
-        """Its windows are the selection blocks, pooled by a mean."""
+        """Branches whose windows are the selection blocks, pooled by a mean."""
         sizes = self.sizes
         q, k, v = (
             each.detach().transpose(1, 2).contiguous().requires_grad_() for each in self.qkv(tokens)

@@ -55,6 +55,9 @@ SUPPORTED = RESULTS / f"sm90-supported-triton-{_TRITON}.json"
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
+#: Constants of a kernel that are its tile.
+TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B")
+
 #: Opcodes of products on tensor cores: those of a group of four warps, and those of one warp.
 PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
 
@@ -119,6 +122,11 @@ class Launch(NamedTuple):
     num_stages: int = 2
     work: Work = Work()
 
+    @property
+    def tile(self) -> dict[str, int]:
+        """What a program holds, and walks in a step, as the kernel calls it."""
+        return {name: size for name, size in self.constants.items() if TILE.fullmatch(name)}
+
 
 class Instruction(NamedTuple):
     """target : of a branch; columns : of a product of 64 rows and 16 in between"""
@@ -134,6 +142,7 @@ def compiled_for_sm90(launch: Launch) -> dict[str, Any]:
 
     ::
 
+        tile, warps        of a program
         registers, stack   of a thread, stack in bytes
         spills             instructions that load from or store to local memory
         shared             bytes of shared memory of a program
@@ -153,7 +162,11 @@ def compiled_for_sm90(launch: Launch) -> dict[str, Any]:
         ASTSource(
             launch.kernel,
             signature,
-            {(names.index(name),): value for name, value in launch.constants.items()},
+            {
+                (names.index(name),): value
+                for name, value in launch.constants.items()
+                if name in names  # a tile is written into what Inductor makes
+            },
             # else every load is as narrow as one number, which is another kernel
             {place: [["tt.divisibility", 16]] for place in aligned},
         ),
@@ -170,6 +183,8 @@ def compiled_for_sm90(launch: Launch) -> dict[str, Any]:
     registers, shared, loops = _number("REG", usage), made.metadata.shared, _loops(instructions)
     programs = _programs(registers, shared, launch.num_warps)
     return {
+        "tile": launch.tile,
+        "warps": launch.num_warps,
         "registers": registers,
         "stack": _number("STACK", usage),
         "spills": sum(opcode in ("LDL", "STL") for opcode in opcodes),
@@ -437,7 +452,8 @@ def of_inductor(kernel: Written, work: Work) -> Launch:
     """A kernel that Inductor has written, as Inductor launches it."""
     types = {name: type for name, type in kernel.signature.items() if type != "constexpr"}
     warps, stages = kernel.num_warps, kernel.num_stages
-    return Launch(kernel.function, types, kernel.constants, kernel.aligned, warps, stages, work)
+    constants = kernel.constants | kernel.tile
+    return Launch(kernel.function, types, constants, kernel.aligned, warps, stages, work)
 
 
 def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
