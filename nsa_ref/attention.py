@@ -1,7 +1,8 @@
 """Attention through a mask of multiplicities, and its gradients: clauses A1 to A5.
 
-One row at a time, over its visible keys alone: a key that is invisible never enters the
-arithmetic, so that even NaN or inf in it has no influence (A5).
+Over the visible keys alone: a key that is invisible never enters the arithmetic, so that even NaN
+or inf in it has no influence (A5). Queries of one kv head that see the same keys are worked on
+together, as those of a group of heads do.
 
 Complex inputs pass through, and the row maximum is taken of the real parts. Thus a derivative can
 be read off an imaginary step, Im f(x + i h) / h, which has no cancellation error.
@@ -10,6 +11,8 @@ be read off an imaginary step, Im f(x + i h) / h, which has no cancellation erro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -77,22 +80,22 @@ def attend(
 
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
-    for b, h, t in np.ndindex(batch, q_heads, q_len):
-        (visible,) = mask[b, h, t].nonzero()
+    for b, g, (heads, queries), multiplicity in _rows_that_see_the_same(mask, group):
+        (visible,) = multiplicity.nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
-            lse[b, h, t] = empty_lse
+            lse[b, heads, queries] = empty_lse
             if empty_row == "nan":
-                out[b, h, t] = math.nan
+                out[b, heads, queries] = math.nan
             elif empty_row == "uniform" and columns > 0:
-                out[b, h, t] = v[b, h // group].sum(axis=0) / columns
+                out[b, heads, queries] = v[b, g].sum(axis=0) / columns
             continue
-        s = scale * (k[b, h // group, visible] @ q[b, h, t])
-        m = s.real.max()  # exp(s - m) cannot overflow; m cancels in P
-        weight = mask[b, h, t, visible] * np.exp(s - m)
-        total = weight.sum()
-        out[b, h, t] = (weight / total) @ v[b, h // group, visible]
-        lse[b, h, t] = m + np.log(total)
+        s = scale * (q[b, heads, queries] @ k[b, g, visible].T)
+        m = s.real.max(axis=1, keepdims=True)  # exp(s - m) cannot overflow; m cancels in P
+        weight = multiplicity[visible] * np.exp(s - m)
+        total = weight.sum(axis=1, keepdims=True)
+        out[b, heads, queries] = (weight / total) @ v[b, g, visible]
+        lse[b, heads, queries] = (m + np.log(total))[:, 0]
     return Attention(out, lse)
 
 
@@ -145,25 +148,38 @@ def attend_vjp(
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-    for b, h, t in np.ndindex(batch, q_heads, q_len):
-        (visible,) = mask[b, h, t].nonzero()
-        g = h // group
+    for b, g, (heads, queries), multiplicity in _rows_that_see_the_same(mask, group):
+        (visible,) = multiplicity.nonzero()
+        dO = d_out[b, heads, queries]
         if visible.size == 0:
             if empty_row == "uniform" and columns > 0:
-                dv[b, g] += d_out[b, h, t] / columns
+                dv[b, g] += dO.sum(axis=0) / columns
             continue
-        keys, values = k[b, g, visible], v[b, g, visible]
-        s = scale * (keys @ q[b, h, t])
-        weight = mask[b, h, t, visible] * np.exp(s - s.real.max())
-        P = weight / weight.sum()
-        dO = d_out[b, h, t]
-        dP = values @ dO
-        D = dO @ (P @ values)
-        dS = P * (dP - D + d_lse[b, h, t])
-        dq[b, h, t] = scale * (dS @ keys)
-        dk[b, g, visible] += scale * np.outer(dS, q[b, h, t])
-        dv[b, g, visible] += np.outer(P, dO)
+        rows, keys, values = q[b, heads, queries], k[b, g, visible], v[b, g, visible]
+        s = scale * (rows @ keys.T)
+        weight = multiplicity[visible] * np.exp(s - s.real.max(axis=1, keepdims=True))
+        P = weight / weight.sum(axis=1, keepdims=True)
+        dP = dO @ values.T
+        D = (dO * (P @ values)).sum(axis=1, keepdims=True)
+        dS = P * (dP - D + d_lse[b, heads, queries, None])
+        dq[b, heads, queries] = scale * (dS @ keys)
+        dk[b, g, visible] += scale * (dS.T @ rows)
+        dv[b, g, visible] += P.T @ dO
     return dq, dk, dv
+
+
+def _rows_that_see_the_same(
+    mask: np.ndarray, group: int
+) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray], np.ndarray]]:
+    """(b, kv head, (query heads, queries), multiplicities of the keys): each row comes once."""
+    batch, q_heads, q_len, _ = mask.shape
+    for b, g in np.ndindex(batch, q_heads // group):
+        together: dict[bytes, list[tuple[int, int]]] = {}
+        for h, t in product(range(g * group, (g + 1) * group), range(q_len)):
+            together.setdefault(mask[b, h, t].tobytes(), []).append((h, t))
+        for rows in together.values():
+            heads, queries = np.array(rows).T
+            yield b, g, (heads, queries), mask[b, heads[0], queries[0]]
 
 
 def attention_arguments(
