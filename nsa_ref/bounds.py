@@ -29,9 +29,8 @@ Source: NUMERICS 2, "Deterministic form", "Statistical form" and "Inputs that ar
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -262,7 +261,6 @@ class Groups:
         log_mask = np.log(np.where(visible, mask, 1.0))
         self.log_p = np.where(visible, self.s + log_mask - self.lse, -np.inf)
         self.out = self.p @ v_
-        self._kept: Array | None = None  # of `_deviations`, where all rows fit
 
         if not self.backward:
             return
@@ -294,34 +292,20 @@ class Groups:
 
         return _turned(apart(left)) @ apart(right)
 
-    @functools.cached_property
-    def furthest(self) -> Array:
-        """The largest visible |v_j - out| of every row: (rows, value_dim)."""
-        furthest = np.zeros_like(self.out)
-        for part, deviation in self._deviations():
-            seen = np.where(self.visible[:, :, part, :, None], deviation, 0.0)
-            furthest[:, :, part] = np.max(seen, axis=-2, initial=0.0)
-        return furthest
-
-    def deviation(self, weights: Array, power: int) -> Array:
-        """sum_j weights_j |v_j - out|^power of every row: (rows, value_dim)."""
-        total = np.zeros_like(self.out)
-        for part, deviation in self._deviations():
-            total[:, :, part] = (weights[:, :, part, None, :] @ deviation**power)[..., 0, :]
-        return total
-
-    def _deviations(self) -> Iterator[tuple[slice, Array]]:
-        """|v_j - out| of all pairs, a few rows at a time: memory."""
-        rows = self.p.shape[2]
-        step = max(1, 2**20 // max(1, self.v.value.size))
-        if step >= rows:
-            if self._kept is None:
-                self._kept = np.abs(self.v.value[:, :, None] - self.out[:, :, :, None])
-            yield slice(0, rows), self._kept
-            return
-        for start in range(0, rows, step):
+    def deviations(self, weights: Array, power: int) -> tuple[Array, Array]:
+        """Of every row, both (rows, value_dim): sum_j weights_j |v_j - out|^power, and the largest
+        visible |v_j - out|."""
+        total, furthest = np.zeros_like(self.out), np.zeros_like(self.out)
+        # all pairs at once would be rows * columns * value_dim: a few rows that stay in the cache
+        step = max(1, 2**16 // max(1, self.v.value.size))
+        for start in range(0, self.p.shape[2], step):
             part = slice(start, start + step)
-            yield part, np.abs(self.v.value[:, :, None] - self.out[:, :, part, None])
+            deviation = np.abs(self.v.value[:, :, None] - self.out[:, :, part, None])
+            seen = self.visible[:, :, part, :, None]
+            furthest[:, :, part] = np.max(deviation, axis=-2, initial=0.0, where=seen)
+            powers = deviation if power == 1 else deviation**power
+            total[:, :, part] = (weights[:, :, part, None, :] @ powers)[..., 0, :]
+        return total, furthest
 
 
 def _turned(x: Array) -> Array:
@@ -432,7 +416,7 @@ def _deterministic_forward(x: Groups, row: Numerics) -> _Forward:
     u_v = row.u_p + row.u_operands  # P and v as P V reads them
 
     # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
-    first, furthest = x.deviation(pe, 1), x.furthest
+    first, furthest = x.deviations(pe, 1)
     core = (first + (u_v + acc) * ((x.p + pe) @ x.v.size)) / z
     if x.perturbed:  # v that is off already: the same mean of its errors
         core += ((x.p + pe) @ x.v.error) / z
@@ -497,7 +481,7 @@ def _statistical_forward(x: Groups, row: Numerics) -> _Forward:
     acc = row.accumulate(x.n + x.blocks, "statistical")
     u_v = row.u_p + row.u_operands
 
-    first, furthest = x.deviation(pe**2, 2), x.furthest
+    first, furthest = x.deviations(pe**2, 2)
     size = x.p @ x.v.size
     core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v.value**2) + (acc * size) ** 2) / z
     ps = x.p * x.s
