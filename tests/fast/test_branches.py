@@ -308,6 +308,11 @@ def test_heads_without_a_tile_are_refused_in_words(
         ({"dtype": torch.float32, "block_size": 16}, "head_dim=192 in torch.float32 is more"),
         ({"dtype": torch.float32, "block_size": 16, "head_dim": 64, "value_dim": 64}, ""),
         ({"dtype": torch.float16, "value_dim": 257}, "value_dim=257 in torch.float16 is more"),
+        ({"block_size": 128}, ""),
+        (
+            {"block_size": 128, "value_dim": 192},
+            "selection_block_size=128 with head_dim=192 and value_dim=192 takes 286720 bytes",
+        ),
         ({"group": 7}, "7 heads that share a choice are not within 8 to 128"),
     ],
 )
