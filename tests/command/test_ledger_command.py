@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nsa_ref.attention import Attention
 from nsa_ref.testing import Case, NotOffered, OracleImplementation
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
 from nsa_ref.testing.ledger import FILE_NAME, wrong_entries
+from nsa_ref.testing.narrowing import SAMPLED_IF_ENDED
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.report import clauses
@@ -155,6 +157,10 @@ def test_what_takes_its_process_down_goes_from_a_finding_to_a_green_run(place: P
     assert added.returncode == HOLDS, added.stderr
     entry = (place / FILE_NAME).read_text()
     assert entry in added.stdout and 'status = "quarantined"' in entry
+    counted = re.search(r"covers (\d+) die and (\d+) pass; (\d+) others pass", added.stdout)
+    assert counted, added.stdout
+    # a few are like another one, or decide nothing
+    assert SAMPLED_IF_ENDED / 2 < sum(map(int, counted.groups())) <= SAMPLED_IF_ENDED
     assert 'method = "sliding_mask"' in entry and "sliding_window_size = 1" in entry
     done = nsa_ref(*run, "--strict")
     assert done.returncode == HOLDS, done.stdout + done.stderr
