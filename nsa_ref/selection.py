@@ -194,14 +194,16 @@ def compress_probabilities(
     columns = np.concatenate([mem_k, k_cmp], axis=2)
 
     p_cmp = np.zeros((batch, q_heads, q_len, blocks), dtype=np.result_type(q, columns))
-    for b, h, t in np.ndindex(batch, q_heads, q_len):
+    for b, g, t in np.ndindex(batch, columns.shape[1], q_len):
         (visible,) = mask[t].nonzero()
         if visible.size == 0:
             continue
-        s = sizes.scale * (columns[b, h // group, visible] @ q[b, h, t])
-        weight = np.exp(s - s.real.max())
-        probability = weight / weight.sum()
-        p_cmp[b, h, t, visible[num_mem_kv:] - num_mem_kv] = probability[num_mem_kv:]
+        of_heads = slice(g * group, (g + 1) * group)
+        s = sizes.scale * (q[b, of_heads, t] @ columns[b, g, visible].T)
+        weight = np.exp(s - s.real.max(axis=1, keepdims=True))
+        probability = weight / weight.sum(axis=1, keepdims=True)
+        blocks_seen = visible[num_mem_kv:] - num_mem_kv
+        p_cmp[b, of_heads, t][:, blocks_seen] = probability[:, num_mem_kv:]
     return p_cmp
 
 
