@@ -61,7 +61,7 @@ PARTS = {
     "select_blocks": "selection",
     "fine_attention": "fine",
     "sliding_attention": "sliding",
-    "rotate": "rotary",
+    "_rotated": "rotary",
     "turns": "rotary",
     "_pool": "pooling",
     "_gated": "gates",

@@ -40,6 +40,7 @@ from nsa_fast import (
     fine_lists,
     flex,
     gate_kernels,
+    rotary_kernels,
     selection_kernels,
 )
 from nsa_fast.selection import Sizes
@@ -56,7 +57,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 #: Constants of a kernel that are its tile.
-TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B")
+TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B|NUMBERS")
 
 #: Opcodes of products on tensor cores: those of a group of four warps, and those of one warp.
 PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
@@ -319,7 +320,7 @@ def _innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
 # --- the kernels ----------------------------------------------------------------------------------
 
 #: Where kernels are started.
-MODULES = ("selection_kernels", "fine_kernels", "gate_kernels")
+MODULES = ("selection_kernels", "fine_kernels", "gate_kernels", "rotary_kernels")
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 64, 4, 192, 128
 SIZES = Sizes(
@@ -349,6 +350,7 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
     summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
     gates = gate_kernels.constants(HEADS, VALUE_DIM)
+    rotary = rotary_kernels.constants(HEADS, HEAD_DIM) | {"BACK": False}
     rows = [
         (selection_kernels.row_lse, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
@@ -357,6 +359,7 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
         (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
+        (rotary_kernels.turned_pairs, rotary, {}),
     ]
     return {
         kernel.fn.__name__: _launch(
@@ -423,6 +426,8 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
         "fine_sum_parts": lambda c: Work(memory_bytes=parts * c["D"] / wide),
         "gated_sum": lambda c: Work(memory_bytes=4 * branch),
         "gated_sum_backward": lambda c: Work(memory_bytes=7 * branch),
+        # of q, which is read and written, and of cos and sin
+        "turned_pairs": lambda c: Work(memory_bytes=4 * tokens * HEAD_DIM * (HEADS + 1)),
     }
 
 
@@ -500,7 +505,7 @@ def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
 
 #: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
 TYPES = {
-    "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts"),
+    "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts", "turns"),
     "*i32": ("entries", "counts", "token_lists", "starts", "part_block", "part_ends"),
     "*i64": ("chosen",),
     "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),

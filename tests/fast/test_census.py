@@ -59,13 +59,15 @@ def test_a_step_of_64k_tokens_keeps_within_its_budget() -> None:
     assert chunks.keys() >= OF_LOGITS | {"fine_forward", "fine_backward_kv", "FlexAttention"}
 
 
-def test_rotary_is_three_launches_for_a_tensor_and_a_dozen_for_all() -> None:
+def test_rotary_is_one_launch_for_a_tensor_and_a_dozen_for_all() -> None:
     """q and a k for fine and for sliding, and compressed keys, which stand elsewhere."""
     found = census.census_of_layer(1024, semantics=dataclasses.replace(PAPER, rotary="all"))
     rows = census.table(found)
     assert rows["forward"]["sum"]["syncs"] == rows["backward"]["sum"]["syncs"] == 0
-    assert rows["forward"]["rotary"]["launches"] <= 4 * 3 + 2 * 12
-    assert rows["backward"]["rotary"]["launches"] <= 4 * 5
+    assert rows["forward"]["rotary"]["launches"] <= 4 + 2 * 12
+    for direction in rows:
+        assert found.counts[direction, "rotary", "turned_pairs"]["launches"] == 4
+    assert rows["backward"]["rotary"]["launches"] == 4
 
 
 def test_nothing_but_the_logits_grows_with_the_square_of_the_tokens() -> None:
