@@ -57,7 +57,9 @@ from nsa_fast import (
     sliding_attention,
 )
 from nsa_fast.adapter import implementations
-from nsa_fast.layer import _gated
+from nsa_fast.layer import _gated, _rotated
+from nsa_fast.rotary import turns
+from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case
 from nsa_ref.testing.files import write_json
 from nsa_ref.testing.judging import judge
@@ -231,6 +233,8 @@ class Bench:
             asked[f"{branch}, backward"] = f"A3_{branch}_gradients", size
         asked["fine of 4 heads, backward"] = "A3_fine_gradients", few
         asked["layer, backward"] = "A4_layer_gradients", whole
+        turned = replace(whole, semantics=replace(PAPER, rotary="all"))
+        asked["layer with rotary, backward"] = "A4_layer_gradients", turned
         return {name: (prop, replace(case, dtype=dtype)) for name, (prop, case) in asked.items()}
 
     def against_the_oracle(self, name: str, case: Case) -> dict[str, Any]:
@@ -259,6 +263,7 @@ class Bench:
             "compress": self.compress,
             "sliding": self.sliding,
             "gates": self.gates,
+            "rotary": self.rotary,
             "branches": functools.partial(self.branches, self.sizes.windows),
             "layer": self.layer,
             "dense FlexAttention": self.dense_flex,
@@ -352,6 +357,12 @@ class Bench:
         outs = [self.random(sizes.q_heads, tokens, sizes.value_dim) for _ in range(3)]
         logits = self.random(1, tokens, 3 * sizes.q_heads).detach()[0].requires_grad_()
         return Run(lambda: _gated(logits, outs, self.module.layer), (logits, *outs))
+
+    def rotary(self, tokens: int) -> Run:
+        """q, turned by its positions."""
+        q = self.random(self.sizes.q_heads, tokens, self.sizes.head_dim)
+        by = turns(torch.arange(tokens, device=self.device), self.sizes.head_dim, self.dtype)
+        return Run(lambda: _rotated(q, by, self.module.layer), (q,))
 
     def branches(self, windows: dict[str, Any], tokens: int) -> Run:
         """All that stands between q, k, v and the merged heads: what is held against others."""
@@ -693,6 +704,7 @@ ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
     "compress": {WAYS[0]: ("compress_forward",), WAYS[1]: ("compress_backward",)},
     "sliding": {WAYS[0]: ("sliding_forward",), WAYS[1]: ("sliding_backward",)},
     "gates": {WAYS[0]: ("gated_sum",), WAYS[1]: ("gated_sum_backward",)},
+    "rotary": {WAYS[0]: ("turned_pairs",), WAYS[1]: ("turned_pairs",)},
 }
 
 
