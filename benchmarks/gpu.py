@@ -699,7 +699,10 @@ ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
     "select": {WAYS[0]: ("group_probabilities", "top_blocks")},
     "fine": {
         WAYS[0]: ("fine_forward",),
-        WAYS[1]: ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+        WAYS[1]: (
+            *("fine_backward_q", "count_tokens", "place_tokens", "fine_backward_kv"),
+            *("fine_sum_parts", "fine_sum_parts"),
+        ),
     },
     "compress": {WAYS[0]: ("compress_forward",), WAYS[1]: ("compress_backward",)},
     "sliding": {WAYS[0]: ("sliding_forward",), WAYS[1]: ("sliding_backward",)},

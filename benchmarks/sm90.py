@@ -37,6 +37,7 @@ from benchmarks.flex_sources import Call, Written, written
 from nsa_fast import (
     block_masks,
     fine_kernels,
+    fine_list_kernels,
     fine_lists,
     flex,
     gate_kernels,
@@ -57,7 +58,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 #: Constants of a kernel that are its tile.
-TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B|NUMBERS")
+TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B|NUMBERS|COUNTED|SLOTS")
 
 #: Opcodes of products on tensor cores: those of a group of four warps, and those of one warp.
 PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
@@ -320,7 +321,9 @@ def _innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
 # --- the kernels ----------------------------------------------------------------------------------
 
 #: Where kernels are started.
-MODULES = ("selection_kernels", "fine_kernels", "gate_kernels", "rotary_kernels")
+MODULES = (
+    *("selection_kernels", "fine_kernels", "fine_list_kernels", "gate_kernels", "rotary_kernels"),
+)
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 64, 4, 192, 128
 SIZES = Sizes(
@@ -357,6 +360,16 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
         (selection_kernels.top_blocks, choice | seen, selection_kernels.CHOICE_OPTIONS),
         *_fine_rows(fine),
         (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
+        (
+            fine_list_kernels.count_tokens,
+            {"COUNTED": fine_list_kernels.COUNTED},
+            fine_list_kernels.COUNT_OPTIONS,
+        ),
+        (
+            fine_list_kernels.place_tokens,
+            {"SLOTS": SIZES.num_selected},
+            fine_list_kernels.PLACE_OPTIONS,
+        ),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
         (rotary_kernels.turned_pairs, rotary, {}),
@@ -399,6 +412,9 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
     pairs = tokens * HEADS * n * block  # of a row and a key that it reads
     branch = 2 * tokens * HEADS * VALUE_DIM  # bytes of its output
     parts = 4 * wide * block * (tile_of * n / fine_lists.PART + SIZES.num_blocks * KV_HEADS)
+    # bytes of the choices, and of the counts, which are read and written
+    choices = 8 * tile_of * n
+    counts = 8 * SIZES.num_blocks * KV_HEADS * fine_list_kernels.CHUNKS
 
     def of_windows(c: Mapping[str, Any]) -> Work:
         return Work(
@@ -424,6 +440,8 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
             tile_of * n / c["T"], 2 * c["T"] * group * wide, parts, pairs * 4 * wide
         ),
         "fine_sum_parts": lambda c: Work(memory_bytes=parts * c["D"] / wide),
+        "count_tokens": lambda c: Work(memory_bytes=choices + counts),
+        "place_tokens": lambda c: Work(memory_bytes=choices + counts + choices / 2),
         "gated_sum": lambda c: Work(memory_bytes=4 * branch),
         "gated_sum_backward": lambda c: Work(memory_bytes=7 * branch),
         # of q, which is read and written, and of cos and sin
@@ -506,7 +524,7 @@ def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
 #: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
 TYPES = {
     "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts", "turns"),
-    "*i32": ("entries", "counts", "token_lists", "starts", "part_block", "part_ends"),
+    "*i32": (*("entries", "counts", "token_lists", "starts", "part_block", "part_ends", "begins"),),
     "*i64": ("chosen",),
     "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),
 }
@@ -548,7 +566,10 @@ PARTS = {
     "selection": (("group_probabilities", "top_blocks"), ()),
     "fine": (
         ("fine_forward",),
-        ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+        (
+            *("fine_backward_q", "count_tokens", "place_tokens", "fine_backward_kv"),
+            *("fine_sum_parts", "fine_sum_parts"),
+        ),
     ),
     "sliding": (("sliding_forward",), ("sliding_backward",)),
     "gates": (("gated_sum",), ("gated_sum_backward",)),

@@ -248,6 +248,23 @@ def _first_part_again(found: Parts) -> Parts:
     return found._replace(tokens=tokens)
 
 
+def _chunks_placed_on_the_first(found: Parts) -> Parts:
+    """Those of a later chunk are placed as if no earlier token had chosen the block."""
+    from nsa_fast import fine_list_kernels  # which imports triton
+
+    tokens = found.tokens.clone()
+    for first, stop in zip(found.starts.tolist(), found.starts[1:].tolist()):
+        of_block = found.tokens[first:stop]
+        later = of_block[of_block >= fine_list_kernels.LEAST_TOKENS]
+        tokens[first : first + len(later)] = later
+    return found._replace(tokens=tokens)
+
+
+def _placed_one_behind(found: Parts) -> Parts:
+    """A block's tokens begin with the last one of the block before."""
+    return found._replace(tokens=found.tokens[: int(found.starts[-1])].roll(1))
+
+
 #: what is broken in the lists of tiles -> the mistakes
 BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
     "MemberLost": ((fine_lists, "union", _member_lost),),
@@ -257,6 +274,8 @@ BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
     "TileBlockTwice": ((fine_lists, "union", _returning(_last_entry_twice)),),
     "TokenTakenForTheNext": ((fine_lists, "parts", _returning(_token_taken_for_the_next)),),
     "FirstPartAgain": ((fine_lists, "parts", _returning(_first_part_again)),),
+    "ChunksPlacedOnTheFirst": ((fine_lists, "parts", _returning(_chunks_placed_on_the_first)),),
+    "PlacedOneBehind": ((fine_lists, "parts", _returning(_placed_one_behind)),),
 }
 
 
