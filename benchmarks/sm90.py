@@ -1,9 +1,9 @@
 """What sm_90 makes of Triton kernels, without a GPU: python -m benchmarks.sm90
 
 Triton's wheel carries ptxas and the disassemblers of CUDA. Each kernel is compiled for sm_90 as it
-is launched at the paper's shape (64 query heads, 4 kv heads, head_dim 192, l 32, d 16, l' 64, n 16,
-bfloat16), and what can be read from the machine code is printed and written as JSON: registers,
-stack, spills, shared memory, how products are computed, and how long loops are.
+is launched at the paper's shape (`paper.py`), and what can be read from the machine code is printed
+and written as JSON: registers, stack, spills, shared memory, how products are computed, and how
+long loops are.
 
 Nothing runs. The times at 64k tokens are ESTIMATES, of a model of an H200 with the constants below:
 
@@ -33,6 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import paper
 from benchmarks.flex_sources import Call, Written, written
 from nsa_fast import (
     block_masks,
@@ -325,14 +326,20 @@ MODULES = (
     *("selection_kernels", "fine_kernels", "fine_list_kernels", "gate_kernels", "rotary_kernels"),
 )
 
-HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 64, 4, 192, 128
+HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = (
+    paper.LAYER[name]
+    for name in ("q_heads", "kv_heads", "head_dim", "value_dim", "sliding_window_size")
+)
+_WINDOWS = Windows(
+    paper.LAYER["compress_block_size"], paper.LAYER["compress_block_sliding_stride"], PAPER
+)
 SIZES = Sizes(
-    kv_len=65536,
-    windows=Windows(32, 16, PAPER),
-    num_windows=4095,
-    block_size=64,
-    num_blocks=1024,
-    num_selected=16,
+    kv_len=paper.TOKENS,
+    windows=_WINDOWS,
+    num_windows=_WINDOWS.count(paper.TOKENS),
+    block_size=paper.LAYER["selection_block_size"],
+    num_blocks=paper.TOKENS // paper.LAYER["selection_block_size"],
+    num_selected=paper.LAYER["num_selected_blocks"],
     num_initial=1,
     num_local=2,
 )
@@ -451,10 +458,9 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
 
 # --- what Inductor writes -------------------------------------------------------------------------
 
-WINDOW = 512
 #: The branches that are FlexAttention's, at the paper's shape.
 CALLS = {
-    branch: Call(branch, "bfloat16", HEAD_DIM, VALUE_DIM, HEADS, KV_HEADS, SIZES.block_size)
+    branch: Call(branch, paper.DTYPE, HEAD_DIM, VALUE_DIM, HEADS, KV_HEADS, SIZES.block_size)
     for branch in ("compress", "sliding")
 }
 

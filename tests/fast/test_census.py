@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 pytest.importorskip("triton", reason="what is counted are launches of its kernels")
 
 import nsa_fast.layer  # noqa: E402
-from benchmarks import census  # noqa: E402
+from benchmarks import census, paper  # noqa: E402
 from nsa_fast import block_masks, fine_lists, gate_kernels  # noqa: E402
 from nsa_ref.semantics import PAPER  # noqa: E402
 
-TOKENS = 2**16
+TOKENS = paper.TOKENS
 #: direction -> the most launches
 BUDGETS = {"forward": 100, "backward": 200}
 #: What multiplies every query with every compressed key that it sees, and reads the result.
@@ -76,8 +76,7 @@ def test_nothing_but_the_logits_grows_with_the_square_of_the_tokens() -> None:
 
 def test_q_is_copied_by_no_branch() -> None:
     """It is as large as all that the layer returns, and read by its strides."""
-    layer = census.LAYER
-    bytes_of_q = TOKENS * layer["q_heads"] * layer["head_dim"] * 2
+    bytes_of_q = TOKENS * paper.LAYER["q_heads"] * paper.LAYER["head_dim"] * 2
     for (direction, part, kind), amounts in counted(TOKENS).counts.items():
         if direction == "forward" and kind in ("clone", "copy", "_to_copy"):
             assert amounts["bytes"] < bytes_of_q, (part, kind)
@@ -87,7 +86,7 @@ def test_the_forward_keeps_q_and_three_outputs_once_and_as_they_are() -> None:
     """Nothing else that is as large, and no copy in float32."""
     found = counted(TOKENS)
     kept = [x for part, of in found.kept.items() if part != census.GIVEN for x in of.values()]
-    least = TOKENS * census.LAYER["q_heads"] * census.LAYER["value_dim"]
+    least = TOKENS * paper.LAYER["q_heads"] * paper.LAYER["value_dim"]
     large = [x for x in kept if x.untyped_storage().nbytes() // x.element_size() >= least]
     assert sorted(x.shape[-1] for x in large) == [128, 128, 128, 192]
     assert {x.dtype for x in large} == {census.DTYPE}
