@@ -1,9 +1,8 @@
 """What the layer launches at 64k tokens, counted without a GPU: python -m benchmarks.census
 
-Runs a forward and a backward of the layer at the paper's shape (64 query heads, 4 kv heads,
-head_dim 192, value_dim 128, l 32, d 16, l' 64, n 16, w 512, bfloat16, PAPER) on torch's meta
-device, which has shapes and no numbers, as if it were a GPU. A step is counted that has
-the sizes of the one before, part by part:
+Runs a forward and a backward of the layer at the paper's shape (`paper.py`), with PAPER, on torch's
+meta device, which has shapes and no numbers, as if it were a GPU. A step is counted that has the
+sizes of the one before, part by part:
 
     launches    operators that do something, our Triton kernels, and what FlexAttention's compiled
                 graphs start: 2 forward, 2 backward (`FLEX_LAUNCHES`). An operator counts once, but
@@ -35,25 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nsa_fast.layer
+from benchmarks import paper
 from nsa_fast import NativeSparseAttention, flex
 from nsa_ref.testing.loading import versions
 
 RESULTS = Path(__file__).parent / "results"
 META = torch.device("meta")
 
-LAYER: dict[str, Any] = {
-    "model_dim": 2560,
-    "q_heads": 64,
-    "kv_heads": 4,
-    "head_dim": 192,
-    "value_dim": 128,
-    "compress_block_size": 32,
-    "compress_block_sliding_stride": 16,
-    "selection_block_size": 64,
-    "num_selected_blocks": 16,
-    "sliding_window_size": 512,
-}
-DTYPE = torch.bfloat16
+DTYPE: torch.dtype = getattr(torch, paper.DTYPE)
 
 #: Where each part of a layer begins: functions of `nsa_fast.layer`.
 PARTS = {
@@ -61,7 +49,7 @@ PARTS = {
     "select_blocks": "selection",
     "fine_attention": "fine",
     "sliding_attention": "sliding",
-    "rotate": "rotary",
+    "_rotated": "rotary",
     "turns": "rotary",
     "_pool": "pooling",
     "_gated": "gates",
@@ -321,7 +309,7 @@ def counted() -> Iterator[Census]:
 def census_of_layer(tokens: int, **changes: Any) -> Census:
     """A forward that is recorded, and its backward, of the second of two steps alike."""
     with torch.device(META):
-        layer = NativeSparseAttention(**LAYER | changes).to(DTYPE)
+        layer = NativeSparseAttention(**paper.LAYER | changes).to(DTYPE)
         x = torch.empty(1, tokens, layer.model_dim, dtype=DTYPE, requires_grad=True)
         d_out = torch.empty(1, tokens, layer.layer.q_heads * layer.layer.value_dim, dtype=DTYPE)
     with counted():
@@ -354,7 +342,7 @@ def table(census: Census) -> dict[str, dict[str, dict[str, int]]]:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2**16)
+    parser.add_argument("--tokens", type=int, default=paper.TOKENS)
     parser.add_argument("--output", type=Path, default=RESULTS / "census.json")
     parser.add_argument("--operators", action="store_true", help="what each part launches")
     arguments = parser.parse_args(given)
@@ -379,7 +367,8 @@ def main(given: list[str] | None = None) -> None:
     report = {
         "device": "none; counted on torch's meta device",
         "versions": versions(),
-        "layer": LAYER | {"dtype": str(DTYPE), "semantics": "PAPER", "tokens": arguments.tokens},
+        "layer": paper.LAYER
+        | {"dtype": str(DTYPE), "semantics": "PAPER", "tokens": arguments.tokens},
         "counted": found,
         "kept": kept,
     }

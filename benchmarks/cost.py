@@ -28,6 +28,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import paper
 from nsa_fast import block_lists, block_masks, compress_pool, select_blocks
 from nsa_fast import selection as selection_module
 from nsa_fast.layouts import FineLayout
@@ -39,12 +40,13 @@ RESULTS = Path(__file__).parent / "results"
 
 #: The paper's sizes, but for the heads and their width, which a CPU has to bear.
 SIZES = {
-    "compress_block_size": 32,
-    "compress_block_sliding_stride": 16,
-    "selection_block_size": 64,
-    "num_selected_blocks": 16,
+    name: paper.LAYER[name]
+    for name in (
+        *("compress_block_size", "compress_block_sliding_stride"),
+        *("selection_block_size", "num_selected_blocks"),
+    )
 }
-WINDOW, GROUP, HEAD_DIM = 512, 4, 128
+WINDOW, GROUP, HEAD_DIM = paper.LAYER["sliding_window_size"], 4, 128
 
 WINDOWS = Windows(SIZES["compress_block_size"], SIZES["compress_block_sliding_stride"], PAPER)
 LAYOUT = FineLayout(GROUP, GROUP, SIZES["selection_block_size"], SIZES["selection_block_size"])

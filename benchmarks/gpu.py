@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import paper
 from benchmarks.cost import RESULTS, peak_bytes, processor
 from nsa_fast import (
     NativeSparseAttention,
@@ -57,7 +58,9 @@ from nsa_fast import (
     sliding_attention,
 )
 from nsa_fast.adapter import implementations
-from nsa_fast.layer import _gated
+from nsa_fast.layer import _gated, _rotated
+from nsa_fast.rotary import turns
+from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Case
 from nsa_ref.testing.files import write_json
 from nsa_ref.testing.judging import judge
@@ -73,7 +76,8 @@ if TYPE_CHECKING:
 LONGEST_STEP = 150.0
 #: Seconds over which the calls of one figure go on, and how many are queued at a time.
 TIMED, QUEUED = 1.0, 3
-#: How the judge exits if time was up before all was decided.
+#: How the judge exits if time was up before all was decided. `nsa_ref.testing.cli`, where it stands
+#: as well, wants rich, which a machine with a GPU may not have.
 UNDECIDED = 3
 #: Less than so many seconds are not begun with.
 LEAST = 2.0
@@ -120,11 +124,13 @@ class Sizes:
 
 SIZES = {
     "cuda": Sizes(
-        "bfloat16", 64, 4, 192, 128, 32, 16, 64, 16, 512, 2560,
-        (2**16, 2**12, 2**14, 2**17, 2**15, 2**13), 2**14,
+        paper.DTYPE,
+        **paper.LAYER,
+        tokens=(paper.TOKENS, 2**12, 2**14, 2**17, 2**15, 2**13),
+        ceiling=2**14,
     ),
     "cpu": Sizes("float32", 8, 1, 16, 8, 8, 4, 8, 4, 16, 32, (128, 64), 2**8),
-}  # fmt: skip
+}
 
 
 class Run(NamedTuple):
@@ -231,6 +237,8 @@ class Bench:
             asked[f"{branch}, backward"] = f"A3_{branch}_gradients", size
         asked["fine of 4 heads, backward"] = "A3_fine_gradients", few
         asked["layer, backward"] = "A4_layer_gradients", whole
+        turned = replace(whole, semantics=replace(PAPER, rotary="all"))
+        asked["layer with rotary, backward"] = "A4_layer_gradients", turned
         return {name: (prop, replace(case, dtype=dtype)) for name, (prop, case) in asked.items()}
 
     def against_the_oracle(self, name: str, case: Case) -> dict[str, Any]:
@@ -259,6 +267,7 @@ class Bench:
             "compress": self.compress,
             "sliding": self.sliding,
             "gates": self.gates,
+            "rotary": self.rotary,
             "branches": functools.partial(self.branches, self.sizes.windows),
             "layer": self.layer,
             "dense FlexAttention": self.dense_flex,
@@ -293,16 +302,8 @@ class Bench:
 
     def pooled(self, *tokens: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            found = [self.pool(each) for each in tokens]
+            found = [compress_pool(each, **self.sizes.windows) for each in tokens]
         return [each.requires_grad_() for each in found]
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        sizes = self.sizes
-        return compress_pool(
-            tokens,
-            compress_block_size=sizes.compress_block_size,
-            compress_block_sliding_stride=sizes.compress_block_sliding_stride,
-        )
 
     def compress(self, tokens: int) -> Run:
         q, k, v = self.qkv(tokens)
@@ -352,6 +353,12 @@ class Bench:
         outs = [self.random(sizes.q_heads, tokens, sizes.value_dim) for _ in range(3)]
         logits = self.random(1, tokens, 3 * sizes.q_heads).detach()[0].requires_grad_()
         return Run(lambda: _gated(logits, outs, self.module.layer), (logits, *outs))
+
+    def rotary(self, tokens: int) -> Run:
+        """q, turned by its positions."""
+        q = self.random(self.sizes.q_heads, tokens, self.sizes.head_dim)
+        by = turns(torch.arange(tokens, device=self.device), self.sizes.head_dim, self.dtype)
+        return Run(lambda: _rotated(q, by, self.module.layer), (q,))
 
     def branches(self, windows: dict[str, Any], tokens: int) -> Run:
         """All that stands between q, k, v and the merged heads: what is held against others."""
@@ -688,11 +695,15 @@ ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
     "select": {WAYS[0]: ("group_probabilities", "top_blocks")},
     "fine": {
         WAYS[0]: ("fine_forward",),
-        WAYS[1]: ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+        WAYS[1]: (
+            *("fine_backward_q", "count_tokens", "place_tokens", "fine_backward_kv"),
+            *("fine_sum_parts", "fine_sum_parts"),
+        ),
     },
     "compress": {WAYS[0]: ("compress_forward",), WAYS[1]: ("compress_backward",)},
     "sliding": {WAYS[0]: ("sliding_forward",), WAYS[1]: ("sliding_backward",)},
     "gates": {WAYS[0]: ("gated_sum",), WAYS[1]: ("gated_sum_backward",)},
+    "rotary": {WAYS[0]: ("turned_pairs",), WAYS[1]: ("turned_pairs",)},
 }
 
 

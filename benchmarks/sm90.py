@@ -1,9 +1,9 @@
 """What sm_90 makes of Triton kernels, without a GPU: python -m benchmarks.sm90
 
 Triton's wheel carries ptxas and the disassemblers of CUDA. Each kernel is compiled for sm_90 as it
-is launched at the paper's shape (64 query heads, 4 kv heads, head_dim 192, l 32, d 16, l' 64, n 16,
-bfloat16), and what can be read from the machine code is printed and written as JSON: registers,
-stack, spills, shared memory, how products are computed, and how long loops are.
+is launched at the paper's shape (`paper.py`), and what can be read from the machine code is printed
+and written as JSON: registers, stack, spills, shared memory, how products are computed, and how
+long loops are.
 
 Nothing runs. The times at 64k tokens are ESTIMATES, of a model of an H200 with the constants below:
 
@@ -33,13 +33,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import paper
 from benchmarks.flex_sources import Call, Written, written
 from nsa_fast import (
     block_masks,
     fine_kernels,
+    fine_list_kernels,
     fine_lists,
     flex,
     gate_kernels,
+    rotary_kernels,
     selection_kernels,
 )
 from nsa_fast.selection import Sizes
@@ -56,7 +59,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 #: Constants of a kernel that are its tile.
-TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B")
+TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B|NUMBERS|COUNTED|SLOTS")
 
 #: Opcodes of products on tensor cores: those of a group of four warps, and those of one warp.
 PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
@@ -319,16 +322,24 @@ def _innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
 # --- the kernels ----------------------------------------------------------------------------------
 
 #: Where kernels are started.
-MODULES = ("selection_kernels", "fine_kernels", "gate_kernels")
+MODULES = (
+    *("selection_kernels", "fine_kernels", "fine_list_kernels", "gate_kernels", "rotary_kernels"),
+)
 
-HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 64, 4, 192, 128
+HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = (
+    paper.LAYER[name]
+    for name in ("q_heads", "kv_heads", "head_dim", "value_dim", "sliding_window_size")
+)
+_WINDOWS = Windows(
+    paper.LAYER["compress_block_size"], paper.LAYER["compress_block_sliding_stride"], PAPER
+)
 SIZES = Sizes(
-    kv_len=65536,
-    windows=Windows(32, 16, PAPER),
-    num_windows=4095,
-    block_size=64,
-    num_blocks=1024,
-    num_selected=16,
+    kv_len=paper.TOKENS,
+    windows=_WINDOWS,
+    num_windows=_WINDOWS.count(paper.TOKENS),
+    block_size=paper.LAYER["selection_block_size"],
+    num_blocks=paper.TOKENS // paper.LAYER["selection_block_size"],
+    num_selected=paper.LAYER["num_selected_blocks"],
     num_initial=1,
     num_local=2,
 )
@@ -349,14 +360,26 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
     summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
     gates = gate_kernels.constants(HEADS, VALUE_DIM)
+    rotary = rotary_kernels.constants(HEADS, HEAD_DIM) | {"BACK": False}
     rows = [
         (selection_kernels.row_lse, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.top_blocks, choice | seen, selection_kernels.CHOICE_OPTIONS),
         *_fine_rows(fine),
         (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
+        (
+            fine_list_kernels.count_tokens,
+            {"COUNTED": fine_list_kernels.COUNTED},
+            fine_list_kernels.COUNT_OPTIONS,
+        ),
+        (
+            fine_list_kernels.place_tokens,
+            {"SLOTS": SIZES.num_selected},
+            fine_list_kernels.PLACE_OPTIONS,
+        ),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
+        (rotary_kernels.turned_pairs, rotary, {}),
     ]
     return {
         kernel.fn.__name__: _launch(
@@ -396,6 +419,9 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
     pairs = tokens * HEADS * n * block  # of a row and a key that it reads
     branch = 2 * tokens * HEADS * VALUE_DIM  # bytes of its output
     parts = 4 * wide * block * (tile_of * n / fine_lists.PART + SIZES.num_blocks * KV_HEADS)
+    # bytes of the choices, and of the counts, which are read and written
+    choices = 8 * tile_of * n
+    counts = 8 * SIZES.num_blocks * KV_HEADS * fine_list_kernels.CHUNKS
 
     def of_windows(c: Mapping[str, Any]) -> Work:
         return Work(
@@ -421,17 +447,20 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
             tile_of * n / c["T"], 2 * c["T"] * group * wide, parts, pairs * 4 * wide
         ),
         "fine_sum_parts": lambda c: Work(memory_bytes=parts * c["D"] / wide),
+        "count_tokens": lambda c: Work(memory_bytes=choices + counts),
+        "place_tokens": lambda c: Work(memory_bytes=choices + counts + choices / 2),
         "gated_sum": lambda c: Work(memory_bytes=4 * branch),
         "gated_sum_backward": lambda c: Work(memory_bytes=7 * branch),
+        # of q, which is read and written, and of cos and sin
+        "turned_pairs": lambda c: Work(memory_bytes=4 * tokens * HEAD_DIM * (HEADS + 1)),
     }
 
 
 # --- what Inductor writes -------------------------------------------------------------------------
 
-WINDOW = 512
 #: The branches that are FlexAttention's, at the paper's shape.
 CALLS = {
-    branch: Call(branch, "bfloat16", HEAD_DIM, VALUE_DIM, HEADS, KV_HEADS, SIZES.block_size)
+    branch: Call(branch, paper.DTYPE, HEAD_DIM, VALUE_DIM, HEADS, KV_HEADS, SIZES.block_size)
     for branch in ("compress", "sliding")
 }
 
@@ -500,8 +529,8 @@ def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
 
 #: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
 TYPES = {
-    "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts"),
-    "*i32": ("entries", "counts", "token_lists", "starts", "part_block", "part_ends"),
+    "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts", "turns"),
+    "*i32": (*("entries", "counts", "token_lists", "starts", "part_block", "part_ends", "begins"),),
     "*i64": ("chosen",),
     "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),
 }
@@ -543,7 +572,10 @@ PARTS = {
     "selection": (("group_probabilities", "top_blocks"), ()),
     "fine": (
         ("fine_forward",),
-        ("fine_backward_q", "fine_backward_kv", "fine_sum_parts", "fine_sum_parts"),
+        (
+            *("fine_backward_q", "count_tokens", "place_tokens", "fine_backward_kv"),
+            *("fine_sum_parts", "fine_sum_parts"),
+        ),
     ),
     "sliding": (("sliding_forward",), ("sliding_backward",)),
     "gates": (("gated_sum",), ("gated_sum_backward",)),

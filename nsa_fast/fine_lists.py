@@ -49,7 +49,8 @@ class Union(NamedTuple):
 class Parts(NamedTuple):
     """The tokens of each block, in parts.
 
-    tokens : int32 (entries,), block by block, ascending; a block is numbered on from head to head
+    tokens : int32 (entries,), block by block, ascending, and behind them whatever was there; a
+        block is numbered on from head to head
     starts : int32 (blocks + 1,), where the tokens of a block begin
     block : int32 (parts,), whose tokens a part holds; the number of blocks, if it holds none
     ends : int32 (blocks + 1,), the parts of all blocks before, and of all
@@ -143,25 +144,19 @@ def union(chosen: Chosen, tokens: int) -> Union:
 
 
 def parts(blocks: Tensor, num_blocks: int) -> Parts:
-    """The transposed lists, in parts of PART tokens.
+    """The transposed lists, in parts of PART tokens, where the kernels are Triton's.
 
     blocks : as `Chosen.blocks`
     """
-    batch, heads, q_len, slots = blocks.shape
-    count, device = batch * heads * num_blocks, blocks.device
-    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    # the slots that are not in use are counted behind the rest
-    number = torch.where(blocks < num_blocks, blocks + head * num_blocks, count)
-    # entries come token by token; a stable sort by block keeps the tokens of a block ascending
-    number, order = number.flatten().sort(stable=True)
-    every = torch.arange(count + 1, device=device)
-    starts = torch.searchsorted(number, every)
-    ends = F.pad(-((starts[:-1] - starts[1:]) // PART), (1, 0)).cumsum(dim=0)
-    most = number.numel() // PART + count
-    block = torch.searchsorted(ends[1:], torch.arange(most, device=device), right=True)
+    from nsa_fast.fine_list_kernels import transposed  # which imports triton
+
+    tokens, starts = transposed(blocks, num_blocks)
+    ends = -((starts[:-1] - starts[1:]) // PART)
+    ends = F.pad(ends, (1, 0)).cumsum(dim=0, dtype=torch.int32)
+    most = tokens.numel() // PART + len(starts) - 1
+    part = torch.arange(most, dtype=torch.int32, device=blocks.device)
     return Parts(
-        (order // max(1, slots) % q_len).to(torch.int32),
-        *(found.to(torch.int32) for found in (starts, block, ends)),
+        tokens, starts, torch.searchsorted(ends[1:], part, right=True, out_int32=True), ends
     )
 
 

@@ -35,7 +35,7 @@ from nsa_fast.checks import (
     check_size,
     check_tensor,
 )
-from nsa_fast.flex import BACKENDS, is_triton
+from nsa_fast.flex import BACKENDS, COMPILED_DTYPES, is_triton
 from nsa_fast.layouts import split_heads, tokens_first
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
 from nsa_fast.rotary import rotate, turns, wide_dtype
@@ -469,7 +469,7 @@ def _project(
         if by is None:
             position = torch.cat([torch.arange(*each, device=h.device) for each in positions])
             by = turns(position, layer.head_dim, x.dtype)
-        return rotate(x, by)
+        return _rotated(x, by, layer)
 
     def projected(name: str, heads: int, dim: int) -> Tensor:
         return split_heads(weights.linear(name, h, heads * dim), heads)
@@ -513,7 +513,17 @@ def _pool(kind: str, tokens: Tensor, weights: Weights, layer: Layer, *, skip: in
         return pooled
     block = torch.arange(skip, skip + pooled.shape[2], device=pooled.device)
     position = block * layer.compress_block_sliding_stride
-    return rotate(pooled, turns(position, layer.head_dim, pooled.dtype))
+    return _rotated(pooled, turns(position, layer.head_dim, pooled.dtype), layer)
+
+
+def _rotated(x: Tensor, by: Tensor, layer: Layer) -> Tensor:
+    """G2, of (batch, heads, tokens, head_dim)."""
+    compiled = is_triton(x.device) and layer.backend != "eager"
+    if compiled and x.dtype in COMPILED_DTYPES and x.numel():
+        from nsa_fast import rotary_kernels  # which imports triton
+
+        return rotary_kernels.rotated(x, by)
+    return rotate(x, by)
 
 
 # --- branches -------------------------------------------------------------------------------------

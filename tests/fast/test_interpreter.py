@@ -173,12 +173,16 @@ MISREAD_TILES = {
     "TileBlockTwice": {"dq"},
     "TokenTakenForTheNext": {"dk", "dv"},
     "FirstPartAgain": {"dk", "dv"},
+    "ChunksPlacedOnTheFirst": {"dk", "dv"},
+    "PlacedOneBehind": {"dk", "dv"},
 }
 
 
 def _of_small_parts(make: Callable[[str], NsaFast], device: str) -> NsaFast:
-    # for good, in the process: other tests ask the same of parts of any size
-    fine_lists.PART = 8
+    from nsa_fast import fine_list_kernels
+
+    # for good, in the process: other tests ask the same of parts and chunks of any size
+    fine_lists.PART, fine_list_kernels.LEAST_TOKENS = 8, 4
     return make(device)
 
 
@@ -204,6 +208,37 @@ def test_tiles_of_several_tokens(changes: dict[str, Any], monkeypatch: pytest.Mo
     case = dataclasses.replace(TILES_CASE, **changes)
     for name in ("A1_fine_output", "A1_fine_lse", "A3_fine_gradients"):
         PROPERTIES[name].run(INTERPRETED, case)
+
+
+def _lists_that_differ() -> list[tuple[int, ...]]:
+    """In the process: sizes whose transposed lists are not those that a look at all tokens finds.
+
+    Chunks are of 4 tokens, the most of them 3, or longer ones; one sequence is a single token.
+    """
+    from nsa_fast import fine_list_kernels
+
+    generator, found = torch.Generator().manual_seed(0), []
+    changed = mock.patch.multiple(fine_list_kernels, CHUNKS=3, LEAST_TOKENS=4, COUNTED=8)
+    for sizes in ((1, 2, 11, 3, 5), (2, 3, 33, 4, 9), (1, 1, 1, 1, 1), (1, 1, 7, 0, 2)):
+        batch, heads, q_len, slots, blocks = sizes
+        keys = torch.rand(batch, heads, q_len, blocks + slots, generator=generator)
+        chosen = keys.argsort(dim=-1)[..., :slots].clamp(max=blocks)
+        with changed:
+            tokens, starts = fine_list_kernels.transposed(chosen, blocks)
+        rows = (chosen[..., None] == torch.arange(blocks)).any(dim=3).flatten(0, 1).mT.flatten(0, 1)
+        lists = [row.nonzero().flatten().tolist() for row in rows]
+        pairs = zip(starts.tolist(), starts[1:].tolist())
+        if [tokens[first:stop].tolist() for first, stop in pairs] != lists:
+            found.append(sizes)
+    return found
+
+
+@runs
+def test_the_tokens_of_a_block_are_listed_in_order() -> None:
+    """Sums over them, dk and dv, have the same bits in every run."""
+    INTERPRETED._run("run", "sliding_mask", CASE, ())  # there is a process
+    assert INTERPRETED._process is not None
+    assert INTERPRETED._process.submit(_lists_that_differ).result() == []
 
 
 @runs

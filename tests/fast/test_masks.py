@@ -417,7 +417,6 @@ def test_the_host_does_not_wait_for_lists() -> None:
     indices = torch.empty(1, 4, 1000, 16, dtype=torch.int64, device=nowhere)
     chosen, _ = block_masks.chosen_blocks(1000, indices, 64, PAPER)
     fine_lists.union(chosen, fine_lists.tokens_per_tile(16))
-    fine_lists.parts(chosen.blocks, chosen.num_blocks)
 
 
 def test_masks_of_sizes_are_made_once_for_each_that_reads_them(

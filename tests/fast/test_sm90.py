@@ -20,7 +20,10 @@ from pages import ROOT  # noqa: E402
 LAUNCHES = sm90.launches()
 FLEX = ("compress_forward", "compress_backward", "sliding_forward", "sliding_backward")
 #: Kernels that multiply no matrices.
-WITHOUT_PRODUCTS = {"top_blocks", "fine_sum_parts", "gated_sum", "gated_sum_backward"}
+WITHOUT_PRODUCTS = {
+    *("top_blocks", "fine_sum_parts", "count_tokens", "place_tokens"),
+    *("gated_sum", "gated_sum_backward", "turned_pairs"),
+}
 
 BEFORE: dict[str, Any] = json.loads(sm90.KEPT.read_text())["kernels"]
 

@@ -1,9 +1,9 @@
 """Deliberately broken builds of nsa_fast: one decision of its mask builders or cache changed each.
 
 Every name in BUILDS is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder;
-BROKEN_CACHES are asked what a cache alone can do, and BROKEN_TILES break the lists of the fine
-branch's own kernels. A build is broken from within: one place is
-patched while an implementation's method runs, so that the attention functions and the masks that
+BROKEN_CACHES are asked what a cache alone can do; BROKEN_TILES, BROKEN_GATES and BROKEN_TURNS break
+what goes into the kernels of our own, or comes from them. A build is broken from within: one place
+is patched while an implementation's method runs, so that the attention functions and the masks that
 the adapter exposes are wrong together, as if the line itself were.
 """
 
@@ -248,6 +248,23 @@ def _first_part_again(found: Parts) -> Parts:
     return found._replace(tokens=tokens)
 
 
+def _chunks_placed_on_the_first(found: Parts) -> Parts:
+    """Those of a later chunk are placed as if no earlier token had chosen the block."""
+    from nsa_fast import fine_list_kernels  # which imports triton
+
+    tokens = found.tokens.clone()
+    for first, stop in zip(found.starts.tolist(), found.starts[1:].tolist()):
+        of_block = found.tokens[first:stop]
+        later = of_block[of_block >= fine_list_kernels.LEAST_TOKENS]
+        tokens[first : first + len(later)] = later
+    return found._replace(tokens=tokens)
+
+
+def _placed_one_behind(found: Parts) -> Parts:
+    """A block's tokens begin with the last one of the block before."""
+    return found._replace(tokens=found.tokens[: int(found.starts[-1])].roll(1))
+
+
 #: what is broken in the lists of tiles -> the mistakes
 BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
     "MemberLost": ((fine_lists, "union", _member_lost),),
@@ -257,6 +274,8 @@ BROKEN_TILES: dict[str, tuple[Mistake, ...]] = {
     "TileBlockTwice": ((fine_lists, "union", _returning(_last_entry_twice)),),
     "TokenTakenForTheNext": ((fine_lists, "parts", _returning(_token_taken_for_the_next)),),
     "FirstPartAgain": ((fine_lists, "parts", _returning(_first_part_again)),),
+    "ChunksPlacedOnTheFirst": ((fine_lists, "parts", _returning(_chunks_placed_on_the_first)),),
+    "PlacedOneBehind": ((fine_lists, "parts", _returning(_placed_one_behind)),),
 }
 
 
@@ -277,6 +296,51 @@ def _gates_exchanged(right: Any, logits: Tensor, outs: list[Tensor]) -> Tensor:
 BROKEN_GATES: dict[str, Wrong] = {
     "LogitsHeadByHead": _logits_head_by_head,
     "GatesExchanged": _gates_exchanged,
+}
+
+
+# --- wrong turns ----------------------------------------------------------------------------------
+
+
+def _turned_on(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
+    """The backward has the forward's sign."""
+    return right(x, turns, False)
+
+
+def _in_last_tile(instead: Callable[[Any, Tensor, Tensor, bool], Tensor]) -> Wrong:
+    """The numbers of a token's last tile come from elsewhere."""
+
+    def wrong(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
+        from nsa_fast import rotary_kernels  # which imports triton
+
+        (heads, _, dim), step = x.shape[1:], rotary_kernels.constants(*x.shape[1::2])["NUMBERS"]
+        tile = torch.arange(heads * dim).view(heads, 1, dim) // step
+        return torch.where(
+            tile == tile.max(), instead(right, x, turns, back), right(x, turns, back)
+        )
+
+    return wrong
+
+
+def _halves(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
+    """Pairs are (i, i + dim / 2)."""
+    swapped = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    turned: Tensor = right(swapped, turns, back)
+    return turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def _of_the_next_token(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
+    """Positions are off by one; the last token has its own."""
+    found: Tensor = right(x, torch.cat([turns[1:], turns[-1:]]), back)
+    return found
+
+
+#: Only where the module of the kernel can be imported: what is broken in its launches -> what
+#: stands in for `rotary_kernels.turned`.
+BROKEN_TURNS: dict[str, Wrong] = {
+    "the gradient is turned on": _turned_on,
+    "the last tile pairs halves": _in_last_tile(_halves),
+    "the last tile turns by the next token": _in_last_tile(_of_the_next_token),
 }
 
 

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from benchmarks import cost, eager_cpu, gpu, judging, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
+from nsa_ref.testing import cli  # noqa: E402
 from pages import ROOT  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -148,6 +149,10 @@ def test_without_rich_and_matplotlib_there_is_the_file_alone(
         monkeypatch.setitem(sys.modules, name, None)
     assert not gpu.show(report) and not gpu.draw(report, Path("picture.png"))
     importlib.reload(gpu)  # the module itself needs neither
+
+
+def test_the_script_for_a_gpu_knows_how_the_judge_exits() -> None:
+    assert gpu.UNDECIDED == cli.UNDECIDED
 
 
 #: Takes "a", and "c" once it is the first: "b" hangs, and "d" ends the process.
