@@ -734,6 +734,7 @@ def _why_not_ours(shape: Shape) -> str:
     dtype, head_dim, value_dim, group, block_size = shape
     return fine_lists.why_not(
         getattr(torch, dtype),
+        pairs=1,
         group=group,
         block_size=block_size,
         head_dim=head_dim,

@@ -165,6 +165,7 @@ def _has_tiles(case: Case, group: int) -> bool:
     """Whether the fine branch's own kernels run."""
     return case.batch * case.q_len > 0 and not fine_lists.why_not(
         getattr(torch, case.dtype),
+        pairs=case.batch * case.q_heads // group,
         group=group,
         block_size=case.selection_block_size,
         head_dim=case.head_dim,

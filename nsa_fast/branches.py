@@ -27,6 +27,7 @@ from nsa_fast.checks import (
     check_semantics,
     check_size,
     check_tensor,
+    check_untransformed,
 )
 from nsa_fast.flex import Attention
 from nsa_fast.windows import Windows
@@ -117,6 +118,8 @@ def compress_attention(
         memory = mem_k.shape[2]
         check_tensor("mem_v", mem_v, (batch, kv_heads, memory, v_cmp.shape[3]))
         check_alike(q=q, mem_k=mem_k, mem_v=mem_v)
+        check_untransformed("mem_k", mem_k)
+        check_untransformed("mem_v", mem_v)
         if memory or flex.wants_grad(mem_k, mem_v):  # which then gets a gradient, without elements
             of_memory = [mem_k, mem_v]
     tensors = [q, k_cmp, v_cmp, *of_memory]
@@ -183,6 +186,7 @@ def fine_attention(
         and q.shape[0] * q_len > 0
         and not fine_lists.why_not(
             q.dtype,
+            pairs=batch * heads,
             group=q_heads // heads,
             block_size=block_size,
             head_dim=q.shape[3],

@@ -107,10 +107,15 @@ def check_plain(name: str, tensor: Tensor) -> None:
             f"{name} is a fake tensor, as torch.export makes them: the lists of blocks depend on "
             "data, and cannot be made of shapes alone."
         )
+    check_untransformed(name, tensor)
+
+
+def check_untransformed(name: str, tensor: Tensor) -> None:
+    """TypeError inside a transform of torch.func."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(
             f"{name} is inside a transform of torch.func (vmap, grad, jvp, ...), which has no rule "
-            "for FlexAttention. Use a batch axis for vmap, and torch.autograd for gradients."
+            "for these kernels. Use a batch axis for vmap, and torch.autograd for gradients."
         )
 
 
@@ -126,7 +131,9 @@ def check_integers(name: str, value: Any, shape: tuple[int | str, ...], *, holds
 
 def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
     """Numbers of selection blocks, of this shape."""
-    return check_integers(name, value, shape, holds="block numbers, and -1 in unused slots")
+    tensor = check_integers(name, value, shape, holds="block numbers, and -1 in unused slots")
+    check_untransformed(name, tensor)
+    return tensor
 
 
 def check_alike(**tensors: Tensor) -> None:

@@ -8,8 +8,8 @@
 In between, a sum over what comes before says where the tokens of each chunk begin in the list of
 each block. A program walks its chunk token by token, and nobody else writes where it writes. So the
 place of a token is the number of earlier tokens that have chosen the block: lists are ascending,
-and the same in every run. Chunks grow with the tokens, so that the counts of all chunks do not
-outgrow the lists.
+and the same in every run. Chunks grow with the tokens: there are at most CHUNKS counts for a block,
+half as many numbers as the lists have at the paper's sizes.
 
 Importing this module imports triton; `fine_lists.py` does so when the kernels are to run.
 """

@@ -27,6 +27,8 @@ GROUPS = (8, 128)
 #: The most tokens of a selection block, and numbers of a head. In float32 nothing is multiplied on
 #: tensor cores, and more does not fit in registers: 64 and 64 need 6 KB of stack a thread.
 MOST = {torch.bfloat16: (128, 256), torch.float16: (128, 256), torch.float32: (32, 64)}
+#: Programs of a grid's second axis: batch x heads.
+PAIRS = 65535
 #: Bytes of shared memory that a program can have on sm_90.
 SHARED = 227 * 1024
 #: Behind every entry.
@@ -73,12 +75,16 @@ def tokens_per_tile(group: int) -> int:
 
 
 def why_not(
-    dtype: torch.dtype, *, group: int, block_size: int, head_dim: int, value_dim: int
+    dtype: torch.dtype, *, pairs: int, group: int, block_size: int, head_dim: int, value_dim: int
 ) -> str:
     """What keeps the kernels from such sizes, in words; empty if nothing does.
 
     FlexAttention takes the others.
+
+    pairs : batch x heads that choose
     """
+    if pairs > PAIRS:
+        return f"batch x heads is {pairs}, more than the {PAIRS} of a grid's second axis"
     least, most = GROUPS
     if not least <= group <= most:
         return f"{group} heads that share a choice are not within {least} to {most}"

@@ -29,6 +29,7 @@ from nsa_fast.checks import (
     check_size,
     check_stride_divides,
     check_tensor,
+    check_untransformed,
     on_device,
     without_autocast,
 )
@@ -159,9 +160,12 @@ def select_blocks(
         mem_k = k_cmp[:, :, :0]
     check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
     check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
+    given = {"q": q, "k_cmp": k_cmp, "mem_k": mem_k}
     if lse is not None:
-        check_tensor("lse", lse, (batch, q_heads, q_len))
+        given["lse"] = check_tensor("lse", lse, (batch, q_heads, q_len))
         check_device("lse", lse, "q", q)
+    for name, tensor in given.items():
+        check_untransformed(name, tensor)
 
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)

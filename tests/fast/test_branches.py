@@ -313,13 +313,14 @@ def test_heads_without_a_tile_are_refused_in_words(
             {"block_size": 128, "value_dim": 192},
             "selection_block_size=128 with head_dim=192 and value_dim=192 takes 286720 bytes",
         ),
+        ({"pairs": 65536}, "batch x heads is 65536, more than the 65535"),
         ({"group": 7}, "7 heads that share a choice are not within 8 to 128"),
     ],
 )
 def test_what_the_fine_kernels_do_not_take_is_flexattentions(
     changes: dict[str, Any], reason: str
 ) -> None:
-    sizes = {"group": 16, "block_size": 64, "head_dim": 192, "value_dim": 128}
+    sizes = {"pairs": 65535, "group": 16, "block_size": 64, "head_dim": 192, "value_dim": 128}
     found = fine_lists.why_not(**{"dtype": torch.bfloat16, **sizes, **changes})
     assert found.startswith(reason) and bool(found) == bool(reason)
 
@@ -372,6 +373,13 @@ def call(branch: str = "sliding", **changes: Any) -> Callable[[], Any]:
     return lambda: function(**(arguments | changes))
 
 
+def in_vmap(branch: str, name: str, **shown: Any) -> Callable[[], Any]:
+    """A call in which one argument is inside a transform."""
+    value = shown.pop(name)
+    of_one = lambda one: call(branch, **{name: one}, **shown)().out  # noqa: E731
+    return lambda: torch.func.vmap(of_one)(value[None])
+
+
 VALUE_ERRORS: Refusals = {
     "semantics.duplicates='multiset' is not what nsa_fast computes; it runs 'set'": call(
         "fine", **switched(duplicates="multiset")
@@ -421,6 +429,16 @@ TYPE_ERRORS: Refusals = {
         scale=torch.tensor(0.5, requires_grad=True)
     ),
     "scale='0.5' must be a number, not str": call("compress", scale="0.5"),
+    "k is inside a transform of torch.func": in_vmap("sliding", "k", k=torch.zeros(1, 2, 8, 4)),
+    "block_indices is inside a transform of torch.func": in_vmap(
+        "fine", "block_indices", block_indices=torch.zeros(1, 2, 8, 1, dtype=torch.int64)
+    ),
+    **{
+        f"{name} is inside a transform of torch.func": in_vmap(
+            "compress", name, mem_k=torch.zeros(1, 2, 1, 4), mem_v=torch.zeros(1, 2, 1, 3)
+        )
+        for name in ("mem_k", "mem_v")
+    },
 }
 test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
 

@@ -277,5 +277,14 @@ TYPE_ERRORS: Refusals = {
     "q has dtype torch.int64; it must be a floating point type": (
         lambda: select(q=torch.zeros(1, 4, 64, 16, dtype=torch.int64))
     ),
+    "q is inside a transform of torch.func": (
+        lambda: torch.func.vmap(lambda q: select(q=q))(torch.zeros(2, 1, 4, 64, 16))
+    ),
+    "q is inside a transform of torch.func (vmap, grad, jvp, ...)": (
+        lambda: torch.func.jvp(lambda q: select(q=q), *[(torch.zeros(1, 4, 64, 16),)] * 2)
+    ),
+    "lse is inside a transform of torch.func": (
+        lambda: torch.func.vmap(lambda lse: select(lse=lse))(torch.zeros(2, 1, 4, 64))
+    ),
 }
 test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)

@@ -119,6 +119,7 @@ def test_what_is_supported_fits_or_is_refused_in_words(path: Any) -> None:
             assert facts["stack"] < 4096 and facts["registers"] > 32, name
         ours = not fine_lists.why_not(
             dtype,
+            pairs=1,
             group=shape.group,
             block_size=shape.block_size,
             head_dim=shape.head_dim,

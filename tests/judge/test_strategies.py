@@ -487,6 +487,10 @@ def test_limits_of_a_method_are_nothing_to_the_others() -> None:
         ({"compress_map": "!= median"}, "compress_map='median' must be one of"),
         ({"causal": True}, "'causal', which the attribute semantics declares"),
         ({"q_len": "> kv_len", "kv_len": "> q_len"}, "limits leave no case of "),
+        (
+            {"q_len": range(10**9, 2 * 10**9)},
+            "q_len=range(1000000000, 2000000000); but no case has more than 1048576",
+        ),
     ],
 )
 def test_rules_without_a_meaning_are_refused_in_a_line(limits: dict[str, Any], words: str) -> None:
