@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import io
@@ -14,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from hypothesis import Phase, settings
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 from rich.console import Console
 
-from commands import HELPERS
+from commands import HELPERS, running, until
 from nsa_ref.testing import OracleImplementation, cli, fuzzing
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, main
@@ -302,25 +301,6 @@ def test_a_lost_connection_is_said_and_loses_no_finding(
     assert case == Case.from_json(finding["case"]) and read["property"] == prop.name
     other._exchange()
     assert len(tried) == 1
-
-
-@contextlib.contextmanager
-def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "nsa_ref.testing.cli", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as p:
-        try:
-            yield p
-        finally:
-            p.kill()
-
-
-def until(met: Callable[[], object], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from xdist.workermanage import NodeManager
 
 import nsa_ref.__main__ as entry
-from commands import python
+from commands import python, running, until
 from nsa_ref.testing import Case, cli, files, sessions, silence
 from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
@@ -402,6 +402,19 @@ def test_nobody_else_is_ended(place: Path) -> None:
             watch.look(1.0)
         os.kill(stranger, signal.SIGTERM)  # it is still there
     assert not watch.ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_run_that_is_cancelled_reports_what_there_is(number: int, place: Path) -> None:
+    """As a CI service cancels a job, and a terminal that is closed."""
+    with running("verify", "port_zoo:Sleeps", "-n", "2", "--json", "report.json") as process:
+        until(lambda: [*place.glob("nsa-ref-findings/running/*/gw*.json")])
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == COULD_NOT_RUN and "Traceback" not in said
+    report = json.loads((place / "report.json").read_text())
+    assert report["complete"] is False and "interrupted" in said
+    assert not [*place.glob("nsa-ref-findings/running/*")]
 
 
 def test_a_worker_says_what_it_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

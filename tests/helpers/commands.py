@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,3 +46,24 @@ def nsa_ref(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[s
             file.flush()
             file.seek(0)
         return subprocess.CompletedProcess(arguments, code, *(file.read() for file in files))
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`nsa-ref ARGUMENTS` in a process of its own, killed at the end if it still runs."""
+    command = [sys.executable, "-m", "nsa_ref.testing.cli", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as p:
+        try:
+            yield p
+        finally:
+            p.kill()
+
+
+def until(met: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.1)
