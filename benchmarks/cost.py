@@ -42,8 +42,10 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = {
     name: paper.LAYER[name]
     for name in (
-        *("compress_block_size", "compress_block_sliding_stride"),
-        *("selection_block_size", "num_selected_blocks"),
+        "compress_block_size",
+        "compress_block_sliding_stride",
+        "selection_block_size",
+        "num_selected_blocks",
     )
 }
 WINDOW, GROUP, HEAD_DIM = paper.LAYER["sliding_window_size"], 4, 128

@@ -323,7 +323,11 @@ def _innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
 
 #: Where kernels are started.
 MODULES = (
-    *("selection_kernels", "fine_kernels", "fine_list_kernels", "gate_kernels", "rotary_kernels"),
+    "selection_kernels",
+    "fine_kernels",
+    "fine_list_kernels",
+    "gate_kernels",
+    "rotary_kernels",
 )
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, WINDOW = (
@@ -530,7 +534,15 @@ def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
 #: Arguments that are no integers -> their types; of all others that are pointers, the dtype's.
 TYPES = {
     "*fp32": ("lse", "d_lse", "delta", "p", "dk_parts", "dv_parts", "x_parts", "turns"),
-    "*i32": (*("entries", "counts", "token_lists", "starts", "part_block", "part_ends", "begins"),),
+    "*i32": (
+        "entries",
+        "counts",
+        "token_lists",
+        "starts",
+        "part_block",
+        "part_ends",
+        "begins",
+    ),
     "*i64": ("chosen",),
     "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),
 }
