@@ -284,6 +284,17 @@ def test_a1_halves_and_quarters_are_exact_to_the_last_bit():
     assert out.tolist() == [1.0, 1.5, 3.0, 3.5]
 
 
+def test_a1_a3_heads_of_a_group_have_maxima_of_their_own():
+    """The logits of one are 3000 below those of the other, where exp would be 0."""
+    q = np.array([1000.0, -1000.0]).reshape(1, 2, 1, 1)
+    k, v = (np.array(numbers).reshape(1, 1, 2, 1) for numbers in ([1.0, 2.0], [3.0, 5.0]))
+    mask, d_out = np.ones((1, 1), dtype=bool), np.array([1.0, 7.0]).reshape(1, 2, 1, 1)
+    out, lse = attend(q, k, v, mask, scale=1.0)
+    assert out.ravel().tolist() == [5.0, 3.0] and lse.ravel().tolist() == [2000.0, -1000.0]
+    dq, dk, dv = attend_vjp(q, k, v, mask, d_out, scale=1.0)
+    assert not dq.any() and not dk.any() and dv.ravel().tolist() == [7.0, 1.0]
+
+
 @pytest.mark.parametrize("empty_row", ["zero", "nan", "uniform"])
 @pytest.mark.parametrize("d_lse", [7.0, math.inf, math.nan])
 def test_a2_a_row_without_a_key_has_gradients_of_exactly_zero(empty_row, d_lse):
