@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,12 @@ def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`nsa-ref ARGUMENTS` in a process of its own, killed at the end if it still runs."""
     command = [sys.executable, "-m", "nsa_ref.testing.cli", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # where nohup runs the tests, it would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as p:
         try:
             yield p
