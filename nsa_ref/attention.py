@@ -1,7 +1,7 @@
 """Attention through a mask of multiplicities, and its gradients: clauses A1 to A5.
 
-One token at a time, over its visible keys alone: a key that is invisible never enters the
-arithmetic, so that even NaN or inf in it has no influence (A5). Heads that read the same keys are
+One row at a time, over its visible keys alone: a key that is invisible never enters the
+arithmetic, so that even NaN or inf in it has no influence (A5). Rows that read the same keys are
 worked on together, because a judge calls this a million times.
 
 Complex inputs pass through, and the row maximum is taken of the real parts. Thus a derivative can
@@ -79,22 +79,22 @@ def attend(
 
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
-    for b, g, heads, t, multiplicity in _heads_that_see_the_same(mask, group):
+    for b, g, rows, multiplicity in _rows_that_see_the_same(mask, group):
         (visible,) = multiplicity.nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
-            lse[b, heads, t] = empty_lse
+            lse[b, *rows] = empty_lse
             if empty_row == "nan":
-                out[b, heads, t] = math.nan
+                out[b, *rows] = math.nan
             elif empty_row == "uniform" and columns > 0:
-                out[b, heads, t] = v[b, g].sum(axis=0) / columns
+                out[b, *rows] = v[b, g].sum(axis=0) / columns
             continue
-        s = scale * (q[b, heads, t] @ k[b, g, visible].T)
+        s = scale * (q[b, *rows] @ k[b, g, visible].T)
         m = s.real.max(axis=1, keepdims=True)  # exp(s - m) cannot overflow; m cancels in P
         weight = multiplicity[visible] * np.exp(s - m)
         total = weight.sum(axis=1, keepdims=True)
-        out[b, heads, t] = (weight / total) @ v[b, g, visible]
-        lse[b, heads, t] = (m + np.log(total))[:, 0]
+        out[b, *rows] = (weight / total) @ v[b, g, visible]
+        lse[b, *rows] = (m + np.log(total))[:, 0]
     return Attention(out, lse)
 
 
@@ -141,43 +141,45 @@ def attend_vjp(
     check_one_of("empty_row", empty_row, ("zero", "nan", "uniform"))
     batch, q_heads, q_len, columns = mask.shape
     group = q_heads // k.shape[1]
-    rows = batch, q_heads, q_len
-    d_out = as_float64("d_out", d_out, (*rows, v.shape[3]))
-    d_lse = np.zeros(rows) if d_lse is None else as_float64("d_lse", d_lse, rows)
+    all_rows = batch, q_heads, q_len
+    d_out = as_float64("d_out", d_out, (*all_rows, v.shape[3]))
+    d_lse = np.zeros(all_rows) if d_lse is None else as_float64("d_lse", d_lse, all_rows)
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-    for b, g, heads, t, multiplicity in _heads_that_see_the_same(mask, group):
+    for b, g, rows, multiplicity in _rows_that_see_the_same(mask, group):
         (visible,) = multiplicity.nonzero()
-        dO = d_out[b, heads, t]
+        dO = d_out[b, *rows]
         if visible.size == 0:
             if empty_row == "uniform" and columns > 0:
                 dv[b, g] += dO.sum(axis=0) / columns
             continue
-        queries, keys, values = q[b, heads, t], k[b, g, visible], v[b, g, visible]
+        queries, keys, values = q[b, *rows], k[b, g, visible], v[b, g, visible]
         s = scale * (queries @ keys.T)
         weight = multiplicity[visible] * np.exp(s - s.real.max(axis=1, keepdims=True))
         P = weight / weight.sum(axis=1, keepdims=True)
         dP = dO @ values.T
         D = (dO * (P @ values)).sum(axis=1, keepdims=True)
-        dS = P * (dP - D + d_lse[b, heads, t, None])
-        dq[b, heads, t] = scale * (dS @ keys)
+        dS = P * (dP - D + d_lse[b, *rows, None])
+        dq[b, *rows] = scale * (dS @ keys)
         dk[b, g, visible] += scale * (dS.T @ queries)
         dv[b, g, visible] += P.T @ dO
     return dq, dk, dv
 
 
-def _heads_that_see_the_same(
+def _rows_that_see_the_same(
     mask: np.ndarray, group: int
-) -> Iterator[tuple[int, int, list[int], int, np.ndarray]]:
-    """(b, kv head, query heads, t, multiplicities of the keys): each row is in one of them."""
-    batch, q_heads, q_len, _ = mask.shape
-    for b, g, t in np.ndindex(batch, q_heads // group, q_len):
+) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray], np.ndarray]]:
+    """(b, kv head, (query heads, t), multiplicities of the keys): each row is in one of them."""
+    batch, q_heads, q_len, columns = mask.shape
+    for b, g in np.ndindex(batch, q_heads // group):
+        lines = mask[b, g * group : (g + 1) * group].reshape(group * q_len, columns)
         together: dict[bytes, list[int]] = {}
-        for h in range(g * group, (g + 1) * group):
-            together.setdefault(mask[b, h, t].tobytes(), []).append(h)
-        for heads in together.values():
-            yield b, g, heads, t, mask[b, heads[0], t]
+        for row, line in enumerate(lines):
+            together.setdefault(line.tobytes(), []).append(row)
+        for rows in together.values():
+            heads, t = np.divmod(rows, q_len)
+            yield b, g, (g * group + heads, t), lines[rows[0]]
 
 
 def attention_arguments(

@@ -30,7 +30,8 @@ Source: NUMERICS 2, "Deterministic form", "Statistical form" and "Inputs that ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,27 +138,29 @@ def attention_bounds_of(
         raise ValueError(f"{off[0]} is off, and form={other[0]!r} takes exact inputs.")
 
     how: dict[str, Any] = {"mask": mask, "scale": scale, "d_lse": d_lse}
-    # the reference is float64 arithmetic too, and may err by its own bound
-    rows = [NUMERICS[numerics], NUMERICS["fp64"]]
+    kernel = definition = Groups(AttentionInputs(**inputs, **how))
     if off:
-        of_exact: dict[str, Any] = {name: exact(x.value) for name, x in inputs.items()}
-        (of_kernel,) = _rounded_in(AttentionInputs(**inputs, **how), [(rows[0], "deterministic")])
-        (of_oracle,) = _rounded_in(AttentionInputs(**of_exact, **how), [(rows[1], "deterministic")])
-        pairs = [(of_kernel, of_oracle)] * len(forms)
-    else:
-        asked = {(row, form): None for form in forms for row in rows}
-        found = dict(zip(asked, _rounded_in(AttentionInputs(**inputs, **how), list(asked))))
-        pairs = [(found[rows[0], form], found[rows[1], form]) for form in forms]
+        exactly: dict[str, Any] = {name: exact(x.value) for name, x in inputs.items()}
+        definition = Groups(AttentionInputs(**exactly, **how))
+
+    def errors(x: Groups, row: Numerics, form: str) -> list[Array]:
+        gradients = rounded_gradients(x, row, form) if d_out is not None else ()
+        return [result.error for result in (*rounded_output(x, row, form), *gradients)]
+
+    # the definition is float64 arithmetic too, and may err by its own bound: of whatever form, it
+    # is nothing beside that of a coarser kernel
+    of_definition = errors(definition, NUMERICS["fp64"], "deterministic")
+    as_definition = numerics == "fp64" and not off
     bounds = []
-    for pair in pairs:
-        both = [x.error + y.error for x, y in zip(*pair)]
-        backward = both[2:] if d_out is not None else (None, None, None)
-        bounds.append(AttentionBounds(*both[:2], *backward))
+    for form in forms:
+        found = errors(kernel, NUMERICS[numerics], form)
+        both = [x + y for x, y in zip(found, found if as_definition else of_definition)]
+        bounds.append(AttentionBounds(*both, *(() if d_out is not None else (None, None, None))))
     return bounds
 
 
 class AttentionInputs(NamedTuple):
-    """What attention is given, checked; the gradients are 0 without d_out."""
+    """What attention is given, checked."""
 
     q: Rounded
     k: Rounded
@@ -168,39 +171,19 @@ class AttentionInputs(NamedTuple):
     d_lse: Array | float = 0.0
 
 
-class RoundedAttention(NamedTuple):
-    """The results of attention, and how far a right kernel's may be from them."""
+class RoundedOutput(NamedTuple):
+    """What attention returns, and how far a right kernel's may be from it."""
 
     out: Rounded
     lse: Rounded
+
+
+class RoundedGradients(NamedTuple):
+    """Its gradients, and how far a right kernel's may be from them."""
+
     dq: Rounded
     dk: Rounded
     dv: Rounded
-
-
-def rounded_attention(
-    given: AttentionInputs, row: Numerics, form: str = "deterministic"
-) -> RoundedAttention:
-    """`attention_bounds` of one row of numerics alone.
-
-    Source: NUMERICS 2; the quantities are those of A1 and A3
-    """
-    return _rounded_in(given, [(row, form)])[0]
-
-
-def _rounded_in(
-    given: AttentionInputs, asked: Sequence[tuple[Numerics, str]]
-) -> list[RoundedAttention]:
-    """`rounded_attention` of several rows and forms: the float64 quantities serve all of them."""
-    q, k, v, *_ = given
-    rows = q.value.shape[:3]
-    shapes = (*rows, v.value.shape[3]), rows, *(x.value.shape for x in (q, k, v))
-    groups, found = Groups(given), []
-    for row, form in asked:
-        parts = _group_bounds(groups, row, form)
-        each = [Rounded(*(x.reshape(to) for x in part)) for part, to in zip(parts, shapes)]
-        found.append(RoundedAttention(*each, *(exact(np.zeros(to)) for to in shapes[len(each) :])))
-    return found
 
 
 class Groups:
@@ -220,20 +203,12 @@ class Groups:
 
     def __init__(self, given: AttentionInputs) -> None:
         q, k, v, mask, scale, d_out, d_lse = given
-        batch, q_heads, q_len, _ = q.value.shape
-        kv_heads, columns, value_dim = v.value.shape[1:]
-        self.size = q_heads // kv_heads
-        rows = self.size * q_len
-
-        def stacked(part: Array) -> Array:
-            return part.reshape(batch, kv_heads, rows, part.shape[-1])
-
-        mask = stacked(np.broadcast_to(mask, (batch, q_heads, q_len, columns)))
-        self.backward = d_out is not None
-        if d_out is None:
-            d_out = exact(np.zeros((batch, q_heads, q_len, value_dim)))
-        self.perturbed = float(any(x.error.any() for x in (q, k, v, d_out)))
-        self.scale = abs(scale)
+        self.of_q, self.of_k, self.of_v = q.value.shape, k.value.shape, v.value.shape
+        kv_heads, columns = self.of_v[1:3]
+        self.size = self.of_q[1] // kv_heads
+        mask = self.stacked(np.broadcast_to(mask, (*self.of_q[:3], columns)))
+        self.perturbed = float(any(x.error.any() for x in (q, k, v)))
+        self.signed, self.scale = scale, abs(scale)
         self.visible = visible = np.asarray(mask > 0)
         self.multiplicity = np.where(visible, mask, 0.0)
         self.n = _over_keys(self.multiplicity)
@@ -242,8 +217,8 @@ class Groups:
         # keys that nobody sees have no influence, not even as 0 * inf (A5)
         seen = np.any(visible, axis=-2)[..., None]
         self.k, self.v = (x.map(lambda part: np.where(seen, part, 0.0)) for x in (k, v))
-        self.q, self.d_out = q.map(stacked), d_out.map(stacked)
-        q_, k_, v_, d_out_ = (x.value for x in (self.q, self.k, self.v, self.d_out))
+        self.q = q.map(self.stacked)
+        q_, k_, v_ = (x.value for x in (self.q, self.k, self.v))
 
         self.s = np.where(visible, scale * (q_ @ _turned(k_)), 0.0)
         self.a = np.where(visible, self.q.size @ _turned(self.k.size), 0.0)
@@ -262,16 +237,28 @@ class Groups:
         self.log_p = np.where(visible, self.s + log_mask - self.lse, -np.inf)
         self.out = self.p @ v_
 
-        if not self.backward:
-            return
-        d_lse = np.broadcast_to(d_lse, (batch, q_heads, q_len))
-        self.d_lse = stacked(d_lse[..., None]) * ~empty
-        self.dp = np.where(visible, d_out_ @ _turned(v_), 0.0)
+        self.forward_bounds: dict[tuple[Numerics, str], _Forward] = {}
+        if d_out is not None:
+            self.send(d_out, d_lse)
+
+    def send(self, d_out: Rounded, d_lse: Array | float = 0.0) -> None:
+        """Add the quantities of the backward pass: out's and lse's gradients are known only now."""
+        self.perturbed = float(self.perturbed or d_out.error.any())
+        d_lse = np.broadcast_to(d_lse, self.of_q[:3])
+        self.d_out = d_out.map(self.stacked)
+        q, k, v, d_out_ = (x.value for x in (self.q, self.k, self.v, self.d_out))
+        self.d_lse = self.stacked(d_lse[..., None]) * (self.n > 0)
+        self.dp = np.where(self.visible, d_out_ @ _turned(v), 0.0)
         self.delta = _over_keys(d_out_ * self.out)
-        self.r = np.where(visible, self.dp - self.delta + self.d_lse, 0.0)
+        self.r = np.where(self.visible, self.dp - self.delta + self.d_lse, 0.0)
         self.ds = self.p * self.r
-        self.dq, self.dk = scale * self.ds @ k_, scale * _turned(self.ds) @ q_
+        self.dq, self.dk = self.signed * self.ds @ k, self.signed * _turned(self.ds) @ q
         self.dv = _turned(self.p) @ d_out_
+
+    def stacked(self, part: Array) -> Array:
+        """The rows of a group one behind the other: (batch, kv_heads, rows, dim)."""
+        batch, kv_heads = self.of_v[:2]
+        return part.reshape(batch, kv_heads, self.size * self.of_q[2], part.shape[-1])
 
     @property
     def blocks(self) -> int:
@@ -292,20 +279,33 @@ class Groups:
 
         return _turned(apart(left)) @ apart(right)
 
-    def deviations(self, weights: Array, power: int) -> tuple[Array, Array]:
-        """Of every row, both (rows, value_dim): sum_j weights_j |v_j - out|^power, and the largest
-        visible |v_j - out|."""
-        total, furthest = np.zeros_like(self.out), np.zeros_like(self.out)
-        # all pairs at once would be rows * columns * value_dim: a few rows that stay in the cache
+    @cached_property
+    def furthest(self) -> Array:
+        """The largest visible |v_j - out| of every row: (rows, value_dim)."""
+        largest = np.zeros_like(self.out)
+        for part, deviation in self._deviations():
+            seen = self.visible[:, :, part, :, None]
+            largest[:, :, part] = np.max(deviation, axis=-2, initial=0.0, where=seen)
+        return largest
+
+    def spread(self, weights: Array, power: int) -> Array:
+        """sum_j weights_j |v_j - out|^power of every row: (rows, value_dim)."""
+        total = np.zeros_like(self.out)
+        for part, deviation in self._deviations():
+            powers = deviation if power == 1 else deviation**power
+            total[:, :, part] = (weights[:, :, part, None, :] @ powers)[..., 0, :]
+        return total
+
+    def _deviations(self) -> Iterator[tuple[slice, Array]]:
+        """|v_j - out| of some rows after others: (part of the rows, columns, value_dim).
+
+        All of them at once would be rows * columns * value_dim; a few stay in the cache.
+        """
         step = max(1, 2**16 // max(1, self.v.value.size))
         for start in range(0, self.p.shape[2], step):
             part = slice(start, start + step)
-            deviation = np.abs(self.v.value[:, :, None] - self.out[:, :, part, None])
-            seen = self.visible[:, :, part, :, None]
-            furthest[:, :, part] = np.max(deviation, axis=-2, initial=0.0, where=seen)
-            powers = deviation if power == 1 else deviation**power
-            total[:, :, part] = (weights[:, :, part, None, :] @ powers)[..., 0, :]
-        return total, furthest
+            deviation = self.v.value[:, :, None] - self.out[:, :, part, None]
+            yield part, np.abs(deviation, out=deviation)
 
 
 def _turned(x: Array) -> Array:
@@ -318,44 +318,76 @@ def _over_keys(terms: Array) -> Array:
     return np.sum(terms, axis=-1, keepdims=True)
 
 
-def _group_bounds(x: Groups, row: Numerics, form: str) -> list[Rounded]:
-    """Out (rows, value_dim), lse (rows, 1), and with d_out dq, dk, dv."""
-    if form == "shared":
-        row = row.shared()
-    statistical = form == "statistical"
-    forward = _statistical_forward(x, row) if statistical else _deterministic_forward(x, row)
-    empty, unseen = x.n == 0, x.n_col == 0
-    # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
-    lost = np.asarray(np.max(x.a, axis=-1, keepdims=True, initial=0) > row.largest)
-    lost &= row.rounds_every_operation
-    # what the kernel was given may be inf or NaN
-    lost |= ~np.isfinite(x.moved_row)
+def rounded_output(x: Groups, row: Numerics, form: str = "deterministic") -> RoundedOutput:
+    """Out and lse, and how far a right kernel's may be from them.
 
-    def result(value: Array, error: Array, unknown: ArrayLike, nothing: ArrayLike) -> Rounded:
-        error = np.where(unknown, np.inf, unless_overflow(Rounded(value, error), row).error)
-        return Rounded(value, np.where(nothing, 0.0, error))
-
-    out = result(x.out, forward.out, lost, empty)
+    Source: NUMERICS 2; the quantities are those of A1
+    """
+    row, forward = _forward(x, row, form)
+    empty, lost, rows = x.n == 0, _lost(x, row), x.of_q[:3]
+    out = _result((*rows, x.of_v[3]), x.out, forward.out, row, lost, empty)
     # lse is never stored in 16 bits
-    lse = Rounded(x.lse, np.where(empty, 0.0, np.where(lost, np.inf, forward.lse)))
-    if not x.backward:
-        return [out, lse]
-    backward = _statistical_backward if statistical else _deterministic_backward
+    lse = np.where(empty, 0.0, np.where(lost, np.inf, forward.lse))
+    return RoundedOutput(out, Rounded(x.lse.reshape(rows), lse.reshape(rows)))
+
+
+def rounded_gradients(x: Groups, row: Numerics, form: str = "deterministic") -> RoundedGradients:
+    """dq, dk and dv, and how far a right kernel's may be from them, once d_out was sent.
+
+    Source: NUMERICS 2; the quantities are those of A3
+    """
+    row, forward = _forward(x, row, form)
+    backward = _statistical_backward if form == "statistical" else _deterministic_backward
     dq, dk, dv, ds = backward(x, row, forward)
+    lost = _lost(x, row)
     # an intermediate dS beyond the dtype takes its row of dq and its key's dk with it
     over = np.asarray(row.rounds_on_store & (np.abs(x.ds) + ds > row.largest))
     # a stored dO.v beyond it meets every key of its row through D = sum P dP; so does a logit
     largest_dp = np.max(x.d_out.size @ _turned(x.v.size), axis=-1, keepdims=True, initial=0)
     lost_back = lost | (row.rounds_every_operation & (largest_dp > row.largest / 1.01))
     over = over | (lost_back & x.visible)
-    of_dv = np.asarray(lost & x.visible)
-    return [
-        out,
-        lse,
-        result(x.dq, dq, over.any(axis=-1, keepdims=True), empty),
-        result(x.dk, dk, np.asarray(over.any(axis=-2))[..., None], unseen),
-        result(x.dv, dv, np.asarray(of_dv.any(axis=-2))[..., None], unseen),
-    ]
+    of_dq, of_dk = (np.any(over, axis)[..., None] for axis in (-1, -2))
+    of_dv = np.any(lost & x.visible, -2)[..., None]
+    empty, unseen = x.n == 0, x.n_col == 0
+    return RoundedGradients(
+        _result(x.of_q, x.dq, dq, row, of_dq, empty),
+        _result(x.of_k, x.dk, dk, row, of_dk, unseen),
+        _result(x.of_v, x.dv, dv, row, of_dv, unseen),
+    )
+
+
+def _forward(x: Groups, row: Numerics, form: str) -> tuple[Numerics, _Forward]:
+    """The row of numerics that the form is about, and the bounds of the forward pass."""
+    if form == "shared":
+        row = row.shared()
+    if (row, form) not in x.forward_bounds:
+        of_form = _statistical_forward if form == "statistical" else _deterministic_forward
+        x.forward_bounds[row, form] = of_form(x, row)
+    return row, x.forward_bounds[row, form]
+
+
+def _lost(x: Groups, row: Numerics) -> np.ndarray:
+    """Rows of which nothing is known: (rows, 1) bool."""
+    # eager kernels store q.k itself: in float16 it may be beyond 65504, and takes its row with it
+    lost = np.asarray(np.max(x.a, axis=-1, keepdims=True, initial=0) > row.largest)
+    lost &= row.rounds_every_operation
+    # what the kernel was given may be inf or NaN
+    lost |= ~np.isfinite(x.moved_row)
+    return lost
+
+
+def _result(
+    shape: tuple[int, ...],
+    value: Array,
+    error: Array,
+    row: Numerics,
+    unknown: np.ndarray,
+    nothing: np.ndarray,
+) -> Rounded:
+    """A tensor in its own shape; its error is inf where it is unknown, 0 where it is nothing."""
+    error = np.where(unknown, np.inf, unless_overflow(Rounded(value, error), row).error)
+    error = np.where(nothing, 0.0, error)
+    return Rounded(value.reshape(shape), error.reshape(shape))
 
 
 class _Forward(NamedTuple):
@@ -416,7 +448,7 @@ def _deterministic_forward(x: Groups, row: Numerics) -> _Forward:
     u_v = row.u_p + row.u_operands  # P and v as P V reads them
 
     # o^ - o = sum P_j e_j (v_j - o) / (1 + sum P_j e_j), exactly; then the rounding of P v
-    first, furthest = x.deviations(pe, 1)
+    first, furthest = x.spread(pe, 1), x.furthest
     core = (first + (u_v + acc) * ((x.p + pe) @ x.v.size)) / z
     if x.perturbed:  # v that is off already: the same mean of its errors
         core += ((x.p + pe) @ x.v.error) / z
@@ -481,7 +513,7 @@ def _statistical_forward(x: Groups, row: Numerics) -> _Forward:
     acc = row.accumulate(x.n + x.blocks, "statistical")
     u_v = row.u_p + row.u_operands
 
-    first, furthest = x.deviations(pe**2, 2)
+    first, furthest = x.spread(pe**2, 2), x.furthest
     size = x.p @ x.v.size
     core = LAMBDA * np.sqrt(first + u_v**2 * (x.p**2 @ x.v.value**2) + (acc * size) ** 2) / z
     ps = x.p * x.s

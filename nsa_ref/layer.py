@@ -264,10 +264,10 @@ class _Parts:
             d_tokens["k"] = rotate(d_tokens["k"], -np.arange(tokens.h.shape[1]))
         return d_tokens["k"], d_tokens["v"]
 
-    def branches(
-        self, tokens: _Tokens, blocks: dict[str, np.ndarray], block_indices: np.ndarray | None
-    ) -> tuple[dict[str, _Branch], np.ndarray]:
-        """q of the last rows, keys and values of all tokens: rotated, selected, masked."""
+    def read(
+        self, tokens: _Tokens, blocks: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """By branch: q of the last rows, keys and values of all columns, rotated; memory first."""
         sizes, semantics = self.sizes, self.semantics
         q, k_cmp = tokens.q, blocks["k"]
         k, v = dict(tokens.k), dict(tokens.v)
@@ -286,12 +286,27 @@ class _Parts:
             np.broadcast_to(self.weights[name], (batch, *self.weights[name].shape))
             for name in ("mem_k", "mem_v")
         )
-        if block_indices is None:
-            how: dict[str, Any] = {"kv_len": kv_len, "sizes": sizes, "semantics": semantics}
-            block_indices = select(rows["compress"], k_cmp, mem_k, **how)
         k["compress"] = np.concatenate([mem_k, k_cmp], axis=2)
         v["compress"] = np.concatenate([mem_v, blocks["v"]], axis=2)
-        mask = branch_masks(q_len, kv_len, block_indices, sizes, semantics)
+        return rows, k, v
+
+    def selection_inputs(
+        self, rows: dict[str, np.ndarray], k: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k_cmp and mem_k of what `read` returns."""
+        mem_k, k_cmp = np.split(k["compress"], [self.sizes.num_mem_kv], axis=2)
+        return rows["compress"], k_cmp, mem_k
+
+    def branches(
+        self, tokens: _Tokens, blocks: dict[str, np.ndarray], block_indices: np.ndarray | None
+    ) -> tuple[dict[str, _Branch], np.ndarray]:
+        """What `read` returns, selected and masked."""
+        rows, k, v = self.read(tokens, blocks)
+        q_len, kv_len = rows["fine"].shape[2], k["fine"].shape[2]
+        how: dict[str, Any] = {"sizes": self.sizes, "semantics": self.semantics}
+        if block_indices is None:
+            block_indices = select(*self.selection_inputs(rows, k), kv_len=kv_len, **how)
+        mask = branch_masks(q_len, kv_len, block_indices, **how)
         return {c: _Branch(rows[c], k[c], v[c], mask[c]) for c in BRANCHES}, block_indices
 
     def attended(self, branches: dict[str, _Branch]) -> dict[str, np.ndarray]:
@@ -410,9 +425,10 @@ def selection_inputs(
     I1, G2
     """
     x, weights = layer_arguments(x, weights, sizes, semantics)
-    _, branches, _ = _Parts(weights, sizes, semantics).of_all_rows(x)
-    mem_k, k_cmp = np.split(branches["compress"].k, [sizes.num_mem_kv], axis=2)
-    return branches["compress"].q, k_cmp, mem_k
+    parts = _Parts(weights, sizes, semantics)
+    tokens = parts.tokens(x)
+    rows, k, _ = parts.read(tokens, parts.blocks(tokens))
+    return parts.selection_inputs(rows, k)
 
 
 def layer_vjp(

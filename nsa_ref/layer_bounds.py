@@ -19,13 +19,19 @@ Source: NUMERICS 2, "The layer" and "Gates and combine"; G1, G2, C1, C4, A1-A3
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nsa_ref import rounded
-from nsa_ref.bounds import AttentionInputs, RoundedAttention, rounded_attention
+from nsa_ref.bounds import (
+    AttentionInputs,
+    Groups,
+    RoundedGradients,
+    rounded_gradients,
+    rounded_output,
+)
 from nsa_ref.checks import as_float64, check_multiple, check_one_of, check_shape
 from nsa_ref.compress import num_compress_blocks
 from nsa_ref.layer import (
@@ -98,29 +104,55 @@ def layer_bounds(
     ------
     NUMERICS 2, "The layer" and "Gates and combine"; G1, G2
     """
-    check_one_of("numerics", numerics, NUMERICS)
-    x, w = layer_arguments(x, weights, sizes, semantics)
-    batch, seq_len, _ = x.shape
-    if semantics.rotary != "none":
-        check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
-    block_indices = np.asarray(block_indices)
-    masks = branch_masks(seq_len, seq_len, block_indices, sizes, semantics)
-    check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
-    if d_out is not None:
-        d_out = as_float64("d_out", d_out, (batch, seq_len, layer_width(sizes, semantics)))
+    how: dict[str, Any] = {"sizes": sizes, "semantics": semantics, "numerics": numerics}
+    of_layer = BoundsOfLayer(x, weights, block_indices, **how)
+    return of_layer.forward if d_out is None else of_layer.with_gradients(d_out)
 
-    rows = NUMERICS[numerics], NUMERICS["fp64"]
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        layers = {row: RoundedLayer(x, w, masks, sizes, semantics, row) for row in {*rows}}
-        of_kernel, of_oracle = (layers[row] for row in rows)
-        scores = _scores(of_kernel, of_oracle, numerics)
-        out = of_kernel.out.error + of_oracle.out.error
-        if d_out is None:
-            return LayerBounds(out, scores, None, None)
-        back = {row: layer.gradients(d_out) for row, layer in layers.items()}
-    (dx, dw), (dx_oracle, dw_oracle) = (back[row] for row in rows)
-    dweights = {name: dw[name].error + dw_oracle[name].error for name in w}
-    return LayerBounds(out, scores, dx.error + dx_oracle.error, dweights)
+
+class BoundsOfLayer:
+    """`layer_bounds`, in two steps: of the forward pass, and with the gradients, which share it.
+
+    forward : LayerBounds, without those of gradients
+
+    Its arguments and errors are those of `layer_bounds`. Source: NUMERICS 2, "The layer"
+    """
+
+    def __init__(
+        self,
+        x: ArrayLike,
+        weights: Mapping[str, ArrayLike],
+        block_indices: ArrayLike,
+        *,
+        sizes: Sizes,
+        semantics: Semantics,
+        numerics: str,
+    ) -> None:
+        check_one_of("numerics", numerics, NUMERICS)
+        x, w = layer_arguments(x, weights, sizes, semantics)
+        batch, seq_len, _ = x.shape
+        if semantics.rotary != "none":
+            check_multiple("head_dim", sizes.head_dim, "2", 2, why="rotary turns pairs")
+        block_indices = np.asarray(block_indices)
+        masks = branch_masks(seq_len, seq_len, block_indices, sizes, semantics)
+        check_shape("block_indices", block_indices.shape, (batch, "heads", seq_len, "n"))
+        rows = NUMERICS[numerics], NUMERICS["fp64"]
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            layers = {row: RoundedLayer(x, w, masks, sizes, semantics, row) for row in {*rows}}
+            self._both = of_kernel, of_oracle = layers[rows[0]], layers[rows[1]]
+            scores = _scores(of_kernel, of_oracle, numerics)
+            out = of_kernel.out.error + of_oracle.out.error
+        self.forward = LayerBounds(out, scores, None, None)
+
+    def with_gradients(self, d_out: ArrayLike) -> LayerBounds:
+        """Those of the gradients that d_out gives as well."""
+        of_kernel, of_oracle = self._both
+        width = layer_width(of_kernel.sizes, of_kernel.semantics)
+        d_out = as_float64("d_out", d_out, (*of_kernel.x.shape[:2], width))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            dx, dw = found = of_kernel.gradients(d_out)
+            dx_oracle, dw_oracle = found if of_oracle is of_kernel else of_oracle.gradients(d_out)
+        dweights = {name: dw[name].error + dw_oracle[name].error for name in of_kernel.weights}
+        return self.forward._replace(dx=dx.error + dx_oracle.error, dweights=dweights)
 
 
 def packed_weight_bounds(
@@ -213,24 +245,32 @@ def _scores(of_kernel: RoundedLayer, of_oracle: RoundedLayer, numerics: str) -> 
 # --- in one row of numerics -----------------------------------------------------------------------
 
 
-def rounded_branch(given: AttentionInputs, empty_row: str, row: Numerics) -> RoundedAttention:
-    """One branch, with what its empty rows hold.
+class RoundedBranch:
+    """One branch in one row of numerics, with what its empty rows hold.
 
     Source: A2; NUMERICS 2
     """
-    columns = given.k.value.shape[2]
-    mask = np.broadcast_to(given.mask, (*given.q.value.shape[:3], columns))
-    empty = ~np.any(mask > 0, axis=-1)
-    uniform = empty & (empty_row == "uniform") & (columns > 0)
-    # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k
-    mask = np.where(uniform[..., None], 1.0, mask)
-    q = given.q.map(lambda part: np.where(uniform[..., None], 0.0, part))
-    found = rounded_attention(given._replace(q=q, mask=mask), row)
-    if empty_row == "nan":
-        found.out.error[empty] = np.inf
-    dq = rounded.stored(found.dq, row) if row.rounds_every_operation else found.dq
-    dq.value[uniform], dq.error[uniform] = 0.0, 0.0
-    return found._replace(dq=dq)
+
+    def __init__(self, given: AttentionInputs, empty_row: str, row: Numerics) -> None:
+        columns = given.k.value.shape[2]
+        mask = np.broadcast_to(given.mask, (*given.q.value.shape[:3], columns))
+        empty = ~np.any(mask > 0, axis=-1)
+        self._uniform = uniform = empty & (empty_row == "uniform") & (columns > 0)
+        # the mean of all columns is what q = 0 sees without a mask; no gradient reaches q or k
+        mask = np.where(uniform[..., None], 1.0, mask)
+        q = given.q.map(lambda part: np.where(uniform[..., None], 0.0, part))
+        self._groups, self._row = Groups(given._replace(q=q, mask=mask)), row
+        self.out = rounded_output(self._groups, row).out
+        if empty_row == "nan":
+            self.out.error[empty] = np.inf
+
+    def gradients(self, d_out: Rounded) -> RoundedGradients:
+        """Of q, k and v, from that of out."""
+        self._groups.send(d_out)
+        dq, dk, dv = rounded_gradients(self._groups, self._row)
+        dq = rounded.stored(dq, self._row) if self._row.rounds_every_operation else dq
+        dq.value[self._uniform], dq.error[self._uniform] = 0.0, 0.0
+        return RoundedGradients(dq, dk, dv)
 
 
 class RoundedLayer:
@@ -279,11 +319,13 @@ class RoundedLayer:
         self.k_cmp = rounded.rotated(self._pool("k").out, self.block_turn, row)
         k["compress"] = self._with_memory("mem_k", self.k_cmp)
         v["compress"] = self._with_memory("mem_v", self._pool("v").out)
-        self.inputs = {
-            c: AttentionInputs(q_of[c], k[c], v[c], masks[c], sizes.scale) for c in BRANCHES
+        empty_row = semantics.empty_row._asdict()
+        self.branches = {
+            c: RoundedBranch(
+                AttentionInputs(q_of[c], k[c], v[c], masks[c], sizes.scale), empty_row[c], row
+            )
+            for c in BRANCHES
         }
-
-        self.attended = {c: self._attend(c).out for c in BRANCHES}
         # a gate is one number of a head: (batch, 3 q_heads, seq_len, 1), branch by branch
         logits = self._heads("gates.weight", len(BRANCHES) * sizes.q_heads, weights["gates.bias"])
         of_branches = (
@@ -304,8 +346,9 @@ class RoundedLayer:
             dw["to_out.weight"] = rounded.weight_gradient(g, self.merged, row)
             g = rounded.matmul(g, exact(self.weights["to_out.weight"]), row)
         g = g.map(lambda part: split_heads(part, self.sizes.q_heads))
-        back = {c: self._attend(c, rounded.times(self.gate[c], g, row)) for c in BRANCHES}
-        dg = {c: rounded.inner(g, self.attended[c], row).at(..., None) for c in BRANCHES}
+        branches = self.branches
+        back = {c: branches[c].gradients(rounded.times(self.gate[c], g, row)) for c in BRANCHES}
+        dg = {c: rounded.inner(g, branches[c].out, row).at(..., None) for c in BRANCHES}
         of_branches = [rounded.sigmoid_gradient(dg[c], self.gate[c], row) for c in BRANCHES]
         dz = rounded.concatenated(of_branches, axis=1).map(merge_heads)
         dw["gates.bias"] = rounded.summed(dz, (0, 1), row)
@@ -367,13 +410,9 @@ class RoundedLayer:
         every = exact(np.broadcast_to(memory, (blocks.value.shape[0], *memory.shape)))
         return rounded.concatenated([every, blocks], axis=2)
 
-    def _attend(self, branch: str, d_out: Rounded | None = None) -> RoundedAttention:
-        empty_row = getattr(self.semantics.empty_row, branch)
-        return rounded_branch(self.inputs[branch]._replace(d_out=d_out), empty_row, self.row)
-
     def _combined(self) -> Rounded:
         """sum_c g_c out_c; a matrix product, or products and sums of their own."""
-        row, parts = self.row, [(self.gate[c], self.attended[c]) for c in BRANCHES]
+        row, parts = self.row, [(self.gate[c], b.out) for c, b in self.branches.items()]
         apart = rounded.total([rounded.times(gate, out, row) for gate, out in parts], row)
         size = sum(gate.size * out.size for gate, out in parts)
         more = (row.accumulate(len(parts)) + row.u_operands) * size

@@ -150,17 +150,16 @@ def fine_mask(
         p = t + kv_len - q_len
         if p < 0:
             continue
-        selected = [int(i) for i in block_indices[b, g, t] if 0 <= i < num_blocks]
+        selected = [i for i in block_indices[b, g, t].tolist() if 0 <= i < num_blocks]
         if semantics.causal and semantics.own_block_extra:
             selected.append(p // size)
         if semantics.duplicates == "set":
             selected = sorted(set(selected))
-        of_heads = slice(g * group, (g + 1) * group)
+        last = p if semantics.causal else kv_len - 1
+        row = np.zeros(kv_len, dtype=np.int64)
         for block in selected:
-            stop = min((block + 1) * size, kv_len)
-            if semantics.causal:
-                stop = min(stop, p + 1)
-            mask[b, of_heads, t, block * size : stop] += 1
+            row[block * size : min((block + 1) * size, last + 1)] += 1
+        mask[b, g * group : (g + 1) * group, t] = row
     return mask
 
 

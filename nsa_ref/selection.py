@@ -65,13 +65,11 @@ def selection_candidates(
         complete = num_compress_blocks(kv_len, sizes, semantics) // strides
         own_excluded = own_excluded or strides != 1
 
-    candidates = np.zeros((q_len, num_blocks), dtype=bool)
     block = np.arange(num_blocks)
-    for t in range(q_len):
-        p = t + kv_len - q_len
-        begun = (block * sizes.selection_block_size <= p) | (not semantics.causal)
-        own = block == p // sizes.selection_block_size
-        candidates[t] = (block < complete) & begun & ~(own & own_excluded)
+    p = np.arange(q_len)[:, None] + kv_len - q_len
+    begun = (block * sizes.selection_block_size <= p) | (not semantics.causal)
+    own = block == p // sizes.selection_block_size
+    candidates: np.ndarray = (block < complete) & begun & ~(own & own_excluded)
     return candidates
 
 
@@ -99,17 +97,14 @@ def forced_blocks(
     I4; arXiv 2502.11089, section 4.1 ("fixed activating the 1 initial block and 2 local blocks")
     """
     candidates = selection_candidates(q_len, kv_len, sizes, semantics)
-    forced = np.zeros(candidates.shape, dtype=bool)
     if semantics.own_block_extra:
-        return forced
+        return np.zeros_like(candidates)
     block = np.arange(candidates.shape[1])
-    for t in range(q_len):
-        p = t + kv_len - q_len
-        own = p // sizes.selection_block_size
-        initial = block < sizes.num_initial_blocks
-        local = (own - sizes.num_local_blocks < block) & (block <= own)
-        forced[t] = candidates[t] & (initial | local)
-    return forced
+    p = np.arange(q_len)[:, None] + kv_len - q_len
+    own = p // sizes.selection_block_size
+    initial = block < sizes.num_initial_blocks
+    local = (own - sizes.num_local_blocks < block) & (block <= own)
+    return candidates & (initial | local)
 
 
 # --- importance -----------------------------------------------------------------------------------
@@ -256,9 +251,8 @@ def importance(
     )
     count = shared_strides(kv_len, sizes, semantics)
     p_cmp = compress_probabilities(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
-    for b, h, t in np.ndindex(batch, q_heads, q_len):
-        shares = p_cmp[b, h, t][:, None] * count
-        score[b, h // group, t] += shares.sum(axis=0)  # eq. 10
+    for b, h, i in np.ndindex(batch, q_heads, len(count)):
+        score[b, h // group] += p_cmp[b, h, :, i, None] * count[i]  # eq. 9, and over heads eq. 10
     return score
 
 
@@ -273,17 +267,17 @@ def logit_means(
     means = np.full((batch, heads, q_len, num_blocks), -math.inf, np.result_type(q, k_cmp))
     candidates = selection_candidates(q_len, kv_len, sizes, semantics)
     visible = compress_mask(q_len, kv_len, sizes, semantics)[:, sizes.num_mem_kv :]
-    for b, g, t in np.ndindex(batch, heads, q_len):
+    invisible = visible == 0
+    for b, g in np.ndindex(batch, heads):
         of_heads = range(g * group, (g + 1) * group)
-        logits = [sizes.scale * (k_cmp[b, h // sizes.group_size] @ q[b, h, t]) for h in of_heads]
-        seen = np.where(visible[t], logits, 0.0)
-        for block in np.flatnonzero(candidates[t]):
+        logits = [sizes.scale * (q[b, h] @ k_cmp[b, h // sizes.group_size].T) for h in of_heads]
+        seen = np.where(visible, logits, 0.0)
+        for block in np.flatnonzero(candidates.any(axis=0)):
             blocks = slice(block * strides, (block + 1) * strides)
-            invisible = group * np.count_nonzero(visible[t, blocks] == 0)
             # The invisible ones are added as a share: their plain sum would overflow.
-            terms = group * strides
-            share = invisible / terms * INVISIBLE_LOGIT
-            means[b, g, t, block] = seen[:, blocks].sum() / terms + share
+            share = invisible[:, blocks].sum(axis=1) / strides * INVISIBLE_LOGIT
+            mean = seen[:, :, blocks].sum(axis=(0, 2)) / (group * strides) + share
+            means[b, g, candidates[:, block], block] = mean[candidates[:, block]]
     return means
 
 

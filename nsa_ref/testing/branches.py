@@ -215,6 +215,8 @@ def call(method: Any, *arguments: Any) -> Any:
 
 def as_array(value: Any) -> np.ndarray:
     """What an implementation returned, which it may only now compute."""
+    if type(value) is np.ndarray:  # nothing of the implementation's runs
+        return value
     with handed_over():
         return np.asarray(value)
 

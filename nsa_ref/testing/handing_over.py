@@ -1,12 +1,14 @@
 """Who is at work, the judge or an implementation: NumPy's settings, the clock, others' alarms.
 
 The judge's arithmetic and its time are its own. While an implementation runs, NumPy raises and
-warns as that has set it, and its clock runs; both end when it returns.
+warns as that has set it, its clock runs, and the memory that it gets is filled; all that ends when
+it returns.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import signal
 import time
@@ -24,6 +26,9 @@ from nsa_ref.testing import silence
 class Clock:
     """Ends this process once the implementation has run for so many seconds.
 
+    The process that hands out the tests does, which is told how long it may take. Where nothing
+    can be told, Python does itself; a thread for every call takes longer than most of them.
+
     file : where Python writes then what it was doing
     charged : seconds that it has run so far
     """
@@ -36,15 +41,16 @@ class Clock:
     def running(self) -> Iterator[None]:
         """The time within is charged."""
         started = time.monotonic()
-        # it takes no time of 0
-        left = max(self.seconds - self.charged, 0.001)
-        faulthandler.dump_traceback_later(left, exit=True, file=self.file)
-        silence.say("waiting", left)
+        left = max(self.seconds - self.charged, 0.001)  # Python takes no time of 0
+        told = silence.say("waiting", left)
+        if not told:
+            faulthandler.dump_traceback_later(left, exit=True, file=self.file)
         try:
             yield
         finally:
             silence.say("judging", silence.JUDGING)
-            faulthandler.cancel_dump_traceback_later()
+            if not told:
+                faulthandler.cancel_dump_traceback_later()
             self.charged += time.monotonic() - started
 
 
@@ -62,6 +68,42 @@ class _Judging:
 
 
 _now = _Judging()
+
+
+#: `mallopt(M_PERTURB, n)` does in a running process what MALLOC_PERTURB_=n does at its start.
+_M_PERTURB = -6
+
+
+@dataclass
+class _Memory:
+    """Fills the memory that an implementation gets, by the GNU C library; or nothing does."""
+
+    mallopt: Any = None
+    byte: int = 0
+
+    def fill(self, on: bool) -> None:
+        if self.mallopt is not None:
+            self.mallopt(_M_PERTURB, self.byte if on else 0)
+
+
+_memory = _Memory()
+
+
+@contextlib.contextmanager
+def memory_filled(byte: int) -> Iterator[None]:
+    """Within, the memory that an implementation gets is filled, where the C library is GNU's.
+
+    The judge's own is not: it would take an eighth of its time.
+
+    byte : as MALLOC_PERTURB_ has it
+    """
+    global _memory
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        _memory = _Memory(ctypes.CDLL(None).mallopt, byte)
+    try:
+        yield
+    finally:
+        _memory = _Memory()
 
 
 class Stopped(BaseException):
@@ -106,7 +148,7 @@ def timed(seconds: float, file: TextIO) -> Iterator[Clock]:
 
 @contextlib.contextmanager
 def handed_over() -> Iterator[None]:
-    """The implementation runs: under its own settings, and its clock with it.
+    """The implementation runs: under its own settings, with its clock, and memory is filled.
 
     Raises
     ------
@@ -114,6 +156,7 @@ def handed_over() -> Iterator[None]:
     """
     if _now.settings is not None:
         np.seterr(**_now.settings)
+    _memory.fill(True)
     try:
         with _now.clock.running() if _now.clock else contextlib.nullcontext():
             yield
@@ -121,6 +164,7 @@ def handed_over() -> Iterator[None]:
         stop_if_alarmed(error)
         raise
     finally:
+        _memory.fill(False)
         if _now.settings is not None:
             _now.settings = np.geterr()
             np.seterr(all="ignore")

@@ -106,12 +106,14 @@ class CannotRun(Exception):
     """What is wrong and what to do, in one line."""
 
 
-def resolve_device(device: str) -> str:
-    """`auto` becomes the best device that there is."""
+def resolve_device(device: str, spec: str = "") -> str:
+    """`auto` becomes the best device that there is for what `spec` names."""
     if device not in DEVICES:
         raise CannotRun(f"--device {device}: must be one of {', '.join(DEVICES)}")
     if device in ("cpu", "interpreter"):
         return device
+    if device == "auto" and spec == "oracle":
+        return "cpu"  # NumPy has no other, and torch takes seconds to import
     try:
         import torch
     except ImportError:
@@ -355,7 +357,7 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
 
 def _main(spec: str, device: str, answer_file: str) -> None:
     try:
-        chosen = resolve_device(device)
+        chosen = resolve_device(device, spec)
         implementations = load(spec, chosen)
         if chosen != "cpu" and all(i.device.startswith("cpu") for i in implementations):
             # an instance is made before the device is known; NumPy has no device but the CPU

@@ -7,7 +7,6 @@ beside those of the suite do not notice it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import pytest
 from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.findings import Finding, grouped
+from nsa_ref.testing.handing_over import memory_filled
 from nsa_ref.testing.last_words import (
     begin_worker,
     finding_of_dead_worker,
@@ -58,12 +58,9 @@ kept: list[tuple[Case, Finding]] = []
 
 
 #: What a worker process has while it judges. One thread each: there are as many workers as cores.
-#: glibc fills the memory that a program gets with -1.7e38 or NaN (each byte is 0xFF ^ 1): an output
-#: that is not written does not hold what an earlier, right run left there.
+#: glibc fills the memory that an implementation gets: -1.7e38 or NaN (each byte is 0xFF ^ 1). An
+#: output that is not written does not hold what an earlier, right run left there.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "1"}
-
-#: `mallopt(M_PERTURB, n)` does in a running process what MALLOC_PERTURB_=n does at its start.
-_M_PERTURB = -6
 
 
 def ignore_ctrl_c() -> Any:
@@ -78,7 +75,7 @@ def ignore_ctrl_c() -> Any:
 
 @contextlib.contextmanager
 def _as_worker() -> Iterator[None]:
-    """One thread, poisoned memory and no Ctrl-C, and afterwards all as it was.
+    """One thread, memory that is filled and no Ctrl-C, and afterwards all as it was.
 
     What somebody has chosen in the environment stays.
     """
@@ -88,19 +85,14 @@ def _as_worker() -> Iterator[None]:
     threads = torch.get_num_threads() if torch else 0
     if torch:
         torch.set_num_threads(1)
-    mallopt = None
-    if "MALLOC_PERTURB_" in missing:
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_PERTURB, int(missing["MALLOC_PERTURB_"]))
     interrupts = ignore_ctrl_c()
+    byte = missing.get("MALLOC_PERTURB_")
     try:
-        yield
+        with memory_filled(int(byte)) if byte else contextlib.nullcontext():
+            yield
     finally:
         if interrupts is not None:
             signal.signal(signal.SIGINT, interrupts)
-        if mallopt:
-            mallopt(_M_PERTURB, 0)
         if torch:
             torch.set_num_threads(threads)
         for name in missing:
@@ -176,7 +168,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if spec:
         silence.say("loading", silence.LOADING)
         try:
-            implementations[:] = load(spec, resolve_device(config.getoption("--nsa-device")))
+            device_of_spec = resolve_device(config.getoption("--nsa-device"), spec)
+            implementations[:] = load(spec, device_of_spec)
         except CannotRun as error:
             raise pytest.UsageError(str(error)) from None
         if round:

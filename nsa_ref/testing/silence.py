@@ -1,7 +1,7 @@
 """A worker that says nothing any more is ended by the process that hands out the tests.
 
-Its own clock may have been cancelled by the implementation, or the whole process may be stopped.
-So it keeps writing what it does, and for how long it may, into a file of 32 bytes.
+A clock of its own could be cancelled by the implementation, or stopped with the whole process. So
+it keeps writing what it does, and for how long it may, into a file of 32 bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LOADING = 240.0
 #: Seconds that the judge may take between two calls: the largest cases take it minutes.
 JUDGING = 1800.0
 
-#: Seconds that a worker has to end by itself; and from one look at all of them to the next.
-GRACE, EVERY = 2.0, 0.5
+#: Seconds from one look at all workers to the next.
+EVERY = 0.5
 
 #: What a file holds: process, what it does, how often that has changed, seconds that it may take.
 _FORMAT = struct.Struct("=QQQd")
@@ -44,15 +44,17 @@ def begin(path: Path) -> None:
         _file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 
-def say(doing: Doing, seconds: float = math.inf) -> None:
-    """Write what this worker does from now on, and for how long it may."""
+def say(doing: Doing, seconds: float = math.inf) -> bool:
+    """Write what this worker does from now on, and for how long it may; whether that is written."""
     global _said
     if _file is None:
-        return
+        return False
     _said += 1
     number = get_args(Doing).index(doing)
     with contextlib.suppress(OSError):
         os.pwrite(_file, _FORMAT.pack(os.getpid(), number, _said, seconds), 0)
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Watch:
             if is_stopped is None:
                 continue
             most = min(allowed, self.stopped) if is_stopped else allowed
-            if known.silent > most + GRACE:
+            if known.silent > most:
                 doing = get_args(Doing)[number]
                 self.ended.setdefault(worker, Silence(doing, allowed, is_stopped))
                 _end(pid, hard=known.ended > 2)

@@ -356,7 +356,7 @@ def test_a_worker_that_says_nothing_is_ended(workers: Any, place: Path) -> None:
     watch = silence.Watch(place, stopped=9.0)
     silent, speaks = workers("gw0", "waiting", 5.0), workers("gw1", "waiting", 5.0)
     idle, known = workers("gw2", "idle", math.inf), workers("gw3", "judging", 0.0)
-    for number in range(8):
+    for number in range(6):
         watch.look(1.0)
         (place / "gw1.sign").write_bytes(silence._FORMAT.pack(speaks.pid, 3, number, 5.0))
         if number == 0:

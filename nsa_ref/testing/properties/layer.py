@@ -23,8 +23,8 @@ from nsa_ref.layer import (
     projection_name,
     selection_inputs,
 )
-from nsa_ref.layer_bounds import LayerBounds, layer_bounds
-from nsa_ref.selection import scored
+from nsa_ref.layer_bounds import BoundsOfLayer, LayerBounds
+from nsa_ref.selection import scored, top_blocks
 from nsa_ref.semantics import BRANCHES, ROTARY, Semantics
 from nsa_ref.testing.branches import call, checked_tensor
 from nsa_ref.testing.case import DTYPES, Case
@@ -53,16 +53,16 @@ Weights = dict[str, np.ndarray]
 class Truth:
     """The definition's side of a case, in float64.
 
+    errors : how far others may be from the output and the gradients
     bounds : on the output, and on the scores of the choice
     undecided : bool (batch, kv_len), rows for which another choice of blocks may be right
     """
 
     case: Case
-    numerics: str
     x: np.ndarray
     weights: Weights
     block_indices: np.ndarray
-    bounds: LayerBounds
+    errors: BoundsOfLayer
     undecided: np.ndarray
 
     @classmethod
@@ -73,12 +73,16 @@ class Truth:
         check_pairs(case)
         given = x.astype(np.float64), {n: w.astype(np.float64) for n, w in weights.items()}
         how, numerics = case.geometry, implementation.numerics[case.dtype]
-        block_indices = layer_block_indices(*given, **how)
-        bounds = layer_bounds(*given, block_indices, numerics=numerics, **how)
         blocks = scored(*selection_inputs(*given, **how), kv_len=x.shape[1], **how)
-        assert bounds.scores is not None
-        undecided = np.asarray(undecided_rows(blocks, bounds.scores, **how).any(axis=1))
-        return cls(case, numerics, *given, block_indices, bounds, undecided)
+        block_indices = top_blocks(blocks, **how)
+        errors = BoundsOfLayer(*given, block_indices, numerics=numerics, **how)
+        assert errors.forward.scores is not None
+        undecided = np.asarray(undecided_rows(blocks, errors.forward.scores, **how).any(axis=1))
+        return cls(case, *given, block_indices, errors, undecided)
+
+    @property
+    def bounds(self) -> LayerBounds:
+        return self.errors.forward
 
     def output(self) -> np.ndarray:
         """What the definition makes of it."""
@@ -89,8 +93,7 @@ class Truth:
         """dx, dweights, and the bounds on them."""
         given, d_out, how = (self.x, self.weights), d_out.astype(np.float64), self.case.geometry
         dx, dweights = layer_vjp(*given, d_out, block_indices=self.block_indices, **how)
-        bounds = layer_bounds(*given, self.block_indices, d_out, numerics=self.numerics, **how)
-        return dx, dweights, bounds
+        return dx, dweights, self.errors.with_gradients(d_out)
 
 
 def check_pairs(case: Case) -> None:
