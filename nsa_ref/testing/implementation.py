@@ -13,6 +13,7 @@ num_mem_kv, ...). lse is natural, (batch, q_heads, q_len).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections import Counter
@@ -350,11 +351,16 @@ def _copied(argument: Any) -> Any:
     return argument
 
 
+@functools.cache
+def _parameters(method: str) -> list[str]:
+    """Of the plug's method, behind self and the case."""
+    return list(inspect.signature(getattr(Implementation, method)).parameters)[2:]
+
+
 def _named(method: str, arguments: Sequence[Any]) -> dict[str, Any]:
     """The arrays, or tensors, among the arguments of a method, by the names that the plug has."""
-    names = list(inspect.signature(getattr(Implementation, method)).parameters)[2:]
     found: dict[str, Any] = {}
-    for name, argument in zip(names, arguments):
+    for name, argument in zip(_parameters(method), arguments):
         if isinstance(argument, dict):
             found |= {f"{name}[{key!r}]": item for key, item in argument.items()}
         else:

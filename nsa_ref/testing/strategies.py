@@ -141,7 +141,8 @@ def cases(
         allowed = limits.get(field) if allowed is None else allowed
         if allowed is not None:
             choices = [c for c in choices if c in allowed] or some_of(allowed)
-        return choices[0] if len(choices) == 1 else draw(st.sampled_from(choices))
+        # Hypothesis keeps strategies of integers; one of `sampled_from` is made for each draw
+        return choices[0] if len(choices) == 1 else choices[draw(st.integers(0, len(choices) - 1))]
 
     sizes: Drawn = {}
     sizes["semantics"] = draw(st.sampled_from(list(semantics or implementation.semantics)))
