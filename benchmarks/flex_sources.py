@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,17 @@ class Call(NamedTuple):
         return "_".join(str(part) for part in self)
 
 
+#: What Inductor writes beside FlexAttention's templates: lse in natural units, and delta.
+BESIDE = {"pointwise": "lse", "reduction": "delta", "persistent_reduction": "delta"}
+KERNELS = ("forward", "backward", "lse", "delta")
+#: Of an H200, by which Inductor chooses their blocks.
+DEVICE = (
+    "DeviceProperties(type='cuda', index=0, multi_processor_count=132, cc=90, major=9, "
+    "regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, "
+    "max_threads_per_block=1024, warp_size=32)"
+)
+
+
 class Written(NamedTuple):
     """A kernel that Inductor has written.
 
@@ -55,7 +67,7 @@ class Written(NamedTuple):
 
 
 def written(calls: list[Call], folder: Path) -> dict[Call, dict[str, Written]]:
-    """For every call its kernels, "forward" and "backward"."""
+    """For every call its kernels, by KERNELS."""
     from nsa_fast import interpreter
 
     if reason := interpreter.missing():
@@ -75,10 +87,30 @@ def written(calls: list[Call], folder: Path) -> dict[Call, dict[str, Written]]:
     )
     return {
         call: {
-            which: _read(folder / f"{call.name}_{which}.py") for which in ("forward", "backward")
+            which: (_read_beside if which in BESIDE.values() else _read)(
+                folder / f"{call.name}_{which}.py"
+            )
+            for which in KERNELS
         }
         for call in calls
     }
+
+
+def _read_beside(path: Path) -> Written:
+    """In the first of the blocks among which Inductor chooses by running them."""
+    (kernel,) = (x for x in vars(_module(path)).values() if hasattr(x, "triton_meta"))
+    config = kernel.configs[0]
+    return _written(
+        kernel.fn, kernel.triton_meta, config.num_warps, config.num_stages, dict(config.kwargs)
+    )
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _read(path: Path) -> Written:
@@ -89,28 +121,22 @@ def _read(path: Path) -> Written:
     def template(**given: Any) -> Any:
         return lambda function: found.append((function, given)) or function
 
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
     with mock.patch.object(triton_heuristics, "template", template):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        _module(path)
     ((function, given),) = found
-    meta = given["triton_meta"]
+    sizes = given["inductor_meta"]["config_args"].items()
+    tile = {name: size for name, size in sizes if name.startswith("BLOCK_")}
+    return _written(function, given["triton_meta"], given["num_warps"], given["num_stages"], tile)
+
+
+def _written(
+    function: Any, meta: dict[str, Any], warps: int, stages: int, tile: dict[str, int]
+) -> Written:
     signature = dict(meta["signature"])
     names = list(signature)
     (config,) = meta["configs"]
-    return Written(
-        function,
-        signature,
-        dict(meta["constants"]),
-        [names[place] for (place,) in dict(config)],
-        given["num_warps"],
-        given["num_stages"],
-        {
-            name: size
-            for name, size in given["inductor_meta"]["config_args"].items()
-            if name.startswith("BLOCK_")
-        },
-    )
+    aligned = [names[place] for (place,) in dict(config)]
+    return Written(function, signature, dict(meta["constants"]), aligned, warps, stages, tile)
 
 
 # --- in a process of its own ----------------------------------------------------------------------
@@ -127,9 +153,10 @@ def _write(folder: Path, calls: list[Call]) -> None:
     call: Call
 
     def keep(self: Any, kernel: str, source: str, device_str: str = "cuda") -> Any:
-        if "triton_heuristics.template" in source:
-            which = "backward" if "arg_DQ" in source else "forward"
-            (folder / f"{call.name}_{which}.py").write_text(source)
+        (kind,) = re.findall(r"@triton_heuristics\.(\w+)", source)
+        which = BESIDE.get(kind) or ("backward" if "arg_DQ" in source else "forward")
+        source = re.sub(r"DeviceProperties\(type='cpu'[^)]*\)", DEVICE, source)
+        (folder / f"{call.name}_{which}.py").write_text(source)
         return SimpleNamespace(run=lambda *args, **kwargs: None)
 
     with mock.patch.object(AsyncCompile, "triton", keep):

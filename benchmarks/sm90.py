@@ -59,7 +59,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 #: Constants of a kernel that are its tile.
-TILE = re.compile(r"BLOCK_[MN]\d?|T|BW|COLUMNS|R|B|NUMBERS|COUNTED|SLOTS")
+TILE = re.compile(r"BLOCK_[MN]\d?|XBLOCK|R0_BLOCK|T|BW|COLUMNS|R|B|NUMBERS|COUNTED|SLOTS")
 
 #: Opcodes of products on tensor cores: those of a group of four warps, and those of one warp.
 PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
@@ -364,7 +364,7 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
     summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
     gates = gate_kernels.constants(HEADS, VALUE_DIM)
-    rotary = rotary_kernels.constants(HEADS, HEAD_DIM) | {"BACK": False}
+    rotary = rotary_kernels.constants(HEADS, HEAD_DIM)
     rows = [
         (selection_kernels.row_lse, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
@@ -383,14 +383,15 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
         ),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
-        (rotary_kernels.turned_pairs, rotary, {}),
+        (rotary_kernels.turned_pairs, rotary | {"BACK": False}, {}),
+        (rotary_kernels.turned_pairs, rotary | {"BACK": True}, {}),
     ]
-    return {
-        kernel.fn.__name__: _launch(
-            kernel, dtype, constants, options, _work()[kernel.fn.__name__](constants)
-        )
-        for kernel, constants, options in rows
-    }
+    found = {}
+    for kernel, constants, options in rows:
+        name = kernel.fn.__name__
+        launch = _launch(kernel, dtype, constants, options, _work()[name](constants))
+        found[f"{name}_back" if constants.get("BACK") else name] = launch
+    return found
 
 
 def _fine_rows(fine: dict[str, Any]) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -491,6 +492,11 @@ def of_inductor(kernel: Written, work: Work) -> Launch:
 
 def _flex_work(branch: str, direction: str, tile: Mapping[str, int]) -> Work:
     """What such a kernel does with 64k tokens, from the lists that it walks."""
+    rows = SIZES.kv_len * HEADS
+    if direction == "lse":
+        return Work(memory_bytes=8 * rows)
+    if direction == "delta":  # of out and its gradient, and of lse's gradient
+        return Work(memory_bytes=rows * (4 * VALUE_DIM + 8))
     block, cpu, tokens = (128, 128), torch.device("cpu"), SIZES.kv_len
     if branch == "sliding":
         mask = block_masks.sliding_block_mask(
@@ -580,7 +586,7 @@ def grown(found: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
 
 #: Kernels of each part of a layer, forward and backward.
 PARTS = {
-    "compress": (("compress_forward",), ("compress_backward",)),
+    "compress": (("compress_forward", "compress_lse"), ("compress_delta", "compress_backward")),
     "selection": (("group_probabilities", "top_blocks"), ()),
     "fine": (
         ("fine_forward",),
@@ -589,7 +595,7 @@ PARTS = {
             *("fine_sum_parts", "fine_sum_parts"),
         ),
     ),
-    "sliding": (("sliding_forward",), ("sliding_backward",)),
+    "sliding": (("sliding_forward", "sliding_lse"), ("sliding_delta", "sliding_backward")),
     "gates": (("gated_sum",), ("gated_sum_backward",)),
 }
 #: Milliseconds of each part before it had these kernels and tiles, by the same model (fine's
@@ -649,8 +655,7 @@ def around_kernels() -> dict[tuple[str, str], float]:
     """Milliseconds of what runs beside the kernels, by direction and part: arithmetic.
 
     Bytes that `benchmarks.census` counts, at the speed of memory: lists, copies, pooling. Rotary
-    and projections are none of PAPER's attention. Before its backward FlexAttention multiplies out
-    and its gradient, which reads both.
+    and projections are none of PAPER's attention.
     """
     from benchmarks.census import census_of_layer
 
@@ -658,8 +663,6 @@ def around_kernels() -> dict[tuple[str, str], float]:
     for (direction, part, kind), amounts in census_of_layer(SIZES.kv_len).counts.items():
         if part in BEFORE and kind != "FlexAttention" and not _is_ours(kind):
             found[direction, part] += amounts["bytes"]
-    for branch in CALLS:
-        found["backward", branch] += 4 * SIZES.kv_len * HEADS * VALUE_DIM
     return {place: moved / MEMORY * 1e3 for place, moved in found.items()}
 
 
@@ -723,9 +726,9 @@ def supported(shapes: list[Shape]) -> Iterator[dict[str, Any]]:
             yield row | {"refused": refused}
             continue
         launches = {
-            f"{call.branch}_{direction}": of_inductor(kernel, Work())
+            f"{call.branch}_{direction}": of_inductor(kernels[call][direction], Work())
             for call in _calls(shape)
-            for direction, kernel in kernels[call].items()
+            for direction in ("forward", "backward")
         }
         ours = not _why_not_ours(shape)
         row["fine"] = "fine_kernels" if ours else "FlexAttention"
@@ -793,7 +796,15 @@ def main() -> None:
     kernels = {name: compiled_for_sm90(launch) for name, launch in every.items()}
     for name, facts in kernels.items():
         print(name, ", ".join(f"{what} {value}" for what, value in facts.items()))
-    report = {"device": "none; for sm_90", "versions": versions(), "kernels": kernels}
+    in_float16 = {
+        name: compiled_for_sm90(launch) for name, launch in launches(torch.float16).items()
+    }
+    report = {
+        "device": "none; for sm_90",
+        "versions": versions(),
+        "kernels": kernels,
+        "kernels in float16": in_float16,
+    }
     (given.output or KEPT).write_text(json.dumps(report, indent=1) + "\n")
     print_sums(sums(kernels))
 
