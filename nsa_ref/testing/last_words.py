@@ -79,7 +79,8 @@ def begin_worker(options: Options) -> None:
     """Let this worker, if it is one, say what it does; and where it was, while it loads."""
     if (worker := worker_id()) is not None:
         folder = own_folder(options)
-        silence.begin(folder / f"{worker}.sign")
+        if (folder / LOCK).exists():  # else nobody listens
+            silence.begin(folder / f"{worker}.sign")
         with contextlib.suppress(OSError):
             if options.spec:  # elsewhere pytest's own trace is still to come
                 _trace_file(folder / f"{worker}.trace")

@@ -25,7 +25,7 @@ from xdist.workermanage import NodeManager
 
 import nsa_ref.__main__ as entry
 from commands import python, running, until
-from nsa_ref.testing import Case, cli, files, sessions, silence
+from nsa_ref.testing import Case, cli, files, last_words, sessions, silence
 from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
 from nsa_ref.testing.findings import described, save_finding
@@ -444,6 +444,25 @@ def test_a_worker_says_what_it_does(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 PROP = PROPERTIES["W1_sliding_mask_as_exposed"]
+
+
+def test_a_worker_to_whom_nobody_listens_has_a_clock_of_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the plugin is not in the process that hands out the tests, that holds no lock."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "run")
+    monkeypatch.setattr(silence, "_file", None)
+    options, folder = Options(findings=place), last_words.folder_of_run(place, "run")
+    folder.mkdir(parents=True)
+    last_words.begin_worker(options)
+    assert not silence.say("waiting", 1.0)
+    (folder / last_words.LOCK).touch()
+    last_words.begin_worker(options)
+    assert silence.say("waiting", 1.0) and silence._file is not None
+    os.close(silence._file)
+
+
 WAITING = silence.Silence("waiting", 2.0, stopped=False)
 
 
