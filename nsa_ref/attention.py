@@ -1,8 +1,8 @@
 """Attention through a mask of multiplicities, and its gradients: clauses A1 to A5.
 
-One row at a time, over its visible keys alone: a key that is invisible never enters the
-arithmetic, so that even NaN or inf in it has no influence (A5). Rows that read the same keys are
-worked on together, because a judge calls this a million times.
+Over each row's visible keys alone: a key that is invisible never enters the arithmetic, so that
+even NaN or inf in it has no influence (A5). Rows that read the same keys are worked on together,
+because a judge calls this a million times.
 
 Complex inputs pass through, and the row maximum is taken of the real parts. Thus a derivative can
 be read off an imaginary step, Im f(x + i h) / h, which has no cancellation error.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -171,15 +172,16 @@ def _rows_that_see_the_same(
     mask: np.ndarray, group: int
 ) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray], np.ndarray]]:
     """(b, kv head, (query heads, t), multiplicities of the keys): each row is in one of them."""
-    batch, q_heads, q_len, columns = mask.shape
+    batch, q_heads = mask.shape[:2]
     for b, g in np.ndindex(batch, q_heads // group):
-        lines = mask[b, g * group : (g + 1) * group].reshape(group * q_len, columns)
-        together: dict[bytes, list[int]] = {}
-        for row, line in enumerate(lines):
-            together.setdefault(line.tobytes(), []).append(row)
+        together: dict[bytes, list[tuple[int, int]]] = {}
+        for h in range(g * group, (g + 1) * group):
+            for t, row in enumerate(mask[b, h]):
+                # a digest, because the rows of a long sequence are gigabytes
+                together.setdefault(blake2b(row.tobytes()).digest(), []).append((h, t))
         for rows in together.values():
-            heads, t = np.divmod(rows, q_len)
-            yield b, g, (g * group + heads, t), lines[rows[0]]
+            heads, t = np.array(rows).T
+            yield b, g, (heads, t), mask[b, heads[0], t[0]]
 
 
 def attention_arguments(

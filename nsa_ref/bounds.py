@@ -147,14 +147,14 @@ def attention_bounds_of(
         gradients = rounded_gradients(x, row, form) if d_out is not None else ()
         return [result.error for result in (*rounded_output(x, row, form), *gradients)]
 
-    # the definition is float64 arithmetic too, and may err by its own bound: of whatever form, it
-    # is nothing beside that of a coarser kernel
-    of_definition = errors(definition, NUMERICS["fp64"], "deterministic")
-    as_definition = numerics == "fp64" and not off
+    # The definition is float64 arithmetic, too, and may err by its own bound. Beside a coarser
+    # kernel's that is nothing: the largest of its forms serves for all.
+    as_exact = numerics == "fp64" and not off
+    of_definition = [] if as_exact else errors(definition, NUMERICS["fp64"], "deterministic")
     bounds = []
     for form in forms:
         found = errors(kernel, NUMERICS[numerics], form)
-        both = [x + y for x, y in zip(found, found if as_definition else of_definition)]
+        both = [x + y for x, y in zip(found, found if as_exact else of_definition)]
         bounds.append(AttentionBounds(*both, *(() if d_out is not None else (None, None, None))))
     return bounds
 
@@ -207,7 +207,8 @@ class Groups:
         kv_heads, columns = self.of_v[1:3]
         self.size = self.of_q[1] // kv_heads
         mask = self.stacked(np.broadcast_to(mask, (*self.of_q[:3], columns)))
-        self.perturbed = float(any(x.error.any() for x in (q, k, v)))
+        self.off = any(x.error.any() for x in (q, k, v))
+        self.perturbed = float(self.off)
         self.signed, self.scale = scale, abs(scale)
         self.visible = visible = np.asarray(mask > 0)
         self.multiplicity = np.where(visible, mask, 0.0)
@@ -243,7 +244,7 @@ class Groups:
 
     def send(self, d_out: Rounded, d_lse: Array | float = 0.0) -> None:
         """Add the quantities of the backward pass: out's and lse's gradients are known only now."""
-        self.perturbed = float(self.perturbed or d_out.error.any())
+        self.perturbed = float(self.off or d_out.error.any())
         d_lse = np.broadcast_to(d_lse, self.of_q[:3])
         self.d_out = d_out.map(self.stacked)
         q, k, v, d_out_ = (x.value for x in (self.q, self.k, self.v, self.d_out))

@@ -155,11 +155,11 @@ def fine_mask(
             selected.append(p // size)
         if semantics.duplicates == "set":
             selected = sorted(set(selected))
-        last = p if semantics.causal else kv_len - 1
-        row = np.zeros(kv_len, dtype=np.int64)
+        of_heads = mask[b, g * group : (g + 1) * group, t]
         for block in selected:
-            row[block * size : min((block + 1) * size, last + 1)] += 1
-        mask[b, g * group : (g + 1) * group, t] = row
+            of_heads[:, block * size : (block + 1) * size] += 1
+        if semantics.causal:
+            of_heads[:, p + 1 :] = 0
     return mask
 
 

@@ -18,7 +18,7 @@ from typing import Any
 class Device:
     """A CPU: nothing to look after.
 
-    The C library poisons the memory that a program gets there (MALLOC_PERTURB_, see plugin.py).
+    The C library fills the memory that an implementation gets there (see handing_over.py).
 
     examples_share : the share of a level's examples that is drawn; less where a case takes seconds
     shortest : most sequences have at least so many tokens

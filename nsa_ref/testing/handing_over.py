@@ -24,10 +24,11 @@ from nsa_ref.testing import silence
 
 @dataclass
 class Clock:
-    """Ends this process once the implementation has run for so many seconds.
+    """The time that an implementation may run; then this process is ended.
 
-    The process that hands out the tests does, which is told how long it may take. Where nothing
-    can be told, Python does itself; a thread for every call takes longer than most of them.
+    The process that hands out the tests is told how much is left, and ends this one. Where nobody
+    listens, or no time is left, a thread of Python's does; one for every call would take longer
+    than most calls.
 
     file : where Python writes then what it was doing
     charged : seconds that it has run so far
@@ -41,10 +42,11 @@ class Clock:
     def running(self) -> Iterator[None]:
         """The time within is charged."""
         started = time.monotonic()
-        left = max(self.seconds - self.charged, 0.001)  # Python takes no time of 0
-        told = silence.say("waiting", left)
+        left = self.seconds - self.charged
+        told = silence.say("waiting", max(left, 0.0)) and left > 0
         if not told:
-            faulthandler.dump_traceback_later(left, exit=True, file=self.file)
+            # it takes no time of 0
+            faulthandler.dump_traceback_later(max(left, 0.001), exit=True, file=self.file)
         try:
             yield
         finally:
@@ -98,12 +100,13 @@ def memory_filled(byte: int) -> Iterator[None]:
     byte : as MALLOC_PERTURB_ has it
     """
     global _memory
+    before = _memory
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         _memory = _Memory(ctypes.CDLL(None).mallopt, byte)
     try:
         yield
     finally:
-        _memory = _Memory()
+        _memory = before
 
 
 class Stopped(BaseException):
@@ -140,9 +143,12 @@ def own_settings() -> Iterator[None]:
 def timed(seconds: float, file: TextIO) -> Iterator[Clock]:
     """End this process once the implementation has run for so long in here."""
     before, _now.clock = _now.clock, Clock(seconds, file)
+    # should the process that listens die while an implementation lets no thread of Python's run
+    faulthandler.dump_traceback_later(seconds + silence.JUDGING, exit=True, file=file)
     try:
         yield _now.clock
     finally:
+        faulthandler.cancel_dump_traceback_later()
         _now.clock = before
 
 

@@ -79,8 +79,10 @@ def begin_worker(options: Options) -> None:
     """Let this worker, if it is one, say what it does; and where it was, while it loads."""
     if (worker := worker_id()) is not None:
         folder = own_folder(options)
-        if (folder / LOCK).exists():  # else nobody listens
-            silence.begin(folder / f"{worker}.sign")
+        # a worker that another program started is not watched
+        with contextlib.suppress(OSError):
+            if (folder / LOCK).read_text() == str(os.getppid()):
+                silence.begin(folder / f"{worker}.sign")
         with contextlib.suppress(OSError):
             if options.spec:  # elsewhere pytest's own trace is still to come
                 _trace_file(folder / f"{worker}.trace")
@@ -292,12 +294,17 @@ def _frames(last_words: str) -> tuple[str, ...]:
 
 
 def hold_folder_of_run(findings: Path, run: str) -> Path:
-    """The folder, which tells others as long as this process lives that its cases are running."""
+    """The folder, which tells others as long as this process lives that its cases are running.
+
+    Its lock holds the number of this process, which listens to its workers.
+    """
     folder = folder_of_run(findings, run)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         _held[folder] = (folder / LOCK).open("w")
         fcntl.flock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _held[folder].write(str(os.getpid()))
+        _held[folder].flush()
     return folder
 
 

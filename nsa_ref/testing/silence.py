@@ -37,7 +37,7 @@ _said = 0
 
 
 def begin(path: Path) -> None:
-    """Let this worker write into a file; where nothing can be written, nobody watches it."""
+    """Let this worker write into a file; where nothing can be written, nobody is told anything."""
     global _file
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

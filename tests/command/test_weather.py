@@ -449,7 +449,7 @@ PROP = PROPERTIES["W1_sliding_mask_as_exposed"]
 def test_a_worker_to_whom_nobody_listens_has_a_clock_of_its_own(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the plugin is not in the process that hands out the tests, that holds no lock."""
+    """Where the plugin is not in the process that hands out the tests, or another started it."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "run")
     monkeypatch.setattr(silence, "_file", None)
@@ -457,7 +457,10 @@ def test_a_worker_to_whom_nobody_listens_has_a_clock_of_its_own(
     folder.mkdir(parents=True)
     last_words.begin_worker(options)
     assert not silence.say("waiting", 1.0)
-    (folder / last_words.LOCK).touch()
+    last_words.hold_folder_of_run(place, "run")
+    last_words.begin_worker(options)
+    assert not silence.say("waiting", 1.0)
+    monkeypatch.setattr(os, "getppid", os.getpid)
     last_words.begin_worker(options)
     assert silence.say("waiting", 1.0) and silence._file is not None
     os.close(silence._file)

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from nsa_ref.testing import (
     OracleImplementation,
     TorchImplementation,
     conformance_suite,
+    handing_over,
     judging,
     last_words,
     running,
@@ -401,6 +403,7 @@ def test_the_first_cases_say_how_long_later_ones_may_take(
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: None)
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda s, **_: given.append(s))
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw7")
+    last = silence.JUDGING  # the clock of a whole case, should nobody listen any more
 
     class Slow(SlidingMask):
         def sliding_mask(self, case: Case) -> Any:
@@ -409,8 +412,39 @@ def test_the_first_cases_say_how_long_later_ones_may_take(
 
     record = run_property(EXPOSED, Slow(), Options(findings=tmp_path, timeout=1.0))
     assert record.finding is None
+    given = [seconds for seconds in given if seconds < last]
     assert given[0] == 1.0  # nothing is known yet
     assert 4.9 < max(given) <= 10.0
+
+
+def test_a_case_whose_time_goes_in_short_calls_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be too short for whoever listens to notice."""
+    armed: list[float] = []
+    monkeypatch.setattr(silence, "say", lambda *_: True)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda s, **_: armed.append(s))
+    clock = handing_over.Clock(0.1, sys.stderr)
+    for _ in range(2):
+        assert not armed
+        with clock.running():
+            time.sleep(0.06)
+    with clock.running():
+        assert armed == [0.001]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is the GNU C library's")
+def test_memory_is_filled_while_an_implementation_runs_and_no_longer() -> None:
+    """What an implementation does not write holds no result of an earlier run."""
+
+    def got() -> np.ndarray:
+        np.full(20_000, 7, np.uint8)
+        return np.empty(20_000, np.uint8)
+
+    with handing_over.memory_filled(1):
+        with handing_over.handed_over():
+            assert (got() == 0xFE).all()
+        assert (got() == 7).any()
+    with handing_over.handed_over():
+        assert (got() == 7).any()
 
 
 def test_an_alarm_of_somebody_else_ends_the_property(tmp_path: Path) -> None:
