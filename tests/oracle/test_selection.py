@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_i2_a_score_is_the_overlap_weighted_sum_of_probabilities():
     straddling = dataclasses.replace(strides(4, 2), selection_block_size=4)
     score = importance(q, k_cmp, none, kv_len=12, sizes=straddling)
     assert [round(5 * x, 9) for x in score[0, 0, 0]] == [3, 4, 3]
+
+
+def test_i5_blocks_that_are_alike_have_equal_scores():
+    """The first and the last block share two strides and one with their windows, or one and two:
+    the sums over the windows, and over the heads, round alike."""
+    for group, blocks in itertools.product(range(1, 9), range(2, 9)):
+        windows = 2 * blocks - 1
+        q, k_cmp = np.zeros((1, group, 1, 1)), np.zeros((1, 1, windows, 1))
+        straddling = dataclasses.replace(strides(4, 2), selection_block_size=4, q_heads=group)
+        score = importance(q, k_cmp, k_cmp[:, :, :0], kv_len=4 * blocks, sizes=straddling)
+        assert score[0, 0, 0, 0] == score[0, 0, 0, -1]
 
 
 def test_i3_scores_are_summed_over_the_group_or_kept_per_query_head():
