@@ -88,6 +88,8 @@ class Collector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One property is done, or died with its worker."""
+        if report.when == "???":  # xdist's word for a test whose worker died: it did judge
+            self._idle_deaths = 0
         properties: Any = dict(report.user_properties)
         if "nsa_ref_warm" in properties and report.when == "call":
             self.warmed.append(Record.from_json(properties["nsa_ref_warm"]))

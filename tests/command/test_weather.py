@@ -39,6 +39,7 @@ from nsa_ref.testing.last_words import (
     remove_folder_of_run,
 )
 from nsa_ref.testing.lattice import EDGES
+from nsa_ref.testing.narrowing import DIED
 from nsa_ref.testing.options import Options
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.properties import PROPERTIES
@@ -542,6 +543,20 @@ def test_what_a_worker_dies_of_before_it_judges_is_told(
     info: Any = SimpleNamespace(value=OSError(24, "Too many open files"))
     assert collector.pytest_internalerror(info)
     assert "session ended: OSError: [Errno 24] Too many" in collector.errors.pop()
+
+
+def test_workers_may_die_of_many_cases_one_after_the_other() -> None:
+    collector = Collector(Console(file=io.StringIO()), 40)
+    node: Any = SimpleNamespace(
+        config=SimpleNamespace(nsa_ref_watch=silence.Watch(Path(), 1.0)),
+        gateway=SimpleNamespace(id="gw0"),
+    )
+    for number in range(9):
+        collector.pytest_testnodedown(node, "Not properly terminated")
+        test = f"narrowing_suite.py::test_case[{number}]"
+        ended: Any = SimpleNamespace(nodeid=test, when="???", failed=True, user_properties=[])
+        collector.pytest_runtest_logreport(ended)
+    assert collector.sampled.clauses == dict.fromkeys(range(9), DIED) and not collector.errors
 
 
 def test_workers_do_not_take_the_users_modules_for_pythons() -> None:
