@@ -10,9 +10,9 @@ be read off an imaginary step, Im f(x + i h) / h, which has no cancellation erro
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -80,22 +80,22 @@ def attend(
 
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
-    for b, g, rows, multiplicity in _rows_that_see_the_same(mask, group):
-        (visible,) = multiplicity.nonzero()
+    for g, rows, multiplicity in _rows_that_see_the_same(mask, group):
+        b, (visible,) = rows[0], multiplicity.nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
-            lse[b, *rows] = empty_lse
+            lse[rows] = empty_lse
             if empty_row == "nan":
-                out[b, *rows] = math.nan
+                out[rows] = math.nan
             elif empty_row == "uniform" and columns > 0:
-                out[b, *rows] = v[b, g].sum(axis=0) / columns
+                out[rows] = v[b, g].sum(axis=0) / columns
             continue
-        s = scale * (q[b, *rows] @ k[b, g, visible].T)
-        m = s.real.max(axis=1, keepdims=True)  # exp(s - m) cannot overflow; m cancels in P
+        s = scale * (q[rows] @ k[b, g, visible].T)
+        m = s.real.max(axis=-1, keepdims=True)  # exp(s - m) cannot overflow; m cancels in P
         weight = multiplicity[visible] * np.exp(s - m)
-        total = weight.sum(axis=1, keepdims=True)
-        out[b, *rows] = (weight / total) @ v[b, g, visible]
-        lse[b, *rows] = (m + np.log(total))[:, 0]
+        total = weight.sum(axis=-1, keepdims=True)
+        out[rows] = (weight / total) @ v[b, g, visible]
+        lse[rows] = (m + np.log(total))[..., 0]
     return Attention(out, lse)
 
 
@@ -148,40 +148,48 @@ def attend_vjp(
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-    for b, g, rows, multiplicity in _rows_that_see_the_same(mask, group):
-        (visible,) = multiplicity.nonzero()
-        dO = d_out[b, *rows]
+    for g, rows, multiplicity in _rows_that_see_the_same(mask, group):
+        b, (visible,) = rows[0], multiplicity.nonzero()
+        dO = d_out[rows]
         if visible.size == 0:
             if empty_row == "uniform" and columns > 0:
-                dv[b, g] += dO.sum(axis=0) / columns
+                dv[b, g] += dO.sum(axis=(0, 1)) / columns
             continue
-        queries, keys, values = q[b, *rows], k[b, g, visible], v[b, g, visible]
+        queries, keys, values = q[rows], k[b, g, visible], v[b, g, visible]
         s = scale * (queries @ keys.T)
-        weight = multiplicity[visible] * np.exp(s - s.real.max(axis=1, keepdims=True))
-        P = weight / weight.sum(axis=1, keepdims=True)
+        weight = multiplicity[visible] * np.exp(s - s.real.max(axis=-1, keepdims=True))
+        P = weight / weight.sum(axis=-1, keepdims=True)
         dP = dO @ values.T
-        D = (dO * (P @ values)).sum(axis=1, keepdims=True)
-        dS = P * (dP - D + d_lse[b, *rows, None])
-        dq[b, *rows] = scale * (dS @ keys)
-        dk[b, g, visible] += scale * (dS.T @ queries)
-        dv[b, g, visible] += P.T @ dO
+        D = (dO * (P @ values)).sum(axis=-1, keepdims=True)
+        dS = P * (dP - D + d_lse[rows][..., None])
+        dq[rows] = scale * (dS @ keys)
+        dk[b, g, visible] += scale * _over_rows(dS, queries)
+        dv[b, g, visible] += _over_rows(P, dO)
     return dq, dk, dv
+
+
+def _over_rows(weights: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+    """The sum over heads and rows of weights times what the rows hold: (keys, dim)."""
+    return (weights.swapaxes(1, 2) @ of_rows).sum(axis=0)
 
 
 def _rows_that_see_the_same(
     mask: np.ndarray, group: int
-) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray], np.ndarray]]:
-    """(b, kv head, (query heads, t), multiplicities of the keys): each row is in one of them."""
-    batch, q_heads = mask.shape[:2]
+) -> Iterator[tuple[int, tuple[int, slice, slice], np.ndarray]]:
+    """(kv head, (b, query heads, rows), multiplicities of the keys): each row is in one of them.
+
+    Neighbouring rows, of all query heads that share a kv head where these have one mask.
+    """
+    batch, q_heads, q_len, _ = mask.shape
     for b, g in np.ndindex(batch, q_heads // group):
-        together: dict[bytes, list[tuple[int, int]]] = {}
-        for h in range(g * group, (g + 1) * group):
-            for t, row in enumerate(mask[b, h]):
-                # a digest, because the rows of a long sequence are gigabytes
-                together.setdefault(blake2b(row.tobytes()).digest(), []).append((h, t))
-        for rows in together.values():
-            heads, t = np.array(rows).T
-            yield b, g, (heads, t), mask[b, heads[0], t[0]]
+        of_heads = mask[b, g * group : (g + 1) * group]
+        together = group if (of_heads == of_heads[:1]).all() else 1
+        for first in range(0, group, together):
+            rows = of_heads[first]
+            heads = slice(g * group + first, g * group + first + together)
+            (last,) = (rows[1:] != rows[:-1]).any(axis=-1).nonzero()
+            for start, end in itertools.pairwise(sorted({0, *(last + 1).tolist(), q_len})):
+                yield g, (b, heads, slice(start, end)), rows[start]
 
 
 def attention_arguments(

@@ -145,22 +145,19 @@ def fine_mask(
     group = sizes.q_heads // heads
     size = sizes.selection_block_size
 
-    mask = np.zeros((batch, sizes.q_heads, q_len, kv_len), dtype=np.int64)
-    for b, g, t in np.ndindex(batch, heads, q_len):
-        p = t + kv_len - q_len
-        if p < 0:
-            continue
-        selected = [i for i in block_indices[b, g, t].tolist() if 0 <= i < num_blocks]
-        if semantics.causal and semantics.own_block_extra:
-            selected.append(p // size)
-        if semantics.duplicates == "set":
-            selected = sorted(set(selected))
-        of_heads = mask[b, g * group : (g + 1) * group, t]
-        for block in selected:
-            of_heads[:, block * size : (block + 1) * size] += 1
-        if semantics.causal:
-            of_heads[:, p + 1 :] = 0
-    return mask
+    times = np.zeros((batch, heads, q_len, num_blocks), dtype=np.int64)  # a block is named
+    for slot in np.moveaxis(block_indices, -1, 0):
+        times += slot[..., None] == np.arange(num_blocks)
+    p = np.arange(kv_len - q_len, kv_len)
+    if semantics.causal and semantics.own_block_extra:
+        times += p[:, None] // size == np.arange(num_blocks)
+    if semantics.duplicates == "set":
+        times = np.minimum(times, 1)
+    of_tokens = times.repeat(group, axis=1)[..., np.arange(kv_len) // size]
+    read = p[:, None] >= 0  # before the first key there is nobody
+    if semantics.causal:
+        read = read & (np.arange(kv_len) <= p[:, None])
+    return of_tokens * read
 
 
 def check_block_indices(block_indices: np.ndarray, q_len: int) -> None:

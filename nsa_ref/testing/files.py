@@ -66,3 +66,34 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """The same with JSON."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+class Rewritten:
+    """A file that one process writes again and again, in one call of the system each time.
+
+    `write_json` takes five. A process that is killed leaves the old text or the new one; of a text
+    that is longer than a page of memory it may leave a part, which whoever reads it must bear.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._longest = 0
+
+    def write(self, data: dict[str, Any]) -> None:
+        """Write JSON over whatever the file holds; make it again if somebody removed it.
+
+        Raises
+        ------
+        OSError : the file cannot be written
+        """
+        text = json.dumps(data, allow_nan=False).encode()
+        if self._file is None or not os.fstat(self._file).st_nlink:
+            if self._file is not None:
+                os.close(self._file)
+            self._file, self._longest = None, 0
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        # of a longer text before, nothing may stand behind this one
+        self._longest = max(self._longest, len(text))
+        os.pwrite(self._file, text.ljust(self._longest), 0)

@@ -143,12 +143,14 @@ def own_settings() -> Iterator[None]:
 def timed(seconds: float, file: TextIO) -> Iterator[Clock]:
     """End this process once the implementation has run for so long in here."""
     before, _now.clock = _now.clock, Clock(seconds, file)
-    # should the process that listens die while an implementation lets no thread of Python's run
-    faulthandler.dump_traceback_later(seconds + silence.JUDGING, exit=True, file=file)
+    if not silence.is_bound:
+        # should the process that listens die while an implementation lets no thread of Python's run
+        faulthandler.dump_traceback_later(seconds + silence.JUDGING, exit=True, file=file)
     try:
         yield _now.clock
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        if not silence.is_bound:
+            faulthandler.cancel_dump_traceback_later()
         _now.clock = before
 
 

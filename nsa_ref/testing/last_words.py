@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from typing import NoReturn, TextIO
 from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.devices import device_of
-from nsa_ref.testing.files import write_json
+from nsa_ref.testing.files import Rewritten, write_json
 from nsa_ref.testing.findings import (
     Finding,
     broken_data,
@@ -83,6 +84,7 @@ def begin_worker(options: Options) -> None:
         with contextlib.suppress(OSError):
             if (folder / LOCK).read_text() == str(os.getppid()):
                 silence.begin(folder / f"{worker}.sign")
+                silence.end_with_parent()
         with contextlib.suppress(OSError):
             if options.spec:  # elsewhere pytest's own trace is still to come
                 _trace_file(folder / f"{worker}.trace")
@@ -106,7 +108,7 @@ def announced(
     path = folder / f"{worker}.json"
     trace: TextIO | None = sys.__stderr__
     try:
-        write_json(path, described(prop, implementation, options, case))
+        _announcement(path).write(described(prop, implementation, options, case))
         trace = _trace_file(folder / f"{worker}.trace") if options.traces else trace
     except OSError:
         # a crash is told without its case then, and not with the case before
@@ -160,6 +162,9 @@ def left_by_turns(prop: Property, implementation: Implementation, options: Optio
 def _file_of_turns(prop: Property, implementation: str, folder: Path, what: str) -> Path:
     return folder / f"{prop.name}-{zlib.crc32(implementation.encode())}-{what}.json"
 
+
+#: The file in which this worker says which case it is about to launch.
+_announcement = functools.cache(Rewritten)
 
 _trace_files: dict[Path, TextIO] = {}
 
@@ -216,10 +221,11 @@ def finding_of_dead_worker(
     record = Record(name=prop.name, clause=prop.clause)
     folder = folder_of_run(findings, run)
     path = folder / f"{worker}.json"
-    if not path.exists():
+    try:
+        finding = json.loads(path.read_text())
+    except (OSError, ValueError):  # there is none, or a worker died while it wrote it
         record.lost = f"its worker process {_death(silent, code)}, outside of any case"
         return record
-    finding = json.loads(path.read_text())
     path.unlink()
     if "ended" not in finding:
         last_words = _last_words(folder, worker)

@@ -7,6 +7,7 @@ it keeps writing what it does, and for how long it may, into a file of 32 bytes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import signal
@@ -35,6 +36,12 @@ _FORMAT = struct.Struct("=QQQd")
 _file: int | None = None
 _said = 0
 
+#: Of Linux: a process may have a signal sent to it when its parent ends.
+_PR_SET_PDEATHSIG = 1
+
+#: Whether the system ends this process with its parent.
+is_bound = False
+
 
 def begin(path: Path) -> None:
     """Let this worker write into a file; where nothing can be written, nobody is told anything."""
@@ -42,6 +49,13 @@ def begin(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         _file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+
+
+def end_with_parent() -> None:
+    """Let the system end this worker with the process that listens, its parent, where it can."""
+    global is_bound
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        is_bound = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0
 
 
 def say(doing: Doing, seconds: float = math.inf) -> bool:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -454,6 +455,7 @@ def test_a_worker_to_whom_nobody_listens_has_a_clock_of_its_own(
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "run")
     monkeypatch.setattr(silence, "_file", None)
+    monkeypatch.setattr(silence, "end_with_parent", lambda: None)  # this process goes on
     options, folder = Options(findings=place), last_words.folder_of_run(place, "run")
     folder.mkdir(parents=True)
     last_words.begin_worker(options)
@@ -504,6 +506,31 @@ def test_a_crash_a_hang_and_a_death_by_others_are_told_apart(
     assert again is not None and "outside of any case" in again.lost
 
 
+def test_a_case_that_is_written_over_another_one_stands_alone(place: Path) -> None:
+    """And again where somebody has removed its folder."""
+    (folder := place / "folder").mkdir()
+    file = files.Rewritten(folder / "case.json")
+    for length in (300, 2, 80):
+        file.write({"case": "x" * length})
+        assert json.loads(file.path.read_text()) == {"case": "x" * length}
+    shutil.rmtree(folder)
+    file.write({})
+    assert file.path.read_text() == "{}"
+    file.path.unlink()
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(OSError):
+        file.write({})
+
+
+def test_half_a_case_is_no_case(place: Path) -> None:
+    folder = folder_of_run(place, "run")
+    folder.mkdir(parents=True)
+    (folder / "gw0.json").write_text('{"case"')
+    record = finding_of_dead_worker(f"test_{PROP.name}", "gw0", "run", place, None, -6)
+    assert record is not None and "outside of any case" in record.lost
+
+
 def test_cases_of_a_run_that_was_killed_are_found_again(place: Path) -> None:
     """Not those of one that goes on."""
     for run in ("alive", "dead"):
@@ -543,6 +570,34 @@ def test_what_a_worker_dies_of_before_it_judges_is_told(
     info: Any = SimpleNamespace(value=OSError(24, "Too many open files"))
     assert collector.pytest_internalerror(info)
     assert "session ended: OSError: [Errno 24] Too many" in collector.errors.pop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends it then")
+def test_a_worker_that_lets_no_thread_run_ends_with_its_run(place: Path) -> None:
+    (place / "port.py").write_text(KEEPS_THE_LOCK)
+    with running("verify", "port:Port", "--branch=sliding", "-n1") as process:
+        until((place / "pid").exists)
+        worker = int((place / "pid").read_text())
+        assert Path(f"/proc/{worker}").exists()
+        process.kill()
+        process.wait()
+        until(lambda: not Path(f"/proc/{worker}").exists(), 10.0)
+
+
+#: A call of C's that keeps Python's lock.
+KEEPS_THE_LOCK = """
+import ctypes, os
+from pathlib import Path
+from nsa_ref.testing import OracleImplementation
+
+class Port(OracleImplementation):
+    name = "port"
+
+    def sliding_mask(self, case):
+        Path("half").write_text(str(os.getpid()))
+        Path("half").replace("pid")
+        ctypes.PyDLL(None).sleep(300)
+"""
 
 
 def test_workers_may_die_of_many_cases_one_after_the_other() -> None:
