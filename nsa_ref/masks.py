@@ -47,17 +47,9 @@ def sliding_mask(q_len: int, kv_len: int, sizes: Sizes, semantics: Semantics = P
     check_semantics(semantics)
     w = sizes.sliding_window_size
     reach = w if semantics.window_closed else w - 1
-    mask = np.zeros((q_len, kv_len), dtype=np.int64)
-    j = np.arange(kv_len)
-    for t in range(q_len):
-        p = t + kv_len - q_len
-        if p < 0:
-            continue
-        if semantics.causal:
-            mask[t] = (j <= p) & (p - j <= reach)
-        else:
-            mask[t] = abs(p - j) <= reach
-    return mask
+    p, j = np.arange(kv_len - q_len, kv_len)[:, None], np.arange(kv_len)
+    seen = (j <= p) & (p - j <= reach) if semantics.causal else abs(p - j) <= reach
+    return (seen & (p >= 0)).astype(np.int64)
 
 
 def compress_mask(
@@ -86,19 +78,13 @@ def compress_mask(
     check_at_least("q_len", q_len, 0)
     windows = compress_windows(kv_len, sizes, semantics)
     num_mem_kv = sizes.num_mem_kv
-    mask = np.zeros((q_len, num_mem_kv + len(windows)), dtype=np.int64)
-    mask[:, :num_mem_kv] = 1
+    p = np.arange(kv_len - q_len, kv_len)[:, None]
     last = np.array([stop - 1 for _, stop in windows])
-    for t in range(q_len):
-        p = t + kv_len - q_len
-        if p < 0:
-            continue
-        if not semantics.causal:
-            mask[t, num_mem_kv:] = 1
-        elif semantics.compress_strict:
-            mask[t, num_mem_kv:] = last < p
-        else:
-            mask[t, num_mem_kv:] = last <= p
+    mask = np.ones((q_len, num_mem_kv + len(windows)), dtype=np.int64)
+    if semantics.causal:
+        mask[:, num_mem_kv:] = last < p if semantics.compress_strict else last <= p
+    else:
+        mask[:, num_mem_kv:] = p >= 0
     return mask
 
 
@@ -148,16 +134,14 @@ def fine_mask(
     times = np.zeros((batch, heads, q_len, num_blocks), dtype=np.int64)  # a block is named
     for slot in np.moveaxis(block_indices, -1, 0):
         times += slot[..., None] == np.arange(num_blocks)
-    p = np.arange(kv_len - q_len, kv_len)
+    p, j = np.arange(kv_len - q_len, kv_len)[:, None], np.arange(kv_len)
     if semantics.causal and semantics.own_block_extra:
-        times += p[:, None] // size == np.arange(num_blocks)
+        times += p // size == np.arange(num_blocks)
     if semantics.duplicates == "set":
         times = np.minimum(times, 1)
-    of_tokens = times.repeat(group, axis=1)[..., np.arange(kv_len) // size]
-    read = p[:, None] >= 0  # before the first key there is nobody
-    if semantics.causal:
-        read = read & (np.arange(kv_len) <= p[:, None])
-    return of_tokens * read
+    of_tokens = times.repeat(group, axis=1)[..., j // size]
+    seen = (p >= 0) & (j <= p) if semantics.causal else p >= 0
+    return np.where(seen, of_tokens, 0)
 
 
 def check_block_indices(block_indices: np.ndarray, q_len: int) -> None:

@@ -251,12 +251,12 @@ def importance(
     )
     count = shared_strides(kv_len, sizes, semantics)
     p_cmp = compress_probabilities(q, k_cmp, mem_k, kv_len=kv_len, sizes=sizes, semantics=semantics)
-    for b, h in np.ndindex(batch, q_heads):
-        of_head = np.zeros_like(score[b, 0])
-        for i in range(len(count)):
-            of_head += p_cmp[b, h, :, i, None] * count[i]
-        # eq. 10; each head by itself first, so that blocks that are alike have equal scores
-        score[b, h // group] += of_head
+    # each head by itself first, so that blocks that are alike have equal scores
+    of_heads = np.zeros((batch, q_heads, *score.shape[2:]), dtype=score.dtype)
+    for i in range(len(count)):
+        of_heads += p_cmp[..., i, None] * count[i]
+    for h in range(q_heads):
+        score[:, h // group] += of_heads[:, h]  # eq. 10
     return score
 
 
