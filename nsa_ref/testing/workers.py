@@ -7,6 +7,7 @@ their start on: a suite with other tests in it that has several GPUs to itself n
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import subprocess
@@ -103,7 +104,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return max_workers(os.cpu_count() or 1, found) if found else None
 
 
+def draw_alike_everywhere() -> None:
+    """Let a seed mean the same cases wherever the modules of a port, or of the judge, lie.
+
+    Hypothesis also draws numbers that stand in the source of modules, but not of those that are
+    installed; and it would read them all anew in every process.
+    """
+    from hypothesis.internal.conjecture import providers
+
+    if hasattr(providers, "is_local_module_file"):
+        providers.is_local_module_file = functools.cache(lambda path: False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Workers inherit what is set here, and read it before any of this is loaded."""
+    draw_alike_everywhere()
     if distributes(config):
         os.environ.setdefault("OMP_NUM_THREADS", ENVIRONMENT["OMP_NUM_THREADS"])

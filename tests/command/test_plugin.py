@@ -294,3 +294,10 @@ def test_threads_that_somebody_has_chosen_stay(
     workers_plugin.assign_resources("gw0")
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_seed_does_not_depend_on_where_modules_lie() -> None:
+    """Hypothesis draws no number from the source of this repository."""
+    from hypothesis.internal.conjecture import providers
+
+    assert len(providers._get_local_constants()) == 0
