@@ -8,7 +8,8 @@ sizes of the one before, part by part:
                 graphs start: 2 forward, 2 backward (`FLEX_LAUNCHES`). An operator counts once, but
                 for those of which torch's sources say that they take several (`SEVERAL`)
     bytes       read and written: every tensor that a launch is handed, once
-    products    operations of matrix products that are computed in float32
+    operations  of matrix products that are no kernel's of ours or FlexAttention's
+    products    those of them that are computed in float32
     syncs       what the host waits for: numbers and sizes that it reads, copies to and from it
     kept        bytes that the forward leaves for the backward, beside weights and x
 
@@ -54,7 +55,7 @@ PARTS = {
     "_pool": "pooling",
     "_gated": "gates",
 }
-WHAT = ("launches", "bytes", "products", "syncs")
+WHAT = ("launches", "bytes", "operations", "products", "syncs")
 #: Weights and x: they are there anyway.
 GIVEN = "given"
 #: Projections, and what lies between the parts.
@@ -102,7 +103,7 @@ class Census(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        #: direction, part and kind -> launches, bytes, products, syncs
+        #: direction, part and kind -> as in WHAT
         self.counts: dict[tuple[str, str, str], Counter[str]] = {}
         self.direction = "forward"
         #: part -> what is kept, by where it is stored
@@ -176,13 +177,15 @@ class Census(TorchDispatchMode):
         # what is read only where indices say
         if plain in ("gather", "index", "index_select"):
             read = tensors[1:] + made
-        products = 0
-        if plain in PRODUCTS and made[0].dtype == torch.float32:
+        operations = products = 0
+        if plain in PRODUCTS:
             left, right = (args[place] for place in PRODUCTS[plain])
-            if left.dtype == torch.float32:
-                products = 2 * left.numel() * right.shape[-1]
+            operations = 2 * left.numel() * right.shape[-1]
+            if left.dtype == made[0].dtype == torch.float32:
+                products = operations
         moved = sum(stored(x) for x in {x._cdata: x for x in (*read, *made)}.values())
-        self.add(plain, launches=launches, bytes=moved, products=products)
+        amounts = {"operations": operations, "products": products}
+        self.add(plain, launches=launches, bytes=moved, **amounts)
         return result
 
     @staticmethod

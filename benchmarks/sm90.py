@@ -70,6 +70,8 @@ PRODUCTS = {"HGMMA": "wgmma", "HMMA": "mma.sync"}
 SMS, CLOCK, OPERATIONS, EXPONENTIALS, SHARED_BYTES = 132, 1.83e9, 4096, 16, 128
 #: Bytes a second from the L2 cache (published for an H100; the least certain), and from memory.
 L2, MEMORY = 5.5e12, 4.3e12
+#: The share of the peak that torch's own products of matrices are taken to reach.
+OF_TORCH = 0.7
 #: Instructions of a loop that computes nothing.
 SHORT = 40
 #: Clocks of an instruction in a program by itself, and of a step for which a warp waits.
@@ -608,15 +610,20 @@ BEFORE = {
     "gates": (10.0, 20.0),
     "pooling": (3.0, 0.0),
 }
-#: What the layer should take at most.
+#: What the census calls all that is in no part: to be added, and none of attention.
+PROJECTIONS = "projections"
+#: What the parts should take at most.
 TARGETS = (60.0, 110.0)
 
 
 class Sum(NamedTuple):
-    """Of one part in one direction, in milliseconds; around : what is no kernel's above."""
+    """Of one part in one direction, in milliseconds; around : what is no kernel's above.
+
+    before : None of what had no estimate
+    """
 
     part: str
-    before: float
+    before: float | None
     optimistic: float
     expected: float
     floor: float
@@ -624,46 +631,59 @@ class Sum(NamedTuple):
 
 
 def sums(kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Sum]]:
-    """Each part of the layer, and all of it, by direction."""
+    """Each part of the layer's attention, their sum, and then its projections, by direction."""
     around = around_kernels()
     found = {}
     for which, direction in enumerate(("forward", "backward")):
         rows = []
-        for part in BEFORE:
+        for part in (*BEFORE, PROJECTIONS):
             estimates = [kernels[name]["estimate_ms"] for name in PARTS.get(part, ((), ()))[which]]
             optimistic, expected, floor = (
                 sum(each[what] for each in estimates)
                 for what in ("optimistic", "expected", "floor")
             )
-            other = around.get((direction, part), 0.0)
+            beside = around.get((direction, part), Around(0.0, 0.0))
             rows.append(
                 Sum(
                     part,
-                    BEFORE[part][which],
-                    optimistic + other,
-                    expected + other,
-                    floor,
-                    other,
+                    BEFORE[part][which] if part in BEFORE else None,
+                    optimistic + beside.estimate,
+                    expected + beside.estimate,
+                    floor + beside.floor,
+                    beside.estimate,
                 )
             )
-        _, *columns = zip(*rows)
-        found[direction] = [*rows, Sum("sum", *(sum(column) for column in columns))]
+        *parts, projections = rows
+        _, *columns = zip(*parts)
+        found[direction] = [*parts, Sum("sum", *(sum(column) for column in columns)), projections]
     return found
 
 
-def around_kernels() -> dict[tuple[str, str], float]:
-    """Milliseconds of what runs beside the kernels, by direction and part: arithmetic.
+class Around(NamedTuple):
+    """Milliseconds of what runs beside the kernels; floor : of its products, at the peak."""
 
-    Bytes that `benchmarks.census` counts, at the speed of memory: lists, copies, pooling. Rotary
-    and projections are none of PAPER's attention.
+    estimate: float
+    floor: float
+
+
+def around_kernels() -> dict[tuple[str, str], Around]:
+    """What runs beside the kernels, by direction and part: arithmetic.
+
+    Bytes that `benchmarks.census` counts, at the speed of memory: lists, copies, pooling. Torch's
+    own products, those of pooling's MLP and of the projections, take at least `OF_TORCH` of the
+    peak. Rotary is none of PAPER's.
     """
     from benchmarks.census import census_of_layer
 
-    found: Counter[tuple[str, str]] = Counter()
+    peak = SMS * CLOCK * OPERATIONS
+    found: dict[tuple[str, str], Around] = {}
     for (direction, part, kind), amounts in census_of_layer(SIZES.kv_len).counts.items():
-        if part in BEFORE and kind != "FlexAttention" and not _is_ours(kind):
-            found[direction, part] += amounts["bytes"]
-    return {place: moved / MEMORY * 1e3 for place, moved in found.items()}
+        if kind != "FlexAttention" and not _is_ours(kind):
+            before = found.get((direction, part), Around(0.0, 0.0))
+            computing = amounts["operations"] / peak * 1e3
+            takes = max(amounts["bytes"] / MEMORY * 1e3, computing / OF_TORCH)
+            found[direction, part] = Around(before.estimate + takes, before.floor + computing)
+    return found
 
 
 def _is_ours(kind: str) -> bool:
@@ -675,8 +695,9 @@ def print_sums(found: Mapping[str, list[Sum]]) -> None:
         print(f"\n{direction}, ESTIMATES in ms; target {target:.0f}")
         print(f"{'':12}{'before':>8}{'optimistic':>12}{'expected':>10}{'floor':>8}  of it around")
         for row in rows:
+            before = "" if row.before is None else f"{row.before:.0f}"
             print(
-                f"{row.part:12}{row.before:8.0f}{row.optimistic:12.1f}{row.expected:10.1f}"
+                f"{row.part:12}{before:>8}{row.optimistic:12.1f}{row.expected:10.1f}"
                 f"{row.floor:8.1f}{row.around:12.2f}"
             )
 
