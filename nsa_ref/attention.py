@@ -163,14 +163,9 @@ def attend_vjp(
         D = (dO * (P @ values)).sum(axis=-1, keepdims=True)
         dS = P * (dP - D + d_lse[rows][..., None])
         dq[rows] = scale * (dS @ keys)
-        dk[b, g, visible] += scale * _over_rows(dS, queries)
-        dv[b, g, visible] += _over_rows(P, dO)
+        dk[b, g, visible] += scale * (dS.swapaxes(1, 2) @ queries).sum(axis=0)
+        dv[b, g, visible] += (P.swapaxes(1, 2) @ dO).sum(axis=0)
     return dq, dk, dv
-
-
-def _over_rows(weights: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-    """The sum over heads and rows of weights times what the rows hold: (keys, dim)."""
-    return (weights.swapaxes(1, 2) @ of_rows).sum(axis=0)
 
 
 def _rows_that_see_the_same(
