@@ -404,15 +404,23 @@ class Fuzzing:
     def _sample(self, finding: Finding, drawn: Round | None) -> tuple[Sample, list[str]]:
         """Cases of the finding's property, and the clauses that those break that lead to it.
 
-        Cases of all that is declared; if few of them are broken, those of the round as well.
+        Cases of all that is declared; if few of them are broken, those of the round as well. One
+        that leads to a known cause, too, tells nothing: the way to a longer sequence, in one step,
+        may end in another mistake.
         """
+        others = [
+            cause.finding["file"]
+            for cause in self.causes
+            if _about(cause.finding) == _about(finding) and "ended" not in finding | cause.finding
+        ]
         case, suite = read_finding(Path(finding["file"]))[0], "narrowing_suite.py"
         prop, sample, clauses = finding["property"], Sample([case], []), []
         rounds = [Round(0, self.state.seed, finding["implementation"], (prop,))]
         for one in rounds if drawn is None else [*rounds, drawn]:
             if len(sample.broken) > ENOUGH_BROKEN:
                 break
-            options = [f"--nsa-case={finding['file']}", f"--nsa-round={self.folder.begin(one)}"]
+            options = [f"--nsa-case={file}" for file in (finding["file"], *others)]
+            options.append(f"--nsa-round={self.folder.begin(one)}")
             if "ended" in finding:
                 options.append(
                     f"--nsa-case-timeout={min(SHORT_TIMEOUT, self.arguments.case_timeout)}"

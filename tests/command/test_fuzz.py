@@ -268,6 +268,28 @@ def test_what_was_sorted_before_the_time_was_up_is_counted_once(
         assert [cause.times for cause in sorting(until=0)[0].causes] == [1, 1]
 
 
+def test_a_case_that_leads_to_another_cause_too_says_nothing_of_a_new_one(tmp_path: Path) -> None:
+    """One case of the other mistake would make the entry so wide that it hides a third one."""
+    folder = Folder(tmp_path / "folder")
+    name, options = "F1_fine_mask_as_exposed", Options(findings=folder.found, shrink=False)
+    short = Case(selection_block_size=2, num_selected_blocks=2, indices="none")
+    many = Case(kv_len=131, num_selected_blocks=14, seed=1)
+    with folder.taken():
+        fuzz = fuzzing_in(folder, io.StringIO(), "--seed", "2")
+        found = []
+        for case in (short, many):
+            finding = run_property(PROPERTIES[name], Faint(), options).finding
+            assert finding is not None
+            path = tmp_path / f"{case.kv_len}.json"
+            found.append(finding | {"case": case.to_json(), "file": str(path)})
+            path.write_text(json.dumps(found[-1]))
+        fuzz.causes.append(Cause(found[0], "id", Sample([short], [])))
+        fuzz._write_ledger()
+        sample, _ = fuzz._sample(found[1], None)
+    assert len(sample.broken) > 1 and sample.passed
+    assert all(case.num_selection_blocks > 128 for case in sample.broken)
+
+
 def test_a_lost_connection_is_said_and_loses_no_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib.util
 import json
+import operator
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost, eager_cpu, gpu, judging, source_mutants  # noqa: E402
+from benchmarks import cost, eager_cpu, fuzzing, gpu, judging, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from nsa_fast import interpreter  # noqa: E402
 from nsa_ref.testing import cli  # noqa: E402
@@ -217,6 +220,52 @@ def test_judging_is_held_against_a_suite_of_assert_close(monkeypatch: pytest.Mon
     measured = json.loads(Path("report.json").read_text())["measured"]
     assert list(measured) == list(asked)
     assert all(found["cases"] == 2 and found["ratio"] > 0 for found in measured.values())
+
+
+#: Where the record of fuzzing is changed, and to what -> a word of the complaint.
+LOST = {
+    "killed": (("killed twice", "runs", 0, "exit code"), 1),
+    "workers were there": (
+        ("killed twice", "runs", 1, "seconds until its workers had ended"),
+        None,
+    ),
+    "became []": (("killed twice", "runs", 1, "known at the start"), []),
+    "a finding was lost": (("killed twice", "runs", 2, "found"), -1),
+    "not sorted": (("killed twice", "runs", -1, "unsorted"), 1),
+    "exit code 1": (("shared through Redis", "exit codes"), [0, 1]),
+    "what was shared": (("shared through Redis", "shared"), []),
+    "did not try": (("shared through Redis", "cases of others that the second tried"), 1),
+    "by itself": (("shared through Redis", "cases of its own until it had both"), 1),
+    "at the same time": (
+        ("shared through Redis", "the first was at work until the second ended"),
+        False,
+    ),
+    "not exactly the two bugs": (("shared through Redis", "second", "causes"), []),
+}
+
+
+def test_the_record_of_fuzzing_shows_that_nothing_was_lost_and_two_bugs_were_shared() -> None:
+    kept = json.loads((RESULTS / "fuzzing.json").read_text())["measured"]
+    assert kept["killed twice"]["minutes"] == 30 and fuzzing.complaints(kept) == []
+    for words, ((*path, last), value) in LOST.items():
+        changed = copy.deepcopy(kept)
+        functools.reduce(operator.getitem, path, changed)[last] = value
+        assert any(words in said for said in fuzzing.complaints(changed)), words
+    once = kept["killed twice"]["causes"]
+    assert fuzzing.are_the_two(once) and not fuzzing.are_the_two(once + once[:1])
+
+
+def test_what_a_run_says_it_knows_is_read_from_its_first_lines() -> None:
+    log = Path("log")
+    log.write_text(
+        "nsa-ref goes on with port:Port on cpu after 1 rounds and 9 cases in 0:00:09\n"
+        "known: I6, I6_fine_mask_as_exposed: reads column 0\n    nsa-ref replay 1.json\n"
+        "known, 2 times: F3, F3_fine_mask_as_exposed: reads column 1\n    nsa-ref replay 2.json\n"
+        "round 2 was cut off: what it left is taken up\n"
+        "known: W1, W1_sliding_mask_as_exposed: reads column 0\n"
+    )
+    named = [["I6", "I6_fine_mask_as_exposed"], ["F3", "F3_fine_mask_as_exposed"]]
+    assert fuzzing.known_at_start(log) == named
 
 
 def test_a_source_mutant_that_lives_must_stand_in_the_list_with_its_reason() -> None:
