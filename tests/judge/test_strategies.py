@@ -38,11 +38,11 @@ def finding(phases: Collection[Phase]) -> settings:
     return settings(quiet, max_examples=2000, phases=phases)
 
 
-def sample(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
-    """What a run would draw."""
+def sample(strategy: st.SearchStrategy[Case], count: int, number: int = 1) -> list[Case]:
+    """What a run with this seed would draw."""
     drawn: list[Case] = []
 
-    @seed(1)
+    @seed(number)
     @settings(quiet, max_examples=count, derandomize=False, phases=[Phase.generate])
     @given(strategy)
     def collect(case: Case) -> None:
@@ -100,7 +100,8 @@ def test_most_cases_have_something_in_them(about: str) -> None:
 
 @pytest.mark.parametrize("about", ABOUT)
 def test_every_preset_dtype_and_size_takes_its_turn(about: str) -> None:
-    drawn = drawn_about(about)
+    # Hypothesis varies what it has drawn: one run in a dozen misses one of eleven semantics
+    drawn = drawn_about(about) + sample(cases(OracleImplementation(), about), 350, number=2)
     assert {case.dtype for case in drawn} == set(DTYPES)
     assert {case.group_size for case in drawn} == set(GROUP_SIZES)
     assert {case.head_dim for case in drawn} == set(HEAD_DIMS)
