@@ -375,6 +375,12 @@ def no_narrow_dtype(implementation: Implementation) -> Remark | None:
     return None if narrow else ("not 16 bits",)
 
 
+def sixteen_bits(case: Case) -> None:
+    """Inconclusive for another dtype."""
+    if DTYPES[case.dtype].itemsize > 2:
+        raise Inconclusive("not 16 bits")
+
+
 def weights_of_exact_numbers(case: Case) -> Weights:
     """Weights with which the dtype holds every number on the way, for tokens of 1.
 
@@ -383,9 +389,8 @@ def weights_of_exact_numbers(case: Case) -> Weights:
     Inconclusive : another dtype than of 16 bits
     """
     check_pairs(case)
+    sixteen_bits(case)
     dtype = DTYPES[case.dtype]
-    if dtype.itemsize > 2:
-        raise Inconclusive("not 16 bits")
     weights = {name: np.zeros_like(w) for name, w in case.layer_weights().items()}
     rng = case.generator("powers of two")
     for name, weight in weights.items():
