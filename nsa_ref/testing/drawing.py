@@ -232,7 +232,11 @@ def _edges_first(prop: Property, cases: Sequence[Case]) -> list[Case]:
 
     Empty ones, and those that cannot show what the property is about, come last.
     """
-    cases = sorted(cases, key=lambda case: (not case.batch * case.q_len, not _can_show(prop, case)))
+
+    def says_little(case: Case) -> tuple[bool, bool]:
+        return not case.batch * case.q_len * case.kv_len, not _can_show(prop, case)
+
+    cases = sorted(cases, key=says_little)
     first: list[Case] = []
     for edge in CLAUSE_EDGES[prop.clause]:
         first += itertools.islice((c for c in cases if edge in case_edges(prop, c)), 1)
