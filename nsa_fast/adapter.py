@@ -1,8 +1,8 @@
 """The plug: nsa_fast before the judge. The one file here that imports `nsa_ref.testing`.
 
-There are four implementations. Eager attention and compiled FlexAttention are different code; the
-whole layer follows more conventions than its branches; and the Triton kernels run in Triton's
-interpreter.
+There are five implementations. Eager attention and compiled FlexAttention are different code; the
+whole layer follows more conventions than its branches; and the Triton kernels, those of branches
+and those of a layer, run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -353,17 +353,54 @@ def _named_twice(case: Case, block_indices: Tensor) -> bool:
     return bool(((named[..., 1:] == named[..., :-1]) & known[..., 1:]).any())
 
 
-class NsaFastInterpreted(Implementation):
-    """The Triton kernels of `NsaFastCompiled` without a GPU, in a process of their own.
+class InterpreterProcess:
+    """A process in which Triton's interpreter is installed, for all who are to share it.
 
-    That process is started by the first call and again after one that it did not survive.
+    It is started by the first call, and again after one that it did not survive.
     """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What the function returns there; it is imported by name."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), _in_the_process
+            )
+            before = dict(os.environ)
+            os.environ.update(interpreter.ENVIRONMENT)
+            try:
+                self._pool.submit(int).result()
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+        try:
+            return self._pool.submit(function, *given).result()
+        except BrokenProcessPool:
+            self._pool = None
+            raise
+
+    def compile_counts(self) -> Mapping[str, int]:
+        """What was compiled there; nothing, if it does not answer."""
+        if self._pool is None:
+            return {}
+        try:
+            counts: Mapping[str, int] = self._pool.submit(compile_counts).result(timeout=60)
+        except (BrokenProcessPool, TimeoutError):
+            self._pool = None
+            return {}
+        return counts
+
+
+class NsaFastInterpreted(Implementation):
+    """The Triton kernels of `NsaFastCompiled` without a GPU, in a process of their own."""
 
     name = "nsa_fast interpreted"
     device = "interpreter"
     deterministic = True
     # a head that chooses for itself has the rows of a group of 1
-    semantics = SHARED_SELECTION
+    semantics: tuple[Semantics, ...] = SHARED_SELECTION
     numerics: Mapping[str, str] = {
         dtype: row for dtype, row in TRITON_NUMERICS.items() if dtype != "float16"
     }
@@ -374,10 +411,16 @@ class NsaFastInterpreted(Implementation):
         "kv_len": range(131),
     }
 
-    def __init__(self, kernels: Callable[[str], NsaFast] = NsaFastCompiled) -> None:
-        """kernels : makes, from a device, what runs in the process; it is imported there by name"""
+    def __init__(
+        self,
+        kernels: Callable[[str], TorchImplementation] = NsaFastCompiled,
+        process: InterpreterProcess | None = None,
+    ) -> None:
+        """kernels : makes, from a device, what runs in the process; it is imported there by name
+        process : if others run in it, too
+        """
         self.kernels = kernels
-        self._process: ProcessPoolExecutor | None = None
+        self.process = process or InterpreterProcess()
 
     def offers(self, method: str) -> bool:
         # pool is plain torch
@@ -387,40 +430,56 @@ class NsaFastInterpreted(Implementation):
         return method in ("sliding", "compress", "fine")
 
     def run(self, method: str, case: Case, *arguments: Any) -> Any:
-        return self._run("run", method, case, arguments)
+        return self._called("run", method, case, *arguments)
 
     def run_vjp(self, method: str, case: Case, *arguments: Any) -> Any:
-        return self._run("run_vjp", method, case, arguments)
+        return self._called("run_vjp", method, case, *arguments)
+
+    def run_twice(
+        self, method: str, case: Case, first: Sequence[Any], second: Sequence[Any]
+    ) -> tuple[Any, Any, Any]:
+        # there, where the second call could still reach what the first one returned
+        found: tuple[Any, Any, Any] = self._called("run_twice", method, case, first, second)
+        return found
+
+    def _called(self, call: str, method: str, case: Case, *arguments: Any) -> Any:
+        return self.process.call(_interpreted, self.kernels, call, method, case, arguments)
 
     def compile_counts(self) -> Mapping[str, int]:
-        if self._process is None:
-            return {}
-        try:
-            counts: Mapping[str, int] = self._process.submit(compile_counts).result(timeout=60)
-        except (BrokenProcessPool, TimeoutError):
-            self._process = None
-            return {}
-        return counts
+        return self.process.compile_counts()
 
-    def _run(self, call: str, method: str, case: Case, arguments: tuple[Any, ...]) -> Any:
-        if self._process is None:
-            self._process = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _in_the_process
-            )
-            before = dict(os.environ)
-            os.environ.update(interpreter.ENVIRONMENT)
-            try:
-                self._process.submit(int).result()
-            finally:
-                os.environ.clear()
-                os.environ.update(before)
-        try:
-            return self._process.submit(
-                _interpreted, self.kernels, call, method, case, arguments
-            ).result()
-        except BrokenProcessPool:
-            self._process = None
-            raise
+
+class NsaFastLayerInterpreted(NsaFastInterpreted):
+    """The same of `NsaFastLayer`. What it leaves to torch on a GPU, torch computes on the CPU."""
+
+    name = "nsa_fast layer interpreted"
+    semantics = tuple(s for s in NsaFastLayer.semantics if s.share_selection)
+    # a group of 8 has kernels of its own for the blocks it chooses: fewer graphs, and the fastest
+    limits: Mapping[str, Collection[Any]] = {
+        **TRITON_LIMITS,
+        "batch": (2,),
+        "q_heads": (8,),
+        "kv_heads": (1,),
+        "group_size": (8,),
+        "selection_block_size": (4,),
+        "q_len": range(25),
+        "kv_len": range(25),
+    }
+    # half a second a token
+    limits_of: Mapping[str, Mapping[str, Any]] = {"decode": {"kv_len": range(6, 11)}}
+
+    def __init__(
+        self,
+        kernels: Callable[[str], TorchImplementation] = NsaFastLayer,
+        process: InterpreterProcess | None = None,
+    ) -> None:
+        super().__init__(kernels, process)
+
+    def offers(self, method: str) -> bool:
+        return method in ("layer", "layer_with_blocks", "decode", "varlen")
+
+    def offers_vjp(self, method: str) -> bool:
+        return method in ("layer", "layer_with_blocks", "varlen")
 
 
 def _in_the_process() -> None:
@@ -437,7 +496,11 @@ def _end_with_the_judge() -> None:
 
 
 def _interpreted(
-    make: Callable[[str], NsaFast], call: str, method: str, case: Case, arguments: tuple[Any, ...]
+    make: Callable[[str], TorchImplementation],
+    call: str,
+    method: str,
+    case: Case,
+    arguments: tuple[Any, ...],
 ) -> Any:
     """In the process: NumPy in and out; a mask is read out here, where its tensors are."""
     found = getattr(make("cpu"), call)(method, case, *arguments)
@@ -453,7 +516,7 @@ def _interpreted(
 def implementations(device: str) -> list[Implementation]:
     """What nsa_fast runs on a device: both kinds on "cpu", the compiled one on "cuda"; the layer.
 
-    On "interpreter" it is the compiled one in Triton's interpreter.
+    On "interpreter" they are the compiled one and the layer in Triton's interpreter.
 
     Raises
     ------
@@ -471,5 +534,6 @@ def implementations(device: str) -> list[Implementation]:
                 f"the interpreter does not run here: {reason}. "
                 "Try pip install 'nsa-ref[fast,interpreter]'"
             )
-        return [NsaFastInterpreted()]
+        process = InterpreterProcess()
+        return [NsaFastInterpreted(process=process), NsaFastLayerInterpreted(process=process)]
     raise ValueError(f"device={device!r} must be one of 'cpu', 'cuda', 'interpreter'.")

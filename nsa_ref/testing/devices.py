@@ -20,7 +20,7 @@ class Device:
 
     The C library fills the memory that an implementation gets there (see handing_over.py).
 
-    examples_share : the share of a level's examples that is drawn; less where a case takes seconds
+    examples_share : the share of drawn cases that is judged; less where one takes seconds
     shortest : most sequences have at least so many tokens
     longest : no sequence has more tokens; attention on a CPU may be dense
     offset_limit : a tensor with more elements has offsets that do not fit into 32 bits

@@ -27,7 +27,7 @@ from nsa_ref.testing.profiles import fuzz_settings, level_settings
 from nsa_ref.testing.properties import Property
 from nsa_ref.testing.remembering import remembered
 from nsa_ref.testing.sharing import open_database
-from nsa_ref.testing.verdicts import Broken
+from nsa_ref.testing.verdicts import Broken, Inconclusive
 
 T = TypeVar("T")
 
@@ -65,18 +65,19 @@ def _lots(
         # one lot, whose time nothing has to divide
         kept = open_database(options.examples, options.shared)
         return [st.one_of(strata)], fuzz_settings(kept)
-    examples = prop.examples
-    share = device_of(implementation.device).examples_share
-    if share < 1:
-        # with so few examples there is one lot: the first case of every lot is its smallest
-        strata, examples = [st.one_of(strata)], math.ceil(examples * share)
-    return strata, level_settings(options.level, math.ceil(examples / len(strata)))
+    if _is_device_slow(implementation):
+        # of few cases the first ones should be of any lot, and not all of the first one
+        strata = [st.one_of(strata)]
+    return strata, level_settings(options.level, math.ceil(prop.examples / len(strata)))
 
 
 def asked_of(prop: Property, implementation: Implementation, options: Options) -> int:
     """How many cases of the property are to be decided."""
     strata, settings = _lots(prop, implementation, options)
-    asked = 1 if prop.extent == "large" else len(strata) * settings.max_examples
+    if prop.extent == "large":
+        return 1
+    share = device_of(implementation.device).examples_share
+    asked = math.ceil(share * len(strata) * settings.max_examples)
     return min(asked, _most(asked)) if implementation.pace == "slow" else asked
 
 
@@ -88,15 +89,21 @@ def _most(drawn: int) -> int:
 def generate(
     prop: Property, implementation: Implementation, options: Options, trial: Callable[..., object]
 ) -> None:
-    """Draw cases for a property and hand each to `trial`; of a slow one, only the smallest.
+    """Draw cases for a property and hand each to `trial`; where cases take long, only some.
+
+    Of a slow implementation they are the smallest; on a slow device, whichever are drawn. Those on
+    the edges that the clause is about come first.
 
     Whatever `trial` raises is raised, once Hypothesis has made its case smaller.
     """
-    if implementation.pace != "slow":
+    if implementation.pace == "slow":
+        refused, some = small_first(implementation, prop, options.for_all_turns)
+    elif _is_device_slow(implementation) and not options.examples and prop.extent != "large":
+        refused, some = edges_first(implementation, prop, options)
+    else:
         draw(prop, implementation, options, trial)
         return
-    refused, ordered = small_first(implementation, prop, options.for_all_turns)
-    for case in (*refused, *ordered):
+    for case in (*refused, *some):
         try:
             trial(case)
         except Broken:
@@ -181,6 +188,34 @@ def small_first(
     The smallest on each edge that the clause is about come first, then all by size, empty ones
     behind them. A slow implementation is asked the first of these.
     """
+    judged = edges_first if _is_device_slow(implementation) else _drawn
+    refused, drawn = judged(implementation, prop, options)
+    ordered = _edges_first(prop, sorted(drawn, key=size_of))
+    return refused, ordered[: asked_of(prop, implementation, options)]
+
+
+def edges_first(
+    implementation: Implementation, prop: Property, options: Options
+) -> tuple[list[Case], list[Case]]:
+    """The cases that are drawn, as many as a slow device is asked: of any size, dtype and lot.
+
+    The last ones come first, and neighbours far apart: the first ones are small for every seed, and
+    Hypothesis varies what it has just drawn.
+    """
+    refused, drawn = _drawn(implementation, prop, options)
+    step = math.ceil(1 / device_of(implementation.device).examples_share)
+    apart = [case for start in range(step) for case in drawn[::-1][start::step]]
+    return refused, _edges_first(prop, apart)[: asked_of(prop, implementation, options)]
+
+
+def _is_device_slow(implementation: Implementation) -> bool:
+    return device_of(implementation.device).examples_share < 1
+
+
+def _drawn(
+    implementation: Implementation, prop: Property, options: Options
+) -> tuple[list[Case], list[Case]]:
+    """All cases that are drawn: those that `supports` refuses, and the others."""
     drawn: dict[bool, list[Case]] = {True: [], False: []}
 
     def note(case: Case) -> bool:
@@ -189,13 +224,31 @@ def small_first(
         return refused
 
     draw(prop, implementation, dataclasses.replace(options, shrink=False), note)
-    # an empty one says little
-    ordered = sorted(drawn[False], key=lambda case: (not case.batch * case.q_len, size_of(case)))
+    return drawn[True], drawn[False]
+
+
+def _edges_first(prop: Property, cases: Sequence[Case]) -> list[Case]:
+    """The cases, the first one on each edge that the clause is about before all others.
+
+    Empty ones, and those that cannot show what the property is about, come last.
+    """
+
+    def says_little(case: Case) -> tuple[bool, bool]:
+        return not case.batch * case.q_len * case.kv_len, not _can_show(prop, case)
+
+    cases = sorted(cases, key=says_little)
     first: list[Case] = []
     for edge in CLAUSE_EDGES[prop.clause]:
-        first += itertools.islice((c for c in ordered if edge in case_edges(prop, c)), 1)
-    ordered = list(dict.fromkeys([*first, *ordered]))
-    return drawn[True], ordered[: asked_of(prop, implementation, options)]
+        first += itertools.islice((c for c in cases if edge in case_edges(prop, c)), 1)
+    return list(dict.fromkeys([*first, *cases]))
+
+
+def _can_show(prop: Property, case: Case) -> bool:
+    try:
+        prop.precondition(case)
+    except Inconclusive:
+        return False
+    return True
 
 
 def turn_of(cases: Sequence[T], turn: int) -> Sequence[T]:

@@ -82,6 +82,7 @@ SHAPES = ("square", "decode", "short keys", "edge")
 LONG_SHAPES = ("around 128", "long", "full tiles", "many blocks")
 #: A layer reads its own keys: hardly any tokens, or some.
 LAYER_SHAPES = ("few tokens", "square")
+FEW = 3
 #: More blocks than a kernel may have counted on.
 MANY_BLOCKS = 128
 #: Shapes that a property must ask for: the longest sequences that the device is for, and tensors
@@ -187,7 +188,10 @@ def cases(
     device = device_of(implementation.device)
     if "q_len" in limits and not device.shortest > 1:
         max_len = max(2, min(max_len, some_of(limits["q_len"])[-1]))
-    max_len = max(max_len, 4 * device.shortest)
+    enough = 4 * device.shortest
+    if about == "layer" and (lengths := layer_lengths(limits)):
+        enough = min(enough, lengths[-1])
+    max_len = max(max_len, enough)
     rows = sizes["batch"] * sizes["q_heads"]
     shortest = 2 if populated else 1
     least = max(shortest, device.shortest)
@@ -202,8 +206,8 @@ def cases(
     elif shape == "edge":
         sizes["q_len"] = length + draw(st.sampled_from([1, -1, 1, -1, -length]))
         sizes["q_len"] = max(2 if populated else 0, sizes["q_len"])
-    elif shape == "few tokens":
-        sizes["q_len"] = sizes["kv_len"] = draw(st.integers(shortest, 3))
+    elif shape == "few tokens" and device.shortest <= FEW:
+        sizes["q_len"] = sizes["kv_len"] = draw(st.integers(shortest, FEW))
     elif shape == "around 128":
         # a last tile of one key, or of one row, is worth as much as all other lengths
         sizes["kv_len"] = draw(st.sampled_from([129, 65]) | st.integers(127, 130))

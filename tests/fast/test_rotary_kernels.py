@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from broken_nsa_fast import BROKEN_TURNS  # noqa: E402
 from nsa_fast import NativeSparseAttention, interpreter, rotary  # noqa: E402
-from nsa_fast.adapter import NsaFastInterpreted, NsaFastLayer  # noqa: E402
+from nsa_fast.adapter import NsaFastLayer, NsaFastLayerInterpreted  # noqa: E402
 from nsa_ref.semantics import PAPER, ROTARY  # noqa: E402
 from nsa_ref.testing import Case  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
@@ -54,26 +54,8 @@ def _in_small_tiles(device: str, mistake: str = "") -> NsaFastLayer:
     return NsaFastLayer(device)
 
 
-class _Layer(NsaFastInterpreted):
-    """The whole layer, which verify leaves out here."""
-
-    semantics = tuple(TURNED.values())
-
-    def offers(self, method: str) -> bool:
-        return method in ("layer", "decode", "varlen")
-
-    def offers_vjp(self, method: str) -> bool:
-        return method in ("layer", "varlen")
-
-    def in_the_process(self, function: Callable[..., Any], *given: Any) -> Any:
-        self._run("run", "layer", dataclasses.replace(CASE, batch=0), EMPTY)
-        assert self._process is not None
-        return self._process.submit(function, *given).result()
-
-
-LAYER = _Layer(_in_small_tiles)  # one process for all
-_nothing = dataclasses.replace(CASE, batch=0)
-EMPTY = (_nothing.layer_weights(), _nothing.tokens())
+LAYER = NsaFastLayerInterpreted(_in_small_tiles)  # one process for all
+LAYER.semantics = tuple(TURNED.values())
 
 
 # --- the kernel by itself -------------------------------------------------------------------------
@@ -142,7 +124,7 @@ def _differences(layout: str, dtype: str) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_kernel_is_the_formula_to_the_bit(layout: str, dtype: str) -> None:
     """Forward and backward. A GPU may fuse a product and the sum, which is one rounding fewer."""
-    assert LAYER.in_the_process(_differences, layout, dtype) == []
+    assert LAYER.process.call(_differences, layout, dtype) == []
 
 
 def _second_derivative() -> tuple[bool, str]:
@@ -175,7 +157,7 @@ def _module(**changes: Any) -> NativeSparseAttention:
 
 @runs
 def test_the_kernel_has_second_derivatives_and_a_layer_refuses_them() -> None:
-    right, said = LAYER.in_the_process(_second_derivative)
+    right, said = LAYER.process.call(_second_derivative)
     assert right and said.startswith("nsa_fast has no second derivatives")
 
 
@@ -193,7 +175,7 @@ def _launched(tokens: int, dtype: str, **changes: Any) -> int:
 @runs
 def test_a_layer_without_compiled_kernels_or_without_tokens_turns_in_torch() -> None:
     def launched(*given: Any, **changes: Any) -> int:
-        return LAYER.in_the_process(functools.partial(_launched, *given, **changes))
+        return LAYER.process.call(functools.partial(_launched, *given, **changes))
 
     assert launched(9, "float32") == 4  # q, k of fine and of sliding, compressed keys
     assert launched(3, "float32") == 3  # no window is complete

@@ -2,9 +2,9 @@
 
 Every name in BUILDS is what `nsa-ref verify broken_nsa_fast:NAME` takes, started in this folder;
 BROKEN_CACHES are asked what a cache alone can do; BROKEN_TILES, BROKEN_GATES and BROKEN_TURNS break
-what goes into the kernels of our own, or comes from them. A build is broken from within: one place
-is patched while an implementation's method runs, so that the attention functions and the masks that
-the adapter exposes are wrong together, as if the line itself were.
+what goes into the kernels of our own, a step of theirs, or what comes from them. A build is broken
+from within: one place is patched while an implementation's method runs, so that the attention
+functions and the masks that the adapter exposes are wrong together, as if the line itself were.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nsa_fast.block_lists import BlockLists, Crowded
 from nsa_fast.checks import MAX_LENGTH
 from nsa_fast.fine_lists import Parts, Union
 from nsa_fast.layer import Layer
+from nsa_ref.semantics import BRANCHES
 from nsa_ref.testing import Case, Implementation, TorchImplementation
 
 #: What stands in for a function: it takes the original, and the arguments of a call.
@@ -70,9 +71,18 @@ def with_mistakes(
     build: str, kind: type[TorchImplementation], device: str = "cpu"
 ) -> TorchImplementation:
     """One kind of nsa_fast with the mistakes in place."""
-    mistakes = (MISTAKES | BROKEN_CACHES | BROKEN_TILES)[build]
-    attributes = {"name": f"{kind.name}, {build}", "mistakes": mistakes}
+    attributes = {"name": f"{kind.name}, {build}", "mistakes": _mistakes_of(build)}
     return type(f"Broken{kind.__name__}", (_Broken, kind), attributes)(device)
+
+
+def _mistakes_of(build: str) -> tuple[Mistake, ...]:
+    if build not in BROKEN_GATES | BROKEN_TURNS:
+        return (MISTAKES | BROKEN_CACHES | BROKEN_TILES)[build]
+    from nsa_fast import gate_kernels, rotary_kernels  # which import triton
+
+    if build in BROKEN_TURNS:
+        return ((rotary_kernels, "turned", BROKEN_TURNS[build]),)
+    return ((gate_kernels, *BROKEN_GATES[build]),)
 
 
 def _make(build: str, device: str = "cpu") -> list[Implementation]:
@@ -292,10 +302,24 @@ def _gates_exchanged(right: Any, logits: Tensor, outs: list[Tensor]) -> Tensor:
     return right(logits, outs[::-1])
 
 
-#: Only where the module of the kernels can be imported: what is broken in them -> what stands in.
-BROKEN_GATES: dict[str, Wrong] = {
-    "LogitsHeadByHead": _logits_head_by_head,
-    "GatesExchanged": _gates_exchanged,
+def _too_large(right: Any, *given: Any) -> Any:
+    """Gates are 5 % too large, forward and backward."""
+    return right(*given) * 1.05
+
+
+def _nothing_of_fine(right: Any, logits: Any, x: Any, d: Any, *rest: Any) -> None:
+    """The fine branch gets no gradients, and its gates none."""
+    branch = rest[-4]
+    right(logits, x, d * 0 if branch == BRANCHES.index("fine") else d, *rest)
+
+
+#: Only where the module of the kernels can be imported: what is broken in them -> the function of
+#: `gate_kernels`, and what stands in for it.
+BROKEN_GATES: dict[str, tuple[str, Wrong]] = {
+    "LogitsHeadByHead": ("gated", _logits_head_by_head),
+    "GatesExchanged": ("gated", _gates_exchanged),
+    "GatesTooLarge": ("_gate", _too_large),
+    "GradientsOfFineLost": ("_backward_of_branch", _nothing_of_fine),
 }
 
 
@@ -305,6 +329,11 @@ BROKEN_GATES: dict[str, Wrong] = {
 def _turned_on(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
     """The backward has the forward's sign."""
     return right(x, turns, False)
+
+
+def _turned_back(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tensor:
+    """The sine has the other sign, in the backward as well."""
+    return right(x, turns, not back)
 
 
 def _in_last_tile(instead: Callable[[Any, Tensor, Tensor, bool], Tensor]) -> Wrong:
@@ -339,6 +368,7 @@ def _of_the_next_token(right: Any, x: Tensor, turns: Tensor, back: bool) -> Tens
 #: stands in for `rotary_kernels.turned`.
 BROKEN_TURNS: dict[str, Wrong] = {
     "the gradient is turned on": _turned_on,
+    "all is turned back": _turned_back,
     "the last tile pairs halves": _in_last_tile(_halves),
     "the last tile turns by the next token": _in_last_tile(_of_the_next_token),
 }

@@ -295,3 +295,23 @@ def test_a_rotation_that_is_wrong_is_still_blamed(tmp_path: Path) -> None:
     asked = port(RotaryByHalves, semantics=(TURNED,), offers=lambda method: method == "layer")
     found = finding("G1_layer_output", asked, tmp_path, case=case)
     assert found["clause"] == "G2" and "with to_q = 0" in found["text"]
+
+
+@pytest.mark.parametrize("name", ["G3_decode", "G4_varlen", "G4_varlen_gradients"])
+def test_what_layer_cannot_be_asked_hides_no_finding(name: str, tmp_path: Path) -> None:
+    """Limits of one method are none of another's, which would tell the finding better."""
+
+    class Doubled(OracleImplementation):
+        def decode(self, *given: Any) -> Any:
+            return 2 * super().decode(*given)
+
+        def varlen(self, *given: Any) -> Any:
+            return 2 * super().varlen(*given)
+
+        def varlen_vjp(self, *given: Any) -> Any:
+            dx, dweights = super().varlen_vjp(*given)
+            return 2 * dx, dweights
+
+    elsewhere = {"layer*": {"kv_len": range(100, 104)}}
+    found = finding(name, port(Doubled, limits_of=elsewhere), tmp_path)
+    assert found["clause"] == name[:2]

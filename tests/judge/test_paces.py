@@ -12,7 +12,8 @@ import pytest
 import trials
 from nsa_ref.semantics import PAPER
 from nsa_ref.testing import Attention, Case, OracleImplementation, conformance_suite
-from nsa_ref.testing.drawing import SLOW_LEAST, asked_of, draw, generate
+from nsa_ref.testing.devices import Interpreter
+from nsa_ref.testing.drawing import SLOW_LEAST, asked_of, draw, generate, small_first
 from nsa_ref.testing.findings import size_of
 from nsa_ref.testing.geometries import DOZEN, VARIED, shared_geometries
 from nsa_ref.testing.lattice import CLAUSE_EDGES, case_edges
@@ -128,6 +129,41 @@ def test_what_a_slow_port_breaks_is_made_smaller(tmp_path: Path) -> None:
 def test_long_sequences_are_not_tried_on_a_slow_port(tmp_path: Path) -> None:
     record = trials.record("W1_sliding_mask_of_long_sequences", Paced("slow"), tmp_path)
     assert not record.asked and dict(record.not_tried) == {("slow pace",): 1}
+
+
+@pytest.mark.parametrize("name", ["A1_fine_output", "W3_sliding_mask_as_read", "G1_layer_output"])
+def test_on_a_slow_device_edges_come_first(name: str) -> None:
+    """Four cases as they are drawn missed what W3 is about, and the smallest ones show little."""
+    prop, port = PROPERTIES[name], Paced("fast")
+    port.device = "interpreter"
+    cases = drawn(prop, port)
+    assert len(cases) == asked_of(prop, port, Options()) == -(-prop.examples // 10)
+    met = {edge for case in cases for edge in case_edges(prop, case)}
+    assert met >= set(CLAUSE_EDGES[prop.clause])
+    assert len({geometry(case) for case in cases}) == len(cases)
+    if prop.about == "layer":
+        assert min(case.kv_len for case in cases) >= Interpreter.shortest
+    _, in_turns = small_first(port, prop, Options())
+    assert {*in_turns} == {*cases}
+
+
+def test_on_a_slow_device_cases_that_cannot_show_it_come_last() -> None:
+    port = Paced("fast")
+    port.device, port.numerics = "interpreter", {"float32": "fp32", "bfloat16": "bf16"}
+    cases = drawn(PROPERTIES["G1_layer_output_in_exact_numbers"], port)
+    assert [case.dtype for case in cases] == ["bfloat16"] * 2
+
+
+def test_what_is_broken_on_a_slow_device_is_made_smaller(tmp_path: Path) -> None:
+    class Wrong(Paced):
+        device = "interpreter"
+
+        def sliding(self, case: Case, q: Any, k: Any, v: Any) -> Attention:
+            found = super().sliding(case, q, k, v)
+            return Attention(found.out * 2, found.lse)
+
+    found = trials.finding("A1_sliding_output", Wrong("fast"), tmp_path)
+    assert found["case"]["q_len"] == found["case"]["kv_len"] == Interpreter.shortest
 
 
 def test_a_pace_is_one_of_three() -> None:

@@ -25,7 +25,7 @@ from nsa_ref.testing.case import (
 )
 from nsa_ref.testing.compare import Comparison, compare
 from nsa_ref.testing.implementation import Implementation, refusal
-from nsa_ref.testing.limits import layer_lengths, limited
+from nsa_ref.testing.limits import is_within, layer_lengths, limited
 from nsa_ref.testing.strategies import HEAD_DIMS, Adjust, cases, shapes_of
 from nsa_ref.testing.verdicts import Inconclusive, Remark, WrongElement, WrongFactor
 
@@ -224,6 +224,16 @@ def is_declared(implementation: Implementation, case: Case, drawn: Case) -> bool
     )
     within = within and all(rule.holds(case) or not rule.holds(drawn) for rule in rules)
     return within and refusal(implementation, case) is None
+
+
+def can_be_asked(implementation: Implementation, method: str, case: Case) -> bool:
+    """Whether a case of one method lies within what is declared of another one, as its name is.
+
+    What is wrong by the first may be told better by the second, and is not lost where it cannot.
+    """
+    vjp = method.endswith("_vjp")
+    offers = implementation.offers_vjp if vjp else implementation.offers
+    return offers(method.removesuffix("_vjp")) and is_within(implementation, method, case)
 
 
 def all_bounds(

@@ -31,7 +31,13 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.choices import undecided_rows
 from nsa_ref.testing.compare import Comparison, check_bits, compare
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Outcome, Property, is_declared, settle
+from nsa_ref.testing.properties.common import (
+    Outcome,
+    Property,
+    can_be_asked,
+    is_declared,
+    settle,
+)
 from nsa_ref.testing.strategies import fresh_seeds
 from nsa_ref.testing.verdicts import (
     Broken,
@@ -214,7 +220,7 @@ def check_output(asked: Asked, clause: str, found: Any = None) -> Outcome:
     try:
         compared = asked.compared(clause, asked.truth, found)
     except (Broken, Raised) as error:
-        if clause != "G1" and asked.implementation.offers("layer"):
+        if clause != "G1" and can_be_asked(asked.implementation, "layer", asked.case):
             # what is wrong in parallel as well is not this clause's
             check_output(dataclasses.replace(asked, method="layer"), "G1")
         elif clause != "G1" and isinstance(error, Broken):
@@ -307,9 +313,10 @@ def _one_key_head(case: Case, weights: Weights) -> Weights:
 
 def _with_blocks(asked: Asked) -> Asked | None:
     """The same with the choice of blocks handed in, if `layer` was asked and that is offered."""
-    if asked.method != "layer" or not asked.implementation.offers("layer_with_blocks"):
+    method = "layer_with_blocks"
+    if asked.method != "layer" or not can_be_asked(asked.implementation, method, asked.case):
         return None
-    return dataclasses.replace(asked, method="layer_with_blocks")
+    return dataclasses.replace(asked, method=method)
 
 
 def _located(broken: Broken, asked: Asked) -> Broken:
@@ -360,7 +367,7 @@ def exact_numbers(prop: Property, implementation: Implementation, case: Case) ->
                 exactly(prop.clause, prop.method, implementation, case, weights, branch)
             )
         except Broken as broken:
-            if prop.clause != "G1" and not implementation.offers("layer"):
+            if prop.clause != "G1" and not can_be_asked(implementation, "layer", case):
                 raise broken.noted(("no layer", prop.method)) from None
             if prop.clause != "G1":
                 # what is wrong in parallel as well is not this clause's
@@ -375,6 +382,12 @@ def no_narrow_dtype(implementation: Implementation) -> Remark | None:
     return None if narrow else ("not 16 bits",)
 
 
+def sixteen_bits(case: Case) -> None:
+    """Inconclusive for another dtype."""
+    if DTYPES[case.dtype].itemsize > 2:
+        raise Inconclusive("not 16 bits")
+
+
 def weights_of_exact_numbers(case: Case) -> Weights:
     """Weights with which the dtype holds every number on the way, for tokens of 1.
 
@@ -383,9 +396,8 @@ def weights_of_exact_numbers(case: Case) -> Weights:
     Inconclusive : another dtype than of 16 bits
     """
     check_pairs(case)
+    sixteen_bits(case)
     dtype = DTYPES[case.dtype]
-    if dtype.itemsize > 2:
-        raise Inconclusive("not 16 bits")
     weights = {name: np.zeros_like(w) for name, w in case.layer_weights().items()}
     rng = case.generator("powers of two")
     for name, weight in weights.items():
@@ -554,8 +566,9 @@ def check_gradients(asked: Asked, clause: str) -> Outcome:
         if clause != "A4":
             raise
         # a wrong choice has wrong gradients, too
-        check_output(dataclasses.replace(asked, method="layer"), "G1")
-        if not asked.implementation.offers_vjp("layer_with_blocks"):
+        if can_be_asked(asked.implementation, "layer", asked.case):
+            check_output(dataclasses.replace(asked, method="layer"), "G1")
+        if not can_be_asked(asked.implementation, "layer_with_blocks_vjp", asked.case):
             raise broken.noted(("maybe A4",), clause="G1") from None
         # wrong with the choice handed in, too: nothing to do with the choice
         check_gradients(dataclasses.replace(asked, method="layer_with_blocks"), "G1")

@@ -14,7 +14,13 @@ from nsa_ref.testing import probes
 from nsa_ref.testing.branches import COMPRESS, Branch, Inputs, call, checked_tensor
 from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.implementation import Implementation
-from nsa_ref.testing.properties.common import Outcome, Property, is_declared, oracle_mask
+from nsa_ref.testing.properties.common import (
+    Outcome,
+    Property,
+    can_be_asked,
+    is_declared,
+    oracle_mask,
+)
 from nsa_ref.testing.properties.layer import Asked, check_output, check_pairs, with_gates
 from nsa_ref.testing.properties.masks import wrong_mask
 from nsa_ref.testing.verdicts import Inconclusive
@@ -90,7 +96,12 @@ def mask(prop: Property, implementation: Implementation, case: Case) -> Outcome:
             alone = dataclasses.replace(case, q_len=1, kv_len=1)
             tokens = [dataclasses.replace(alone, sliding_window_size=w) for w in windows]
             asked = [Asked.about(implementation, "layer", token) for token in tokens]
-            asked = [one for one in asked if is_declared(implementation, one.case, case)]
+            asked = [
+                one
+                for one in asked
+                if is_declared(implementation, one.case, case)
+                and can_be_asked(implementation, "layer", one.case)
+            ]
             if asked and not any(one.is_right() for one in asked):
                 check_output(asked[0], "G1")
         reading = f"{branch.name} mask read through the layer"
