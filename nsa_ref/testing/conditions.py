@@ -118,6 +118,11 @@ class Condition:
         values = compared if isinstance(compared, list) else [compared]
         return [value for value in values if type(value) is int and "_mod_" not in self.name]
 
+    @property
+    def is_equality(self) -> bool:
+        """Whether the case's value, and no remainder of it, is to be one value."""
+        return self._read()[0] == "==" and "_mod_" not in self.name
+
     def holds(self, case: Case) -> bool:
         """Whether the case is meant."""
         name, modulo, divisor = self.name.partition("_mod_")

@@ -336,9 +336,14 @@ def _nearest(
         now = sizes.get(field)
         if type(now) is not int:
             continue
-        tried = set(range(max(0, now - REACH), now + REACH))
-        for number in (n + more for n in rule.numbers for more in (-1, 0, 1)):
-            tried |= {max(0, n) for n in _sizes_for(read, number, sizes)}
+        others = [sizes[other] for other in rule.reads if other != read and other in sizes]
+        compared = [n for n in (*rule.numbers, *others) if type(n) is int]
+        if rule.is_equality and field == read:
+            tried = set(compared)  # nothing else can make it hold
+        else:
+            tried = set(range(max(0, now - REACH), now + REACH))
+            for number in (n + more for n in compared for more in (-1, 0, 1)):
+                tried |= {max(0, n) for n in _sizes_for(read, number, sizes)}
         if field in limits:
             near = {v for v in tried if v in limits[field]}
             tried = {v for v in near.union(some_of(limits[field])) if type(v) is int and v != now}

@@ -21,8 +21,10 @@ from nsa_ref.testing import Case, OracleImplementation, conformance_suite
 from nsa_ref.testing import limits as ranges
 from nsa_ref.testing.branches import BRANCHES, Branch
 from nsa_ref.testing.case import DTYPES, LAYOUTS
+from nsa_ref.testing.conditions import Condition
 from nsa_ref.testing.drawing import asked_of, draw
 from nsa_ref.testing.lattice import EDGES, MASK, Edge, edges
+from nsa_ref.testing.limits import brought_within
 from nsa_ref.testing.loading import Declared
 from nsa_ref.testing.narrowing import broken_clause
 from nsa_ref.testing.options import Options
@@ -593,6 +595,25 @@ def test_rules_survive_their_way_to_a_process_that_does_not_load_the_port() -> N
     for port, cases_of in zip((Narrow(), back), drawn):
         draw(prop, port, Options(shrink=False), cases_of.append)
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "limits", "expected"),
+    [
+        (Condition("q_len", "== kv_len"), {}, {"q_len": 5000}),
+        (Condition("q_len", "== kv_len"), {"q_len": range(64)}, {"kv_len": 3}),
+        (Condition("kv_len", "<= q_len"), {}, {"kv_len": 3}),
+        (Condition("kv_len", 64), {}, {"kv_len": 64}),
+    ],
+    ids=str,
+)
+def test_a_relation_is_met_however_far_apart_the_sizes_are(
+    rule: Condition, limits: dict[str, Any], expected: dict[str, int]
+) -> None:
+    """And by the one of them that may be changed."""
+    sizes = {"q_len": 3, "kv_len": 5000}
+    found = brought_within(sizes, [rule], limits, square=False, least=1)
+    assert found == sizes | expected
 
 
 class FromTheFirstToken(OracleImplementation):
