@@ -688,6 +688,7 @@ def _check_dtypes(x: Tensor, weights: Mapping[str, Tensor]) -> None:
 def _spans(cu_seqlens: Tensor, total_tokens: int) -> list[tuple[int, int]]:
     """First token and end of every sequence that has tokens; of one without, if none has."""
     check_integers("cu_seqlens", cu_seqlens, ("sequences + 1",), holds="offsets in tokens")
+    check_plain("cu_seqlens", cu_seqlens)
     offsets = cu_seqlens.tolist()
     if not offsets or offsets[0] != 0:
         more = len(offsets) - SHOWN_OFFSETS

@@ -42,7 +42,7 @@ from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.files import read_text, write_text
-from nsa_ref.testing.findings import Finding, grouped, of_one_cause, told_by
+from nsa_ref.testing.findings import Finding, grouped, of_one_cause, read_finding, told_by
 from nsa_ref.testing.fuzz_folder import Folder
 from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
@@ -112,7 +112,7 @@ LOADING_TIMEOUT = 120.0
 
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
-    started = time.monotonic()
+    started, began = time.monotonic(), time.time()
     for file in (arguments.json, arguments.html, arguments.junit):
         if file:
             _check_writable(file)
@@ -171,6 +171,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         collector = run(total=TURNS * total, options=[*options, *timed])
         collector.join_turns()
     collector.findings += taken_up
+    if collector.interrupted:
+        collector.findings += _not_yet_told(Path(arguments.findings), began, collector.findings)
     _say_what_is_older(console, Path(arguments.findings), collector.findings)
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
@@ -221,6 +223,23 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     if code == HOLDS and arguments.level == "thorough":
         code = _thorough(console, records, stated)
     return COULD_NOT_RUN if unwritten and code != BROKEN else code
+
+
+def _not_yet_told(folder: Path, began: float, told: Sequence[Finding]) -> list[Finding]:
+    """Findings that workers had kept, and were making smaller, when the run was ended.
+
+    began : when the run did, as files have it; what is older is of another run
+    """
+    known = {finding["file"] for finding in told}
+    found = []
+    for path in sorted(folder.resolve().glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if str(path) in known or path.stat().st_mtime < began:
+                continue
+            _, finding = read_finding(path)
+            if finding.get("property") in PROPERTIES and "text" in finding:
+                found.append(finding)
+    return found
 
 
 def _say_what_is_older(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
@@ -358,7 +377,7 @@ def _show(console: Console, collector: Found, names: str, **more: Any) -> int:
     KeyboardInterrupt : the user ended the run
     CannotRun : nothing was found, and nothing was judged or not all
     """
-    if collector.records:
+    if collector.records or collector.findings:
         show(console, collector.records, collector.findings, **more)
         if os.environ.get("GITHUB_ACTIONS"):
             for first, *_ in grouped(collector.findings):

@@ -99,7 +99,12 @@ def _file_name(finding: Finding) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same data as JSON has it: tuples are lists, NaN and infinity are texts."""
+    """The same data as JSON has it: tuples are lists, NaN and infinity are texts.
+
+    Half of a pair of code units, as Python makes of a byte that is no UTF-8, is a question mark.
+    """
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -229,7 +229,10 @@ def finding_of_dead_worker(
     path.unlink()
     if "ended" not in finding:
         last_words = _last_words(folder, worker)
+        # whoever stopped it, the port or somebody else, it had no time to answer
+        is_stopped = silent is not None and silent.stopped
         hangs = last_words.startswith("Timeout") or (silent and silent.doing == "waiting")
+        hangs = hangs and not is_stopped
         ended_by_others = code is not None and -code in NOT_ITS_OWN
         if not hangs and (silent or ended_by_others):
             case = Case.from_json(finding["case"])
@@ -238,7 +241,6 @@ def finding_of_dead_worker(
         if hangs:
             seconds = timeout_of(prop, finding["device"], finding["timeout"])
             what = f"it hangs: no answer after {seconds:g} s"
-            what += ", and its process is stopped" if silent and silent.stopped else ""
         else:
             what = f"it ended its process ({_way(code) or 'a crash, an abort or an exit'})"
             if last_words.startswith("Fatal Python error"):
@@ -258,7 +260,7 @@ def _death(silent: Silence | None, code: int | None) -> str:
     """How a worker ended that no case is to blame for."""
     if silent is not None:
         if silent.stopped:
-            return "was stopped by others, and is ended"
+            return "was stopped, by itself or by others, and is ended"
         return f"said nothing for {silent.seconds:g} s, and is ended"
     if code is not None and -code in NOT_ITS_OWN:
         return f"was ended by others ({_way(code)}), as by a system whose memory runs out"
@@ -333,5 +335,7 @@ def remove_folder_of_run(findings: Path, run: str) -> None:
     folder = folder_of_run(findings, run)
     shutil.rmtree(folder, ignore_errors=True)
     if (lock := _held.pop(folder, None)) is not None:
-        lock.close()
+        # what a full disk had no room for is tried once more, and that is no matter
+        with contextlib.suppress(OSError):
+            lock.close()
     remove_if_empty(findings / "running", findings)

@@ -214,9 +214,10 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
             except Exception as error:
                 why = f"{one_line(error)} at {place(error)}"
                 raise TypeError(f"{where}{attribute} raised {why}.") from error
-        if not isinstance(one.name, str) or not 0 < len(one.name) <= LONGEST_NAME:
+        is_text = isinstance(one.name, str) and one.name.isprintable()
+        if not is_text or not 0 < len(one.name) <= LONGEST_NAME:
             said = cut(repr(one.name), LONGEST_REASON)
-            rule = f"must be a text of at least one letter, and at most {LONGEST_NAME}."
+            rule = f"must be a line of at least one letter, and at most {LONGEST_NAME}."
             raise TypeError(f"{where}name={said} {rule}")
         if not isinstance(one.device, str) or not one.device:
             raise TypeError(
@@ -317,8 +318,8 @@ def try_loading(spec: str, device: str, timeout: float) -> dict[str, Any]:
     ------
     CannotRun : in one line
     """
-    if "\0" in spec:
-        raise CannotRun(f"{spec!r} names no implementation: it has a NUL in it")
+    if not spec.isprintable():
+        raise CannotRun(f"{spec!r} names no implementation: it has a letter that no name has")
     # the answer comes in a file: the adapter may print, and start processes that keep pipes open
     with (
         tempfile.NamedTemporaryFile(prefix="nsa-ref-", suffix=".json") as answer_file,

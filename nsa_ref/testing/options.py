@@ -78,8 +78,8 @@ def parse_seed(text: str) -> int:
 def parse_seconds(text: Any) -> float:
     """A number of seconds above 0, and no more than a clock can wait for."""
     try:
-        value = float(text)
-    except (TypeError, ValueError):
+        value = 0.0 if isinstance(text, bool) else float(text)
+    except (TypeError, ValueError, OverflowError):
         value = 0.0
     if not 0 < value <= MOST_SECONDS:
         rule = f"must be a number of seconds above 0, and at most {MOST_SECONDS:.0f}"

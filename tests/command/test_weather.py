@@ -28,7 +28,7 @@ import nsa_ref.__main__ as entry
 from commands import python, running, until
 from nsa_ref.testing import Case, cli, files, last_words, sessions, silence
 from nsa_ref.testing import workers as workers_plugin
-from nsa_ref.testing.cli import COULD_NOT_RUN, HOLDS, Output, main
+from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, Output, main
 from nsa_ref.testing.findings import described, save_finding
 from nsa_ref.testing.last_words import (
     _held,
@@ -89,7 +89,7 @@ LONG = "f" * 300
         (["show", "long"], "too large to be drawn"),
         (["show", "wide"], "too large to be drawn"),
         (["replay", "patient"], "timeout=1e+300 must be a number of seconds above 0, and at most"),
-        (["replay", "nul"], "has a NUL in it"),
+        (["replay", "nul"], "has a letter that no name has"),
         (["verify", "oracle", "--case-timeout=1e300"], "at most 3600000"),
         (["verify", "oracle", "--case-timeout=inf"], "at most 3600000"),
         (["verify", "oracle", f"--time={'9' * 400}h"], "at most 1000h"),
@@ -218,6 +218,25 @@ def test_before_the_command_has_begun_it_is_one_line_as_well(
     assert entry.main() == COULD_NOT_RUN
     line = "nsa-ref: the folder that you are in is gone. Go to another one\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_module_in_the_place_of_pythons_is_one_line(place: Path) -> None:
+    (place / "random.py").write_text("x = 1\n")
+    done = python("-m", "nsa_ref", "explain", "W1")
+    assert done.returncode == COULD_NOT_RUN and done.stderr.count("\n") == 1, done
+    assert "cannot be loaded: ImportError" in done.stderr and "random" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
+def test_where_nobody_listens_it_runs(closed: str, place: Path) -> None:
+    """And nothing that is printed gets into a file of the run."""
+    (place / "port.py").write_text(SAYS_HALF_A_LETTER)
+    command = f"{shlex.quote(sys.executable)} -m nsa_ref"
+    asked = "verify port:Port --branch=sliding --dtype=float64 -n1 --json=report.json"
+    for arguments, code in (("explain W1", HOLDS), ("--version", HOLDS), (asked, BROKEN)):
+        done = subprocess.run(["sh", "-c", f"{command} {arguments} {closed}"], timeout=120)
+        assert done.returncode == code, arguments
+    assert json.loads((place / "report.json").read_text())["findings"]
 
 
 def test_without_docstrings_it_runs() -> None:
@@ -419,6 +438,67 @@ def test_a_run_that_is_cancelled_reports_what_there_is(number: int, place: Path)
     assert not [*place.glob("nsa-ref-findings/running/*")]
 
 
+#: Every mask is wrong, and it takes its time.
+SLOW_AND_WRONG = """
+import time
+from nsa_ref.testing import OracleImplementation
+
+class Port(OracleImplementation):
+    name = "port"
+
+    def sliding_mask(self, case):
+        time.sleep(0.5)
+        return 1 - super().sliding_mask(case)
+"""
+
+
+def test_a_finding_that_is_being_made_smaller_is_reported(place: Path) -> None:
+    (place / "port.py").write_text(SLOW_AND_WRONG)
+    asked = "--branch=sliding", "--dtype=float64", "-n1", "--json=report.json"
+    with running("verify", "port:Port", *asked) as process:
+        until(lambda: [*place.glob("nsa-ref-findings/*.json")])
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == COULD_NOT_RUN and "earlier runs" not in said, said
+    (finding,) = json.loads((place / "report.json").read_text())["findings"]
+    assert finding["clause"] == "W1" and "W1 is broken" in said
+
+
+#: A byte of a file's name that is no UTF-8.
+SAYS_HALF_A_LETTER = """
+from nsa_ref.testing import OracleImplementation
+
+class Port(OracleImplementation):
+    name = "port"
+
+    def offers(self, method):
+        return method == "sliding_mask"
+
+    def sliding_mask(self, case):
+        raise ValueError("cannot open lib\\udcff.so")
+"""
+
+
+def test_half_a_letter_in_an_exception_loses_no_finding(place: Path) -> None:
+    (place / "port.py").write_text(SAYS_HALF_A_LETTER)
+    asked = "--branch=sliding", "--dtype=float64", "-n1", "--json=report.json"
+    with running("verify", "port:Port", *asked) as process:
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode == BROKEN and "INTERNALERROR" not in said, said
+    assert "cannot open lib?.so" in said
+    assert json.loads((place / "report.json").read_text())["findings"]
+
+
+def test_a_full_disk_does_not_end_a_run_that_was_told_all(place: Path) -> None:
+    class Full(io.StringIO):
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    last_words._held[folder_of_run(place, "run")] = Full()
+    remove_folder_of_run(place, "run")
+    assert not last_words._held
+
+
 def test_a_worker_says_what_it_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a port runs, how long it may; and that the judge works, once it has answered."""
     told: list[tuple[str, float]] = []
@@ -476,14 +556,22 @@ WAITING = silence.Silence("waiting", 2.0, stopped=False)
     ("silent", "code", "words"),
     [
         (WAITING, -6, "it hangs: no answer after 2 s"),
-        (dataclasses.replace(WAITING, stopped=True), -6, "no answer after 2 s, and its process is"),
+        (
+            dataclasses.replace(WAITING, stopped=True),
+            -6,
+            "was stopped, by itself or by others, and",
+        ),
         (None, 3, "it ended its process (exit status 3)"),
         (None, -11, "it ended its process (signal 11, SIGSEGV)"),
         (None, None, "it ended its process (a crash, an abort or an exit)"),
         (None, -9, "was ended by others (signal 9, SIGKILL), as by a system whose memory"),
         (None, -15, "was ended by others (signal 15, SIGTERM)"),
         (silence.Silence("judging", 9.0, stopped=False), -6, "said nothing for 9 s, and is ended"),
-        (silence.Silence("judging", 9.0, stopped=True), -9, "was stopped by others, and is ended"),
+        (
+            silence.Silence("judging", 9.0, stopped=True),
+            -9,
+            "was stopped, by itself or by others, and is ended",
+        ),
     ],
 )
 def test_a_crash_a_hang_and_a_death_by_others_are_told_apart(

@@ -389,6 +389,9 @@ VALUE_ERRORS: Refusals = {
     ),
     "cu_seqlens[2]=3 must be at least cu_seqlens[1]=5": packed(0, 5, 3, 8),
     "cu_seqlens[-1]=7 must be 8, the number of tokens in x": packed(0, 7),
+    "cu_seqlens is on meta, which holds no numbers": call(
+        x=tokens(1, 8)[0], cu_seqlens=torch.tensor([0, 8], device="meta")
+    ),
     "weights lacks ['to_k_fine.weight'] and has ['to_k.weight']": call(
         weights={"to_k_fine.weight": None, "to_k.weight": torch.zeros(12, 10)}
     ),
