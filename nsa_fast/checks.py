@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from nsa_ref.semantics import Semantics
 
@@ -51,9 +52,13 @@ def check_finite(name: str, value: Any) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; it is larger than every float.") from None
+    if not math.isfinite(number):
         raise ValueError(f"{name}={value!r} must be finite.")
-    return float(value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -111,11 +116,21 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_untransformed(name: str, tensor: Tensor) -> None:
-    """TypeError inside a transform of torch.func."""
+    """TypeError inside a transform of torch.func, in forward-mode AD, and under torch.jit.trace."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(
             f"{name} is inside a transform of torch.func (vmap, grad, jvp, ...), which has no rule "
             "for these kernels. Use a batch axis for vmap, and torch.autograd for gradients."
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(
+            f"{name} has a tangent of forward-mode AD, which has no rule for these kernels. Use "
+            "backward()."
+        )
+    if torch.jit.is_tracing():
+        raise TypeError(
+            f"{name} is traced by torch.jit.trace, which has no record of these kernels. Try "
+            "torch.compile."
         )
 
 
@@ -127,6 +142,13 @@ def check_integers(name: str, value: Any, shape: tuple[int | str, ...], *, holds
             f"{name} has dtype {tensor.dtype}; it must hold integers: {holds}. Try torch.int64."
         )
     return tensor
+
+
+def check_inside_mode(name: str, tensor: Tensor) -> None:
+    """TypeError for a fake tensor outside of its mode, where what is made beside it is real."""
+    outside = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    if isinstance(tensor, FakeTensor) and outside:
+        raise TypeError(f"{name} is a fake tensor outside of its FakeTensorMode. Call it inside.")
 
 
 def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
@@ -149,7 +171,13 @@ def check_alike(**tensors: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
-    """ValueError unless both are on one device."""
+    """ValueError unless both are on one device; TypeError if one of them is a fake tensor."""
+    if isinstance(tensor, FakeTensor) != isinstance(of, FakeTensor):
+        fake, other = (name, of_name) if isinstance(tensor, FakeTensor) else (of_name, name)
+        raise TypeError(
+            f"{fake} is a fake tensor, which holds no numbers, and {other} is not: make both in "
+            "one FakeTensorMode, or neither."
+        )
     if tensor.device != of.device:
         raise ValueError(
             f"{name} is on {tensor.device} and {of_name} on {of.device}; "

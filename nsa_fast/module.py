@@ -112,6 +112,7 @@ class NativeSparseAttention(nn.Module):
         self.gates = nn.Linear(model_dim, len(BRANCHES) * q_heads)
         if semantics.output_projection:
             self.to_out = nn.Linear(q_heads * value_dim, model_dim, bias=False)
+        self._needed = [name for name, _ in self.named_children()]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,23 +131,33 @@ class NativeSparseAttention(nn.Module):
 
         Raises
         ------
-        ValueError : also if the cache belongs to another module, which is then what it was
+        ValueError : also if the cache belongs to another module, which is then what it was, or if a
+            submodule is gone
         """
         if isinstance(cache, Cache):
             cache.check_owner(self)
-        weights = Weights(self._read(), dict(self.named_children()))
+        modules = dict(self.named_children())
+        if gone := [name for name in self._needed if name not in modules]:
+            raise ValueError(f"submodules {gone} are gone; the layer calls each of {self._needed}.")
+        weights = Weights(self._read(), modules)
         out = run(x, weights, self.layer, self.model_dim, cache=cache, cu_seqlens=cu_seqlens)
         if cache is not None:
             cache.bind(self)
         return out
 
     def _read(self) -> dict[str, Tensor]:
-        """Memory, and the weights of the submodules that nothing else stands in the place of."""
+        """Memory, and the weights of the submodules that nothing else stands in the place of.
+
+        Weights on meta are left out where a hook, or a forward of one's own, may fill them when the
+        submodule is called, as offloading does.
+        """
         read = {"mem_k": self.mem_k, "mem_v": self.mem_v}
         for of_child, child in self.named_children():
             if type(child) in (nn.Linear, nn.RMSNorm, _CompressMap):
-                own = child.named_parameters(recurse=False)
-                read |= {f"{of_child}.{name}": weight for name, weight in own}
+                filled = bool(child._forward_pre_hooks) or "forward" in vars(child)
+                for name, weight in child.named_parameters(recurse=False):
+                    if not (filled and weight.is_meta):
+                        read[f"{of_child}.{name}"] = weight
         return read
 
     def empty_cache(self, batch: int) -> Cache:

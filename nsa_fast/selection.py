@@ -24,6 +24,7 @@ from nsa_fast.checks import (
     check_device,
     check_floating,
     check_group,
+    check_inside_mode,
     check_kind,
     check_length,
     check_size,
@@ -163,9 +164,13 @@ def select_blocks(
     given = {"q": q, "k_cmp": k_cmp, "mem_k": mem_k}
     if lse is not None:
         given["lse"] = check_tensor("lse", lse, (batch, q_heads, q_len))
+        of_sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if lse.dtype != of_sums:
+            raise TypeError(f"lse has dtype {lse.dtype}; for q of {q.dtype} it must be {of_sums}.")
         check_device("lse", lse, "q", q)
     for name, tensor in given.items():
         check_untransformed(name, tensor)
+        check_inside_mode(name, tensor)
 
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)

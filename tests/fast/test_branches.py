@@ -23,7 +23,10 @@ from nsa_ref.testing.properties.common import bounds_of
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+from torch import Tensor  # noqa: E402
 from torch._dynamo.exc import FailOnRecompileLimitHit  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 import nsa_fast  # noqa: E402
 from fast_layers import CASE as SMALL  # noqa: E402
@@ -380,6 +383,16 @@ def in_vmap(branch: str, name: str, **shown: Any) -> Callable[[], Any]:
     return lambda: torch.func.vmap(of_one)(value[None])
 
 
+def in_forward_mode(branch: str, name: str, value: Tensor) -> Callable[[], Any]:
+    """A call in which one argument has a tangent."""
+
+    def run() -> Any:
+        with forward_ad.dual_level():
+            return call(branch, **{name: forward_ad.make_dual(value, torch.ones_like(value))})()
+
+    return run
+
+
 VALUE_ERRORS: Refusals = {
     "semantics.duplicates='multiset' is not what nsa_fast computes; it runs 'set'": call(
         "fine", **switched(duplicates="multiset")
@@ -410,6 +423,7 @@ VALUE_ERRORS: Refusals = {
     ),
     "k_cmp has shape (1, 2, 4, 4); it must be (1, 2, 5, 4)": call("compress", kv_len=10),
     "scale=nan must be finite": call("fine", scale=float("nan")),
+    "scale must be finite; it is larger than every float": call(scale=10**400),
 }
 TYPE_ERRORS: Refusals = {
     "semantics='paper' must be a nsa_ref.Semantics, such as nsa_ref.PAPER, not str": call(
@@ -433,6 +447,10 @@ TYPE_ERRORS: Refusals = {
     "block_indices is inside a transform of torch.func": in_vmap(
         "fine", "block_indices", block_indices=torch.zeros(1, 2, 8, 1, dtype=torch.int64)
     ),
+    "k has a tangent of forward-mode AD": in_forward_mode("sliding", "k", torch.zeros(1, 2, 8, 4)),
+    "block_indices is a fake tensor, which holds no numbers, and q is not": lambda: call(
+        "fine", block_indices=FakeTensorMode().from_tensor(torch.zeros(1, 2, 8, 1).long())
+    )(),
     **{
         f"{name} is inside a transform of torch.func": in_vmap(
             "compress", name, mem_k=torch.zeros(1, 2, 1, 4), mem_v=torch.zeros(1, 2, 1, 3)

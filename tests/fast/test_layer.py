@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -25,6 +26,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from torch import Tensor  # noqa: E402
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -228,6 +230,25 @@ def test_a_weight_that_is_made_when_its_module_is_called_is_the_one_that_is_read
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("name", ["to_v_fine", "compress_k"])
+def test_weights_on_meta_may_be_filled_when_their_module_is_called(name: str) -> None:
+    """As offloading does, by a hook or by a forward of its own."""
+    layer, x = module(ALL_PARTS).double(), tokens(2, 13)
+    expected = layer(x)
+    state = copy.deepcopy(layer.get_submodule(name).state_dict())
+
+    def fill(child: torch.nn.Module, arguments: object) -> None:
+        child.to_empty(device="cpu").load_state_dict(state)
+
+    hooked, wrapped = copy.deepcopy(layer), copy.deepcopy(layer)
+    hooked.get_submodule(name).to("meta").register_forward_pre_hook(fill)
+    assert torch.equal(hooked(x), expected)
+
+    child = wrapped.get_submodule(name).to("meta")
+    child.forward = lambda x: (fill(child, x), type(child).forward(child, x))[1]
+    assert torch.equal(wrapped(x), expected)
+
+
 def test_a_submodule_that_returns_something_else_is_named() -> None:
     layer = module()
     layer.to_q = torch.nn.Linear(MODEL_DIM, 3)
@@ -375,7 +396,32 @@ def fake() -> object:
         return module()(torch.zeros(X.shape))
 
 
+def fake_weights() -> object:
+    with FakeTensorMode():
+        layer = module()
+    return layer(X)
+
+
+def in_forward_mode() -> object:
+    with forward_ad.dual_level():
+        return module()(forward_ad.make_dual(X, torch.ones_like(X)))
+
+
+def traced() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of tracing
+        return torch.jit.trace(module(), (X,))
+
+
+def without(name: str) -> Callable[[], object]:
+    layer = module()
+    delattr(layer, name)
+    return lambda: layer(X)
+
+
 VALUE_ERRORS: Refusals = {
+    "submodules ['to_q'] are gone; the layer calls each of ['to_q', ": without("to_q"),
+    "submodules ['compress_v'] are gone": without("compress_v"),
     "q_heads=1000000000000 must be below 2147483648": lambda: module(q_heads=10**12, kv_heads=1),
     "num_mem_kv=1000000000000 must be below 2147483648": lambda: module(num_mem_kv=10**12),
     "num_selected_blocks=1000000000000 must be below": lambda: module(num_selected_blocks=10**12),
@@ -461,6 +507,9 @@ TYPE_ERRORS: Refusals = {
     "x has layout torch.sparse_coo; it must be dense. Try x.to_dense()": call(x=X.to_sparse()),
     "x is inside a transform of torch.func": lambda: torch.func.vmap(module())(X[None]),
     "x is a fake tensor, as torch.export makes them": fake,
+    "weights['mem_k'] is a fake tensor, which holds no numbers, and x is not": fake_weights,
+    "x has a tangent of forward-mode AD, which has no rule for these kernels": in_forward_mode,
+    "x is traced by torch.jit.trace, which has no record of these kernels": traced,
 }
 test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
 

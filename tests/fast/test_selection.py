@@ -16,6 +16,8 @@ from nsa_ref.testing.properties import PROPERTIES
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -260,6 +262,17 @@ def test_selection_asks_for_no_gradient() -> None:
     assert chosen.dtype == torch.int64 and not chosen.requires_grad
 
 
+def fakes(**tensors: Tensor) -> dict[str, Tensor]:
+    """Fake tensors of their own shapes, of one mode."""
+    mode = FakeTensorMode()
+    return {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def test_a_selection_of_fake_tensors_has_the_shape_of_a_real_one() -> None:
+    with FakeTensorMode():
+        assert select().shape == (1, 2, 64, 4)
+
+
 VALUE_ERRORS: Refusals = {
     "compress_block_size=3 must be a multiple of compress_block_sliding_stride=2": (
         lambda: select(compress_block_size=3)
@@ -285,6 +298,20 @@ TYPE_ERRORS: Refusals = {
     ),
     "lse is inside a transform of torch.func": (
         lambda: torch.func.vmap(lambda lse: select(lse=lse))(torch.zeros(2, 1, 4, 64))
+    ),
+    "lse has dtype torch.float64; for q of torch.float32 it must be torch.float32": (
+        lambda: select(lse=torch.zeros(1, 4, 64, dtype=torch.float64))
+    ),
+    "q is a fake tensor, which holds no numbers, and k_cmp is not": (
+        lambda: select(q=FakeTensorMode().from_tensor(torch.zeros(1, 4, 64, 16)))
+    ),
+    "q is a fake tensor outside of its FakeTensorMode": lambda: select(
+        **fakes(q=torch.zeros(1, 4, 64, 16), k_cmp=torch.zeros(1, 2, 32, 16))
+    ),
+    "weights['positions'] is a fake tensor, which holds no numbers, and x is not": (
+        lambda: nsa_fast.compress_pool(
+            torch.zeros(1, 1, 4, 2), fakes(positions=torch.zeros(1, 2, 2)), **PAIRS
+        )
     ),
 }
 test_what_does_not_run_is_named = refusal_test(VALUE_ERRORS, TYPE_ERRORS)
