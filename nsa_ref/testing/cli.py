@@ -42,7 +42,7 @@ from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
 from nsa_ref.testing.files import read_text, write_text
-from nsa_ref.testing.findings import Finding, grouped, of_one_cause, read_finding, told_by
+from nsa_ref.testing.findings import Finding, findings_in, grouped, of_one_cause, told_by
 from nsa_ref.testing.fuzz_folder import Folder
 from nsa_ref.testing.fuzzing import Fuzzing
 from nsa_ref.testing.implementation import TorchImplementation
@@ -172,7 +172,9 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         collector.join_turns()
     collector.findings += taken_up
     if collector.interrupted:
-        collector.findings += _not_yet_told(Path(arguments.findings), began, collector.findings)
+        judged = arguments.implementation, [one["name"] for one in chosen]
+        folder, told = Path(arguments.findings), collector.findings
+        collector.findings = told + _not_yet_told(folder, began, told, *judged)
     _say_what_is_older(console, Path(arguments.findings), collector.findings)
     asked_for = Counter(p.clause for p in properties for _ in chosen)
     records, findings = collector.records, collector.findings
@@ -225,27 +227,29 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     return COULD_NOT_RUN if unwritten and code != BROKEN else code
 
 
-def _not_yet_told(folder: Path, began: float, told: Sequence[Finding]) -> list[Finding]:
+def _not_yet_told(
+    folder: Path, began: float, told: Sequence[Finding], spec: str, names: Sequence[str]
+) -> list[Finding]:
     """Findings that workers had kept, and were making smaller, when the run was ended.
 
     began : when the run did, as files have it; what is older is of another run
+    spec, names : what the run judges; another run may write into the same folder
     """
     known = {finding["file"] for finding in told}
     found = []
-    for path in sorted(folder.resolve().glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if str(path) in known or path.stat().st_mtime < began:
-                continue
-            _, finding = read_finding(path)
-            if finding.get("property") in PROPERTIES and "text" in finding:
+    for path, finding in findings_in(folder.resolve()):
+        if str(path) in known or finding["spec"] != spec or finding["implementation"] not in names:
+            continue
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime >= began:
                 found.append(finding)
     return found
 
 
 def _say_what_is_older(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
-    """Findings of earlier runs are no findings of this one, though they lie beside them."""
+    """Findings that were there before are no findings of this run, though they lie beside them."""
     now = {Path(finding["file"]).name for finding in findings}
-    if older := [path for path in folder.glob("*.json") if path.name not in now]:
+    if older := [path for path, _ in findings_in(folder) if path.name not in now]:
         say(console, f"{len(older)} findings of earlier runs, not of this one, lie in {folder}")
 
 
@@ -688,7 +692,10 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     say(console, case)
     if arguments.png:
         _check_writable(arguments.png)
-        draw_png(masks, Path(arguments.png))
+        try:
+            draw_png(masks, Path(arguments.png))
+        except OSError as error:
+            raise CannotRun(f"cannot write {arguments.png}: {error.strerror}") from None
         say(console, f"wrote {arguments.png}")
         return HOLDS
     for name, mask in masks.items():
@@ -964,6 +971,8 @@ def _main(argv: list[str] | None) -> int:
         arguments = _parser().parse_args(argv)
         with _ended_as_by_ctrl_c():
             return int(arguments.run(arguments, console))
+    except SystemExit as ended:  # argparse's, behind --help and --version
+        return int(ended.code or HOLDS)
     except CannotRun as error:
         line = str(error)
     except KeyboardInterrupt:

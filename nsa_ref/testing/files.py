@@ -24,12 +24,13 @@ def read_bytes(path: Path) -> bytes:
     """
     # a pipe is waited for when it is opened
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
-        mode = os.fstat(handle).st_mode
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
-            raise ValueError("it is a pipe or a device, and no file")
+        raise ValueError("it is a pipe or a device, and no file")
+    with open(handle, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"it is longer than {MOST_BYTES >> 20} MiB")

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nsa_ref.testing.case import Case, load_case
 from nsa_ref.testing.files import read_text, write_json
 from nsa_ref.testing.implementation import Implementation
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.properties import Property
+from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.verdicts import FAILURES, Broken
 from nsa_ref.testing.wording import describe
 
@@ -131,6 +131,15 @@ def read_finding(path: Path) -> tuple[Case, Finding]:
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"{name}={data[name]!r} must be a text")
     return load_case(text), data
+
+
+def findings_in(folder: Path) -> Iterator[tuple[Path, Finding]]:
+    """The findings that lie in a folder, each with its file, by name; other files are left out."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            _, finding = read_finding(path)
+            if finding.get("property") in PROPERTIES and {"spec", "text"} <= finding.keys():
+                yield path, finding
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:

@@ -72,7 +72,8 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
     for run, spec in (("dead", at["spec"]), ("other", "port_zoo:Leaves")):
         write_json(running / run / "gw0.json", at | {"spec": spec})
         (running / run / LOCK).touch()
-    (place / "kept" / "older.json").touch()
+    write_json(place / "kept" / "older.json", at | {"text": "an older finding"})
+    write_json(place / "kept" / "report.json", {"findings": []})
 
     def slow(*arguments: Any) -> None:
         time.sleep(2)
@@ -136,7 +137,9 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
         (["show", "right.json", "--png", "no/such.png"], "No such file"),
         (["replay", "right.json"], "MODULE:OBJECT"),
         (["replay", "old.json"], "'W9'"),
-        (["replay", "hasty.json"], "timeout="),
+        (["replay", "hasty.json"], "timeout=-1 must be a number of seconds above 0"),
+        (["replay", "forever.json"], "must be a number of seconds above 0, and at most"),
+        (["replay", "granted.json"], "timeout=True must be a number of seconds"),
         *((["replay", f"{field}.json"], f"{field}=['a'] must be a text") for field in TEXTS),
     ],
 )
@@ -159,6 +162,8 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(
         "no-case": {"property": "A1_sliding_lse", "clause": "A1", "spec": "oracle"},
         "old": kept | {"property": "W9"},
         "hasty": kept | {"timeout": -1},
+        "forever": kept | {"timeout": 10**400},
+        "granted": kept | {"timeout": True},
         **{field: kept | {field: ["a"]} for field in TEXTS},
     }.items():
         (place / f"{name}.json").write_text(json.dumps(data))
@@ -187,6 +192,7 @@ ADAPTERS = {
     "port_zoo:ConstructorRaises": "OSError: no such kernel library",
     "port_zoo:undeclared": "'fp33'",
     "port_zoo:twins": "another implementation",
+    "two_lines:Port": "name='one\\ntwo' must be a line of at least one letter",
     "port_zoo:leaves_at_once": "exit status 7); its last words: lib: fatal",
     "port_zoo:aborts": "signal 6",
 }
@@ -200,6 +206,8 @@ def test_an_adapter_that_cannot_be_loaded_is_one_line(
     (place / "needs_it.py").write_text(f"import {NO_MODULE}")
     (place / "raises.py").write_text("1 / 0")
     (place / "leaves.py").write_text("raise SystemExit(5)")
+    named = "from port_zoo import SlidingMask as Port\nPort.name = 'one\\ntwo'"
+    (place / "two_lines.py").write_text(named)
     assert ADAPTERS[adapter] in could_not_run(capsys, "verify", adapter, "--device=cpu")
 
 
@@ -580,7 +588,5 @@ def test_show_paints_a_png_whatever_the_file_is_called(
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert end.value.code == 0
+    assert main(["--version"]) == HOLDS
     assert capsys.readouterr().out.startswith("nsa-ref ")

@@ -167,8 +167,24 @@ def test_a_full_disk_loses_neither_the_table_nor_the_other_files(
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main([*VERIFY, "--json=report.json"]) == COULD_NOT_RUN
-        assert capsys.readouterr().err == f"nsa-ref: not all could be printed: {NO_ROOM}\n"
+        line = f"nsa-ref: not all could be printed: {NO_ROOM}\n"
+        assert capsys.readouterr().err == line
     assert json.loads(Path("report.json").read_text())["complete"]
+    for arguments in (["--help"], ["verify", "--help"], ["--version"]):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert main(arguments) == COULD_NOT_RUN
+            assert capsys.readouterr().err == line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
+def test_a_picture_that_cannot_be_written_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'pictures' is not installed")
+    Path("case.json").write_text(json.dumps(Case().to_json()))
+    line = could_not_run(capsys, "show", "case.json", "--png=/dev/full")
+    assert line == f"nsa-ref: cannot write /dev/full: {NO_ROOM}\n"
 
 
 def test_a_pipe_that_nobody_reads_is_no_broken_clause(
@@ -453,15 +469,23 @@ class Port(OracleImplementation):
 
 
 def test_a_finding_that_is_being_made_smaller_is_reported(place: Path) -> None:
+    """And none of another run, which writes into the same folder."""
     (place / "port.py").write_text(SLOW_AND_WRONG)
     asked = "--branch=sliding", "--dtype=float64", "-n1", "--json=report.json"
     with running("verify", "port:Port", *asked) as process:
         until(lambda: [*place.glob("nsa-ref-findings/*.json")])
+        (kept,) = place.glob("nsa-ref-findings/*.json")
+        for file, other in (
+            ("spec", {"spec": "other:Port"}),
+            ("name", {"implementation": "other"}),
+        ):
+            files.write_json(kept.with_stem(file), json.loads(kept.read_text()) | other)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
-    assert process.returncode == COULD_NOT_RUN and "earlier runs" not in said, said
+    assert process.returncode == COULD_NOT_RUN, said
     (finding,) = json.loads((place / "report.json").read_text())["findings"]
     assert finding["clause"] == "W1" and "W1 is broken" in said
+    assert finding["implementation"] == "port" and "2 findings of earlier runs" in said
 
 
 #: A byte of a file's name that is no UTF-8.
