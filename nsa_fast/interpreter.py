@@ -67,6 +67,7 @@ def install() -> None:
     bfloat16_is_rounded()
     nothing_is_done_twice()
     exclusive_or_takes_no_loop()
+    types_are_described_once()
 
     from nsa_fast import flex
 
@@ -229,3 +230,42 @@ def exclusive_or_takes_no_loop() -> None:
         return self.to_tensor(found, operand.dtype)
 
     ReduceOps.apply_impl = apply_impl
+
+
+def types_are_described_once() -> None:
+    """11. Each result of each operation works out anew what its type is called, and its shape.
+
+    That is a third of the interpreter's time. What a name or a shape says never changes.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    describe_block, describe_tensor = core.block_type.__init__, core.tensor.__init__
+    blocks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    tensors: dict[str, tuple[Any, Any]] = {}
+    np_dtypes: dict[str, Any] = {}
+    np_dtype = interpreter._get_np_dtype
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            describe_block(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            describe_tensor(self, handle, type)
+            tensors[type.name] = self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = tensors[type.name]
+
+    def known_np_dtype(type: Any) -> Any:
+        if type.name not in np_dtypes:
+            np_dtypes[type.name] = np_dtype(type)
+        return np_dtypes[type.name]
+
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+    interpreter._get_np_dtype = known_np_dtype
