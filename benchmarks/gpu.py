@@ -7,7 +7,7 @@ lost nothing that it had measured. In order:
     oracle       every kernel at a small size, judged
     64k tokens   the branches, the selection, the layer, and what they have to beat, each timed
                  forward and backward beside its estimate (`benchmarks.sm90`), with peak memory;
-                 and the kernels of the layer one by one
+                 the kernels of the layer one by one; and what kernels of our own have replaced
     lengths      what was timed, from 4k to 128k tokens
     dtypes       the oracle again, for float16 and float32
     constants    `benchmarks.hardware_constants`
@@ -39,8 +39,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ from nsa_fast import (
     compress_attention,
     compress_pool,
     fine_attention,
+    fine_lists,
     select_blocks,
+    selection,
     sliding_attention,
 )
 from nsa_fast.adapter import implementations
@@ -165,6 +168,8 @@ class Bench:
         first, *lengths = self.sizes.tokens
         found |= self.checks(self.sizes.dtype) | self.clocks(first)
         found["kernels of the layer"] = functools.partial(self.kernels, first)
+        for what, make in self.replaced().items():
+            found[f"{what}, {first} tokens"] = functools.partial(self.time, make, first)
         for tokens in lengths:
             found |= self.clocks(tokens)
         for dtype in ("float16", "float32") if self.cuda else ():
@@ -285,6 +290,25 @@ class Bench:
             found["branches, windows of fla"] = functools.partial(self.branches, windows)
             found["parallel_nsa of fla"] = self.fla
         return found
+
+    def replaced(self) -> dict[str, Callable[[int], Run]]:
+        """What kernels of our own have replaced, and what still serves all other sizes."""
+        return {
+            "fine in FlexAttention": functools.partial(self.without, fine_lists, "why_not", "fine"),
+            "select in torch": functools.partial(
+                self.without, selection, "why_not_in_triton", "selection"
+            ),
+        }
+
+    def without(self, module: ModuleType, asked: str, what: str, tokens: int) -> Run:
+        """The same, where `asked` of the module finds a reason why our kernels do not serve."""
+        made: Run = getattr(self, what)(tokens)
+
+        def run() -> Tensor:
+            with mock.patch.object(module, asked, lambda *_, **__: "to be compared"):
+                return made.forward()
+
+        return made._replace(forward=run)
 
     def random(self, heads: int, tokens: int, dim: int) -> Tensor:
         """(1, heads, tokens, dim), as a projection leaves it: a token's heads side by side."""

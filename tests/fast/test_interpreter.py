@@ -250,6 +250,41 @@ def test_the_tokens_of_a_block_are_listed_in_order() -> None:
     assert INTERPRETED.process.call(_lists_that_differ) == []
 
 
+class _InFlexAttention(NsaFastCompiled):
+    """In the process: the fine branch without kernels of its own."""
+
+    def run(self, *given: Any) -> Any:
+        with mock.patch.object(fine_lists, "why_not", lambda *_, **__: "to be compared"):
+            return super().run(*given)
+
+    def run_vjp(self, *given: Any) -> Any:
+        with mock.patch.object(fine_lists, "why_not", lambda *_, **__: "to be compared"):
+            return super().run_vjp(*given)
+
+
+@runs
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_of_the_fine_branch_agree_with_flexattention(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the bounds of both; and not to the bit, or one path would have been taken twice."""
+    monkeypatch.setattr(INTERPRETED, "numerics", NsaFastInterpreted.numerics)
+    case = dataclasses.replace(TILES_CASE, dtype=dtype)
+    inputs, d = FINE.inputs(case), case.upstream_gradients()
+    bounds = bounds_of(FINE, INTERPRETED, case, inputs, FINE.mask(case, inputs.block_indices), *d)
+    found = []
+    for kernels in (NsaFastCompiled, _InFlexAttention):
+        monkeypatch.setattr(INTERPRETED, "kernels", kernels)
+        out, lse = FINE.forward(INTERPRETED, case, inputs)
+        found.append([out, lse, *FINE.backward(INTERPRETED, case, inputs, *d)])
+    names = ("out", "lse", "dq", "dk", "dv")
+    differ = {name: own != other for name, own, other in zip(names, *found)}
+    for name, own, other in zip(names, *found):
+        apart = np.subtract(own, other, where=differ[name], out=np.zeros_like(own))
+        assert (abs(apart) <= 2 * getattr(bounds, name)).all(), name
+    assert any(where.any() for where in differ.values())
+
+
 @runs
 @pytest.mark.parametrize("build", MISREAD_TILES)
 def test_wrong_tiles_are_read_out(build: str, monkeypatch: pytest.MonkeyPatch) -> None:

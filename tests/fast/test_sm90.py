@@ -70,7 +70,7 @@ def test_a_kernel_that_grew_is_refused(what: str) -> None:
     assert not sm90.grown(before, before)
     found = copy.deepcopy(before)
     if what == "loops":
-        found["loops"][-1] += sum(found["loops"]) // 15
+        found["loops"][0] += found["loops"][0] // 15
     elif what == "products":
         found["products"] = "mma.sync"
     else:
@@ -81,6 +81,12 @@ def test_a_kernel_that_grew_is_refused(what: str) -> None:
         smaller = copy.deepcopy(before)
         smaller[what] = before[what][:-1] if what == "loops" else before[what] - 1
         assert not sm90.grown(smaller, before)
+
+
+def test_where_a_loop_was_split_their_sum_counts() -> None:
+    before = {**BEFORE["row_lse"], "loops": [1000]}
+    assert not sm90.grown({**before, "loops": [600, 440]}, before)
+    assert sm90.grown({**before, "loops": [600, 460]}, before)
 
 
 def test_programs_of_unequal_lengths_leave_a_tail() -> None:
@@ -131,3 +137,14 @@ def test_what_is_supported_fits_or_is_refused_in_words(path: Any) -> None:
             value_dim=shape.value_dim,
         )
         assert row["fine"] == ("fine_kernels" if ours else "FlexAttention")
+        assert row["selection"] == (sm90.why_no_selection(shape) or "selection_kernels")
+        assert {"compress_forward", "sliding_backward", "gated_sum"} <= row["kernels"].keys()
+
+
+@pytest.mark.parametrize("shape", [sm90.Shape("float32", 192, 128)])
+def test_what_is_compiled_for_a_shape_is_what_is_kept(shape: sm90.Shape) -> None:
+    """The dtype whose numbers are the widest: what Inductor does not write is compiled again."""
+    rows = json.loads(sm90.SUPPORTED.read_text())["shapes"]
+    (kept,) = (row["kernels"] for row in rows if shape == tuple(row[f] for f in shape._fields))
+    for name, launch in sm90.own_launches(shape).items():
+        assert not sm90.grown(sm90.compiled_for_sm90(launch), {"loops": [10**6], **kept[name]})
