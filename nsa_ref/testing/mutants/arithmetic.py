@@ -182,6 +182,49 @@ class LastOf64Values(Kernel):
         return found
 
 
+@mutant("A1", "of 128 features, values lose the last", needs={"value_dim": 128})
+class LastOf128Values(Kernel):
+    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
+        found = super().over_values(r, weights, v)
+        if v.shape[3] == 128:
+            found[..., -1] = 0
+        return found
+
+
+class _FeatureLost(Kernel):
+    """Of so many features, logits lose the last."""
+
+    features = 0
+
+    def scores(self, case: Case, r: Rounding, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        if q.shape[3] == self.features:
+            q = np.where(np.arange(self.features) < self.features - 1, q, 0).astype(q.dtype)
+        return super().scores(case, r, q, k)
+
+
+@mutant("A1", "of 64 features, logits lose the last", needs={"head_dim": 64})
+class LastOf64Features(_FeatureLost):
+    features = 64
+
+
+@mutant("A1", "of 128 features, logits lose the last", needs={"head_dim": 128})
+class LastOf128Features(_FeatureLost):
+    features = 128
+
+
+@mutant(
+    "A1",
+    "of several tiles of 128 rows, a last one of one row is added up twice",
+    needs={"q_len": "> 128", "q_len_mod_128": 1},
+)
+class LastRowOfTilesOf128Twice(Kernel):
+    def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
+        found = super().attend(case, branch, mask, *tensors)
+        if case.q_len > 128 and case.q_len % 128 == 1:
+            found.out[:, :, -1] *= 2
+        return found
+
+
 @mutant("A1", "logits start from a maximum of -1e4, and below it nothing is left")
 class MaximumFromMinus1e4(Kernel):
     def peak(self, before: np.ndarray, scores: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -344,6 +387,26 @@ class RowBeyond128Lost(Kernel):
 class KeyBeyond128Lost(Kernel):
     def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
         if k.shape[2] > 128 and k.shape[2] % 128 == 1:
+            ds, k = ds[..., :-1], k[:, :, :-1]
+        return super().over_keys(r, ds, k)
+
+
+@mutant(
+    "A3",
+    "of several tiles of 64 rows, a last one of one row is lost in dk and dv",
+    needs={"q_len": "> 64", "q_len_mod_64": 1},
+)
+class RowBeyond64Lost(Kernel):
+    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
+        if case.q_len > 64 and case.q_len % 64 == 1:
+            return np.where(np.arange(case.q_len)[:, None] < case.q_len - 1, ds, 0)
+        return ds
+
+
+@mutant("A3", "of several tiles of 64 keys, a last one of one key is lost in dq")
+class KeyBeyond64Lost(Kernel):
+    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        if k.shape[2] > 64 and k.shape[2] % 64 == 1:
             ds, k = ds[..., :-1], k[:, :, :-1]
         return super().over_keys(r, ds, k)
 

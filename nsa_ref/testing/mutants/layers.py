@@ -66,6 +66,22 @@ class GatesOfFourHeads(LayerInSteps):
         return super().gates(case, weights, projected)[:, :, head - in_group + in_group.clip(0, 3)]
 
 
+@mutant("G1", "of a group of 16 heads the last takes the gates of the one before")
+class GatesOf15Heads(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        head = np.arange(case.q_heads)
+        last = (case.group_size == 16) & (head % case.group_size == 15)
+        return super().gates(case, weights, projected)[:, :, head - last]
+
+
+@mutant("G1", "of a group of 5 heads the last takes the gates of the one before")
+class GatesOfFourHeadsOfFive(LayerInSteps):
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        head = np.arange(case.q_heads)
+        last = (case.group_size == 5) & (head % case.group_size == 4)
+        return super().gates(case, weights, projected)[:, :, head - last]
+
+
 @mutant("G1", "a third batch entry has the second one's gates")
 class GatesOfTwoEntries(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
@@ -79,6 +95,15 @@ class GatesOnePercentOff(LayerInSteps):
 
     def squashed(self, logits: Tensor) -> Tensor:
         return super().squashed(logits) * 1.01
+
+
+@mutant("G1", "in bfloat16 alone, a sigmoid that is right at 0 and 1 % too large elsewhere")
+class GatesRightAtOneHalf(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        gates = super().squashed(logits)
+        return gates.where(logits == 0, gates * 1.01)
 
 
 @mutant("G3", "in bfloat16, gates are 1 % too large at decoding")
@@ -290,6 +315,12 @@ class NoMaximumInTheLayer(LayerInSteps):
     kernel = _NoMaximum()
 
 
+@mutant("G3", "the maximum is subtracted, but not at decoding")
+class NoMaximumAtDecode(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return NoMaximumInTheLayer().decoded(case, weights, x)
+
+
 @mutant("G4", "the maximum is subtracted, but not of packed sequences")
 class NoMaximumWhenPacked(LayerInSteps):
     def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
@@ -301,6 +332,12 @@ class LayerWithFloor(LayerInSteps):
 
     name = "layer with a floor"
     semantics = (dataclasses.replace(LUCIDRAINS_FLEX, score_floor=1e-10),)
+
+
+@mutant("G1", "a layer knows no score_floor, where all tokens are given at once")
+class FloorIgnoredInTheLayer(LayerWithFloor):
+    def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return super().layer(switched(case, score_floor=None), weights, x)
 
 
 @mutant(
@@ -512,6 +549,21 @@ class _Overwritten(LayerInSteps):
             return result
         return self.memory_of.setdefault((result.shape, result.dtype), result).copy_(result)
 
+    def with_static_gradient(self, x: Tensor) -> Tensor:
+        """The same numbers; what comes back to x stands where the next one will be."""
+        import torch
+
+        class Static(torch.autograd.Function):
+            @staticmethod
+            def forward(_: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(_: Any, d: Tensor) -> Tensor:
+                return self.written(d.clone())
+
+        return Static.apply(x)
+
 
 @mutant(
     "G1", "the next call writes its output over that of the last", seen_in="captured CUDA graphs"
@@ -527,6 +579,44 @@ class LayerOutputOverwritten(_Overwritten):
 class DecodedOutputOverwritten(_Overwritten):
     def decode(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         return self.written(super().decode(case, weights, x))
+
+
+@mutant("G1", "the next call writes its dx over that of the last", seen_in="captured CUDA graphs")
+class LayerGradientOverwritten(_Overwritten):
+    def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return super().layer(case, weights, self.with_static_gradient(x))
+
+
+@mutant("G1", "a projection's weight is kept, and serves the next call")
+class ProjectionOfAnotherCall(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Case, Tensor] = {}
+
+    def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        kept = self.kept.setdefault(case, weights["to_q.weight"].detach())
+        return super().layer(case, {**weights, "to_q.weight": kept}, x)
+
+
+@mutant("G3", "compressed keys of a request are kept in the cache, and serve the next one")
+class BlocksOfAnotherRequest(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Any, Tensor] = {}
+        self.decoding = False
+
+    def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
+        pooled = super().pooled(case, weights, kind, tokens)
+        if not self.decoding:
+            return pooled
+        return self.kept.setdefault((case, kind), pooled.detach())
+
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        self.decoding = True
+        try:
+            return super().decoded(case, weights, x)
+        finally:
+            self.decoding = False
 
 
 @mutant("G1", "compressed values are kept, and serve the next call of the same sizes")
@@ -665,6 +755,12 @@ class SingleTokensNotRead(LayerInSteps):
 class PackedOutputOverwritten(_Overwritten):
     def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         return self.written(super().varlen(case, weights, x, cu_seqlens))
+
+
+@mutant("G4", "the next batch writes its dx over that of the last", seen_in="captured CUDA graphs")
+class PackedGradientOverwritten(_Overwritten):
+    def varlen(self, case: Case, weights: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return super().varlen(case, weights, self.with_static_gradient(x), cu_seqlens)
 
 
 @mutant("G4", "offsets are kept, and serve the next batch of as many tokens and sequences")

@@ -42,6 +42,36 @@ class WindowMinusOne(OracleImplementation):
         return super().sliding_mask(switched(case, window_closed=closed))
 
 
+class _LastKeyLost(OracleImplementation):
+    """Of several tiles of so many keys, a last one of one key is not read."""
+
+    keys = 0
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        mask = super().sliding_mask(case)
+        if case.kv_len > self.keys and case.kv_len % self.keys == 1:
+            mask[:, -1] = 0
+        return mask
+
+
+@mutant(
+    "W1",
+    "of several tiles of 64 keys, a last one of one key is not read",
+    needs={"kv_len": "> 64", "kv_len_mod_64": 1},
+)
+class LastKeyOfTilesOf64Lost(_LastKeyLost):
+    keys = 64
+
+
+@mutant(
+    "W1",
+    "of several tiles of 128 keys, a last one of one key is not read",
+    needs={"kv_len": "> 128", "kv_len_mod_128": 1},
+)
+class LastKeyOfTilesOf128Lost(_LastKeyLost):
+    keys = 128
+
+
 @mutant("W1", "with a cache, row 0 is taken for position 0")
 class RowForPosition(OracleImplementation):
     def sliding_mask(self, case: Case) -> np.ndarray:

@@ -337,6 +337,9 @@ ROWS = (
               adjust=adjust.layer_of_exact_numbers, populated=True, examples=12),
     layer_row("G1_layer_output_after_another_request", "G1", None, "layer", layer.second_request,
               adjust=adjust.affordable_layer, populated=True, examples=6),
+    layer_row("G1_layer_gradients_after_another_request", "G1", None, "layer",
+              layer.second_gradients, backward=True, adjust=adjust.affordable_layer,
+              populated=True, examples=6),
     layer_row("G3_decode", "G3", None, "decode", layer.output,
               by_dtype=True, semantics=causal, adjust=adjust.affordable_layer),
     layer_row("G3_decode_in_exact_numbers", "G3", None, "decode", layer.exact_numbers,
@@ -370,6 +373,9 @@ ROWS = (
               adjust=adjust.layer_of_groups_that_chooses, populated=True, examples=8),
     layer_row("G4_varlen_gradients", "G4", None, "varlen", packed.gradients,
               backward=True, by_dtype=True, adjust=adjust.affordable_layer, examples=8),
+    layer_row("G4_varlen_gradients_after_another_request", "G4", None, "varlen",
+              packed.second_gradients, backward=True, adjust=adjust.affordable_layer,
+              populated=True, examples=6),
 
     # Masks again, read through a layer that offers no branch by itself
     through_row("W1_sliding_mask_through_the_layer", "W1", SLIDING, "layer",

@@ -133,6 +133,13 @@ class Asked:
         chooses = self.method != "layer_with_blocks" and not _is_shut(truth, "fine")
         return truth.undecided & chooses
 
+    @property
+    def d_out(self) -> np.ndarray:
+        """Upstream gradients, 0 in rows that are undecided."""
+        d_out = self.case.array("d_out", *self.x.shape[:2], self.case.layer_width)
+        undecided = self.undecided(self.truth)[..., None]
+        return np.where(undecided, 0, d_out).astype(d_out.dtype)
+
     def blocks(self, truth: Truth) -> tuple[np.ndarray, ...]:
         """The choice of blocks, if it is handed in."""
         return (truth.block_indices,) if self.method == "layer_with_blocks" else ()
@@ -198,14 +205,19 @@ def second_request(prop: Property, implementation: Implementation, case: Case) -
     if prop.clause == "G3":
         rows_decode(case)
     asked = Asked.about(implementation, prop.method, case)
-    earlier = asked.weights, fresh_seeds(case, 1)[0].tokens()
-    both = earlier, (asked.weights, asked.x)
+    earlier = Asked.about(implementation, prop.method, fresh_seeds(case, 1)[0])
+    both = (weights_before(asked, earlier), earlier.x), (asked.weights, asked.x)
     before, after, found = call(implementation.run_twice, prop.method, case, *both)
     shape = (*asked.x.shape[:2], case.layer_width)
     one, other = (checked_tensor(case, prop.method, result, shape) for result in (before, after))
     why, part = "the next request has changed it", "of the request before"
     check_bits(prop.clause, prop.method, other, one, part=part, why=why)
     return check_output(asked, prop.clause, found)
+
+
+def weights_before(asked: Asked, earlier: Asked) -> Weights:
+    """Those of the request before: the same in one case of two, as of a model that is in use."""
+    return asked.weights if asked.case.seed % 2 else earlier.weights
 
 
 def check_output(asked: Asked, clause: str, found: Any = None) -> Outcome:
@@ -350,9 +362,9 @@ def with_gates(case: Case, weights: Weights, opened: Iterable[bool]) -> Weights:
 def exact_numbers(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G1, G3: in 16 bits, where the dtype holds every number on the way, no error is left.
 
-    All tokens are 1, q and k are 0, values are powers of two, one gate is 1/2 and the others are
-    shut. What float32 adds is far less than half the way to a number's neighbour, and lost when it
-    is stored. So it is where a row sees 2^i keys, and the dtype holds their weights.
+    All tokens are 1, q and k are 0, values are powers of two, one branch's gates are open and the
+    others shut. What float32 adds is far less than half the way to a number's neighbour, and lost
+    when it is stored. So it is where a row sees 2^i keys, and the dtype holds their weights.
 
     Raises
     ------
@@ -427,11 +439,39 @@ def told_in_exact_numbers(case: Case) -> list[str]:
     return told
 
 
-def with_one_gate(case: Case, weights: Weights, branch: str) -> Weights:
-    """The weights with this branch's gate at 1/2, and the others shut."""
-    its = np.repeat([b == branch for b in BRANCHES], case.q_heads)
-    bias = np.where(its, 0.0, -SHUT).astype(DTYPES[case.dtype])
-    return {**weights, "gates.bias": bias}
+def with_one_gate(case: Case, weights: Weights, branch: str, *, at_half: bool = False) -> Weights:
+    """The weights with this branch's gates open, and the others shut.
+
+    A gate is 1/2, or close to another number that the dtype holds: some sigmoids are right at 0
+    alone. Its logit is the bias, or comes of the tokens, which are 1.
+
+    at_half : all gates are 1/2
+    """
+    dtype, heads, start = DTYPES[case.dtype], case.q_heads, BRANCHES.index(branch) * case.q_heads
+    rng = case.generator("gates of exact numbers")
+    logits = rng.choice(told_logits(case.dtype), heads) * (rng.random(heads) < 0.7)
+    if at_half:
+        logits = np.zeros(heads)
+    of_tokens = rng.random(heads) < 0.5
+    its = slice(start, start + heads)
+    bias = np.full(len(BRANCHES) * heads, -SHUT)
+    bias[its] = np.where(of_tokens, 0, logits)
+    weight = np.zeros_like(weights["gates.weight"])
+    weight[its, 0] = np.where(of_tokens, logits, 0)
+    return {**weights, "gates.weight": weight, "gates.bias": bias.astype(dtype)}
+
+
+@functools.cache
+def told_logits(dtype: str) -> np.ndarray:
+    """Numbers of the dtype whose sigmoid, right to float32's precision, is stored as one number.
+
+    It is at most 3/8 of a step away from that, and half a step away another one would be as near.
+    """
+    logits = np.arange(-32, 33) / 8
+    gates = 1 / (1 + np.exp(-logits))
+    stored = gates.astype(DTYPES[dtype])
+    steps = np.abs(np.nextafter(stored, np.zeros_like(stored)).astype(float) - stored.astype(float))
+    return np.asarray(logits[np.abs(gates - stored.astype(float)) <= steps * 3 / 8])
 
 
 def exactly(
@@ -442,7 +482,7 @@ def exactly(
     weights: Weights,
     branch: str,
 ) -> Comparison:
-    """The output of `layer` or `decode` with one gate at 1/2, in exact numbers."""
+    """The output of `layer` or `decode` with one gate open, in exact numbers."""
     given = with_one_gate(case, weights, branch)
     x = np.ones((case.batch, case.kv_len, case.model_dim), DTYPES[case.dtype])
     found = call(implementation.run, method, case, given, x)
@@ -476,13 +516,13 @@ def compare_exactly(
     held = np.pad(held, [(0, 0), (0, 0), (0, max(0, width - held.shape[2]))])[..., :width]
     bound = np.where(held & np.isfinite(expected), 0.0, np.inf)
     expected = np.where(np.isfinite(expected), expected, actual)  # left to A2
-    part = f"of tokens of 1, with the {branch} gate at 1/2{of}"
-    why = "the dtype holds every number on the way"
+    part = f"of tokens of 1, with the {branch} gates alone{of}"
+    why = "the dtype holds every number on the way, or one that is close to it"
     return compare(clause, method, actual, expected, bound, part=part, why=why)
 
 
 def exact_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
-    """G1: so no error is left in the gradients of the open gate, its values and the projection.
+    """G1: so no error is left in the gradients of a gate of 1/2, its values and the projection.
 
     d_out is 1 at one feature of each head, in one row, which sees 2^i keys: all sums are of a few
     numbers of one size. What 16 bits do not hold all the same, and NaN rows, are not compared.
@@ -495,7 +535,7 @@ def exact_gradients(prop: Property, implementation: Implementation, case: Case) 
     x = np.ones((case.batch, case.kv_len, case.model_dim), dtype)
     compared = []
     for branch in told_in_exact_numbers(case):
-        given = with_one_gate(case, weights, branch)
+        given = with_one_gate(case, weights, branch, at_half=True)
         wide = x.astype(np.float64), {n: w.astype(np.float64) for n, w in given.items()}
         blocks = layer_block_indices(*wide, **case.geometry)
         rows = np.flatnonzero(_rows_of_exact_numbers(case, blocks, branch).all(axis=(0, 1)))
@@ -544,17 +584,43 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     return check_gradients(Asked.about(implementation, prop.method, case), prop.clause)
 
 
-def check_gradients(asked: Asked, clause: str) -> Outcome:
+def second_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G1: a request leaves the gradients of the one before as they are, and has none of them."""
+    asked = Asked.about(implementation, prop.method, case)
+    earlier = Asked.about(implementation, prop.method, fresh_seeds(case, 1)[0])
+    given = weights_before(asked, earlier), earlier.x, earlier.d_out
+    both = given, (asked.weights, asked.x, asked.d_out)
+    results = call(implementation.run_twice, f"{prop.method}_vjp", case, *both)
+    before, after, _ = (gradients_of(asked, prop.clause, result) for result in results)
+    check_unchanged(prop.clause, before, after)
+    return check_gradients(asked, prop.clause, results[2])
+
+
+def check_unchanged(
+    clause: str, before: tuple[np.ndarray, Weights], after: tuple[np.ndarray, Weights]
+) -> None:
+    """Raise Broken if gradients of one request are others once the next has run."""
+    why, part = "the next request has changed it", "of the request before"
+    pairs = {"dx": (after[0], before[0])}
+    pairs |= {f"d{name}": (after[1][name], was) for name, was in before[1].items()}
+    for name, (is_now, was) in pairs.items():
+        check_bits(clause, name, is_now, was, part=part, why=why)
+
+
+def check_gradients(asked: Asked, clause: str, found: Any = None) -> Outcome:
     """Hold the gradients to their bounds.
+
+    found : what was returned, if it was called already
 
     Raises
     ------
     Broken, Raised : A4 only if the output is right, and gradients are with the choice handed in
     """
-    truth, undecided = asked.truth, asked.undecided(asked.truth)
-    d_out = asked.case.array("d_out", *asked.x.shape[:2], asked.case.layer_width)
-    d_out = np.where(undecided[..., None], 0, d_out).astype(d_out.dtype)
-    dx, dweights = run_vjp(asked, "G1", *asked.blocks(truth), d_out)
+    truth, undecided, d_out = asked.truth, asked.undecided(asked.truth), asked.d_out
+    if found is None:
+        dx, dweights = run_vjp(asked, "G1", *asked.blocks(truth), d_out)
+    else:
+        dx, dweights = gradients_of(asked, "G1", found)
     want_dx, want_dweights, bounds = truth.gradients(d_out)
     assert bounds.dx is not None and bounds.dweights is not None  # d_out was given
     try:
@@ -577,9 +643,14 @@ def check_gradients(asked: Asked, clause: str) -> Outcome:
 
 
 def run_vjp(asked: Asked, clause: str, *more: np.ndarray) -> tuple[np.ndarray, Weights]:
-    """dx and dweights, float64, if they have the form that the plug says."""
+    """The gradients that are returned: dx and dweights."""
+    given = asked.case, asked.weights, asked.x, *more
+    return gradients_of(asked, clause, call(asked.implementation.run_vjp, asked.method, *given))
+
+
+def gradients_of(asked: Asked, clause: str, found: Any) -> tuple[np.ndarray, Weights]:
+    """dx and dweights, float64, if what was returned has the form that the plug says."""
     method, x, weights = asked.method, asked.x, asked.weights
-    found = call(asked.implementation.run_vjp, method, asked.case, weights, x, *more)
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
         what = f"{method}_vjp must return (dx, dweights), a tuple with a dict"
         raise Broken(clause, Failure(kind="result", tensor=method, what=what))

@@ -65,6 +65,25 @@ class Packed:
         """What `varlen` is called with."""
         return self.asked.weights, self.asked.x, self.cu_seqlens
 
+    @property
+    def given_before(self) -> tuple[Weights, np.ndarray, np.ndarray]:
+        """What a request before it has: other tokens, and the lengths in another order."""
+        lengths = np.diff(self.cu_seqlens)
+        others = lengths[::-1]
+        if (others == lengths).all():
+            others = np.roll(lengths, 1)
+        offsets = np.cumsum([0, *others]).astype(np.int64)
+        earlier = fresh_seeds(self.drawn, 1)[0]
+        of_earlier = dataclasses.replace(self.asked, weights=earlier.layer_weights())
+        weights = layer.weights_before(self.asked, of_earlier)
+        return weights, earlier.array("x", *self.asked.x.shape), offsets
+
+    @property
+    def d_out(self) -> np.ndarray:
+        """Upstream gradients, 0 in rows that are undecided."""
+        d_out = self.drawn.array("d_out", len(self.asked.x), self.drawn.layer_width)
+        return np.where(self.undecided[:, None], 0, d_out).astype(d_out.dtype)
+
     def rows_of(self, found: Any) -> np.ndarray:
         """What `varlen` returned, float64, if it has the form that the plug says."""
         case = self.asked.case
@@ -144,14 +163,7 @@ def second_request(prop: Property, implementation: Implementation, case: Case) -
     Both have as many tokens, and as many sequences, in another order of their lengths.
     """
     packed = Packed.of(implementation, case)
-    weights, x, cu_seqlens = packed.given
-    earlier = fresh_seeds(case, 1)[0].array("x", *x.shape)
-    lengths = np.diff(cu_seqlens)
-    others = lengths[::-1]
-    if (others == lengths).all():
-        others = np.roll(lengths, 1)
-    offsets = np.cumsum([0, *others]).astype(np.int64)
-    both = (weights, earlier, offsets), packed.given
+    both = packed.given_before, packed.given
     before, after, found = call(implementation.run_twice, "varlen", packed.asked.case, *both)
     one, other = (packed.rows_of(result) for result in (before, after))
     why, part = "the next request has changed it", "of the request before"
@@ -205,10 +217,24 @@ def exact_numbers(prop: Property, implementation: Implementation, case: Case) ->
 def gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
     """G4: so are their gradients; those of the weights, which they share, add up."""
     packed = Packed.of(implementation, case)
-    asked = packed.asked
-    d_out = case.array("d_out", len(asked.x), case.layer_width)
-    d_out = np.where(packed.undecided[:, None], 0, d_out).astype(d_out.dtype)
-    dx, dweights = layer.run_vjp(asked, "G4", packed.cu_seqlens, d_out)
+    given = packed.cu_seqlens, packed.d_out
+    return _check_gradients(packed, *layer.run_vjp(packed.asked, "G4", *given))
+
+
+def second_gradients(prop: Property, implementation: Implementation, case: Case) -> Outcome:
+    """G4: a request leaves the gradients of the one before as they are, and has none of them."""
+    packed = Packed.of(implementation, case)
+    asked, d_out = packed.asked, packed.d_out
+    both = (*packed.given_before, d_out), (*packed.given, d_out)
+    results = call(implementation.run_twice, "varlen_vjp", asked.case, *both)
+    before, after, found = (layer.gradients_of(asked, "G4", result) for result in results)
+    layer.check_unchanged("G4", before, after)
+    return _check_gradients(packed, *found)
+
+
+def _check_gradients(packed: Packed, dx: np.ndarray, dweights: Weights) -> Outcome:
+    """The gradients that were returned, against those of every sequence by itself."""
+    d_out = packed.d_out
     of_each, bounds_of_each, compared = [], [], []
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
