@@ -462,11 +462,12 @@ class NsaFastLayerInterpreted(NsaFastInterpreted):
         "kv_heads": (1,),
         "group_size": (8,),
         "selection_block_size": (4,),
-        "q_len": range(25),
-        "kv_len": range(25),
+        # two blocks more than are forced and chosen: scores decide
+        "q_len": range(33),
+        "kv_len": range(33),
     }
     # half a second a token
-    limits_of: Mapping[str, Mapping[str, Any]] = {"decode": {"kv_len": range(6, 11)}}
+    limits_of: Mapping[str, Mapping[str, Any]] = {"decode": {"kv_len": range(6, 21)}}
 
     def __init__(
         self,

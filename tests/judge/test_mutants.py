@@ -269,7 +269,7 @@ def test_the_interpreter_is_tried_within_what_is_declared_there() -> None:
     """nsa_ref states the limits, because it imports nothing of nsa_fast."""
     torch = pytest.importorskip("torch")
     assert torch
-    from nsa_fast.adapter import NsaFastInterpreted
+    from nsa_fast.adapter import NsaFastInterpreted, NsaFastLayerInterpreted
 
     stated, column = NsaFastInterpreted(), COLUMNS["interpreter"]
     assert column.limits == stated.limits
@@ -278,6 +278,14 @@ def test_the_interpreter_is_tried_within_what_is_declared_there() -> None:
     offered = {method for method in vars(Implementation) if method.endswith("_mask")}
     assert set(column.methods) == {"sliding", "compress", "fine", "select"} | offered
     assert all(map(stated.offers, column.methods))
+
+    whole, layers = NsaFastLayerInterpreted(), column.layers
+    assert layers is not None
+    assert (layers.limits, layers.limits_of) == (whole.limits, whole.limits_of)
+    assert set(layers.dtypes) == set(whole.numerics)
+    followed = (semantics for semantics in LayerInSteps.semantics if semantics in whole.semantics)
+    assert set(layers.semantics) == set(followed)
+    assert all(map(whole.offers, layers.methods))
 
 
 def test_no_mutant_is_lost_and_none_dies_of_another_clause_than_before() -> None:
@@ -354,7 +362,7 @@ def test_the_command_prints_what_every_mutant_died_of(planted: Path) -> None:
     assert alone["W1_sliding_mask_as_exposed"] == ["WindowPlusOne"]
     assert alone["W1_sliding_mask_as_read"] == []
     trials = [(one["name"], one["limits"], one["seed"]) for one in written["mutants"]]
-    for limits, again in (("free", names), ("production", names[:1]), ("interpreter", names[:1])):
+    for limits, again in (("free", names), ("production", names[:1]), ("interpreter", names)):
         of_limits = [(n, seed) for n, placed, seed in trials if placed == limits]
         assert of_limits == [(n, 0) for n in names] + [(n, 1) for n in again]
     assert all(one["right"] and one["cases"] + len(one["cannot"]) for one in written["mutants"])

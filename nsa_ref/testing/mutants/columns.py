@@ -42,6 +42,7 @@ class Column:
 
     limits, limits_of : as of an implementation
     dtypes, semantics, methods : those that they have; all, if empty
+    layers : what whole layers of the kind declare, where that is something else
     """
 
     limits: Limits = dataclasses.field(default_factory=dict)
@@ -49,9 +50,12 @@ class Column:
     dtypes: Sequence[str] = ()
     semantics: Sequence[Semantics] = ()
     methods: Sequence[str] = ()
+    layers: Column | None = None
 
     def of(self, implementation: Implementation) -> Implementation:
         """The implementation as a kernel of this kind."""
+        if self.layers is not None and not any(map(implementation.offers, BRANCHES)):
+            return self.layers.of(implementation)
         placed = copy.copy(implementation)
         placed.limits, placed.limits_of = self.limits, self.limits_of
         rows = implementation.numerics.items()
@@ -72,6 +76,7 @@ class Column:
             "dtypes": list(self.dtypes),
             "semantics": [one.to_json() for one in self.semantics],
             "methods": list(self.methods),
+            **({} if self.layers is None else {"layers": self.layers.to_json()}),
         }
 
 
@@ -153,5 +158,23 @@ COLUMNS: Mapping[str, Column] = {
             dataclasses.replace(PAPER, compress_strict=True, forced_score=1.0, score_floor=1e-10),
         ),
         methods=(*BRANCHES, "select"),
+        layers=Column(
+            limits={
+                "batch": (2,),
+                "q_heads": (8,),
+                "kv_heads": (1,),
+                "group_size": (8,),
+                "head_dim": (64,),
+                "value_dim": (32,),
+                "selection_block_size": (4,),
+                "q_len": range(33),
+                "kv_len": range(33),
+            },
+            limits_of={"decode": {"kv_len": range(6, 21)}},
+            dtypes=("float32", "bfloat16"),
+            # of those the ones that a second layer follows
+            semantics=(PAPER, LUCIDRAINS_FLEX),
+            methods=("layer", "layer_with_blocks", "decode", "varlen"),
+        ),
     ),
 }
