@@ -28,8 +28,8 @@ from torch import Tensor
 from nsa_fast.selection import ROWS, SCORED, Sizes
 from nsa_fast.triton_rows import dense, load_rows
 
-#: p of one chunk of tokens: 2**26 float32 are 256 MiB.
-CHUNK_ELEMENTS = 2**26
+#: p of one chunk of tokens: 2**27 float32 are 512 MiB.
+CHUNK_ELEMENTS = 2**27
 #: A grid's second axis has 65535 programs at most.
 CHUNK_TOKENS = 2**15
 
