@@ -7,6 +7,7 @@ import graphlib
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,3 +230,15 @@ def test_clauses_that_are_cited_are_clauses() -> None:
     clauses = importlib.import_module("nsa_ref.testing.clauses").CLAUSES
     properties = importlib.import_module("nsa_ref.testing.properties").PROPERTIES
     assert {prop.clause for prop in properties.values()} == set(clauses)
+
+
+def test_no_file_of_the_house_is_ignored() -> None:
+    """What git ignores the linters do not read, though it was committed."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "-ci", "--exclude-standard"]
+    try:
+        done = subprocess.run(listed, capture_output=True, text=True)
+    except OSError:
+        pytest.skip("git is not installed")
+    if done.returncode:
+        pytest.skip("this is no checkout")
+    assert done.stdout == ""

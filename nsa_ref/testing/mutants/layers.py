@@ -66,7 +66,11 @@ class GatesOfFourHeads(LayerInSteps):
         return super().gates(case, weights, projected)[:, :, head - in_group + in_group.clip(0, 3)]
 
 
-@mutant("G1", "of a group of 16 heads the last takes the gates of the one before", needs={"group_size": 16})
+@mutant(
+    "G1",
+    "of a group of 16 heads the last takes the gates of the one before",
+    needs={"group_size": 16},
+)
 class GatesOf15Heads(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
         head = np.arange(case.q_heads)
@@ -74,7 +78,11 @@ class GatesOf15Heads(LayerInSteps):
         return super().gates(case, weights, projected)[:, :, head - last]
 
 
-@mutant("G1", "of a group of 5 heads the last takes the gates of the one before", needs={"group_size": 5})
+@mutant(
+    "G1",
+    "of a group of 5 heads the last takes the gates of the one before",
+    needs={"group_size": 5},
+)
 class GatesOfFourHeadsOfFive(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
         head = np.arange(case.q_heads)
@@ -194,7 +202,11 @@ class LargeNormEpsilon(LayerInSteps):
         return 1e-2
 
 
-@mutant("G1", "the norm's epsilon is 2^-23 in float64, too, where machine_eps is declared", needs={"dtype": "float64"})
+@mutant(
+    "G1",
+    "the norm's epsilon is 2^-23 in float64, too, where machine_eps is declared",
+    needs={"dtype": "float64"},
+)
 class NormEpsilonOfFloat32(LayerInSteps):
     def norm_eps(self, case: Case) -> float:
         return 2.0**-23
@@ -280,13 +292,21 @@ class RotaryByBlock(LayerInSteps):
         return super().places(case, blocks) // case.compress_block_sliding_stride
 
 
-@mutant("G2", "keys are pooled as they are where they are to be turned before", needs={"rotary": "before_pooling"})
+@mutant(
+    "G2",
+    "keys are pooled as they are where they are to be turned before",
+    needs={"rotary": "before_pooling"},
+)
 class PoolsKeysAsTheyAre(LayerInSteps):
     def turns_before_pooling(self, case: Case) -> bool:
         return False
 
 
-@mutant("G2", "positions are kept in bfloat16: beyond 256 every other one is lost", needs={"kv_len": "> 256"})
+@mutant(
+    "G2",
+    "positions are kept in bfloat16: beyond 256 every other one is lost",
+    needs={"kv_len": "> 256"},
+)
 class PositionsInBfloat16(LayerInSteps):
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         return super().turned(x, positions.bfloat16().long())
@@ -363,7 +383,11 @@ class _PaddedScale(Kernel):
         return float((1 << (case.head_dim - 1).bit_length()) ** -0.5)
 
 
-@mutant("G1", "a head's features are padded to a power of two, and the scale is that of the padded", needs={"head_dim": "!= 64"})
+@mutant(
+    "G1",
+    "a head's features are padded to a power of two, and the scale is that of the padded",
+    needs={"head_dim": "!= 64"},
+)
 class ScaleOfPaddedHeads(LayerInSteps):
     kernel = _PaddedScale()
 
@@ -456,7 +480,11 @@ class ChoiceWithoutMemory(LayerInSteps):
     selector = MemoryOutsideSoftmax()
 
 
-@mutant("G1", "blocks beyond the 128th are forced no more, and scores decide", needs={"num_selection_blocks": "> 128"})
+@mutant(
+    "G1",
+    "blocks beyond the 128th are forced no more, and scores decide",
+    needs={"num_selection_blocks": "> 128"},
+)
 class LayerForcedUpTo128(LayerInSteps):
     selector = ForcedUpTo128()
 
@@ -528,7 +556,11 @@ class _FirstBlocks(Kernel):
         return mask
 
 
-@mutant("G3", "the cache has room for 48 compressed blocks, and later ones are not read", needs={"num_compress_blocks": "> 48"})
+@mutant(
+    "G3",
+    "the cache has room for 48 compressed blocks, and later ones are not read",
+    needs={"num_compress_blocks": "> 48"},
+)
 class CacheOf48Blocks(LayerInSteps):
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         layer = LayerInSteps()
