@@ -104,7 +104,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """TypeError, ValueError for what holds no numbers that a kernel could read."""
+    """TypeError, ValueError for what holds no numbers that a kernel could read, or is traced."""
     if tensor.is_meta:
         raise ValueError(f"{name} is on meta, which holds no numbers: move it to cpu or cuda.")
     if isinstance(tensor, FakeTensor):
@@ -112,11 +112,16 @@ def check_plain(name: str, tensor: Tensor) -> None:
             f"{name} is a fake tensor, as torch.export makes them: the lists of blocks depend on "
             "data, and cannot be made of shapes alone."
         )
+    if torch.jit.is_tracing():
+        raise TypeError(
+            f"{name} is traced by torch.jit.trace, which has no record of these kernels. Try "
+            "torch.compile."
+        )
     check_untransformed(name, tensor)
 
 
 def check_untransformed(name: str, tensor: Tensor) -> None:
-    """TypeError inside a transform of torch.func, in forward-mode AD, and under torch.jit.trace."""
+    """TypeError inside a transform of torch.func, and in forward-mode AD."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(
             f"{name} is inside a transform of torch.func (vmap, grad, jvp, ...), which has no rule "
@@ -126,11 +131,6 @@ def check_untransformed(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} has a tangent of forward-mode AD, which has no rule for these kernels. Use "
             "backward()."
-        )
-    if torch.jit.is_tracing():
-        raise TypeError(
-            f"{name} is traced by torch.jit.trace, which has no record of these kernels. Try "
-            "torch.compile."
         )
 
 
@@ -146,9 +146,13 @@ def check_integers(name: str, value: Any, shape: tuple[int | str, ...], *, holds
 
 def check_inside_mode(name: str, tensor: Tensor) -> None:
     """TypeError for a fake tensor outside of its mode, where what is made beside it is real."""
-    outside = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
-    if isinstance(tensor, FakeTensor) and outside:
+    if isinstance(tensor, FakeTensor) and active_fake_tensor_mode() is None:
         raise TypeError(f"{name} is a fake tensor outside of its FakeTensorMode. Call it inside.")
+
+
+def active_fake_tensor_mode() -> Any:
+    """The FakeTensorMode that is entered, or None."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def check_indices(name: str, value: Any, shape: tuple[int | str, ...]) -> Tensor:
@@ -172,7 +176,9 @@ def check_alike(**tensors: Tensor) -> None:
 
 def check_device(name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
     """ValueError unless both are on one device; TypeError if one of them is a fake tensor."""
-    if isinstance(tensor, FakeTensor) != isinstance(of, FakeTensor):
+    mode = active_fake_tensor_mode()
+    real_ones_too = mode is not None and mode.allow_non_fake_inputs
+    if isinstance(tensor, FakeTensor) != isinstance(of, FakeTensor) and not real_ones_too:
         fake, other = (name, of_name) if isinstance(tensor, FakeTensor) else (of_name, name)
         raise TypeError(
             f"{fake} is a fake tensor, which holds no numbers, and {other} is not: make both in "

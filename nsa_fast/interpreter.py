@@ -235,7 +235,7 @@ def exclusive_or_takes_no_loop() -> None:
 def types_are_described_once() -> None:
     """11. Each result of each operation works out anew what its type is called, and its shape.
 
-    That is a third of the interpreter's time. What a name or a shape says never changes.
+    That is a quarter of the interpreter's time. What a name or a shape says never changes.
     """
     from triton.language import core
     from triton.runtime import interpreter

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa_fast.cache import Cache
 from nsa_fast.checks import check_flag, check_size, check_stride_divides
-from nsa_fast.layer import NORM_EPS, Layer, Weights, run
+from nsa_fast.layer import NORM_EPS, Layer, Weights, run, weight_shapes
 from nsa_fast.pool import map_shapes
 from nsa_ref.semantics import BRANCHES, PAPER, PRESETS, Semantics
 
@@ -112,7 +112,6 @@ class NativeSparseAttention(nn.Module):
         self.gates = nn.Linear(model_dim, len(BRANCHES) * q_heads)
         if semantics.output_projection:
             self.to_out = nn.Linear(q_heads * value_dim, model_dim, bias=False)
-        self._needed = [name for name, _ in self.named_children()]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -136,9 +135,12 @@ class NativeSparseAttention(nn.Module):
         """
         if isinstance(cache, Cache):
             cache.check_owner(self)
-        modules = dict(self.named_children())
-        if gone := [name for name in self._needed if name not in modules]:
-            raise ValueError(f"submodules {gone} are gone; the layer calls each of {self._needed}.")
+        modules = {name: child for name, child in self._modules.items() if child is not None}
+        needed = dict.fromkeys(
+            name.partition(".")[0] for name in weight_shapes(self.layer) if "." in name
+        )
+        if gone := [name for name in needed if name not in modules]:
+            raise ValueError(f"submodules {gone} are gone; the layer calls each of {list(needed)}.")
         weights = Weights(self._read(), modules)
         out = run(x, weights, self.layer, self.model_dim, cache=cache, cu_seqlens=cu_seqlens)
         if cache is not None:
@@ -152,7 +154,7 @@ class NativeSparseAttention(nn.Module):
         submodule is called, as offloading does.
         """
         read = {"mem_k": self.mem_k, "mem_v": self.mem_v}
-        for of_child, child in self.named_children():
+        for of_child, child in self._modules.items():  # one may stand under two names
             if type(child) in (nn.Linear, nn.RMSNorm, _CompressMap):
                 filled = bool(child._forward_pre_hooks) or "forward" in vars(child)
                 for name, weight in child.named_parameters(recurse=False):

@@ -23,6 +23,9 @@ from nsa_ref.testing.wording import describe
 #: Letters of a file's name.
 LONGEST_NAME = 180
 
+#: What the report needs to tell a finding.
+TOLD = {"spec", "implementation", "clause", "kind", "tensor", "fault", "text", "file", "case"}
+
 #: JSON values: what `described`, `broken_data` and `save_finding` give.
 Finding = dict[str, Any]
 
@@ -138,7 +141,7 @@ def findings_in(folder: Path) -> Iterator[tuple[Path, Finding]]:
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             _, finding = read_finding(path)
-            if finding.get("property") in PROPERTIES and {"spec", "text"} <= finding.keys():
+            if finding.get("property") in PROPERTIES and finding.keys() >= TOLD:
                 yield path, finding
 
 

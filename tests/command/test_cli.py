@@ -72,7 +72,9 @@ def test_looking_for_causes_is_told_and_is_a_part_of_the_time(
     for run, spec in (("dead", at["spec"]), ("other", "port_zoo:Leaves")):
         write_json(running / run / "gw0.json", at | {"spec": spec})
         (running / run / LOCK).touch()
-    write_json(place / "kept" / "older.json", at | {"text": "an older finding"})
+    told = dict.fromkeys(findings.TOLD - at.keys(), "")
+    write_json(place / "kept" / "older.json", at | told)
+    write_json(place / "kept" / "half.json", {n: x for n, x in (at | told).items() if n != "kind"})
     write_json(place / "kept" / "report.json", {"findings": []})
 
     def slow(*arguments: Any) -> None:

@@ -249,6 +249,14 @@ def test_weights_on_meta_may_be_filled_when_their_module_is_called(name: str) ->
     assert torch.equal(wrapped(x), expected)
 
 
+def test_a_projection_may_stand_under_two_names() -> None:
+    layer, x = module(ALL_PARTS).double(), tokens(2, 13)
+    layer.to_k_sliding.load_state_dict(layer.to_k_fine.state_dict())
+    tied = copy.deepcopy(layer)
+    tied.to_k_sliding = tied.to_k_fine
+    assert torch.equal(tied(x), layer(x))
+
+
 def test_a_submodule_that_returns_something_else_is_named() -> None:
     layer = module()
     layer.to_q = torch.nn.Linear(MODEL_DIM, 3)

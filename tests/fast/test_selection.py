@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -271,6 +272,21 @@ def fakes(**tensors: Tensor) -> dict[str, Tensor]:
 def test_a_selection_of_fake_tensors_has_the_shape_of_a_real_one() -> None:
     with FakeTensorMode():
         assert select().shape == (1, 2, 64, 4)
+
+
+def test_a_mode_may_take_real_tensors_beside_fake_ones() -> None:
+    """As torch.export does with those that a model holds."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        assert select(k_cmp=mode.from_tensor(torch.zeros(1, 2, 32, 16))).shape == (1, 2, 64, 4)
+
+
+def test_on_a_cpu_a_selection_can_be_traced() -> None:
+    q = torch.randn(1, 4, 64, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of tracing
+        traced = torch.jit.trace(lambda q: select(q=q), (q,))
+    assert torch.equal(traced(q), select(q=q))
 
 
 VALUE_ERRORS: Refusals = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,34 @@ def test_right_layers_are_exact_where_the_dtype_holds_every_number(
         result = record(EXACT, layer, tmp_path, shrink=False)
         assert result.finding is None, result.finding["text"]
         assert result.cases
+
+
+#: What a sigmoid may be taken apart into, where every operation is stored.
+SIGMOIDS: dict[str, Callable[[Any], Any]] = {
+    "1 / (1 + exp(-z))": lambda z: 1 / (1 + (-z).exp()),
+    "exp(z) / (1 + exp(z))": lambda z: z.exp() / (1 + z.exp()),
+    "(1 + tanh(z / 2)) / 2": lambda z: (1 + (z / 2).tanh()) / 2,
+}
+
+
+class _SigmoidInSteps(LayerInSteps):
+    name = "sigmoid in steps"
+    sigmoid: Callable[[Any], Any]
+
+    def squashed(self, logits: Any) -> Any:
+        return self.sigmoid(logits)
+
+
+@pytest.mark.parametrize("formula", SIGMOIDS)
+@pytest.mark.parametrize("row", ["bf16-eager", "fp16-eager"])
+def test_a_sigmoid_whose_every_operation_is_stored_is_right(
+    row: str, formula: str, tmp_path: Path
+) -> None:
+    layer = _SigmoidInSteps(LayerWay(), row)
+    layer.sigmoid = SIGMOIDS[formula]
+    for seed in range(4):
+        found = record(EXACT, layer, tmp_path, shrink=False, seed=seed).finding
+        assert found is None, found["text"]
 
 
 @pytest.mark.parametrize(

@@ -463,15 +463,24 @@ def with_one_gate(case: Case, weights: Weights, branch: str, *, at_half: bool = 
 
 @functools.cache
 def told_logits(dtype: str) -> np.ndarray:
-    """Numbers of the dtype whose sigmoid, right to float32's precision, is stored as one number.
+    """Numbers of the dtype whose sigmoid is stored as one number, however it is computed.
 
-    It is at most 3/8 of a step away from that, and half a step away another one would be as near.
+    In float32, it is at most 3/8 of a step away from that number, and half a step away another one
+    would be as near. Where every operation is stored, each of three formulas ends there as well.
     """
-    logits = np.arange(-32, 33) / 8
+    kind, logits = DTYPES[dtype], np.arange(-32, 33) / 8
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x, np.float32).astype(kind).astype(np.float64)
+
     gates = 1 / (1 + np.exp(-logits))
-    stored = gates.astype(DTYPES[dtype])
-    steps = np.abs(np.nextafter(stored, np.zeros_like(stored)).astype(float) - stored.astype(float))
-    return np.asarray(logits[np.abs(gates - stored.astype(float)) <= steps * 3 / 8])
+    told = stored(gates)
+    below = np.nextafter(told.astype(kind), np.zeros(1, kind)).astype(np.float64)
+    holds = np.abs(gates - told) <= (told - below) * 3 / 8
+    exp, tanh = stored(np.exp(logits)), stored(np.tanh(logits / 2))
+    for gate in (1 / stored(1 + stored(np.exp(-logits))), exp / stored(1 + exp), (1 + tanh) / 2):
+        holds &= stored(gate) == told
+    return np.asarray(logits[holds])
 
 
 def exactly(
