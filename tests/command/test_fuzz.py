@@ -43,6 +43,7 @@ from nsa_ref.testing.running import run_property
 from nsa_ref.testing.sharing import open_database
 from nsa_ref.testing.swarm import Round
 from port_zoo import Faint
+from redis_server import free_port, redis_server, url_of
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +324,32 @@ def test_a_lost_connection_is_said_and_loses_no_finding(
     assert case == Case.from_json(finding["case"]) and read["property"] == prop.name
     other._exchange()
     assert len(tried) == 1
+
+
+def test_a_server_that_is_killed_and_comes_back_has_all_that_was_found(tmp_path: Path) -> None:
+    """A real one: the run says so both times, and another machine tries what it found meanwhile."""
+    prop, options = PROPERTIES["I6_fine_mask_as_exposed"], Options(findings=tmp_path / "kept")
+    finding = run_property(prop, Faint(), options).finding
+    assert finding is not None
+    port, said = free_port(), io.StringIO()
+    far = "--database", url_of(port)
+    with redis_server(tmp_path, port) as server:
+        one, other = (fuzzing_in(Folder(tmp_path / name), said, *far) for name in ("one", "other"))
+        one._exchange()
+        assert not said.getvalue()
+        server.kill()
+        server.wait()
+        one.causes.append(Cause(finding, "id", Sample([], [])))
+        one._exchange()
+        assert "the shared database does not answer" in said.getvalue()
+    with redis_server(tmp_path, port):
+        one._exchange()
+        assert "answers again, and has all that is known here" in said.getvalue()
+        tried: list[Path] = []
+        other.declared = [Declared(Faint())]
+        other._take_in = lambda drawn, found, files: tried.extend(files)  # type: ignore[assignment]
+        other._exchange()
+    assert [read_finding(path)[0] for path in tried] == [Case.from_json(finding["case"])]
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

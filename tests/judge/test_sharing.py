@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ from nsa_ref.testing.sharing import (
     open_database,
     shared_database,
 )
+from redis_server import free_port, redis_server, url_of
 
 FINDING: dict[str, Any] = {"property": "W1", "case": {"q_len": 3}, "text": "wrong", "file": "/a/b"}
 
@@ -94,49 +90,22 @@ def test_a_url_that_names_no_server_is_refused_in_one_line() -> None:
         shared_database("redis://host:port")
 
 
-#: Its URL, and its process.
-Server = tuple[str, "subprocess.Popen[bytes]"]
+def test_machines_share_findings_and_examples_through_redis(tmp_path: Path) -> None:
+    port = free_port()
+    url = url_of(port)
+    with redis_server(tmp_path, port) as process:
+        SharedFindings(shared_database(url), "port").add(FINDING)
+        ((_, found),) = SharedFindings(shared_database(url), "port").unseen(set())
+        assert found["text"] == "wrong"
 
+        one, other = (open_database(str(tmp_path / name), url) for name in ("one", "other"))
+        one.save(b"key", b"example")
+        assert list(other.fetch(b"key")) == [b"example"]
 
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
-    """A Redis server of our own, on a free port of this machine."""
-    pytest.importorskip("redis", reason="redis is not installed")
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server: apt-get install redis-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    with subprocess.Popen([*command, "--dir", str(folder)], stdout=subprocess.DEVNULL) as process:
-        url = f"redis://127.0.0.1:{port}/0"
-        for _ in range(100):
-            database = shared_database(url)
-            list(database.fetch(b"ready"))
-            if not database.why:
-                break
-            time.sleep(0.05)
-        yield url, process
         process.kill()
-
-
-def test_machines_share_findings_and_examples_through_redis(server: Server, tmp_path: Path) -> None:
-    url, process = server
-    SharedFindings(shared_database(url), "port").add(FINDING)
-    ((_, found),) = SharedFindings(shared_database(url), "port").unseen(set())
-    assert found["text"] == "wrong"
-
-    one, other = (open_database(str(tmp_path / name), url) for name in ("one", "other"))
-    one.save(b"key", b"example")
-    assert list(other.fetch(b"key")) == [b"example"]
-
-    process.kill()
-    process.wait()
-    one.save(b"key", b"second")  # nothing is raised, and the own folder has it
-    assert set(one.fetch(b"key")) == {b"example", b"second"}
-    lost = shared_database(url)
-    lost.save(b"key", b"third")
-    assert "refused" in lost.why
+        process.wait()
+        one.save(b"key", b"second")  # nothing is raised, and the own folder has it
+        assert set(one.fetch(b"key")) == {b"example", b"second"}
+        lost = shared_database(url)
+        lost.save(b"key", b"third")
+        assert "refused" in lost.why
