@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -52,6 +52,11 @@ def _in_small_tiles(device: str, mistake: str = "") -> NsaFastLayer:
     rotary_kernels.NUMBERS = 32
     rotary_kernels.turned = functools.partial(BROKEN_TURNS[mistake], right) if mistake else right
     return NsaFastLayer(device)
+
+
+def _right_again() -> None:
+    """In the process: without a mistake, whatever the last test planted."""
+    _in_small_tiles("cpu")
 
 
 LAYER = NsaFastLayerInterpreted(_in_small_tiles)  # one process for all
@@ -208,12 +213,23 @@ def test_a_layer_in_16_bits_is_right() -> None:
     PROPERTIES["G2_layer_rotation"].run(LAYER, case)
 
 
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts a mistake into the process, for one test."""
+
+    def planted(mistake: str) -> None:
+        wrong = functools.partial(_in_small_tiles, mistake=mistake)
+        monkeypatch.setattr(LAYER, "kernels", wrong)
+
+    yield planted
+    LAYER.process.call(_right_again)
+
+
 @runs
 @pytest.mark.parametrize("mistake", BROKEN_TURNS)
-def test_a_mistake_of_the_kernel_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_the_kernel_is_found(mistake: str, plant: Callable[[str], None]) -> None:
     """G2 where rows are wrong, G1 where their gradients are."""
-    wrong = functools.partial(_in_small_tiles, mistake=mistake)
-    monkeypatch.setattr(LAYER, "kernels", wrong)
+    plant(mistake)
     rows, gradients = PROPERTIES["G2_layer_rotation"], PROPERTIES["A4_layer_gradients"]
     if mistake == "the gradient is turned on":
         rows.run(LAYER, CASE)
