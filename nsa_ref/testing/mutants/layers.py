@@ -559,7 +559,7 @@ class _FirstBlocks(Kernel):
 @mutant(
     "G3",
     "the cache has room for 48 compressed blocks, and later ones are not read",
-    needs={"num_compress_blocks": "> 48"},
+    needs={"kv_len": "> 48"},
 )
 class CacheOf48Blocks(LayerInSteps):
     def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:

@@ -236,6 +236,13 @@ def affordable_layer(draw: st.DrawFn, sizes: Drawn) -> None:
         sizes["compress_map"] = draw(st.sampled_from(SMALL_MAPS))
 
 
+def layer_with_windows(draw: st.DrawFn, sizes: Drawn) -> None:
+    """G1, G3, G4: compressed keys as well, which a request before may have left behind."""
+    affordable_layer(draw, sizes)
+    least = sizes["compress_block_size"] + sizes["compress_block_sliding_stride"]
+    sizes["q_len"] = sizes["kv_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 2)))
+
+
 def layer_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
     """A4: more candidates than n, within limits: scores decide, and could be differentiated."""
     affordable_layer(draw, sizes)
