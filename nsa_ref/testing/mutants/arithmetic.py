@@ -182,13 +182,14 @@ class LastOf64Values(Kernel):
         return found
 
 
-@mutant("A1", "of 128 features of values the last is added up twice", needs={"value_dim": 128})
-class LastOf128Values(Kernel):
-    def over_values(self, r: Rounding, weights: np.ndarray, v: np.ndarray) -> np.ndarray:
-        found = super().over_values(r, weights, v)
-        if v.shape[3] == 128:
-            found[..., -1] *= 2
-        return found
+@mutant(
+    "A1",
+    "where values have 128 features, the scale is that of as many",
+    needs={"value_dim": 128, "head_dim": "!= 128"},
+)
+class ScaleOf128Values(Kernel):
+    def scale(self, case: Case) -> float:
+        return 128**-0.5 if case.value_dim == 128 else super().scale(case)
 
 
 class _FeatureLost(Kernel):
