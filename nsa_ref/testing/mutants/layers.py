@@ -73,9 +73,10 @@ class GatesOfFourHeads(LayerInSteps):
 )
 class GatesOf15Heads(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
-        head = np.arange(case.q_heads)
-        last = (case.group_size == 16) & (head % case.group_size == 15)
-        return super().gates(case, weights, projected)[:, :, head - last]
+        gates, head = super().gates(case, weights, projected), np.arange(case.q_heads)
+        if case.group_size != 16:
+            return gates
+        return gates[:, :, head - (head % 16 == 15)]
 
 
 @mutant(
@@ -85,16 +86,18 @@ class GatesOf15Heads(LayerInSteps):
 )
 class GatesOfFourHeadsOfFive(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
-        head = np.arange(case.q_heads)
-        last = (case.group_size == 5) & (head % case.group_size == 4)
-        return super().gates(case, weights, projected)[:, :, head - last]
+        gates, head = super().gates(case, weights, projected), np.arange(case.q_heads)
+        if case.group_size != 5:
+            return gates
+        return gates[:, :, head - (head % 5 == 4)]
 
 
 @mutant("G1", "a third batch entry has the second one's gates", needs={"batch": "> 2"})
 class GatesOfTwoEntries(LayerInSteps):
     def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
         gates = super().gates(case, weights, projected)
-        return gates[:, np.arange(gates.shape[1]).clip(0, 1)]
+        # a copy is laid out in another way, and may be rounded in another way
+        return gates if len(gates[0]) <= 2 else gates[:, np.arange(len(gates[0])).clip(0, 1)]
 
 
 @mutant("G1", "in bfloat16 alone, gates are 1 % too large")
