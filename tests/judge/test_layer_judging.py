@@ -16,7 +16,13 @@ from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
 from nsa_ref.testing import Case, Implementation, OracleImplementation
 from nsa_ref.testing.mutants.arithmetic import InterleavedHeads
 from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
-from nsa_ref.testing.mutants.layers import RotaryByHalves, SequencesLeak, WindowOfPadding
+from nsa_ref.testing.mutants.layers import (
+    GradientThroughTheChoice,
+    LayerGradientOverwritten,
+    RotaryByHalves,
+    SequencesLeak,
+    WindowOfPadding,
+)
 from nsa_ref.testing.mutants.rounding import Way
 from nsa_ref.testing.mutants.selection import Selector
 from nsa_ref.testing.options import Options
@@ -120,6 +126,16 @@ def test_limits_make_no_right_layer_wrong(attributes: dict[str, Any], tmp_path: 
     for name in SET_UP:
         found = record(name, port(**attributes), tmp_path, shrink=False).finding
         assert found is None, found["text"]
+
+
+@pytest.mark.parametrize(
+    ("port", "clause"), [(GradientThroughTheChoice, "A4"), (LayerGradientOverwritten, "G1")]
+)
+def test_what_is_wrong_in_one_request_is_not_blamed_on_two(
+    port: type, clause: str, tmp_path: Path
+) -> None:
+    found = finding("G1_layer_gradients_after_another_request", port(), tmp_path)
+    assert found["clause"] == clause
 
 
 class WritesIntoItsInputs(OracleImplementation):

@@ -160,17 +160,25 @@ class ScaleOfHalfTheWidth(Kernel):
         return super().scale(case) * 2**0.5 if halved else super().scale(case)
 
 
+class _LastRowTwice(Kernel):
+    """Of several tiles of so many rows, a last one of one row is added up twice."""
+
+    rows = 0
+
+    def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
+        found = super().attend(case, branch, mask, *tensors)
+        if case.q_len > self.rows and case.q_len % self.rows == 1:
+            found.out[:, :, -1] *= 2
+        return found
+
+
 @mutant(
     "A1",
     "of several tiles of 64 rows, a last one of one row is added up twice",
     needs={"q_len": "> 64", "q_len_mod_64": 1},
 )
-class LastRowTwice(Kernel):
-    def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
-        found = super().attend(case, branch, mask, *tensors)
-        if case.q_len > 64 and case.q_len % 64 == 1:
-            found.out[:, :, -1] *= 2
-        return found
+class LastRowTwice(_LastRowTwice):
+    rows = 64
 
 
 @mutant("A1", "of 64 features, values lose the last", needs={"value_dim": 64})
@@ -218,12 +226,8 @@ class LastOf128Features(_FeatureLost):
     "of several tiles of 128 rows, a last one of one row is added up twice",
     needs={"q_len": "> 128", "q_len_mod_128": 1},
 )
-class LastRowOfTilesOf128Twice(Kernel):
-    def attend(self, case: Case, branch: str, mask: np.ndarray, *tensors: Any) -> Attention:
-        found = super().attend(case, branch, mask, *tensors)
-        if case.q_len > 128 and case.q_len % 128 == 1:
-            found.out[:, :, -1] *= 2
-        return found
+class LastRowOfTilesOf128Twice(_LastRowTwice):
+    rows = 128
 
 
 @mutant("A1", "logits start from a maximum of -1e4, and below it nothing is left")
@@ -372,24 +376,15 @@ class NarrowQueries(Kernel):
         return np.where(np.arange(ds.shape[2])[:, None] < 512, ds, 0)
 
 
-@mutant(
-    "A3",
-    "of several tiles of 128 rows, a last one of one row is lost in dk and dv",
-    needs={"q_len": "> 128", "q_len_mod_128": 1},
-)
-class RowBeyond128Lost(Kernel):
+class _LastRowLost(Kernel):
+    """Of several tiles of so many rows, a last one of one row is lost in dk and dv."""
+
+    rows = 0
+
     def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
-        if case.q_len > 128 and case.q_len % 128 == 1:
+        if case.q_len > self.rows and case.q_len % self.rows == 1:
             return np.where(np.arange(case.q_len)[:, None] < case.q_len - 1, ds, 0)
         return ds
-
-
-@mutant("A3", "of several tiles of 128 keys, a last one of one key is lost in dq")
-class KeyBeyond128Lost(Kernel):
-    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
-        if k.shape[2] > 128 and k.shape[2] % 128 == 1:
-            ds, k = ds[..., :-1], k[:, :, :-1]
-        return super().over_keys(r, ds, k)
 
 
 @mutant(
@@ -397,19 +392,38 @@ class KeyBeyond128Lost(Kernel):
     "of several tiles of 64 rows, a last one of one row is lost in dk and dv",
     needs={"q_len": "> 64", "q_len_mod_64": 1},
 )
-class RowBeyond64Lost(Kernel):
-    def for_keys(self, case: Case, ds: np.ndarray) -> np.ndarray:
-        if case.q_len > 64 and case.q_len % 64 == 1:
-            return np.where(np.arange(case.q_len)[:, None] < case.q_len - 1, ds, 0)
-        return ds
+class RowBeyond64Lost(_LastRowLost):
+    rows = 64
+
+
+@mutant(
+    "A3",
+    "of several tiles of 128 rows, a last one of one row is lost in dk and dv",
+    needs={"q_len": "> 128", "q_len_mod_128": 1},
+)
+class RowBeyond128Lost(_LastRowLost):
+    rows = 128
+
+
+class _LastKeyLost(Kernel):
+    """Of several tiles of so many keys, a last one of one key is lost in dq."""
+
+    keys = 0
+
+    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
+        if k.shape[2] > self.keys and k.shape[2] % self.keys == 1:
+            ds, k = ds[..., :-1], k[:, :, :-1]
+        return super().over_keys(r, ds, k)
 
 
 @mutant("A3", "of several tiles of 64 keys, a last one of one key is lost in dq")
-class KeyBeyond64Lost(Kernel):
-    def over_keys(self, r: Rounding, ds: np.ndarray, k: np.ndarray) -> np.ndarray:
-        if k.shape[2] > 64 and k.shape[2] % 64 == 1:
-            ds, k = ds[..., :-1], k[:, :, :-1]
-        return super().over_keys(r, ds, k)
+class KeyBeyond64Lost(_LastKeyLost):
+    keys = 64
+
+
+@mutant("A3", "of several tiles of 128 keys, a last one of one key is lost in dq")
+class KeyBeyond128Lost(_LastKeyLost):
+    keys = 128
 
 
 @mutant("A3", "states to be deterministic, and adds up dq in another order each time")

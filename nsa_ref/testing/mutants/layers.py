@@ -66,17 +66,25 @@ class GatesOfFourHeads(LayerInSteps):
         return super().gates(case, weights, projected)[:, :, head - in_group + in_group.clip(0, 3)]
 
 
+class _LastHeadsGates(LayerInSteps):
+    """Of a group of so many heads the last takes the gates of the one before."""
+
+    group = 0
+
+    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
+        gates, head = super().gates(case, weights, projected), np.arange(case.q_heads)
+        if case.group_size != self.group:
+            return gates
+        return gates[:, :, head - (head % self.group == self.group - 1)]
+
+
 @mutant(
     "G1",
     "of a group of 16 heads the last takes the gates of the one before",
     needs={"group_size": 16},
 )
-class GatesOf15Heads(LayerInSteps):
-    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
-        gates, head = super().gates(case, weights, projected), np.arange(case.q_heads)
-        if case.group_size != 16:
-            return gates
-        return gates[:, :, head - (head % 16 == 15)]
+class GatesOf15Heads(_LastHeadsGates):
+    group = 16
 
 
 @mutant(
@@ -84,12 +92,8 @@ class GatesOf15Heads(LayerInSteps):
     "of a group of 5 heads the last takes the gates of the one before",
     needs={"group_size": 5},
 )
-class GatesOfFourHeadsOfFive(LayerInSteps):
-    def gates(self, case: Case, weights: Any, projected: Tensor) -> Tensor:
-        gates, head = super().gates(case, weights, projected), np.arange(case.q_heads)
-        if case.group_size != 5:
-            return gates
-        return gates[:, :, head - (head % 5 == 4)]
+class GatesOfFourHeadsOfFive(_LastHeadsGates):
+    group = 5
 
 
 @mutant("G1", "a third batch entry has the second one's gates", needs={"batch": "> 2"})
