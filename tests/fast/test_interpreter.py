@@ -1,7 +1,8 @@
-"""FlexAttention's Triton kernels before the judge, in Triton's interpreter: no GPU needed.
+"""FlexAttention's Triton kernels and those of fine, in Triton's interpreter: no GPU needed.
 
 They walk the block lists in both directions, which nothing else does on a CPU: out and dq the kv
-lists, dk and dv the query lists, their transposes.
+lists, dk and dv the query lists, their transposes. `nsa-ref verify nsa_fast --device interpreter`
+asks them every clause; here are wrong lists, wrong kernels, and what the judge does not see.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.attention.flex_attention import AuxOutput  # noqa: E402
 
 import nsa_fast  # noqa: E402
 from broken_nsa_fast import BROKEN_GATES, BUILDS, with_mistakes  # noqa: E402
+from interpreted import runs  # noqa: E402
 from nsa_fast import fine_lists, flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import (  # noqa: E402
     NsaFast,
@@ -35,7 +37,7 @@ from nsa_fast.adapter import (  # noqa: E402
     NsaFastLayerInterpreted,
 )
 from nsa_ref.semantics import LUCIDRAINS, PAPER, Semantics  # noqa: E402
-from nsa_ref.testing import Case, conformance_suite, probes  # noqa: E402
+from nsa_ref.testing import Case, probes  # noqa: E402
 from nsa_ref.testing.branches import COMPRESS, FINE, SLIDING, Branch  # noqa: E402
 from nsa_ref.testing.drawing import asked_of, generate  # noqa: E402
 from nsa_ref.testing.loading import CannotRun, load  # noqa: E402
@@ -52,31 +54,10 @@ from nsa_ref.testing.verdicts import (  # noqa: E402
 )
 from trials import finding  # noqa: E402
 
-#: Why nothing can be run here, if nothing can.
-MISSING = interpreter.missing()
-runs = pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
-
-#: What the kernels alone decide; `nsa-ref verify --device interpreter` asks everything.
-ASKED = [
-    name
-    for branch, clause in (("sliding", "W1"), ("compress", "C2"), ("fine", "F1"))
-    for name in (
-        f"{clause}_{branch}_mask_as_read",
-        f"A1_{branch}_output",
-        f"A2_{branch}_empty_rows",
-        f"A3_{branch}_gradients",
-        f"A3_{branch}_mask_as_read_backward",
-    )
-]
-
 INTERPRETED = NsaFastInterpreted()  # one process for all that can share it
 # every dtype is graphs of its own, of seconds each: 16 bits are asked once, of blocks of 16 rows
 INTERPRETED.numerics = {"float32": "fp32"}
 LAYER = NsaFastLayerInterpreted(process=INTERPRETED.process)
-
-for _name, _test in conformance_suite(INTERPRETED).items():
-    if _name.removeprefix("test_") in ASKED:
-        globals()[_name] = runs(_test)
 
 #: Four selection blocks, three chosen: every row has full lists and a partial one.
 CASE = Case(
@@ -112,10 +93,6 @@ CROWDED_CASE = dataclasses.replace(CASE, kv_len=130, num_selected_blocks=1, indi
 FORWARD = PROPERTIES["F1_fine_mask_as_read"]
 NON_CAUSAL = dataclasses.replace(PAPER, causal=False)
 OWN_BLOCK_EXTRA = dataclasses.replace(PAPER, own_block_extra=True)
-
-
-def test_what_is_asked_exists() -> None:
-    assert set(ASKED) <= set(PROPERTIES)
 
 
 @pytest.fixture

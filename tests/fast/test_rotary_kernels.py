@@ -13,15 +13,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from broken_nsa_fast import BROKEN_TURNS  # noqa: E402
-from nsa_fast import NativeSparseAttention, interpreter, rotary  # noqa: E402
+from interpreted import runs  # noqa: E402
+from nsa_fast import NativeSparseAttention, rotary  # noqa: E402
 from nsa_fast.adapter import NsaFastLayer, NsaFastLayerInterpreted  # noqa: E402
 from nsa_ref.semantics import PAPER, ROTARY  # noqa: E402
 from nsa_ref.testing import Case  # noqa: E402
 from nsa_ref.testing.properties import PROPERTIES  # noqa: E402
 from nsa_ref.testing.verdicts import Broken  # noqa: E402
-
-MISSING = interpreter.missing()
-runs = pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
 
 TURNED = {name: dataclasses.replace(PAPER, rotary=name) for name in ROTARY if name != "none"}
 

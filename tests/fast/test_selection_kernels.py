@@ -21,13 +21,11 @@ from nsa_ref.testing.verdicts import Broken
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
 from broken_nsa_fast import in_place  # noqa: E402
-from nsa_fast import interpreter, selection  # noqa: E402
+from interpreted import runs  # noqa: E402
+from nsa_fast import selection  # noqa: E402
 from nsa_fast.adapter import NsaFastCompiled, NsaFastInterpreted  # noqa: E402
 from nsa_fast.selection import Sizes, why_not_in_triton  # noqa: E402
 from nsa_fast.windows import Windows  # noqa: E402
-
-MISSING = interpreter.missing()
-runs = pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
 
 CASE = Case(
     dtype="float32",

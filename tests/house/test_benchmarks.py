@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -19,14 +20,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from benchmarks import cost, eager_cpu, fuzzing, gpu, judging, source_mutants  # noqa: E402
+from benchmarks import cost, eager_cpu, fuzzing, gpu, judging, soak, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
-from nsa_fast import interpreter  # noqa: E402
+from interpreted import runs  # noqa: E402
 from nsa_ref.testing import cli  # noqa: E402
+from nsa_ref.testing.cli import BROKEN, HOLDS  # noqa: E402
 from pages import ROOT  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-MISSING = interpreter.missing()
 TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -40,7 +41,7 @@ def report_of(script: str, *arguments: str, says: str = "") -> dict[str, Any]:
     return report
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
+@runs
 def test_the_constants_of_the_interpreter_are_those_of_numpy() -> None:
     """Every kernel of the script runs; in NumPy's float32 everything is rounded to nearest."""
     report = report_of("hardware_constants", "--device=interpreter", "--size=2048")
@@ -57,7 +58,7 @@ def test_the_constants_of_the_interpreter_are_those_of_numpy() -> None:
     assert measured["delta is kept in"] == {"bf16": "float32"}
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
+@runs
 def test_what_the_kernels_graphs_allocate_grows_with_the_tokens() -> None:
     """Without a kernel being executed."""
     arguments = ("--device=interpreter", "--tokens", "1024", "2048")
@@ -221,6 +222,18 @@ def test_judging_is_held_against_a_suite_of_assert_close(monkeypatch: pytest.Mon
     measured = json.loads(Path("report.json").read_text())["measured"]
     assert list(measured) == list(asked)
     assert all(found["cases"] == 2 and found["ratio"] > 0 for found in measured.values())
+
+
+@pytest.mark.parametrize(("spec", "right"), [("oracle", True), ("port_zoo:OneKeyFewer", False)])
+def test_a_soak_says_how_many_cases_it_has_judged_and_fails_if_it_found_something(
+    spec: str, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "SPEC", spec)
+    asked = ["--time=4s", "--folder=kept", "--output=report.json"]
+    with contextlib.nullcontext() if right else pytest.raises(SystemExit, match=r"^1$"):
+        soak.main(asked)
+    measured = json.loads(Path("report.json").read_text())["measured"]
+    assert measured["cases"] > 0 and measured["exit code"] == (HOLDS if right else BROKEN)
 
 
 #: Where the record of fuzzing is changed, and to what -> a word of the complaint.

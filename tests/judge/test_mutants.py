@@ -1,4 +1,4 @@
-"""The judge's sharpness: every mutant dies of its clause, and what is right is never failed."""
+"""The judge's sharpness: a mutant of each clause dies of it, and what is right is never failed."""
 
 from __future__ import annotations
 
@@ -86,8 +86,12 @@ def test_what_the_mutants_are_made_from_is_right(
     passes(prop.name, implementation, tmp_path)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_mutant_is_killed_by_its_clause(
+#: Of each clause the mutant that joined first; `nsa-ref mutants` tries them all.
+FIRST = [*{mutant.clause: name for name, mutant in reversed(ZOO.items())}.values()][::-1]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_mutant_of_each_clause_is_killed_by_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a property of the clause that it breaks, for what it does, and where it does it.

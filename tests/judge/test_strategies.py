@@ -590,7 +590,8 @@ def test_a_method_without_a_dtype_left_is_not_offered(tmp_path: Path) -> None:
 
 def test_rules_survive_their_way_to_a_process_that_does_not_load_the_port() -> None:
     sent = json.loads(json.dumps(Declared(Narrow()).to_json()))
-    back, prop = Declared.from_json(sent), PROPERTIES["F1_fine_mask_as_exposed"]
+    back = Declared.from_json(sent)
+    prop = dataclasses.replace(PROPERTIES["F1_fine_mask_as_exposed"], examples=20)
     drawn: list[list[Case]] = [[], []]
     for port, cases_of in zip((Narrow(), back), drawn):
         draw(prop, port, Options(shrink=False), cases_of.append)
