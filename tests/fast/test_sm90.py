@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="machine code is made by triton's compiler"
 
 from benchmarks import sm90  # noqa: E402
 from benchmarks.flex_sources import KERNELS  # noqa: E402
-from nsa_fast import fine_lists, flex, interpreter  # noqa: E402
+from interpreted import runs  # noqa: E402
+from nsa_fast import fine_lists, flex  # noqa: E402
 from pages import ROOT  # noqa: E402
 
 LAUNCHES = sm90.launches()
@@ -38,6 +39,7 @@ def test_every_kernel_is_read() -> None:
     assert {*LAUNCHES, *FLEX} == set(BEFORE)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_sm90_keeps_everything_in_registers_and_multiplies_on_tensor_cores(name: str) -> None:
     """At the paper's shape; and no kernel became larger than the figures that are kept, by 5 %."""
@@ -52,9 +54,7 @@ def flex_launches() -> dict[str, sm90.Launch]:
     return sm90.flex_launches()
 
 
-@pytest.mark.skipif(
-    bool(interpreter.missing()), reason=f"no sources are written here: {interpreter.missing()}"
-)
+@runs
 @pytest.mark.parametrize("name", FLEX)
 def test_no_kernel_of_flexattention_has_grown(name: str) -> None:
     """As nsa_fast configures it, at the paper's shape; nor what Inductor writes beside it."""
@@ -106,6 +106,7 @@ def test_programs_of_unequal_lengths_leave_a_tail() -> None:
     assert clocks(1000, *[50] * 2 * sm90.SMS) == 1000 * iteration
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_in_float16_no_kernel_has_grown(name: str) -> None:
     found = sm90.compiled_for_sm90(sm90.launches(torch.float16)[name])
@@ -141,6 +142,7 @@ def test_what_is_supported_fits_or_is_refused_in_words(path: Any) -> None:
         assert {"compress_forward", "sliding_backward", "gated_sum"} <= row["kernels"].keys()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("shape", [sm90.Shape("float32", 192, 128)])
 def test_what_is_compiled_for_a_shape_is_what_is_kept(shape: sm90.Shape) -> None:
     """The dtype whose numbers are the widest: what Inductor does not write is compiled again."""

@@ -1,4 +1,4 @@
-"""Tests that run kernels in Triton's interpreter take minutes: a marker asks for them."""
+"""Tests that compile Triton kernels, or run them in its interpreter: a marker asks for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MISSING = interpreter.missing()
 
 
 def runs(test: Callable[..., Any]) -> Callable[..., Any]:
-    """A test that runs kernels: `pytest -m interpreter` asks for it, `pytest` does not."""
+    """A test that takes its seconds: `pytest -m triton` asks for it, `pytest` does not."""
     here = pytest.mark.skipif(bool(MISSING), reason=f"the interpreter does not run here: {MISSING}")
-    marked: Callable[..., Any] = pytest.mark.interpreter(here(test))
+    marked: Callable[..., Any] = pytest.mark.triton(here(test))
     return marked

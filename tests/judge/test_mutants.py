@@ -324,12 +324,16 @@ class OfAnotherClause(layers.GatesPermuted):
 
 @mutant("C4", "it raises")
 class Raises(OracleImplementation):
+    pace = "slow"
+
     def pool(self, case, x, weights):
         raise ZeroDivisionError
 
 
 @mutant("F2", "it hangs", needs={"dtype": "float64"})
 class Hangs(OracleImplementation):
+    pace = "slow"
+
     def fine_mask(self, case, block_indices):
         if case.dtype == "float64":
             time.sleep(600)
