@@ -364,7 +364,6 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     choice = selection_kernels.choice_constants(SIZES, SIZES.num_selected)
     seen = {"STRIDE": SIZES.windows.stride, "CAUSAL": True}
     fine = fine_kernels.constants(HEAD_DIM, VALUE_DIM, SIZES.block_size, HEADS // KV_HEADS)
-    summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")} | {"DP": 256}
     gates = gate_kernels.constants(HEADS, VALUE_DIM)
     rotary = rotary_kernels.constants(HEADS, HEAD_DIM)
     rows = [
@@ -372,17 +371,6 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
         (selection_kernels.group_probabilities, product | seen, selection_kernels.PRODUCT_OPTIONS),
         (selection_kernels.top_blocks, choice | seen, selection_kernels.CHOICE_OPTIONS),
         *_fine_rows(fine),
-        (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
-        (
-            fine_list_kernels.count_tokens,
-            {"COUNTED": fine_list_kernels.COUNTED},
-            fine_list_kernels.COUNT_OPTIONS,
-        ),
-        (
-            fine_list_kernels.place_tokens,
-            {"SLOTS": SIZES.num_selected},
-            fine_list_kernels.PLACE_OPTIONS,
-        ),
         (gate_kernels.gated_sum, gates, {}),
         (gate_kernels.gated_sum_backward, gates, {}),
         (rotary_kernels.turned_pairs, rotary | {"BACK": False}, {}),
@@ -397,11 +385,19 @@ def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
 
 
 def _fine_rows(fine: dict[str, Any]) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """The fine branch's kernels, and of `fine_sum_parts`, which runs for k and v, that of k."""
     part = {"PART": fine_lists.PART}
+    summed = {key: fine[key] for key in ("BLOCK", "COLUMNS", "D")}
+    summed |= {"DP": max(16, triton.next_power_of_2(fine["D"]))}
+    counted = {"COUNTED": fine_list_kernels.COUNTED}
+    slots = {"SLOTS": SIZES.num_selected}
     return [
         (fine_kernels.fine_forward, fine, fine_kernels.OPTIONS),
         (fine_kernels.fine_backward_q, fine, fine_kernels.OPTIONS),
         (fine_kernels.fine_backward_kv, fine | part, fine_kernels.KV_OPTIONS),
+        (fine_kernels.fine_sum_parts, summed, fine_kernels.SUM_OPTIONS),
+        (fine_list_kernels.count_tokens, counted, fine_list_kernels.COUNT_OPTIONS),
+        (fine_list_kernels.place_tokens, slots, fine_list_kernels.PLACE_OPTIONS),
     ]
 
 
@@ -734,6 +730,7 @@ SHAPES = [
     Shape("bfloat16", 192, 192, block_size=128),
     Shape("bfloat16", 192, 128, group=8),
     Shape("bfloat16", 192, 128, group=128),
+    Shape("bfloat16", 256, 128, group=128),
     Shape("float32", 64, 64, block_size=16),
     Shape("bfloat16", 512, 512),
 ]

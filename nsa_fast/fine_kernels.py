@@ -87,6 +87,12 @@ def _part_stop(start: tl.tensor, end: tl.tensor, PART: tl.constexpr) -> tl.tenso
     return tl.minimum(start + PART, end)
 
 
+@triton.jit
+def _parts_stop(part_ends: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """Where the parts of a block end."""
+    return tl.load(part_ends + number + 1)
+
+
 # --- out and lse ----------------------------------------------------------------------------------
 
 
@@ -453,9 +459,9 @@ def fine_sum_parts(
     inside = (place < BLOCK) & (key < kv_len)
     sums = tl.zeros((COLUMNS, DP), tl.float32)
     number = pair * blocks + block
-    begin, end = tl.load(part_ends + number), tl.load(part_ends + number + 1)
+    begin = tl.load(part_ends + number)
     of_part = x_parts + (begin.to(tl.int64) * COLUMNS + place) * D
-    for _ in tl.range(begin, end):
+    for _ in tl.range(begin, _parts_stop(part_ends, number)):
         sums += load_rows(of_part, inside, D, 0, DP)
         of_part += COLUMNS * D
     x_at = x + batch * x_batch + head.to(tl.int64) * x_head + key.to(tl.int64) * x_token

@@ -96,15 +96,16 @@ def why_not(
     ):
         if count > limit:
             return f"{what}={count} in {dtype} is more than the {limit} that fit in registers"
-    # two blocks of keys and values, of which one is on its way, and the tile's q and d_out
+    # Of keys and values, or of q and d_out, whichever is walked, two lots, one of them on its way,
+    # and one of the other; and of each row its token, lse and delta. Short blocks take less.
     low = max(16, 1 << (head_dim.bit_length() - 1))
     wide = low + _padded(head_dim - low) + _padded(value_dim)
-    rows = padded_group(group) * tokens_per_tile(group)
-    shared = (2 * _padded(block_size) + rows) * wide * dtype.itemsize
+    rows, columns = padded_group(group) * tokens_per_tile(group), _padded(block_size)
+    shared = (rows + columns + max(rows, columns)) * wide * dtype.itemsize + 12 * rows
     if shared > SHARED:
         return (
-            f"selection_block_size={block_size} with head_dim={head_dim} and "
-            f"value_dim={value_dim} takes {shared} bytes of an SM, of {SHARED}"
+            f"selection blocks of {block_size} tokens and {group} heads with head_dim={head_dim} "
+            f"and value_dim={value_dim} take {shared} bytes of an SM, of {SHARED}"
         )
     return ""
 

@@ -43,7 +43,9 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LAST_BLOCK = tl.constexpr(2**31 - 1)
 
 #: What changes from call to call is no reason to compile again.
-LENGTHS = ("first", "tokens", "q_len", "windows", "memory", "blocks", "offset", "first_end")
+LENGTHS = (
+    *("first", "tokens", "q_len", "windows", "memory", "blocks", "offset", "first_end", "pairs"),
+)
 
 
 # --- rows of queries, and their products with windows ---------------------------------------------
@@ -63,6 +65,12 @@ def _seen(
     else:
         seen = tl.where(position >= 0, windows, 0)
     return tl.minimum(seen, windows)
+
+
+@triton.jit
+def _columns(memory: tl.tensor, seen: tl.tensor) -> tl.tensor:
+    """C3: what a softmax is over; memory is seen by all."""
+    return memory + seen
 
 
 @triton.jit
@@ -114,6 +122,7 @@ def row_lse(
     windows: tl.tensor,
     offset: tl.tensor,
     first_end: tl.tensor,
+    pairs: tl.tensor,
     scale_log2: tl.tensor,
     G: tl.constexpr,
     SHARE: tl.constexpr,
@@ -128,9 +137,14 @@ def row_lse(
 ) -> None:
     """lse[b, h, t] = log of the sum of exp(scale q.k) over memory and the windows that t sees.
 
+    ::
+
+        grid         (tiles of T tokens x pairs,); the last tile, which sees most, first
+
     columns : memory, then the windows
     """
-    pair, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    pair = tl.program_id(0) % pairs
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // pairs
     batch, head = pair // heads, pair % heads
     row = tl.arange(0, T * GP)
     token, of_group = tile * T + row // GP, row % GP
@@ -145,9 +159,9 @@ def row_lse(
     q2 = q1
     if D2 > 0:
         q2 = load_rows(q_rows, real, D, D1, D2)
-    seen = memory + _seen(token + offset, windows, first_end, STRIDE, CAUSAL)
+    seen = _columns(memory, _seen(token + offset, windows, first_end, STRIDE, CAUSAL))
     last = tl.minimum(tile * T + T, q_len) - 1 + offset
-    reach = memory + _seen(last, windows, first_end, STRIDE, CAUSAL)
+    reach = _columns(memory, _seen(last, windows, first_end, STRIDE, CAUSAL))
     k_rows = columns + batch.to(tl.int64) * k_batch + (head // SHARE).to(tl.int64) * k_head
     peak = tl.full((T * GP,), float("-inf"), tl.float32)
     total = tl.zeros((T * GP,), tl.float32)
@@ -457,9 +471,9 @@ def choose(
     if lse is None:
         columns = torch.cat([mem_k, k_cmp], dim=2) if mem_k.shape[2] else k_cmp
         lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
-        row_lse[pairs, triton.cdiv(q_len, per_product)](
+        row_lse[(pairs * triton.cdiv(q_len, per_product),)](
             q, columns, lse, *q.stride()[:3], *columns.stride()[:3],
-            heads=heads, memory=mem_k.shape[2], scale_log2=scale_log2,
+            heads=heads, pairs=pairs, memory=mem_k.shape[2], scale_log2=scale_log2,
             **lengths, **of_product, **seen, **PRODUCT_OPTIONS,
         )  # fmt: skip
     lse = lse.to(torch.float32).contiguous()

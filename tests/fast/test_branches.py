@@ -314,7 +314,14 @@ def test_heads_without_a_tile_are_refused_in_words(
         ({"block_size": 128}, ""),
         (
             {"block_size": 128, "value_dim": 192},
-            "selection_block_size=128 with head_dim=192 and value_dim=192 takes 286720 bytes",
+            "selection blocks of 128 tokens and 16 heads with head_dim=192 and value_dim=192 take "
+            "287488 bytes",
+        ),
+        ({"group": 128}, ""),
+        (
+            {"group": 128, "head_dim": 256},
+            "selection blocks of 64 tokens and 128 heads with head_dim=256 and value_dim=128 take "
+            "247296 bytes",
         ),
         ({"pairs": 65536}, "batch x heads is 65536, more than the 65535"),
         ({"group": 7}, "7 heads that share a choice are not within 8 to 128"),

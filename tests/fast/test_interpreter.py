@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 from torch.nn.attention.flex_attention import AuxOutput  # noqa: E402
 
 import nsa_fast  # noqa: E402
-from broken_nsa_fast import BROKEN_GATES, BUILDS, with_mistakes  # noqa: E402
+from broken_nsa_fast import BROKEN_GATES, BUILDS, in_place, with_mistakes  # noqa: E402
 from interpreted import runs  # noqa: E402
 from nsa_fast import fine_lists, flex, interpreter, tiles  # noqa: E402
 from nsa_fast.adapter import (  # noqa: E402
@@ -277,6 +277,73 @@ def test_wrong_tiles_are_read_out(build: str, monkeypatch: pytest.MonkeyPatch) -
     exposed = PROPERTIES["F1_fine_mask_as_exposed"]
     with pytest.raises(Broken):
         exposed.run(INTERPRETED, TILES_CASE)
+
+
+#: a mistake of a kernel -> the function of `fine_kernels`, what stands in for it, and what is wrong
+KERNEL_MISTAKES: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
+    "a token has the bit of the next": (
+        "_is_member",
+        lambda right, entry, token: right(entry, token + 1),
+        {"out", "dq"},
+    ),
+    "a row sees the key behind its own": (
+        "_last_seen",
+        lambda right, position, *rest: right(position + 1, *rest),
+        {"out", "dq", "dk", "dv"},
+    ),
+    "the last block of a tile is not read": (
+        "_list_length",
+        lambda right, *given: right(*given) - 1,
+        {"out", "dq"},
+    ),
+    "the last token of a part is lost": (
+        "_part_stop",
+        lambda right, *given: right(*given) - 1,
+        {"dk", "dv"},
+    ),
+    "the last part of a block is not added": (
+        "_parts_stop",
+        lambda right, *given: right(*given) - 1,
+        {"dk", "dv"},
+    ),
+}
+
+
+class _Mistaken(NsaFastCompiled):
+    """In the process: kernels of the fine branch with a mistake of KERNEL_MISTAKES."""
+
+    def __init__(self, mistake: str, device: str) -> None:
+        super().__init__(device)
+        self.mistake = mistake
+
+    def run(self, *given: Any) -> Any:
+        with self._made():
+            return super().run(*given)
+
+    def run_vjp(self, *given: Any) -> Any:
+        with self._made():
+            return super().run_vjp(*given)
+
+    def _made(self) -> contextlib.AbstractContextManager[None]:
+        from nsa_fast import fine_kernels
+
+        return in_place(((fine_kernels, *KERNEL_MISTAKES[self.mistake][:2]),))
+
+
+@runs
+@pytest.mark.parametrize("mistake", KERNEL_MISTAKES)
+def test_a_mistake_of_a_kernel_is_read_out(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists are right, and one step of what walks them is not."""
+    wrong = functools.partial(_Mistaken, mistake)
+    monkeypatch.setattr(INTERPRETED, "kernels", functools.partial(_of_small_parts, wrong))
+    found = KERNEL_MISTAKES[mistake][2]
+    if "out" in found:
+        with pytest.raises(Broken) as broken:
+            FORWARD.run(INTERPRETED, TILES_CASE)
+        assert broken.value.clause == "F1" and isinstance(broken.value.fault, WrongMask)
+    else:
+        FORWARD.run(INTERPRETED, TILES_CASE)
+    assert wrong_gradients(TILES_CASE) >= found - {"out"}
 
 
 @runs

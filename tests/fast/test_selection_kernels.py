@@ -66,6 +66,11 @@ MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {
         lambda right, token, tokens: right(token, tokens - 1),
     ),
     "the group's last head is lost": ("I3", "_is_head", lambda right, head, group: head < 1),
+    "the last window is missing in the lse": (
+        "I3",
+        "_columns",
+        lambda right, memory, seen: right(memory, seen) - 1,
+    ),
     "the number of blocks is one short": (
         "I6",
         "_candidates",

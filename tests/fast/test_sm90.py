@@ -142,11 +142,30 @@ def test_what_is_supported_fits_or_is_refused_in_words(path: Any) -> None:
         assert {"compress_forward", "sliding_backward", "gated_sum"} <= row["kernels"].keys()
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("shape", [sm90.Shape("float32", 192, 128)])
+@runs
+@pytest.mark.parametrize(
+    "shape",
+    [
+        sm90.Shape("float32", 192, 128),
+        sm90.Shape("float16", 192, 128),
+        sm90.Shape("bfloat16", 192, 128, group=4),
+        sm90.Shape("bfloat16", 192, 128, group=128),
+    ],
+    ids=str,
+)
 def test_what_is_compiled_for_a_shape_is_what_is_kept(shape: sm90.Shape) -> None:
-    """The dtype whose numbers are the widest: what Inductor does not write is compiled again."""
+    """Numbers that are the widest, other ones of 16 bits, FlexAttention's fine, and many heads."""
     rows = json.loads(sm90.SUPPORTED.read_text())["shapes"]
-    (kept,) = (row["kernels"] for row in rows if shape == tuple(row[f] for f in shape._fields))
-    for name, launch in sm90.own_launches(shape).items():
-        assert not sm90.grown(sm90.compiled_for_sm90(launch), {"loops": [10**6], **kept[name]})
+    (kept,) = (row for row in rows if shape == tuple(row[f] for f in shape._fields))
+    (found,) = sm90.supported([shape])
+    assert found["fine"] == kept["fine"] and found["kernels"].keys() == kept["kernels"].keys()
+    for name, facts in found["kernels"].items():
+        loops = {"loops": [10**6]}
+        assert not sm90.grown(loops | facts, loops | kept["kernels"][name]), name
+
+
+def test_the_sums_are_below_what_was_asked_for() -> None:
+    """By the upper estimates, and with the projections."""
+    for rows, target in zip(sm90.sums(BEFORE).values(), sm90.TARGETS):
+        expected = {row.part: row.expected for row in rows}
+        assert 0 < expected["sum"] + expected[sm90.PROJECTIONS] <= target
