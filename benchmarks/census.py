@@ -23,6 +23,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 import nsa_fast.layer
 from benchmarks import paper
 from nsa_fast import NativeSparseAttention, flex
+from nsa_ref.semantics import PAPER
 from nsa_ref.testing.loading import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -346,10 +348,24 @@ def table(census: Census) -> dict[str, dict[str, dict[str, int]]]:
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=paper.TOKENS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "census.json")
+    parser.add_argument(
+        *("--switch", "-s"),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another semantics than PAPER, such as rotary=all or causal=false",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/census.json, of PAPER alone"
+    )
     parser.add_argument("--operators", action="store_true", help="what each part launches")
     arguments = parser.parse_args(given)
-    census = census_of_layer(arguments.tokens)
+    words = {"true": True, "false": False}
+    switches = {
+        name: words.get(value, value)
+        for name, _, value in (switch.partition("=") for switch in arguments.switch)
+    }
+    census = census_of_layer(arguments.tokens, semantics=replace(PAPER, **switches))
     found = table(census)
     for direction, rows in found.items():
         print(f"{direction:14}{'launches':>9}{'GB':>9}{'float32 TFLOP':>15}{'syncs':>7}")
@@ -371,11 +387,14 @@ def main(given: list[str] | None = None) -> None:
         "device": "none; counted on torch's meta device",
         "versions": versions(),
         "layer": paper.LAYER
-        | {"dtype": str(DTYPE), "semantics": "PAPER", "tokens": arguments.tokens},
+        | {"dtype": str(DTYPE), "semantics": "PAPER", "tokens": arguments.tokens}
+        | switches,
         "counted": found,
         "kept": kept,
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    output = arguments.output or (None if switches else RESULTS / "census.json")
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ TIMED, QUEUED = 1.0, 3
 UNDECIDED = 3
 #: Less than so many seconds are not begun with.
 LEAST = 2.0
+#: Seconds that the judge takes once its time is up, and that what is ended has for its report.
+TO_END, TO_REPORT = 30.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Run(NamedTuple):
 
     forward: Callable[[], Tensor]
     inputs: Sequence[Tensor] = ()
-    about: Mapping[str, float] = MappingProxyType({})
+    about: Mapping[str, float | str] = MappingProxyType({})
 
 
 class Refused(Exception):
@@ -168,6 +170,8 @@ class Bench:
         first, *lengths = self.sizes.tokens
         found |= self.checks(self.sizes.dtype) | self.clocks(first)
         found["kernels of the layer"] = functools.partial(self.kernels, first)
+        found["a step in a CUDA graph"] = functools.partial(self.captured, first)
+        found["the layer in torch.compile"] = functools.partial(self.compiled, first)
         for what, make in self.replaced().items():
             found[f"{what}, {first} tokens"] = functools.partial(self.time, make, first)
         for tokens in lengths:
@@ -357,7 +361,7 @@ class Bench:
         return Run(
             lambda: fine_attention(q, k, v, indices, selection_block_size=size).out,
             (q, k, v),
-            {"blocks of 4 tokens, mean": blocks_of_tiles(indices, 4)},
+            {BLOCKS_OF_TILES: blocks_of_tiles(indices, 4)},
         )
 
     def sliding(self, tokens: int) -> Run:
@@ -432,6 +436,10 @@ class Bench:
             run()
         except RuntimeError as error:
             raise Refused(one_line(error)) from None
+        try:
+            torch.autograd.grad(run().sum(), (q, k, v))
+        except RuntimeError as error:
+            return Run(run, about={"backward refused": one_line(error)})
         return Run(run, (q, k, v))
 
     def fla(self, tokens: int) -> Run:
@@ -515,6 +523,45 @@ class Bench:
                 longest[name]["estimate, ms"] = estimated[name]
         return {"launches": sum(count.values()), "longest": longest}
 
+    def step(self, run: Run, d_out: Tensor) -> tuple[Tensor, ...]:
+        """What a training step computes: the output, and the gradients of all inputs."""
+        out = run.forward()
+        found = torch.autograd.grad(out, run.inputs, d_out, allow_unused=True)
+        return out, *(each for each in found if each is not None)
+
+    def captured(self, tokens: int) -> dict[str, Any]:
+        """A forward and a backward of the layer, captured once and replayed."""
+        if not self.cuda:
+            raise Refused("a CPU captures no graph")
+        run = self.layer(tokens)
+        d_out = torch.randn_like(run.forward())
+        step = functools.partial(self.step, run, d_out)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is compiled or made once for a stream
+                right = step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            found = step()
+        graph.replay()
+        self.wait()
+        taken, _ = self.milliseconds([graph.replay])
+        launched, _ = self.milliseconds([step])
+        return {"ms": taken, "without a graph, ms": launched} | differences(found, right)
+
+    def compiled(self, tokens: int) -> dict[str, Any]:
+        """The layer inside of `torch.compile`; on a CPU its graphs are run as they are."""
+        run = self.layer(tokens)
+        backend = "inductor" if self.cuda else "eager"
+        module = torch.compile(self.module, backend=backend)
+        inside = run._replace(forward=lambda: module(run.inputs[0]))
+        d_out = torch.randn_like(run.forward())
+        found, right = (self.step(each, d_out) for each in (inside, run))
+        taken, _ = self.milliseconds([functools.partial(self.step, inside, d_out)])
+        launched, _ = self.milliseconds([functools.partial(self.step, run, d_out)])
+        return {"ms": taken, "without it, ms": launched} | differences(found, right)
+
     # --- clocks -------------------------------------------------------------------------------
 
     def wait(self) -> None:
@@ -577,6 +624,17 @@ class Bench:
         run()
         self.wait()
         return torch.cuda.max_memory_allocated() - before
+
+
+def differences(found: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, Any]:
+    """Whether they are alike to the bit, and how far apart they are beside the largest number."""
+    found, right = ([each.detach() for each in several] for several in (found, right))
+    apart = (
+        float((one.double() - other.double()).abs().max() / other.double().abs().max())
+        for one, other in zip(found, right, strict=True)
+    )
+    same = all(map(torch.equal, found, right))
+    return {"the same bits": same, "largest difference": max(apart)}
 
 
 def blocks_of_tiles(block_indices: Tensor, tokens: int) -> float:
@@ -697,22 +755,36 @@ class Box:
             return
         path = self.output.with_name(f"{self.output.stem}-{kept}.json")
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.left + 120)
-        except subprocess.TimeoutExpired:
-            self.write(name, {"error": "it took too long"})
-            return
-        lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or [""]
-        found: dict[str, Any] = {"exit code": done.returncode, "says": lines[-1]}
-        if done.returncode not in (0, UNDECIDED):
-            found["error"] = (done.stderr.strip() or lines[-1]).splitlines()[-1]
+        with subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                out, errors = process.communicate(timeout=self.left)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # the judge then writes what there is
+                try:
+                    out, errors = process.communicate(timeout=TO_REPORT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    out, errors = process.communicate()
+        lines = (out.strip() or errors.strip()).splitlines() or [""]
+        found: dict[str, Any] = {"exit code": process.returncode, "says": lines[-1]}
+        if process.returncode < 0:
+            found["error"] = f"it took too long, and was ended ({process.returncode})"
+        elif process.returncode not in (0, UNDECIDED):
+            found["error"] = (errors.strip() or lines[-1]).splitlines()[-1]
         if path.exists():
             found["report"] = path.name
         self.write(name, found)
 
 
 WAYS = ("forward, ms", "backward, ms")
+#: What a time of fine depends on, and the kernels that it is the time of.
+BLOCKS_OF_TILES = "blocks of 4 tokens, mean"
+OF_TILES = ("fine_forward", "fine_backward_q")
 
 #: What is timed, the way, and the kernels of which there are estimates.
 ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -764,11 +836,19 @@ def floor(report: dict[str, Any], way: str) -> dict[int, float]:
 
 
 def estimated(report: dict[str, Any], what: str, way: str) -> str:
-    """Of the kernels alone, at 64k tokens, from `optimistic` to `expected`."""
+    """Of the kernels alone, at 64k tokens, from `optimistic` to `expected`.
+
+    Those of fine that walk the blocks of a tile are estimated for as many as there were.
+    """
     kernels, known = ESTIMATED.get(what, {}).get(way, ()), report.get("estimates, ms", {})
     if not kernels or not all(name in known for name in kernels):
         return "-"
-    ends = (sum(known[name][end] for name in kernels) for end in ("optimistic", "expected"))
+    timed = report["measured"].get(f"{what}, {paper.TOKENS} tokens", {})
+    blocks = timed.get(BLOCKS_OF_TILES, paper.UNION) / paper.UNION
+    ends = (
+        sum(known[name][end] * (blocks if name in OF_TILES else 1) for name in kernels)
+        for end in ("optimistic", "expected")
+    )
     return " to ".join(f"{end:.3g}" for end in ends)
 
 
@@ -873,7 +953,7 @@ def fill(box: Box, device: str) -> None:
         "verify",
         "nsa_fast",
         f"--device={device}",
-        f"--time={max(1, round(box.left))}s",
+        f"--time={max(1, round(box.left - TO_END))}s",
         f"--json={verdict}",
         kept="verify",
     )

@@ -351,11 +351,6 @@ SIZES = Sizes(
 )
 
 
-#: Blocks of a tile of 4 tokens, in the mean. It depends on what is chosen: 16 if all choose the
-#: same, some 55 if they choose at random.
-UNION = 24
-
-
 def launches(dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
     """Every kernel by name, as it is launched at the paper's shape."""
     product = selection_kernels.product_constants(
@@ -435,7 +430,7 @@ def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
         )
 
     def of_tiles(c: Mapping[str, Any], operations: float) -> Work:
-        return Work(tile_of / c["T"] * UNION, 2 * block * wide, operations=pairs * operations)
+        return Work(tile_of / c["T"] * paper.UNION, 2 * block * wide, operations=pairs * operations)
 
     return {
         "row_lse": of_windows,

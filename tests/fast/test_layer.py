@@ -348,6 +348,9 @@ def test_a_compiled_model_breaks_once_at_each_layer() -> None:
     )
     assert all(map(torch.equal, found, expected))
     assert graphs.frame_count == 3
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        whole(x)
 
 
 def test_several_threads_train_at_a_time() -> None:

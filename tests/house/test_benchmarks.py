@@ -135,6 +135,9 @@ def test_every_step_for_a_gpu_runs_on_a_cpu(
         if "name" in each:
             assert "error" not in each["found"], each
             box.write(each["name"], each["found"])
+    measured = box.report["measured"]
+    assert measured["the layer in torch.compile"]["the same bits"]
+    assert measured["a step in a CUDA graph"] == {"refused": "a CPU captures no graph"}
     forward, backward = (gpu.curves(box.report, f"{way}, ms") for way in ("forward", "backward"))
     bench = gpu.Bench("cpu")
     assert list(forward) == [*bench.timed(), *bench.replaced()]
@@ -142,6 +145,17 @@ def test_every_step_for_a_gpu_runs_on_a_cpu(
     assert all(gpu.floor(box.report, way)[32] > 0 for way in gpu.WAYS)
     tables = list(gpu.tables(box.report))
     assert [table.row_count for table in tables] == [len(forward) + 1, len(backward) + 1]
+
+
+def test_what_is_estimated_of_fine_goes_by_the_blocks_that_there_were() -> None:
+    known = {
+        name: {"optimistic": 1.0, "expected": 2.0} for name in gpu.ESTIMATED["fine"][gpu.WAYS[1]]
+    }
+    name = f"fine, {gpu.paper.TOKENS} tokens"
+    report = {"estimates, ms": known, "measured": {name: {gpu.BLOCKS_OF_TILES: 48.0}}}
+    # dq walks the blocks of tiles, and the five others do not
+    assert gpu.estimated(report, "fine", gpu.WAYS[1]) == "7 to 14"
+    assert gpu.estimated(report | {"measured": {}}, "fine", gpu.WAYS[1]) == "6 to 12"
 
 
 def test_without_rich_and_matplotlib_there_is_the_file_alone(
@@ -173,6 +187,17 @@ for name in sys.argv[1:]:
 """
 
 
+#: Writes its report when it is told to end.
+SLOW = """
+import signal, sys, time
+def report(*_):
+    open("report-verify.json", "w").write("{}")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, report)
+time.sleep(60)
+"""
+
+
 def test_a_step_that_hangs_or_ends_its_process_is_written_and_the_next_one_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -189,6 +214,17 @@ def test_a_step_that_hangs_or_ends_its_process_is_written_and_the_next_one_goes_
     box.until = time.monotonic()
     box.go_through(["f"])
     box.command("judge", "nowhere", kept="verify")
+    assert box.report["not done"] == ["b", "f", "judge"]
+    # what takes too long is ended, and may write what there is
+    monkeypatch.setattr(gpu, "LEAST", -1.0)
+    Path("slow.py").write_text(SLOW)
+    box.until = time.monotonic() + 3
+    box.command("slow", "slow", kept="verify")
+    assert box.report["measured"]["slow"] == {
+        "exit code": 3,
+        "says": "",
+        "report": "report-verify.json",
+    }
     assert json.loads(Path("report.json").read_text())["not done"] == ["b", "f", "judge"]
 
 
