@@ -7,7 +7,8 @@ lost nothing that it had measured. In order:
     oracle       every kernel at a small size, judged
     64k tokens   the branches, the selection, the layer, and what they have to beat, each timed
                  forward and backward beside its estimate (`benchmarks.sm90`), with peak memory;
-                 the kernels of the layer one by one; and what kernels of our own have replaced
+                 the kernels of the layer one by one; a step of it in a CUDA graph, and inside of
+                 `torch.compile`; and what kernels of our own have replaced
     lengths      what was timed, from 4k to 128k tokens
     dtypes       the oracle again, for float16 and float32
     constants    `benchmarks.hardware_constants`
