@@ -113,9 +113,13 @@ LOADING_TIMEOUT = 120.0
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started, began = time.monotonic(), time.time()
-    for file in (arguments.json, arguments.html, arguments.junit):
-        if file:
-            _check_writable(file)
+    written = [x for x in (arguments.json, arguments.html, arguments.junit) if x is not None]
+    for file in written:
+        _check_writable(file)
+        names = [os.path.realpath(other) for other in written]
+        several = names.count(os.path.realpath(file)) > 1
+        if several and not (Path(file).exists() and not Path(file).is_file()):  # as a device is
+            raise CannotRun(f"{file} is to be written twice. Give each report a file of its own")
     if arguments.html and importlib.util.find_spec("jinja2") is None:
         raise CannotRun("--html needs jinja2: pip install 'nsa-ref[report]'")
     _check_folder(Path(arguments.findings))
@@ -533,7 +537,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     layers = [name for name in names if isinstance(ZOO[name].implementation, TorchImplementation)]
     if layers and importlib.util.find_spec("torch") is None:
         raise CannotRun(f"{layers[0]} needs torch, which is not installed here")
-    if arguments.json:
+    if arguments.json is not None:
         _check_writable(arguments.json)
     suite = Path(__file__).parent / "mutants" / "suite.py"
     asked = [
@@ -762,6 +766,8 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
 def _check_writable(file: str) -> None:
     """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
     path = Path(file)
+    if not file:
+        raise CannotRun("a file to write has no name. Name it, or leave its option out")
     try:
         existed = path.exists()
         # a pipe that nobody reads is not waited for

@@ -29,7 +29,13 @@ from nsa_ref.testing.loading import CannotRun, Declared
 from nsa_ref.testing.narrowing import DIED, SAMPLED, Sample, entry_of
 from nsa_ref.testing.properties import PROPERTIES, Property
 from nsa_ref.testing.sessions import Collector, answers_to, fold_findings, run_session, say
-from nsa_ref.testing.sharing import SharedFindings, digest_of, is_shared, shared_database
+from nsa_ref.testing.sharing import (
+    SharedFindings,
+    check_where,
+    digest_of,
+    is_shared,
+    shared_database,
+)
 from nsa_ref.testing.swarm import Round, draw_round, every_property
 from nsa_ref.testing.verdicts import FAILURES
 from nsa_ref.testing.wording import printable
@@ -77,6 +83,7 @@ class Fuzzing:
         self.state = folder.state(self.spec, arguments.seed)
         self.causes = folder.causes(self.state)
         where = arguments.database or str(folder.examples)
+        check_where(where)
         self.url = where if is_shared(where) else ""
         self.examples = folder.examples if self.url else Path(where).absolute()
         try:

@@ -75,6 +75,10 @@ CHANGED_BY = {
 LISTED = ("group_size", *(field.name for field in dataclasses.fields(Case)))
 
 
+#: Of a size that may be stated: one more could not be counted up to.
+LARGEST = 2**62
+
+
 def check_limits(name: str, stated: object, of_method: bool = False) -> None:
     """Limits of fields that can be limited, to values that such a field can have, and together.
 
@@ -117,6 +121,9 @@ def check_limits(name: str, stated: object, of_method: bool = False) -> None:
             if not _is_value(field, value):
                 known = NAMED_VALUES.get(field, ())
                 rule = ", ".join(map(str, known)) or f"integers of at least {least_of(field)}"
+                if isinstance(value, int) and value > LARGEST:  # it may be too long to be printed
+                    said = f"a larger number; valid are {rule} and at most {LARGEST}"
+                    raise ValueError(f"{name}[{field!r}] has {said}.")
                 raise ValueError(f"{name}[{field!r}] has {value!r}; valid are {rule}.")
     if broken := _broken_law(limits):
         raise ValueError(f"{name} leaves no case: {broken}.")
@@ -382,7 +389,7 @@ def _is_value(field: str, value: object) -> bool:
         check_at_least(field, value, least_of(field))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return False
-    return True
+    return value <= LARGEST  # type: ignore[operator]
 
 
 def head_counts(limits: Limits) -> dict[int, list[int]] | None:

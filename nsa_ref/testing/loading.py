@@ -249,9 +249,13 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                 )
         if one.pace not in PACES:
             raise ValueError(f"{where}pace={one.pace!r} must be one of {', '.join(PACES)}.")
+        methods = {prop.called for prop in PROPERTIES.values()}
+        for name in ("offers", "supports", "compile_counts", *sorted(methods)):
+            if not callable(getattr(one, name, callable)):
+                found = cut(repr(getattr(one, name)), LONGEST_REASON)
+                raise TypeError(f"{where}{name}={found} must be a method.")
         compiled_by(one)
         check_limits(f"{where}limits", one.limits)
-        methods = {prop.called for prop in PROPERTIES.values()}
         check_limits_of(f"{where}limits_of", one.limits_of, methods)
         _check_some_case(where, one)
     names = ["".join(c if c.isalnum() else "_" for c in one.name) for one in implementations]

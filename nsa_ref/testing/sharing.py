@@ -64,6 +64,16 @@ def is_shared(where: str) -> bool:
     return where.startswith(("redis://", "rediss://"))
 
 
+def check_where(where: str) -> None:
+    """Raise CannotRun for another server's address, which is no folder's name."""
+    scheme, found, _ = where.partition("://")
+    if found and not is_shared(where):
+        raise CannotRun(
+            f"--database {where}: {scheme}:// is neither a folder nor a Redis server. "
+            "Try redis://localhost:6379/0, or a folder"
+        )
+
+
 def shared_database(url: str) -> Unreliable:
     """The examples that several machines keep together.
 

@@ -255,6 +255,15 @@ def test_where_nobody_listens_it_runs(closed: str, place: Path) -> None:
     assert json.loads((place / "report.json").read_text())["findings"]
 
 
+def test_a_child_that_the_port_leaves_behind_does_not_speak_for_the_worker(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["verify", "port_zoo:LeavesAChild", "--device=cpu", "--branch=sliding", "-n1"]
+    assert main([*asked, "--json=report.json"]) == HOLDS, capsys.readouterr()
+    report = json.loads(Path("report.json").read_text())
+    assert report["complete"] and sum(row["cases"] for row in report["clauses"]) > 20
+
+
 def test_without_docstrings_it_runs() -> None:
     done = python("-OO", "-m", "nsa_ref", "explain", "W1")
     assert done.returncode == HOLDS and done.stderr == "", done

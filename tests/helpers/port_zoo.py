@@ -188,6 +188,16 @@ class ConstructorRaises(SlidingMask):
         raise OSError("no such\nkernel library")
 
 
+class LeavesAChild(SlidingMask):
+    """Right; and a second process returns to the judge from every call."""
+
+    name = "leaves a child"
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        os.fork()
+        return super().sliding_mask(case)
+
+
 class DiesInWorkers(SlidingMask):
     """Loads once, and not where the work is done."""
 

@@ -494,6 +494,9 @@ def test_limits_of_a_method_are_nothing_to_the_others() -> None:
             {"q_len": range(10**9, 2 * 10**9)},
             "q_len=range(1000000000, 2000000000); but no case has more than 1048576",
         ),
+        ({"kv_len": range(10**30)}, "has a larger number; valid are integers of at least 0 and at"),
+        ({"kv_len": f"<= {10**30}"}, "has a larger number; valid are integers of at least 0 and"),
+        ({"head_dim": (8, 10**5000)}, "has a larger number; valid are integers of at least 1 and"),
     ],
 )
 def test_rules_without_a_meaning_are_refused_in_a_line(limits: dict[str, Any], words: str) -> None:

@@ -319,6 +319,26 @@ class PositionsInBfloat16(LayerInSteps):
         return super().turned(x, positions.bfloat16().long())
 
 
+@mutant(
+    "G4",
+    "packed: positions are kept in bfloat16, and beyond 256 every other one is lost",
+    needs={"kv_len": "> 256"},
+)
+class PackedPositionsInBfloat16(LayerInSteps):
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        return PositionsInBfloat16().sequence(case, weights, x, start, stop)
+
+
+@mutant("G4", "packed: rows beyond a sequence's 64th are not written", needs={"kv_len": "> 64"})
+class PackedRowsUpTo64(LayerInSteps):
+    def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
+        import torch
+
+        rows = super().sequence(case, weights, x, start, stop)
+        written = torch.arange(stop - start)[:, None] < 64
+        return torch.where(written, rows, 0)
+
+
 @mutant("G2", "heads beyond the second are not turned", needs={"q_heads": "> 2"})
 class TwoHeadsTurned(LayerInSteps):
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -340,6 +360,18 @@ class _NoMaximum(Kernel):
 @mutant("G1", "the maximum is not subtracted, seen through the layer alone")
 class NoMaximumInTheLayer(LayerInSteps):
     kernel = _NoMaximum()
+
+
+class _NoMaximumBackward(Kernel):
+    """Right forward."""
+
+    def attend_vjp(self, *given: Any) -> Any:
+        return _NoMaximum().attend_vjp(*given)
+
+
+@mutant("G1", "the maximum is subtracted, but not in the backward, seen through the layer alone")
+class NoMaximumInTheLayerBackward(LayerInSteps):
+    kernel = _NoMaximumBackward()
 
 
 @mutant("G3", "the maximum is subtracted, but not at decoding")
@@ -496,6 +528,16 @@ class LayerForcedUpTo128(LayerInSteps):
     selector = ForcedUpTo128()
 
 
+@mutant(
+    "G3",
+    "at decoding, blocks beyond the 128th are forced no more",
+    needs={"num_selection_blocks": "> 128"},
+)
+class DecodeForcedUpTo128(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return LayerForcedUpTo128().decoded(case, weights, x)
+
+
 @mutant("G1", "of equal scores at the cutoff, the future's 0 is taken before the past's")
 class FutureZerosInTheLayer(LayerInSteps):
     selector = TieIntoTheFuture()
@@ -575,6 +617,22 @@ class CacheOf48Blocks(LayerInSteps):
         return layer.decoded(case, weights, x)
 
 
+@mutant(
+    "G3",
+    "the cache has compressed keys of two sequences, and a third reads the second's",
+    needs={"batch": "> 2"},
+)
+class CacheOfTwoSequences(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return _BlocksOfTwoSequences().decoded(case, weights, x)
+
+
+class _BlocksOfTwoSequences(LayerInSteps):
+    def pooled(self, case: Case, weights: Any, kind: str, tokens: Tensor) -> Tensor:
+        pooled = super().pooled(case, weights, kind, tokens)
+        return pooled[[min(entry, 1) for entry in range(len(pooled))]]
+
+
 class _Overwritten(LayerInSteps):
     """Every result of a shape is written into the same memory, as by a captured graph."""
 
@@ -624,6 +682,35 @@ class DecodedOutputOverwritten(_Overwritten):
 class LayerGradientOverwritten(_Overwritten):
     def layer(self, case: Case, weights: Any, x: Tensor) -> Tensor:
         return super().layer(case, weights, self.with_static_gradient(x))
+
+
+@mutant("G1", "with blocks handed in, the next call writes its output over that of the last")
+class OutputWithBlocksOverwritten(_Overwritten):
+    def layer_with_blocks(
+        self, case: Case, weights: Any, x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        return self.written(super().layer_with_blocks(case, weights, x, block_indices))
+
+
+@mutant("G1", "with blocks handed in, the next call writes its dx over that of the last")
+class GradientWithBlocksOverwritten(_Overwritten):
+    def layer_with_blocks(
+        self, case: Case, weights: Any, x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        return super().layer_with_blocks(case, weights, self.with_static_gradient(x), block_indices)
+
+
+@mutant("G1", "blocks that are handed in are kept, and serve the next call")
+class BlocksHandedInBefore(LayerInSteps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Case, Tensor] = {}
+
+    def layer_with_blocks(
+        self, case: Case, weights: Any, x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        kept = self.kept.setdefault(case, block_indices)
+        return super().layer_with_blocks(case, weights, x, kept)
 
 
 @mutant("G1", "a projection's weight is kept, and serves the next call")

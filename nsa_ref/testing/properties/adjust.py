@@ -237,8 +237,9 @@ def affordable_layer(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def layer_with_windows(draw: st.DrawFn, sizes: Drawn) -> None:
-    """G1, G3, G4: compressed keys as well, which a request before may have left behind."""
+    """G1, G3, G4: three sequences with compressed keys, which one before may have left behind."""
     affordable_layer(draw, sizes)
+    sizes["batch"] = 3
     least = sizes["compress_block_size"] + sizes["compress_block_sliding_stride"]
     sizes["q_len"] = sizes["kv_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 2)))
 
@@ -266,7 +267,7 @@ def layer_of_groups_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
 
 
 def many_tokens(draw: st.DrawFn, sizes: Drawn) -> None:
-    """G2, G3: far more tokens than a window, a block or a chunk of a cache holds; one small head.
+    """G2 to G4: far more tokens than a window, a block or a chunk of a cache holds; a small head.
 
     Positions that do not fit into the 8 bits of bfloat16, and more than 48 compressed blocks.
     """

@@ -140,9 +140,11 @@ class Asked:
         undecided = self.undecided(self.truth)[..., None]
         return np.where(undecided, 0, d_out).astype(d_out.dtype)
 
-    def blocks(self, truth: Truth) -> tuple[np.ndarray, ...]:
-        """The choice of blocks, if it is handed in."""
-        return (truth.block_indices,) if self.method == "layer_with_blocks" else ()
+    def blocks(self, truth: Truth | None = None) -> tuple[np.ndarray, ...]:
+        """The choice of blocks, if it is handed in; the definition's, unless there is another."""
+        if self.method != "layer_with_blocks":
+            return ()
+        return ((truth or self.truth).block_indices,)
 
     def compared(self, clause: str, truth: Truth, found: Any = None) -> Comparison:
         """The output against its bound; undecided rows are admitted whatever they hold.
@@ -206,7 +208,8 @@ def second_request(prop: Property, implementation: Implementation, case: Case) -
         rows_decode(case)
     asked = Asked.about(implementation, prop.method, case)
     earlier = Asked.about(implementation, prop.method, fresh_seeds(case, 1)[0])
-    both = (weights_before(asked, earlier), earlier.x), (asked.weights, asked.x)
+    given = weights_before(asked, earlier), earlier.x, *earlier.blocks()
+    both = given, (asked.weights, asked.x, *asked.blocks())
     before, after, found = call(implementation.run_twice, prop.method, case, *both)
     shape = (*asked.x.shape[:2], case.layer_width)
     one, other = (checked_tensor(case, prop.method, result, shape) for result in (before, after))
@@ -597,8 +600,8 @@ def second_gradients(prop: Property, implementation: Implementation, case: Case)
     """G1: a request leaves the gradients of the one before as they are, and has none of them."""
     asked = Asked.about(implementation, prop.method, case)
     earlier = Asked.about(implementation, prop.method, fresh_seeds(case, 1)[0])
-    given = weights_before(asked, earlier), earlier.x, earlier.d_out
-    both = given, (asked.weights, asked.x, asked.d_out)
+    given = weights_before(asked, earlier), earlier.x, *earlier.blocks(), earlier.d_out
+    both = given, (asked.weights, asked.x, *asked.blocks(), asked.d_out)
     results = call(implementation.run_twice, f"{prop.method}_vjp", case, *both)
     before, after, _ = (gradients_of(asked, prop.clause, result) for result in results)
     check_unchanged(prop.clause, before, after)
