@@ -1,8 +1,6 @@
 """Right implementations of every kind: whatever is found in them is a mistake of the judge.
 
-A soak asks them for hours, and goes on where it was cut off (see CONTRIBUTING.md)::
-
-    nsa-ref fuzz innocents:implementations --findings soak --time 8h
+A soak asks them for hours, and goes on where it was cut off: `python -m benchmarks.soak`.
 """
 
 from __future__ import annotations
