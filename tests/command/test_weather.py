@@ -256,11 +256,11 @@ def test_where_nobody_listens_it_runs(closed: str, place: Path) -> None:
 
 
 def test_a_child_that_the_port_leaves_behind_does_not_speak_for_the_worker(
-    capsys: pytest.CaptureFixture[str],
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["verify", "port_zoo:LeavesAChild", "--device=cpu", "--branch=sliding", "-n1"]
     assert main([*asked, "--json=report.json"]) == HOLDS, capsys.readouterr()
-    report = json.loads(Path("report.json").read_text())
+    report = json.loads((place / "report.json").read_text())
     assert report["complete"] and sum(row["cases"] for row in report["clauses"]) > 20
 
 
