@@ -217,12 +217,19 @@ def fold(
         if _is_coincidence(i, findings, tried):
             finding["convention"] = None
             tried = {pair: broken for pair, broken in tried.items() if pair[1] != i}
-    # what a convention leaves broken has another cause, however alike it looks
+    # what a convention leaves broken has another cause, however alike it looks: one, if several do
     stays = {pair for pair, broken in tried.items() if broken}
     first_of: dict[tuple[str, ...], int] = {}
+    first_left: dict[tuple[str, ...], int] = {}
     for j, finding in enumerate(findings):
-        first = first_of.setdefault(alike_as(finding), j)
-        root[j] = j if (j, first) in stays else first
+        alike = alike_as(finding)
+        first = first_of.setdefault(alike, j)
+        if (j, first) not in stays:
+            root[j] = first
+            continue
+        root[j] = first_left.setdefault(alike, j)
+        if finding["convention"] == findings[first]["convention"]:
+            finding["convention"] = None  # with it declared, the finding is there all the same
     for number, question in enumerate(asked):
         broken, i, j = answers.get(number), question.of, question.finding
         if question.convention:

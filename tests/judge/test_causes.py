@@ -361,5 +361,13 @@ def test_a_switch_that_explains_none_of_those_that_are_alike_is_a_coincidence() 
     assert folded(findings, gone=set()) == ["0.json"] * 4
     assert findings[0]["convention"] is None and "gone" not in findings[0]
     findings = alike("own_block_extra")
-    assert folded(findings, gone={1}) == ["0.json", "0.json", "2.json", "3.json"]
+    assert folded(findings, gone={1}) == ["0.json", "0.json", "2.json", "2.json"]
     assert findings[0]["gone"] == [2, 4]
+
+
+def test_what_a_convention_leaves_of_findings_that_are_alike_is_told_once() -> None:
+    """And without the convention, under which it is there all the same."""
+    findings = [finding_of(n, "W1", "A1_sliding_output", "causal") for n in range(5)]
+    assert folded(findings, gone={1}) == ["0.json", "0.json", "2.json", "2.json", "2.json"]
+    named = [finding["convention"] is not None for finding in findings]
+    assert named == [True, True, False, False, False]
