@@ -128,7 +128,7 @@ def test_what_is_supported_fits_or_is_refused_in_words(path: Any) -> None:
         for name, facts in row["kernels"].items():
             assert facts["shared"] <= sm90.MOST_SHARED, name
             # what does not fit into registers at all takes 6 KB and more
-            assert facts["stack"] < 4096 and facts["registers"] > 32, name
+            assert facts["stack"] < 4096 and facts["registers"] > 0, name
         ours = not fine_lists.why_not(
             dtype,
             pairs=1,
