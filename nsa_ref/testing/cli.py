@@ -116,8 +116,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     written = [x for x in (arguments.json, arguments.html, arguments.junit) if x is not None]
     for file in written:
         _check_writable(file)
-        names = [os.path.realpath(other) for other in written]
-        several = names.count(os.path.realpath(file)) > 1
+        paths = [os.path.realpath(other) for other in written]
+        several = paths.count(os.path.realpath(file)) > 1
         if several and not (Path(file).exists() and not Path(file).is_file()):  # as a device is
             raise CannotRun(f"{file} is to be written twice. Give each report a file of its own")
     if arguments.html and importlib.util.find_spec("jinja2") is None:

@@ -136,6 +136,20 @@ class Collector:
         return True
 
     @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodeready(self, node: Any) -> None:
+        """What is sent to a worker that has just ended is lost with it, and ends no run.
+
+        xdist hears of the end a little later, and hands out again what that worker was to do.
+        """
+        send = node.sendcommand
+
+        def sent(name: str, **what: object) -> None:
+            with contextlib.suppress(OSError):
+                send(name, **what)
+
+        node.sendcommand = sent
+
+    @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """End the run if workers keep dying before they judge anything: xdist replaces each."""
         if hanging := loading_that_hangs(node):

@@ -264,6 +264,19 @@ def test_a_child_that_the_port_leaves_behind_does_not_speak_for_the_worker(
     assert report["complete"] and sum(row["cases"] for row in report["clauses"]) > 20
 
 
+def test_what_is_sent_to_a_worker_that_has_just_ended_ends_no_run() -> None:
+    sent: list[str] = []
+
+    def send(name: str, **what: object) -> None:
+        sent.append(name)
+        raise OSError("cannot send (already closed?)")
+
+    node = SimpleNamespace(sendcommand=send)
+    sessions.Collector(Console(quiet=True), None).pytest_testnodeready(node)
+    node.sendcommand("runtests", indices=[3])
+    assert sent == ["runtests"]
+
+
 def test_without_docstrings_it_runs() -> None:
     done = python("-OO", "-m", "nsa_ref", "explain", "W1")
     assert done.returncode == HOLDS and done.stderr == "", done
