@@ -113,13 +113,7 @@ LOADING_TIMEOUT = 120.0
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started, began = time.monotonic(), time.time()
-    written = [x for x in (arguments.json, arguments.html, arguments.junit) if x is not None]
-    for file in written:
-        _check_writable(file)
-        paths = [os.path.realpath(other) for other in written]
-        several = paths.count(os.path.realpath(file)) > 1
-        if several and not (Path(file).exists() and not Path(file).is_file()):  # as a device is
-            raise CannotRun(f"{file} is to be written twice. Give each report a file of its own")
+    _check_each_writable(arguments.json, arguments.html, arguments.junit)
     if arguments.html and importlib.util.find_spec("jinja2") is None:
         raise CannotRun("--html needs jinja2: pip install 'nsa-ref[report]'")
     _check_folder(Path(arguments.findings))
@@ -761,6 +755,16 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
         axes.set(title=name, xlabel="key j", ylabel="query t")
     figure.axes[0].set_xlabel("memory and compressed block i")
     figure.savefig(path, dpi=110, format="png")
+
+
+def _check_each_writable(*files: str | None) -> None:
+    """The same of several reports; no two of them are one file, unless it is a device."""
+    named = [file for file in files if file is not None]
+    paths = [os.path.realpath(file) for file in named]
+    for file, path in zip(named, paths):
+        _check_writable(file)
+        if paths.count(path) > 1 and (os.path.isfile(path) or not os.path.exists(path)):
+            raise CannotRun(f"{file} is to be written twice. Give each report a file of its own")
 
 
 def _check_writable(file: str) -> None:
