@@ -80,7 +80,7 @@ def attend(
 
     out = np.zeros((batch, q_heads, q_len, v.shape[3]), dtype=np.result_type(q, k, v))
     lse = np.zeros((batch, q_heads, q_len), dtype=np.result_type(q, k))
-    for g, rows, multiplicity in _rows_that_see_the_same(mask, group):
+    for g, rows, multiplicity in rows_that_see_the_same(mask, group):
         b, (visible,) = rows[0], multiplicity.nonzero()
         if visible.size == 0:
             # The sums of A1 are 0 / 0 here, so the value is a convention and has a switch.
@@ -148,7 +148,7 @@ def attend_vjp(
 
     dtype = np.result_type(q, k, v, d_out, d_lse)
     dq, dk, dv = (np.zeros(x.shape, dtype=dtype) for x in (q, k, v))
-    for g, rows, multiplicity in _rows_that_see_the_same(mask, group):
+    for g, rows, multiplicity in rows_that_see_the_same(mask, group):
         b, (visible,) = rows[0], multiplicity.nonzero()
         dO = d_out[rows]
         if visible.size == 0:
@@ -168,7 +168,7 @@ def attend_vjp(
     return dq, dk, dv
 
 
-def _rows_that_see_the_same(
+def rows_that_see_the_same(
     mask: np.ndarray, group: int
 ) -> Iterator[tuple[int, tuple[int, slice, slice], np.ndarray]]:
     """(kv head, (b, query heads, rows), multiplicities of the keys): each row is in one of them.

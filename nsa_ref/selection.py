@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from nsa_ref.attention import rows_that_see_the_same
 from nsa_ref.checks import as_float64, check_at_least, check_multiple, check_shape
 from nsa_ref.compress import compress_windows, num_compress_blocks
 from nsa_ref.masks import compress_mask
@@ -140,12 +141,10 @@ def shared_strides(kv_len: int, sizes: Sizes, semantics: Semantics = PAPER) -> n
     why = "eq. 9 counts the overlap of windows and blocks in whole strides"
     check_multiple("compress_block_size", length, "compress_block_sliding_stride", d, why=why)
     size, num_blocks = sizes.selection_block_size, num_selection_blocks(kv_len, sizes)
-    count = np.zeros((len(windows), num_blocks), dtype=np.int64)
     first = size * np.arange(num_blocks)
-    for i, (start, stop) in enumerate(windows):
-        tokens = np.minimum(stop, first + size) - np.maximum(start, first)
-        count[i] = np.maximum(tokens, 0) // d  # all four ends are multiples of d
-    return count
+    start, stop = np.array(windows, dtype=np.int64).reshape(-1, 2).T[:, :, None]
+    tokens = np.minimum(stop, first + size) - np.maximum(start, first)
+    return np.maximum(tokens, 0) // d  # all four ends are multiples of d
 
 
 def compress_probabilities(
@@ -185,20 +184,20 @@ def compress_probabilities(
     q, k_cmp, mem_k = selection_arguments(q, k_cmp, mem_k, kv_len, sizes, semantics)
     batch, q_heads, q_len, _ = q.shape
     group, num_mem_kv, blocks = sizes.group_size, sizes.num_mem_kv, k_cmp.shape[2]
-    mask = compress_mask(q_len, kv_len, sizes, semantics)
     columns = np.concatenate([mem_k, k_cmp], axis=2)
+    mask = compress_mask(q_len, kv_len, sizes, semantics)
+    mask = np.broadcast_to(mask, (batch, q_heads, *mask.shape))
 
     p_cmp = np.zeros((batch, q_heads, q_len, blocks), dtype=np.result_type(q, columns))
-    for b, g, t in np.ndindex(batch, columns.shape[1], q_len):
-        (visible,) = mask[t].nonzero()
+    for g, rows, multiplicity in rows_that_see_the_same(mask, group):
+        b, (visible,) = rows[0], multiplicity.nonzero()
         if visible.size == 0:
             continue
-        of_heads = slice(g * group, (g + 1) * group)
-        s = sizes.scale * (q[b, of_heads, t] @ columns[b, g, visible].T)
-        weight = np.exp(s - s.real.max(axis=1, keepdims=True))
-        probability = weight / weight.sum(axis=1, keepdims=True)
+        s = sizes.scale * (q[rows] @ columns[b, g, visible].T)
+        weight = np.exp(s - s.real.max(axis=-1, keepdims=True))
+        probability = weight / weight.sum(axis=-1, keepdims=True)
         blocks_seen = visible[num_mem_kv:] - num_mem_kv
-        p_cmp[b, of_heads, t][:, blocks_seen] = probability[:, num_mem_kv:]
+        p_cmp[rows][..., blocks_seen] = probability[..., num_mem_kv:]
     return p_cmp
 
 
@@ -417,16 +416,12 @@ def top_blocks(blocks: Scored, sizes: Sizes, semantics: Semantics = PAPER) -> np
     n = sizes.num_selected_blocks
     chosen = np.full((*ranked.shape[:3], n), -1)
     for b, g, t in np.ndindex(ranked.shape[:3]):
-        best = sorted(
-            (int(block) for block in np.flatnonzero(blocks.candidates[t])),
-            key=lambda block: (-ranked[b, g, t, block], block),
-        )
-        slot = 0
-        for block in best[:n]:
-            floor = semantics.score_floor
-            if floor is None or ranked[b, g, t, block] > floor:
-                chosen[b, g, t, slot] = block
-                slot += 1
+        candidates = np.flatnonzero(blocks.candidates[t])
+        # a stable sort leaves equal ones in the order of their indices
+        best = candidates[np.argsort(-ranked[b, g, t, candidates], kind="stable")][:n]
+        if semantics.score_floor is not None:
+            best = best[ranked[b, g, t, best] > semantics.score_floor]
+        chosen[b, g, t, : len(best)] = best
     return chosen
 
 

@@ -241,10 +241,13 @@ class _Trials:
         Broken : as `run`, once the case was made smaller
         """
         prop, implementation, options = self.prop, self.implementation, self.options
+        if turn == 0:
+            self.record.asked = self.record.unreached = asked_of(prop, implementation, options)
+        if not options.seconds_left:
+            return  # drawing takes time as well
         refused, ordered = small_first(implementation, prop, options.for_all_turns)
         cases = list(turn_of(ordered, turn))
         if turn == 0:
-            self.record.asked = asked_of(prop, implementation, options)
             self.try_examples()
             self.record.unreached = len(ordered)
             for case in refused:

@@ -85,20 +85,34 @@ def test_every_clause_has_a_case_before_any_has_two() -> None:
 
 def test_what_is_left_by_one_turn_is_judged_in_a_later_one(tmp_path: Path) -> None:
     name = "W1_sliding_mask_as_exposed"
-    late = time.time() - 1
 
     def turn(number: int, **options: Any) -> Record:
         return trials.record(name, Sliding(), tmp_path, turn=number, **options)
 
     total = Record(name=name, clause="W1")
     for number in range(AGAIN):
-        record = turn(number, deadline=late)
-        assert not record.cases
+        record = turn(number, share=0.0, deadline=time.time() + 3600)
+        assert record.cases + record.inconclusive.total() <= 1  # the first may take more
         total.add(record)
     assert total.unreached > 20
     total.add(turn(AGAIN))
     assert total.unreached == 0
     assert total.cases + total.inconclusive.total() >= 30
+
+
+def test_nothing_is_drawn_once_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*given: object) -> None:
+        raise AssertionError("cases were drawn")
+
+    monkeypatch.setattr("nsa_ref.testing.running.small_first", drawn)
+    records = [
+        trials.record("A1_fine_output", OracleImplementation(), tmp_path, turn=turn, deadline=1.0)
+        for turn in range(TURNS)
+    ]
+    assert records[0].asked == records[0].unreached > 20
+    assert not any(record.asked or record.unreached for record in records[1:])
 
 
 def test_a_case_that_is_broken_in_a_turn_is_made_smaller(tmp_path: Path) -> None:
