@@ -113,7 +113,8 @@ LOADING_TIMEOUT = 120.0
 def verify(arguments: argparse.Namespace, console: Console) -> int:
     """Judge an implementation, clause by clause."""
     started, began = time.monotonic(), time.time()
-    _check_each_writable(arguments.json, arguments.html, arguments.junit)
+    reports = {"json": arguments.json, "html": arguments.html, "junit": arguments.junit}
+    _check_each_writable(reports)
     if arguments.html and importlib.util.find_spec("jinja2") is None:
         raise CannotRun("--html needs jinja2: pip install 'nsa-ref[report]'")
     _check_folder(Path(arguments.findings))
@@ -532,7 +533,7 @@ def mutants(arguments: argparse.Namespace, console: Console) -> int:
     if layers and importlib.util.find_spec("torch") is None:
         raise CannotRun(f"{layers[0]} needs torch, which is not installed here")
     if arguments.json is not None:
-        _check_writable(arguments.json)
+        _check_writable(arguments.json, "json")
     suite = Path(__file__).parent / "mutants" / "suite.py"
     asked = [
         (name, limits, seed)
@@ -689,7 +690,7 @@ def show_case(arguments: argparse.Namespace, console: Console) -> int:
     masks = {branch.name: oracle_mask(branch, case)[0, 0] for branch in BRANCHES}
     say(console, case)
     if arguments.png:
-        _check_writable(arguments.png)
+        _check_writable(arguments.png, "png")
         try:
             draw_png(masks, Path(arguments.png))
         except OSError as error:
@@ -757,18 +758,25 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _check_each_writable(*files: str | None) -> None:
+#: How each kind of file begins that the command writes.
+BEGINNINGS = {"json": b"{", "html": b"<", "junit": b"<", "png": b"\x89PNG"}
+
+
+def _check_each_writable(files: dict[str, str | None]) -> None:
     """The same of several reports; no two of them are one file, unless it is a device."""
-    named = [file for file in files if file is not None]
-    paths = [os.path.realpath(file) for file in named]
-    for file, path in zip(named, paths):
-        _check_writable(file)
+    named = {kind: file for kind, file in files.items() if file is not None}
+    paths = [os.path.realpath(file) for file in named.values()]
+    for (kind, file), path in zip(named.items(), paths):
+        _check_writable(file, kind)
         if paths.count(path) > 1 and (os.path.isfile(path) or not os.path.exists(path)):
             raise CannotRun(f"{file} is to be written twice. Give each report a file of its own")
 
 
-def _check_writable(file: str) -> None:
-    """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing."""
+def _check_writable(file: str, kind: str = "") -> None:
+    """Raise CannotRun now, not after the run, if the file cannot be written; leave nothing.
+
+    kind : one of BEGINNINGS; another file is not written over, such as an adapter behind `--json`
+    """
     path = Path(file)
     if not file:
         raise CannotRun("a file to write has no name. Name it, or leave its option out")
@@ -778,6 +786,11 @@ def _check_writable(file: str) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))
         if not existed:
             path.unlink()
+        elif path.is_file() and os.access(path, os.R_OK):
+            with path.open("rb") as old:
+                begins = old.read(64).lstrip()
+            if begins and not begins.startswith(BEGINNINGS.get(kind, b"")):
+                raise CannotRun(f"{path} is there and no {kind} file. Try another path")
     except OSError as error:
         raise CannotRun(f"cannot write {path}: {error.strerror}. Try another path") from None
 

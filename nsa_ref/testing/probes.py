@@ -263,7 +263,7 @@ class Reading(NamedTuple):
     """A mask that an implementation shows, in one of the ways in which it can be read.
 
     name : "" if there is only one
-    cells : multiplicities
+    cells : multiplicities, integers or bool, of any shape
     is_list : read off the block lists of a BlockMask, which its predicate stands beside
     """
 
@@ -302,7 +302,7 @@ def exposed_readings(value: Any, rows: int, columns: int) -> list[Reading]:
     array = as_array(value)
     if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
         raise Raised(f"a mask of dtype {array.dtype}; it must hold booleans or integers")
-    return [Reading("", array.astype(np.int64))]
+    return [Reading("", array)]
 
 
 def head_influence(

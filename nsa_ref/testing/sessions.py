@@ -131,8 +131,12 @@ class Collector:
             self.errors.append(_error_line(report))
 
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
-        """What goes wrong with the session itself is one line."""
-        self.errors.append(f"the workers' session ended: {one_line(excinfo.value)}")
+        """What goes wrong with the session itself is one line: of a traceback, the last."""
+        # xdist raises a worker's traceback as the message of `assert False`
+        told = str(excinfo.value).removesuffix("assert False").strip()
+        of_worker = isinstance(excinfo.value, AssertionError) and told.startswith("Traceback")
+        why = told.rpartition("\n")[2] if of_worker else one_line(excinfo.value)
+        self.errors.append(f"the workers' session ended: {why}")
         return True
 
     @pytest.hookimpl(optionalhook=True)

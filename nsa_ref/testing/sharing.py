@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import urllib.parse
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -91,6 +92,9 @@ def shared_database(url: str) -> Unreliable:
         "socket_connect_timeout": ANSWER_TIMEOUT,
     }
     try:
+        number = urllib.parse.urlsplit(url).path.strip("/")
+        if number and not number.isdecimal():  # redis would take database 0
+            raise ValueError(f"{number!r} must be the number of a database")
         server = redis.Redis.from_url(url, **patience)
     except ValueError as error:
         raise CannotRun(f"--database {url}: {error}. Try redis://localhost:6379/0") from None

@@ -104,6 +104,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return max_workers(os.cpu_count() or 1, found) if found else None
 
 
+def pytest_internalerror() -> bool:
+    """Of a worker it is told by the process that hands out the work, and once."""
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
 def draw_alike_everywhere() -> None:
     """Let a seed mean the same cases wherever the modules of a port, or of the judge, lie.
 

@@ -192,7 +192,7 @@ ADAPTERS = {
     "needs_it:Port": f"importing needs_it failed: it needs '{NO_MODULE}'",
     "raises:Port": "importing raises failed: ZeroDivisionError: division by zero",
     "leaves:Port": "importing leaves failed: SystemExit: 5",
-    "port_zoo:Prot": "port_zoo has no 'Prot'; it has BadRefusal, CancelsTheAlarm",
+    "port_zoo:Prot": "port_zoo has no 'Prot'; it has BadRefusal, BreaksPytest",
     "port_zoo:not_an_implementation": "gives a dict",
     "port_zoo:ConstructorRaises": "OSError: no such kernel library",
     "port_zoo:undeclared": "'fp33'",

@@ -106,6 +106,7 @@ def test_what_hypothesis_kept_of_one_round_is_tried_in_the_next() -> None:
     [
         (["--time", "soon"], "--time: 'soon' must be a time such as 90s, 5m or 2h"),
         (["--database", "redis://host:port"], "--database redis://host:port: "),
+        (["--database", "redis://host/x"], "'x' must be the number of a database"),
         (["--database", "http://host"], "http:// is neither a folder nor a Redis server"),
         (["--findings", "/dev/null/x"], "cannot fuzz in the folder /dev/null/x: "),
         (["--export"], "knows of nothing that is broken"),

@@ -264,6 +264,25 @@ def test_a_child_that_the_port_leaves_behind_does_not_speak_for_the_worker(
     assert report["complete"] and sum(row["cases"] for row in report["clauses"]) > 20
 
 
+@pytest.mark.parametrize("kind", ["json", "html", "junit"])
+def test_a_report_is_not_written_over_another_kind_of_file(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = place / "adapter.py"
+    adapter.write_text("import numpy\n")
+    line = could_not_run(capsys, "verify", "oracle", f"--{kind}=adapter.py")
+    assert f"adapter.py is there and no {kind} file" in line
+    assert adapter.read_text() == "import numpy\n"
+
+
+def test_what_ends_the_session_of_a_worker_is_one_line(place: Path) -> None:
+    """Not pytest's traceback, from the worker and from the process that it tells."""
+    done = python("-m", "nsa_ref", "verify", "port_zoo:BreaksPytest", "--branch=sliding", "-n1")
+    assert done.returncode == COULD_NOT_RUN, done
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("nsa-ref: the workers' session ended: TypeError: 'NoneType' object")
+
+
 def test_what_is_sent_to_a_worker_that_has_just_ended_ends_no_run() -> None:
     sent: list[str] = []
 

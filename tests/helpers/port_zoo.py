@@ -198,6 +198,18 @@ class LeavesAChild(SlidingMask):
         return super().sliding_mask(case)
 
 
+class BreaksPytest(SlidingMask):
+    """Right; and what reports a test is gone."""
+
+    name = "breaks pytest"
+
+    def sliding_mask(self, case: Case) -> np.ndarray:
+        import _pytest.runner
+
+        _pytest.runner.call_and_report = None  # type: ignore[assignment]
+        return super().sliding_mask(case)
+
+
 class DiesInWorkers(SlidingMask):
     """Loads once, and not where the work is done."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import trials
 from nsa_ref.attention import Attention
 from nsa_ref.semantics import LUCIDRAINS, PAPER
 from nsa_ref.testing import Case, OracleImplementation, probes
@@ -19,6 +21,7 @@ from nsa_ref.testing.case import DTYPES
 from nsa_ref.testing.devices import Device
 from nsa_ref.testing.profiles import level_settings
 from nsa_ref.testing.strategies import Drawn, cases, fresh_seeds
+from port_zoo import Returns
 
 branches = pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -488,7 +491,7 @@ def test_what_a_mask_method_may_return() -> None:
     mask = np.array([[True, False]])
     (plain,) = probes.exposed_readings(mask, 1, 2)
     assert (plain.name, plain.is_list) == ("", False)
-    assert plain.cells.dtype == np.int64
+    assert plain.cells is mask
     masks = {"lists": block_mask(a_mask()), "from my kv lists": mask}
     readings = probes.exposed_readings(masks, ROWS, COLUMNS)
     found = {r.name: r.is_list for r in readings}
@@ -502,3 +505,9 @@ def test_what_a_mask_method_may_return() -> None:
     assert probes.exposed_readings(elsewhere, ROWS, COLUMNS) == readings
     with pytest.raises(Raised, match="a mask of dtype float64; it must hold booleans or integers"):
         probes.exposed_readings(np.zeros((2, 2)), 2, 2)
+
+
+def test_a_mask_that_no_memory_would_hold_is_refused_by_its_shape(tmp_path: Path) -> None:
+    mask = np.broadcast_to(np.array(True), (1, 1, 10**15))
+    found = trials.finding("W1_sliding_mask_as_exposed", Returns("vast", mask), tmp_path)
+    assert "has shape (1, 1, 1000000000000000); it must broadcast to" in found["text"]

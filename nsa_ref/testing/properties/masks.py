@@ -107,7 +107,8 @@ def exposed(prop: Property, implementation: Implementation, case: Case) -> Outco
     value = call(implementation.run, f"{branch.name}_mask", case, *arguments)
     for name, actual, is_list in probes.exposed_readings(value, *expected.shape[2:]):
         try:
-            actual = np.broadcast_to(actual, expected.shape)
+            # a view first: nobody has the memory for some shapes that are wrong
+            actual = np.broadcast_to(actual, expected.shape).astype(np.int64)
         except ValueError:
             raise Raised(
                 f"{branch.name}_mask {name} has shape {actual.shape}; it must broadcast to "
