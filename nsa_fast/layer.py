@@ -39,7 +39,7 @@ from nsa_fast.flex import BACKENDS, COMPILED_DTYPES, is_triton
 from nsa_fast.layouts import split_heads, tokens_first
 from nsa_fast.pool import MAP_WEIGHTS, compress_pool, map_shapes
 from nsa_fast.rotary import rotate, turns, wide_dtype
-from nsa_fast.selection import select_blocks
+from nsa_fast.selection import MOST_CHOSEN, select_blocks
 from nsa_fast.windows import Windows, from_token
 from nsa_ref.semantics import BRANCHES, PAPER, PerBranch, Semantics
 
@@ -548,6 +548,8 @@ def _attend(
         **layer.compress_sizes, **run,
     )  # fmt: skip
     if block_indices is None:
+        # slots that no length can fill cost memory; below, their number is a shape that is compiled
+        most = max(MOST_CHOSEN, -(-kv_len // layer.selection_block_size))
         block_indices = select_blocks(
             q_cmp,
             tokens["k_cmp"],
@@ -555,7 +557,7 @@ def _attend(
             kv_len=kv_len,
             **layer.compress_sizes,
             selection_block_size=layer.selection_block_size,
-            num_selected_blocks=layer.num_selected_blocks,
+            num_selected_blocks=min(layer.num_selected_blocks, most),
             num_initial_blocks=layer.num_initial_blocks,
             num_local_blocks=layer.num_local_blocks,
             semantics=layer.semantics,

@@ -132,7 +132,13 @@ class NativeSparseAttention(nn.Module):
         ------
         ValueError : also if the cache belongs to another module, which is then what it was, or if a
             submodule is gone
+        TypeError : also under torch.export
         """
+        if torch.compiler.is_exporting():  # here, because dynamo looks into no other function
+            raise TypeError(
+                "x cannot be traced by torch.export: which blocks a token reads depends on data. "
+                "Export what stands around the layer."
+            )
         if isinstance(cache, Cache):
             cache.check_owner(self)
         modules = {name: child for name, child in self._modules.items() if child is not None}

@@ -530,3 +530,17 @@ def test_a_model_around_the_layer_can_be_compiled() -> None:
     layer = module()
     x = torch.randn(2, 20, layer.model_dim)
     assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_is_refused_by_name(strict: bool) -> None:
+    """Of a strict one dynamo tells it, among its own words."""
+    with pytest.raises(Exception, match=r"x cannot be traced by torch\.export"):
+        torch.export.export(module(), (X,), strict=strict)
+
+
+def test_slots_for_more_blocks_than_there_are_take_no_memory() -> None:
+    few, many = module(num_selected_blocks=8), module(num_selected_blocks=2**31 - 1)
+    many.load_state_dict(few.state_dict())
+    x = torch.randn(1, 20, MODEL_DIM)
+    assert torch.equal(many(x), few(x))
