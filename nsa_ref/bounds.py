@@ -48,6 +48,22 @@ LARGEST_EXPONENT = 200.0  # exp() beyond this is "anything": caps below it alway
 FORMS = ("deterministic", "statistical", "shared")
 
 
+class AttentionValues(NamedTuple):
+    """What attention returns in float64, in the tensors' own shapes and units."""
+
+    out: Array
+    lse: Array
+    dq: Array | None
+    dk: Array | None
+    dv: Array | None
+
+    @property
+    def gradients(self) -> tuple[Array, Array, Array]:
+        """Of q, k and v, where a d_out was sent back."""
+        assert self.dq is not None and self.dk is not None and self.dv is not None
+        return self.dq, self.dk, self.dv
+
+
 class AttentionBounds(NamedTuple):
     """Largest |error| of a right kernel, per element, in the tensors' own shapes and units."""
 
@@ -70,15 +86,16 @@ def attention_bounds(
     form: str,
     scale: float | None = None,
 ) -> AttentionBounds:
-    """`attention_bounds_of` one form: its arguments, its errors.
+    """Those of `judged_attention` in one form: its arguments, its errors.
 
     Source: NUMERICS 2
     """
     how: dict[str, Any] = {"numerics": numerics, "forms": (form,), "scale": scale}
-    return attention_bounds_of(q, k, v, mask, d_out, d_lse, **how)[0]
+    _, (bounds,) = judged_attention(q, k, v, mask, d_out, d_lse, **how)
+    return bounds
 
 
-def attention_bounds_of(
+def judged_attention(
     q: ArrayLike | Rounded,
     k: ArrayLike | Rounded,
     v: ArrayLike | Rounded,
@@ -89,12 +106,14 @@ def attention_bounds_of(
     numerics: str,
     forms: Sequence[str],
     scale: float | None = None,
-) -> list[AttentionBounds]:
-    """Bounds on the error of attention through a mask, forward and (with d_out) backward.
+) -> tuple[AttentionValues, list[AttentionBounds]]:
+    """Attention through a mask in float64, and bounds on the error of a right kernel's.
 
-    The float64 oracle's own error is included. Rows without a visible key and keys without a
-    row have bound 0 (A2, A5 say what they hold, exactly). A bound is inf where a right kernel's
-    dtype may overflow, and nowhere else.
+    Forward and (with d_out) backward, all from one forward pass. The values are A1's and A3's once
+    more, made in another way than `attend` and `attend_vjp`, and the error of float64 is included
+    in the bounds: `verify oracle` holds the two against each other. Rows without a visible key and
+    keys without a row have bound 0 (A2, A5 say what they hold, exactly). A bound is inf where a
+    right kernel's dtype may overflow, and nowhere else.
 
     Shapes
     ------
@@ -104,7 +123,8 @@ def attention_bounds_of(
     d_out : like out, (batch, q_heads, q_len, value_dim); d_lse : like lse, default 0
     numerics : a key of NUMERICS
     forms : "deterministic", "statistical" (for generic data only), "shared" (for `slope_test`)
-    returns : AttentionBounds of every form; dq, dk, dv are None without d_out
+    returns : AttentionValues, and AttentionBounds of every form; dq, dk, dv are None without d_out.
+        A row without a visible key has out 0 and lse 0
 
     q, k, v and d_out are exact, or each a `Rounded`: how far the kernel's own may be from it. With
     form "deterministic" only.
@@ -143,20 +163,22 @@ def attention_bounds_of(
         exactly: dict[str, Any] = {name: exact(x.value) for name, x in inputs.items()}
         definition = Groups(AttentionInputs(**exactly, **how))
 
-    def errors(x: Groups, row: Numerics, form: str) -> list[Array]:
+    def results(x: Groups, row: Numerics, form: str) -> list[Rounded]:
         gradients = rounded_gradients(x, row, form) if d_out is not None else ()
-        return [result.error for result in (*rounded_output(x, row, form), *gradients)]
+        return [*rounded_output(x, row, form), *gradients]
 
     # The definition is float64 arithmetic, too, and may err by its own bound. Beside a coarser
     # kernel's that is nothing: the largest of its forms serves for all.
     as_exact = numerics == "fp64" and not off
-    of_definition = [] if as_exact else errors(definition, NUMERICS["fp64"], "deterministic")
+    of_definition = [] if as_exact else results(definition, NUMERICS["fp64"], "deterministic")
+    of_kernel = [results(kernel, NUMERICS[numerics], form) for form in forms]
+    absent = () if d_out is not None else (None, None, None)
     bounds = []
-    for form in forms:
-        found = errors(kernel, NUMERICS[numerics], form)
-        both = [x + y for x, y in zip(found, found if as_exact else of_definition)]
-        bounds.append(AttentionBounds(*both, *(() if d_out is not None else (None, None, None))))
-    return bounds
+    for found in of_kernel:
+        both = [x.error + y.error for x, y in zip(found, of_definition or found)]
+        bounds.append(AttentionBounds(*both, *absent))
+    values = AttentionValues(*(x.value for x in of_definition or of_kernel[0]), *absent)
+    return values, bounds
 
 
 class AttentionInputs(NamedTuple):

@@ -106,13 +106,14 @@ def layer_bounds(
     """
     how: dict[str, Any] = {"sizes": sizes, "semantics": semantics, "numerics": numerics}
     of_layer = BoundsOfLayer(x, weights, block_indices, **how)
-    return of_layer.forward if d_out is None else of_layer.with_gradients(d_out)
+    return of_layer.forward if d_out is None else of_layer.gradients(d_out)[2]
 
 
 class BoundsOfLayer:
     """`layer_bounds`, in two steps: of the forward pass, and with the gradients, which share it.
 
     forward : LayerBounds, without those of gradients
+    out : what the layer returns in float64; finite where `empty_row="nan"` makes it NaN
 
     Its arguments and errors are those of `layer_bounds`. Source: NUMERICS 2, "The layer"
     """
@@ -141,10 +142,10 @@ class BoundsOfLayer:
             self._both = of_kernel, of_oracle = layers[rows[0]], layers[rows[1]]
             scores = _scores(of_kernel, of_oracle, numerics)
             out = of_kernel.out.error + of_oracle.out.error
-        self.forward = LayerBounds(out, scores, None, None)
+        self.forward, self.out = LayerBounds(out, scores, None, None), of_oracle.out.value
 
-    def with_gradients(self, d_out: ArrayLike) -> LayerBounds:
-        """Those of the gradients that d_out gives as well."""
+    def gradients(self, d_out: ArrayLike) -> tuple[Array, dict[str, Array], LayerBounds]:
+        """dx and dweights in float64, of the gradient of out; and the bounds with theirs."""
         of_kernel, of_oracle = self._both
         width = layer_width(of_kernel.sizes, of_kernel.semantics)
         d_out = as_float64("d_out", d_out, (*of_kernel.x.shape[:2], width))
@@ -152,7 +153,9 @@ class BoundsOfLayer:
             dx, dw = found = of_kernel.gradients(d_out)
             dx_oracle, dw_oracle = found if of_oracle is of_kernel else of_oracle.gradients(d_out)
         dweights = {name: dw[name].error + dw_oracle[name].error for name in of_kernel.weights}
-        return self.forward._replace(dx=dx.error + dx_oracle.error, dweights=dweights)
+        bounds = self.forward._replace(dx=dx.error + dx_oracle.error, dweights=dweights)
+        values = {name: dw_oracle[name].value for name in of_kernel.weights}
+        return dx_oracle.value, values, bounds
 
 
 def packed_weight_bounds(

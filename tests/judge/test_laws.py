@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import trials
 from nsa_ref.attention import Attention
 from nsa_ref.testing import Case, OracleImplementation
+from nsa_ref.testing.branches import Branch
 from nsa_ref.testing.options import Options
-from nsa_ref.testing.properties import PROPERTIES
+from nsa_ref.testing.properties import PROPERTIES, values
 from nsa_ref.testing.running import run_property
 
 Definition = Callable[..., Any]
@@ -52,6 +54,16 @@ def cubed(attend: Definition) -> Definition:
     return wrong
 
 
+def by_rows(judged: Definition) -> Definition:
+    """The values are those of `attend`, as if the other definition had the mistake as well."""
+
+    def other(branch: Branch, port: Any, case: Case, inputs: Any, mask: Any, **how: Any) -> Any:
+        values, bounds = judged(branch, port, case, inputs, mask, **how)
+        return values._replace(**branch.attend(case, mask, inputs)._asdict()), bounds
+
+    return other
+
+
 @pytest.mark.parametrize(
     ("law", "beside", "method", "mistake"),
     [
@@ -87,6 +99,7 @@ def test_a_law_finds_what_the_definition_has_wrong_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What holds a port to the definition finds nothing: both are the same."""
+    monkeypatch.setattr(values, "judged", by_rows(values.judged))
     wrong = mistake(getattr(OracleImplementation, method))
     monkeypatch.setattr(OracleImplementation, method, wrong)
     port = OracleImplementation()
@@ -95,3 +108,12 @@ def test_a_law_finds_what_the_definition_has_wrong_as_well(
     assert run_property(PROPERTIES[beside], port, options).finding is None
     port.pace = "fast"
     assert run_property(PROPERTIES[law], port, options).finding is not None
+
+
+@pytest.mark.parametrize("mistake", [keys_of_the_first_head, cubed])
+def test_one_definition_finds_what_the_other_has_wrong(
+    mistake: Callable[[Definition], Definition], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values of the bounds' forward are not those of `attend`, once more."""
+    monkeypatch.setattr(OracleImplementation, "attend", mistake(OracleImplementation.attend))
+    trials.finding("A1_sliding_output", OracleImplementation(), tmp_path, shrink=False)

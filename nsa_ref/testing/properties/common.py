@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from nsa_ref.attention import Attention
-from nsa_ref.bounds import FORMS, AttentionBounds, attention_bounds_of
+from nsa_ref.bounds import FORMS, AttentionBounds, AttentionValues, judged_attention
 from nsa_ref.semantics import Semantics
 from nsa_ref.testing.branches import FINE, GRADIENTS, Branch, Inputs
 from nsa_ref.testing.case import (
@@ -236,7 +236,7 @@ def can_be_asked(implementation: Implementation, method: str, case: Case) -> boo
     return offers(method.removesuffix("_vjp")) and is_within(implementation, method, case)
 
 
-def all_bounds(
+def judged(
     branch: Branch,
     implementation: Implementation,
     case: Case,
@@ -246,27 +246,34 @@ def all_bounds(
     d_lse: np.ndarray | None = None,
     *,
     forms: Sequence[str] = FORMS,
-) -> list[AttentionBounds]:
-    """Bounds of a branch's out and lse; of its gradients as well, if d_out and d_lse are given.
+) -> tuple[AttentionValues, list[AttentionBounds]]:
+    """What a branch returns, and bounds on it, from one float64 forward; A2 for rows without keys.
+
+    Out and lse; the gradients as well, if d_out and d_lse are given.
 
     forms : on data that is not generic the first one alone; what `compare` takes
     """
-    q = inputs.q.astype(np.float64)
-    if branch.empty_row(case) == "uniform":
-        # such a row is attention with equal logits over all columns
-        empty = mask.sum(-1, keepdims=True) == 0
-        mask, q = np.where(empty, 1, mask), np.where(empty, 0.0, q)
+    q, empty, rule = inputs.q.astype(np.float64), mask.sum(-1) == 0, branch.empty_row(case)
+    if rule == "uniform":
+        # such a row is attention with equal logits over all columns; nothing goes back to q
+        mask, q = np.where(empty[..., None], 1, mask), np.where(empty[..., None], 0.0, q)
     if not case.generic:
         forms = forms[:1]
     how: dict[str, Any] = {"numerics": implementation.numerics[case.dtype], "scale": case.scale}
-    return attention_bounds_of(q, inputs.k, inputs.v, mask, d_out, d_lse, forms=forms, **how)
+    values, bounds = judged_attention(q, inputs.k, inputs.v, mask, d_out, d_lse, forms=forms, **how)
+    if rule == "nan":
+        values = values._replace(out=np.where(empty[..., None], np.nan, values.out))
+    if values.dq is not None:
+        values = values._replace(dq=np.where(empty[..., None], 0.0, values.dq))
+    empty_lse = getattr(case.semantics.empty_lse, branch.name)
+    return values._replace(lse=np.where(empty, empty_lse, values.lse)), bounds
 
 
 def bounds_of(
     branch: Branch, implementation: Implementation, case: Case, *given: Any
 ) -> AttentionBounds:
-    """The deterministic bounds alone; given : the further arguments of `all_bounds`."""
-    return all_bounds(branch, implementation, case, *given, forms=FORMS[:1])[0]
+    """The deterministic bounds alone; given : the further arguments of `judged`."""
+    return judged(branch, implementation, case, *given, forms=FORMS[:1])[1][0]
 
 
 def compare_all(

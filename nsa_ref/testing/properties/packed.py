@@ -177,7 +177,7 @@ def _check_output(packed: Packed, found: Any) -> Outcome:
     try:
         for i, (rows, truth) in enumerate(zip(packed.rows, packed.truths)):
             bound = np.where(truth.undecided[..., None], np.inf, truth.bounds.out)
-            tensors = actual[None, rows], truth.output(), bound
+            tensors = actual[None, rows], truth.output, bound
             compared.append(compare("G4", "varlen", *tensors, part=f"of sequence {i}"))
     except Broken as broken:
         raise packed.blame(broken, backward=False) from None

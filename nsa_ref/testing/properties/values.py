@@ -12,8 +12,8 @@ from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties.common import (
     Outcome,
     Property,
-    all_bounds,
     compare_all,
+    judged,
     set_up,
     settle,
 )
@@ -52,9 +52,8 @@ def _forward(prop: Property, implementation: Implementation, case: Case, which: 
     actual = branch.forward(implementation, case, inputs)
     if which == "lse" and actual.lse is None:
         raise NotOffered("lse")
-    expected = branch.attend(case, mask, inputs)
-    check_empty_rows(branch, case, mask, expected, actual)
-    bounds = all_bounds(branch, implementation, case, inputs, mask)
+    expected, bounds = judged(branch, implementation, case, inputs, mask)
+    check_empty_rows(branch, case, mask, Attention(expected.out, expected.lse), actual)
     tensors = [getattr(x, which) for x in (actual, expected, *bounds)]
     if which == "lse":
         tensors = [x[..., None] for x in tensors]  # a row of its own, for the slope test
@@ -66,9 +65,8 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     branch, inputs, mask = set_up(prop, case)
     d_out, d_lse = sent_back(branch, case, mask, of_lse=implementation.lse_gradient)
     actual = branch.backward(implementation, case, inputs, d_out, d_lse)
-    expected = branch.attend_vjp(case, mask, inputs, d_out, d_lse)
-    bounds = all_bounds(branch, implementation, case, inputs, mask, d_out, d_lse)
-    return compare_all(prop, actual, expected, bounds)
+    expected, bounds = judged(branch, implementation, case, inputs, mask, d_out, d_lse)
+    return compare_all(prop, actual, expected.gradients, bounds)
 
 
 def sent_back(
