@@ -160,11 +160,14 @@ class Census(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         plain = name if name in NOTHING else name.rstrip("_")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if {x.device.type for x in tensors} == {"cpu"} and "device" not in kwargs:
+            return func(*args, **kwargs)  # the host's own work
         if plain in WAITS:
             self.sync(plain)
             return _made_up(plain, args)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if plain in ("_to_copy", "copy") and self._copied(kwargs.get("device"), tensors):
+        waits = not kwargs.get("non_blocking")
+        if waits and plain in ("_to_copy", "copy") and self._copied(kwargs.get("device"), tensors):
             self.sync("a copy between host and device")
             if torch.device(kwargs.get("device", META)) != META:
                 return torch.zeros_like(args[0], device=kwargs["device"])
@@ -311,20 +314,26 @@ def counted() -> Iterator[Census]:
         yield census
 
 
-def census_of_layer(tokens: int, **changes: Any) -> Census:
-    """A forward that is recorded, and its backward, of the second of two steps alike."""
+def census_of_layer(tokens: int, cu_seqlens: Tensor | None = None, **changes: Any) -> Census:
+    """A forward that is recorded, and its backward, of the second of two steps alike.
+
+    cu_seqlens : of packed sequences, on the CPU
+    """
     with torch.device(META):
         layer = NativeSparseAttention(**paper.LAYER | changes).to(DTYPE)
         x = torch.empty(1, tokens, layer.model_dim, dtype=DTYPE, requires_grad=True)
         d_out = torch.empty(1, tokens, layer.layer.q_heads * layer.layer.value_dim, dtype=DTYPE)
+    given: dict[str, Any] = {}
+    if cu_seqlens is not None:
+        given, x, d_out = {"cu_seqlens": cu_seqlens}, x.detach()[0].requires_grad_(), d_out[0]
     with counted():
-        layer(x)
+        layer(x, **given)
     with counted() as census:
         census.kept[GIVEN] = {
-            given.untyped_storage()._cdata: given for given in (x, *layer.parameters())
+            there.untyped_storage()._cdata: there for there in (x, *layer.parameters())
         }
         with torch.autograd.graph.saved_tensors_hooks(census.keep, lambda kept: kept):
-            out = layer(x)
+            out = layer(x, **given)
         census.direction = "backward"
         out.backward(d_out)
     return census

@@ -8,7 +8,7 @@ stand in the order compress, fine, sliding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -278,7 +278,7 @@ def native_sparse_attention(
         or (heads, total_tokens, n) with cu_seqlens; heads = kv_heads, or q_heads without
         share_selection
     cu_seqlens : integers (sequences + 1,), where the sequences in x begin, and total_tokens; each
-        attends to itself alone
+        attends to itself alone. The host reads it: on the CPU it waits for no other device
     cache : see `Cache`; only where semantics.causal
     backend : as `sliding_attention`
     returns : (batch, seq_len, out_dim) or (total_tokens, out_dim), with out_dim = model_dim with
@@ -361,21 +361,23 @@ def _parallel(
     tokens = {name: F.pad(tensor[0], (0, 0, 0, 1)) for name, tensor in tokens.items()}
     if block_indices is not None:
         block_indices = F.pad(block_indices[0], (0, 0, 0, 1), value=-1)
-    order, parts = [], []
-    for row in _batches(spans, layer, x.device):
+    batches = _batches(spans, layer)
+    real = [row < x.shape[1] for row in batches]
+    back = torch.cat([row[of_row] for row, of_row in zip(batches, real)]).argsort()
+    places = [of_row.flatten().nonzero()[:, 0] for of_row in real]
+    *sent, back = _sent([*batches, *places, back], x.device)
+    parts = []
+    for row, place in zip(sent[: len(batches)], sent[len(batches) :]):
         batch = {name: tensor[:, row].transpose(0, 1) for name, tensor in tokens.items()}
         indices = None if block_indices is None else block_indices[:, row].transpose(0, 1)
         outs = _attend(_with_compressed(batch, weights, layer), weights, layer, indices)
-        real = row < x.shape[1]
-        order.append(row[real])
-        parts.append([out.transpose(1, 2)[real] for out in outs])
-    back = torch.cat(order).argsort()
+        parts.append([out.transpose(1, 2).flatten(0, 1)[place] for out in outs])
     outs = [torch.cat(each)[back].transpose(0, 1)[None] for each in zip(*parts)]
     return _combined(h, outs, weights, layer)
 
 
-def _batches(spans: list[tuple[int, int]], layer: Layer, device: torch.device) -> Iterator[Tensor]:
-    """Which tokens stand in a batch: int64 (sequences, longest length).
+def _batches(spans: list[tuple[int, int]], layer: Layer) -> list[Tensor]:
+    """Which tokens stand in each batch: int64 (sequences, longest length), on the CPU.
 
     Behind a shorter sequence stands the number of all tokens. Lengths are at most twice as large as
     others of their batch; they are equal where a row depends on the number of tokens.
@@ -385,10 +387,21 @@ def _batches(spans: list[tuple[int, int]], layer: Layer, device: torch.device) -
     for start, stop in spans:
         length = stop - start
         groups.setdefault((length - 1).bit_length() if alike else length, []).append((start, stop))
+    batches = []
     for group in groups.values():
-        start, stop = torch.tensor(group, device=device).T[..., None]
-        row = start + torch.arange(int((stop - start).max()), device=device)
-        yield torch.where(row < stop, row, spans[-1][1])
+        start, stop = torch.tensor(group, device="cpu").T[..., None]
+        row = start + torch.arange(int((stop - start).max()), device="cpu")
+        batches.append(torch.where(row < stop, row, spans[-1][1]))
+    return batches
+
+
+def _sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU on another device, by one copy, for which the host does not wait."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def _with_compressed(

@@ -70,6 +70,14 @@ def test_rotary_is_one_launch_for_a_tensor_and_a_dozen_for_all() -> None:
     assert rows["backward"]["rotary"]["launches"] == 4
 
 
+def test_the_host_waits_for_no_packed_sequences_whose_places_it_has() -> None:
+    """Of like lengths, which are one batch, and of another."""
+    found = census.census_of_layer(2048, cu_seqlens=torch.tensor([0, 300, 800, 2048]))
+    rows = census.table(found)
+    assert rows["forward"]["sum"]["syncs"] == rows["backward"]["sum"]["syncs"] == 0
+    assert found.counts["forward", "fine", "fine_forward"]["launches"] == 2
+
+
 def test_nothing_but_the_logits_grows_with_the_square_of_the_tokens() -> None:
     assert grown(TOKENS, counted) == set()
 
