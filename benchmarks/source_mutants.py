@@ -5,8 +5,9 @@
 attention``). A run that was ended goes on where it stood: what was killed is not asked again while
 its function stays as it is, and what lives is asked each time, for the tests may be sharper now;
 without the folder ``mutants`` all are asked anew. ``--read`` runs nothing. Either prints a line for
-each module and what lives as a diff, and writes the counts of all modules that were asked, with the
-versions, as JSON.
+each module and what lives as a diff, and writes the counts as JSON, with the versions, and with the
+commit that each module was asked at. Counts of modules that were not asked are kept there while
+neither they nor tests/oracle change.
 
 A survivor that is equivalent stands in ``tests/oracle/equivalent_mutants.toml`` with the reason. It
 counts as not killed. Exit 1: fewer than 97 % were killed, one that lives is not listed, one that is
@@ -26,7 +27,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nsa_ref.testing.loading import versions
 
@@ -139,11 +140,26 @@ def row(counts: Counter[str]) -> dict[str, float]:
     return {"mutants": total} | {o: counts[o] for o in OUTCOMES} | percent
 
 
-def report(found: dict[str, list[Mutant]]) -> dict[str, dict[str, float]]:
-    """A row for each module of which something was asked, and one for all of them."""
+def counted(found: dict[str, list[Mutant]]) -> dict[str, Counter[str]]:
+    """Module -> how many ended how, if any was asked."""
     counts = {module: Counter(m.outcome for m in mutants) for module, mutants in found.items()}
-    asked = {module: c for module, c in counts.items() if c.total() > c["not checked"]}
-    return {m: row(c) for m, c in (asked | {"all": sum(asked.values(), Counter())}).items()}
+    return {module: c for module, c in counts.items() if c.total() > c["not checked"]}
+
+
+def report(counts: dict[str, Counter[str]]) -> dict[str, dict[str, float]]:
+    """A row for each module, and one for all of them."""
+    return {m: row(c) for m, c in (counts | {"all": sum(counts.values(), Counter())}).items()}
+
+
+def kept(written: dict[str, Any]) -> dict[str, tuple[Counter[str], str]]:
+    """Module -> its counts and commit, of those in a report that have not changed since."""
+    found = {}
+    for module, commit in written.get("commits", {}).items():
+        same = ("git", "diff", "--quiet", commit, "--", f"nsa_ref/{module}.py", "tests/oracle/*.py")
+        if subprocess.run(same, stderr=subprocess.DEVNULL).returncode == 0:
+            cells = written["measured"][module]
+            found[module] = Counter({outcome: cells[outcome] for outcome in OUTCOMES}), commit
+    return found
 
 
 def complaints(
@@ -192,13 +208,18 @@ def main(given: list[str] | None = None) -> int:
         ask(modules, reasons, asked.processes)
 
     found = {module: mutants_of(module, reasons) for module in every}
-    rows = report(found)
+    own = versions()
+    commit = own.get("commit", "")
+    before = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    counts = kept(before) | {m: (c, commit) for m, c in counted(found).items()}
+    rows = report({module: count for module, (count, _) in sorted(counts.items())})
     said = complaints({module: found[module] for module in modules}, rows, reasons)
     print("\n".join(said))
     show(rows)
     written = {
         "device": platform.machine(),
-        "versions": versions() | {"mutmut": importlib.metadata.version("mutmut")},
+        "versions": own | {"mutmut": importlib.metadata.version("mutmut")},
+        "commits": {module: commit for module, (_, commit) in sorted(counts.items())},
         "measured": rows,
     }
     asked.output.write_text(json.dumps(written, indent=1) + "\n")

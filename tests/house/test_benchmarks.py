@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ def test_a_source_mutant_that_lives_must_stand_in_the_list_with_its_reason() -> 
     def said(*listed: int) -> list[str]:
         reasons = {mutants[i].key: "a reason" for i in listed}
         found = {"masks": list(source_mutants.judged(mutants, reasons))}
-        rows = source_mutants.report(found)
+        rows = source_mutants.report(source_mutants.counted(found))
         assert rows["masks"] == rows["all"]
         assert rows["all"]["killed of all"] == 98
         assert rows["all"]["equivalent"] == (98 in listed)
@@ -344,12 +345,36 @@ def test_a_source_mutant_that_lives_must_stand_in_the_list_with_its_reason() -> 
         "nsa_ref.masks.x_fine_mask is listed as equivalent, and does not live\n  + other"
     ]
     mutants[2:6] = [m._replace(outcome="not checked") for m in mutants[2:6]]
-    rows = source_mutants.report({"masks": mutants, "sizes": mutants[2:6]})
+    counts = source_mutants.counted({"masks": mutants, "sizes": mutants[2:6]})
+    rows = source_mutants.report(counts)
     assert list(rows) == ["masks", "all"]
     assert source_mutants.complaints({"masks": mutants}, rows, {})[2:] == [
         "4 mutants of masks have not been asked",
         "94.0 % were killed; it must be at least 97 %",
     ]
+
+
+def test_counts_of_a_module_are_kept_until_it_or_its_tests_change(place: Path) -> None:
+    def git(*arguments: str) -> str:
+        made = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments]
+        return subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
+
+    files = [Path("nsa_ref/masks.py"), Path("nsa_ref/sizes.py"), Path("tests/oracle/test_it.py")]
+    git("init", "-q")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1\n")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit, counts = git("rev-parse", "HEAD"), Counter(killed=3, equivalent=1)
+    measured = {module: source_mutants.row(counts) for module in ("masks", "sizes")}
+    written = {"commits": dict.fromkeys(measured, commit), "measured": measured}
+    assert source_mutants.kept(written) == {m: (counts, commit) for m in measured}
+    files[0].write_text("2\n")
+    assert source_mutants.kept(written) == {"sizes": (counts, commit)}
+    files[2].write_text("2\n")
+    assert source_mutants.kept(written) == {}
+    assert source_mutants.kept({}) == {}
 
 
 def test_equivalent_source_mutants_are_listed_by_lines_that_stand_there() -> None:
