@@ -10,7 +10,8 @@ sizes of the one before, part by part:
     bytes       read and written: every tensor that a launch is handed, once
     operations  of matrix products that are no kernel's of ours or FlexAttention's
     products    those of them that are computed in float32
-    syncs       what the host waits for: numbers and sizes that it reads, copies to and from it
+    syncs       what the host waits for: numbers and sizes that it reads, copies to and from it but
+                for those that are said not to block
     kept        bytes that the forward leaves for the backward, beside weights and x
 
 Prints a table and writes it as JSON. Nothing is timed: a launch is not a time.

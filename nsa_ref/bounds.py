@@ -1,4 +1,4 @@
-"""How far right attention may be from the float64 oracle: one bound per element, no tolerance.
+"""Attention in float64, and how far a right one may be from it: a bound per element, no tolerance.
 
 An implementation *declares* its numerics, a row of `NUMERICS`, and that is all it may choose.
 Its inputs are rounded to its dtype and then taken as exact; what is left is the rounding of the
@@ -114,6 +114,9 @@ def judged_attention(
     in the bounds: `verify oracle` holds the two against each other. Rows without a visible key and
     keys without a row have bound 0 (A2, A5 say what they hold, exactly). A bound is inf where a
     right kernel's dtype may overflow, and nowhere else.
+
+    The values are A1's of finite inputs: what is not finite also spoils rows that do not see it,
+    which have bound inf then.
 
     Shapes
     ------

@@ -1,7 +1,7 @@
-"""How far a right layer may be from the float64 oracle: one bound per element of every tensor.
+"""The layer in float64, and how far a right one may be from it: one bound per element of a tensor.
 
 The layer as a running error analysis, made of the operations of `nsa_ref.rounded`. It is done
-twice, in the declared numerics and in float64, for the reference is arithmetic too: the bound is
+twice, in the declared numerics and in float64, for float64 is arithmetic too: the bound is
 the sum. Deterministic form only: every rounding at its worst at once, in the forward pass and in
 the backward pass.
 
@@ -113,7 +113,7 @@ class BoundsOfLayer:
     """`layer_bounds`, in two steps: of the forward pass, and with the gradients, which share it.
 
     forward : LayerBounds, without those of gradients
-    out : what the layer returns in float64; finite where `empty_row="nan"` makes it NaN
+    out : what the layer returns in float64, made in another way than `layer`
 
     Its arguments and errors are those of `layer_bounds`. Source: NUMERICS 2, "The layer"
     """
@@ -266,6 +266,9 @@ class RoundedBranch:
         self.out = rounded_output(self._groups, row).out
         if empty_row == "nan":
             self.out.error[empty] = np.inf
+            # a copy: the gradients of rows that are numbers are computed from what stands there
+            values = np.where(empty[..., None], np.nan, self.out.value)
+            self.out = self.out._replace(value=values)
 
     def gradients(self, d_out: Rounded) -> RoundedGradients:
         """Of q, k and v, from that of out."""

@@ -759,7 +759,7 @@ def draw_png(masks: dict[str, np.ndarray], path: Path) -> None:
 
 
 #: How each kind of file begins that the command writes.
-BEGINNINGS = {"json": b"{", "html": b"<", "junit": b"<", "png": b"\x89PNG"}
+BEGINNINGS = {"json": b"{", "html": b"<!DOCTYPE", "junit": b"<testsuites", "png": b"\x89PNG"}
 
 
 def _check_each_writable(files: dict[str, str | None]) -> None:
@@ -788,7 +788,7 @@ def _check_writable(file: str, kind: str = "") -> None:
             path.unlink()
         elif path.is_file() and os.access(path, os.R_OK):
             with path.open("rb") as old:
-                begins = old.read(64).lstrip()
+                begins = old.read(2**16).lstrip()
             if begins and not begins.startswith(BEGINNINGS.get(kind, b"")):
                 raise CannotRun(f"{path} is there and no {kind} file. Try another path")
     except OSError as error:

@@ -16,7 +16,7 @@ from nsa_ref.testing.branches import COMPRESS, GRADIENTS, SLIDING, Branch, Input
 from nsa_ref.testing.case import Case
 from nsa_ref.testing.implementation import Implementation, NotOffered
 from nsa_ref.testing.properties import Property
-from nsa_ref.testing.properties.common import bounds_of, is_declared, oracle_mask, set_up
+from nsa_ref.testing.properties.common import is_declared, judged, oracle_mask, set_up
 from nsa_ref.testing.properties.values import sent_back
 from nsa_ref.testing.verdicts import NoAnswer, Raised
 
@@ -105,10 +105,9 @@ def _wrong_alike(
     """Whether a branch's values are wrong, and up to the bounds those of `theirs`."""
     branch, sent = prop.the_branch, _sent(implementation, prop, case)
     mask = branch.mask(case, inputs.block_indices)
-    right = branch.attend(case, mask, inputs)._asdict()
-    if prop.backward:
-        right = dict(zip(GRADIENTS, branch.attend_vjp(case, mask, inputs, sent[0], sent[1])))
-    bounds = bounds_of(branch, implementation, case, inputs, mask, *sent)
+    how: dict[str, Any] = {"forms": ("deterministic",)}
+    values, (bounds,) = judged(branch, implementation, case, inputs, mask, *sent, **how)
+    right = values._asdict()
     mine = branch.tensors(implementation, case, inputs, *sent)
     names = mine.keys() & theirs.keys()
     limits = {name: getattr(bounds, name) for name in names}

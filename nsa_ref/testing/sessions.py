@@ -132,10 +132,10 @@ class Collector:
 
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
         """What goes wrong with the session itself is one line: of a traceback, the last."""
+        told = str(excinfo.value)
         # xdist raises a worker's traceback as the message of `assert False`
-        told = str(excinfo.value).removesuffix("assert False").strip()
         of_worker = isinstance(excinfo.value, AssertionError) and told.startswith("Traceback")
-        why = told.rpartition("\n")[2] if of_worker else one_line(excinfo.value)
+        why = raised_in(told) if of_worker else one_line(excinfo.value)
         self.errors.append(f"the workers' session ended: {why}")
         return True
 
@@ -214,6 +214,14 @@ class Collector:
             if record.finding is not None:
                 record.unreached = 0
                 record.finding = smallest[record.finding["file"]]
+
+
+def raised_in(traceback: str) -> str:
+    """The line of a traceback's last exception; its message may go on below, and notes."""
+    lines = traceback.strip().splitlines()
+    last_file = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=0)
+    behind = (line for line in lines[last_file + 1 :] if line and not line[0].isspace())
+    return next(behind, lines[-1])
 
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:

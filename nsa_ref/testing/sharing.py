@@ -92,7 +92,7 @@ def shared_database(url: str) -> Unreliable:
         "socket_connect_timeout": ANSWER_TIMEOUT,
     }
     try:
-        number = urllib.parse.urlsplit(url).path.strip("/")
+        number = urllib.parse.unquote(urllib.parse.urlsplit(url).path).strip("/")
         if number and not number.isdecimal():  # redis would take database 0
             raise ValueError(f"{number!r} must be the number of a database")
         server = redis.Redis.from_url(url, **patience)

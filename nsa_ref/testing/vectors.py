@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from nsa_ref.compress import pool, pool_vjp
-from nsa_ref.layer import layer
 from nsa_ref.map_bounds import pool_bounds
 from nsa_ref.numerics import NUMERICS
 from nsa_ref.selection import scored, top_blocks
@@ -427,7 +426,7 @@ def _layer(case: Case) -> Parts:
     d_out = case.array("d_out", *x.shape[:2], case.layer_width)
     d_out = np.where(undecided[..., None], 0, d_out).astype(d_out.dtype)
     inputs = {"x": x, "d_out": d_out, "block_indices": usual.block_indices}
-    out = _of_definition(usual)
+    out = usual.output
     handed = {row: truth.bounds.out for row, truth in truths.items()}
     own = {
         row: np.where(truth.undecided[..., None], np.inf, truth.bounds.out)
@@ -450,12 +449,6 @@ def _layer(case: Case) -> Parts:
     return _with_weights(inputs, weights), asked, {}
 
 
-def _of_definition(truth: Truth) -> np.ndarray:
-    """NaN and all: the judge admits anything where a row is NaN."""
-    how = truth.case.geometry
-    return layer(truth.x, truth.weights, block_indices=truth.block_indices, **how)
-
-
 def _varlen(case: Case) -> Parts:
     every = _by_row(case, lambda row: Packed.of(_held_to(case, row), case))
     usual = every[ROWS[case.dtype][0]]
@@ -474,7 +467,7 @@ def _varlen(case: Case) -> Parts:
         return (*map(np.concatenate, (outs, dx, dx_bounds)), *summed)
 
     found = {row: gradients(packed) for row, packed in every.items()}
-    out = np.concatenate([_of_definition(truth)[0] for truth in usual.truths])
+    out = np.concatenate([truth.output[0] for truth in usual.truths])
     _, dx, _, dweights, _ = found[ROWS[case.dtype][0]]
     asked = {
         "out": Asked("G4", out, {row: f[0] for row, f in found.items()}),

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -281,6 +282,19 @@ def test_what_ends_the_session_of_a_worker_is_one_line(place: Path) -> None:
     assert done.returncode == COULD_NOT_RUN, done
     (line,) = done.stderr.splitlines()
     assert line.startswith("nsa-ref: the workers' session ended: TypeError: 'NoneType' object")
+
+
+def test_of_a_workers_traceback_the_exception_is_told() -> None:
+    """Not the end of its message, nor a note."""
+    try:
+        error = ValueError("first\n  second\nthird")
+        error.add_note("a note")
+        raise error
+    except ValueError:
+        text = traceback.format_exc()
+    assert sessions.raised_in(text) == "ValueError: first"
+    assert sessions.raised_in(text + "assert False") == "ValueError: first"
+    assert sessions.raised_in("Traceback") == "Traceback"
 
 
 def test_what_is_sent_to_a_worker_that_has_just_ended_ends_no_run() -> None:

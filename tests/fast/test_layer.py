@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import nsa_fast  # noqa: E402
+import nsa_fast.layer  # noqa: E402
 from fast_layers import (  # noqa: E402
     KINDS,
     MODEL_DIM,
@@ -530,6 +531,28 @@ def test_a_model_around_the_layer_can_be_compiled() -> None:
     layer = module()
     x = torch.randn(2, 20, layer.model_dim)
     assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+
+
+def test_places_are_sent_to_a_gpu_by_one_copy_from_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From memory that is not pinned the host would wait for the copy."""
+    done: list[Any] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        done.append((tensor.shape, device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    given = [torch.arange(6).view(2, 3), torch.arange(4)]
+    sent = nsa_fast.layer._sent(given, torch.device("cuda"))
+    assert all(map(torch.equal, sent, given))
+    assert done == ["pinned", ((10,), "cuda", True)]
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,4 +1,4 @@
-"""A law asks a port against itself: it finds what the definition has wrong in the same way."""
+"""A law asks a port against itself: it finds what both definitions have wrong in the same way."""
 
 from __future__ import annotations
 

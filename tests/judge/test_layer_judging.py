@@ -13,6 +13,7 @@ import pytest
 
 import trials
 from nsa_ref import LUCIDRAINS, LUCIDRAINS_FLEX, PAPER
+from nsa_ref.semantics import PerBranch
 from nsa_ref.testing import Case, Implementation, OracleImplementation
 from nsa_ref.testing.mutants.arithmetic import InterleavedHeads
 from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
@@ -362,3 +363,25 @@ def test_what_layer_cannot_be_asked_hides_no_finding(name: str, tmp_path: Path) 
     elsewhere = {"layer*": {"kv_len": range(100, 104)}}
     found = finding(name, port(Doubled, limits_of=elsewhere), tmp_path)
     assert found["clause"] == name[:2]
+
+
+class NumbersForNaN(OracleImplementation):
+    """Numbers where the definition has NaN."""
+
+    name = "numbers for NaN"
+
+    def layer(self, *given: Any) -> Any:
+        return np.nan_to_num(super().layer(*given))
+
+    def layer_with_blocks_vjp(self, *given: Any) -> Any:
+        dx, dweights = super().layer_with_blocks_vjp(*given)
+        return np.nan_to_num(dx), {name: np.nan_to_num(dw) for name, dw in dweights.items()}
+
+
+@pytest.mark.parametrize("name", ["G1_layer_output", "G1_layer_gradients_with_blocks"])
+def test_a_layer_has_nan_where_the_definition_has_it(name: str, tmp_path: Path) -> None:
+    """And a right one is not accused: numbers stand beside them."""
+    semantics = dataclasses.replace(PAPER, empty_row=PerBranch("nan", "zero", "zero"))
+    wrong = port(NumbersForNaN, semantics=(semantics,))
+    assert "must be exactly nan" in finding(name, wrong, tmp_path)["text"]
+    assert trials.passes(name, port(semantics=(semantics,)), tmp_path).cases > 10

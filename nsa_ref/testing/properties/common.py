@@ -269,6 +269,18 @@ def judged(
     return values._replace(lse=np.where(empty, empty_lse, values.lse)), bounds
 
 
+def expected_of(
+    prop: Property,
+    implementation: Implementation,
+    case: Case,
+    *given: Any,
+    forms: Sequence[str] = FORMS[:1],
+) -> tuple[tuple[np.ndarray, ...], list[AttentionBounds]]:
+    """Out and lse, or the gradients, and the bounds on them; given, forms : as for `judged`."""
+    values, bounds = judged(prop.the_branch, implementation, case, *given, forms=forms)
+    return values.gradients if prop.backward else (values.out, values.lse), bounds
+
+
 def bounds_of(
     branch: Branch, implementation: Implementation, case: Case, *given: Any
 ) -> AttentionBounds:

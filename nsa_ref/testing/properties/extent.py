@@ -18,7 +18,7 @@ from nsa_ref.testing.case import DTYPES, Case
 from nsa_ref.testing.compare import check_exact, compare, first_at, wrong_element
 from nsa_ref.testing.devices import device_of
 from nsa_ref.testing.implementation import Implementation, NotOffered
-from nsa_ref.testing.properties.common import Outcome, Property, bounds_of, compare_all
+from nsa_ref.testing.properties.common import Outcome, Property, compare_all, expected_of
 from nsa_ref.testing.properties.masks import wrong_cell
 from nsa_ref.testing.strategies import far_lengths, large_sizes
 from nsa_ref.testing.verdicts import (
@@ -230,10 +230,8 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     if not prop.backward:
         out, lse = branch.forward(implementation, case, inputs)
         found = (out[:, :, rows], None if lse is None else lse[:, :, rows])
-        bounds = bounds_of(branch, implementation, few, asked, mask)
-        return compare_all(
-            prop, found, branch.attend(few, mask, asked), [bounds], part=part, rows=rows
-        )
+        expected, bounds = expected_of(prop, implementation, few, asked, mask)
+        return compare_all(prop, found, expected, bounds, part=part, rows=rows)
     d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
     d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
     d_out[:, :, rows] = case.upstream_gradients()[0][:, :, rows]
@@ -242,10 +240,9 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     others[rows] = False
     check_exact("A3", f"{branch.name} dq", dq, 0.0, others, why="d_out is 0 in that row")
     there = (d_out[:, :, rows], d_lse[:, :, rows])
-    wanted = branch.attend_vjp(few, mask, asked, *there)
-    bounds = bounds_of(branch, implementation, few, asked, mask, *there)
+    expected, bounds = expected_of(prop, implementation, few, asked, mask, *there)
     gradients = (dq[:, :, rows], dk, dv)
-    return compare_all(prop, gradients, wanted, [bounds], part=part, rows=rows)
+    return compare_all(prop, gradients, expected, bounds, part=part, rows=rows)
 
 
 def large(prop: Property, implementation: Implementation, case: Case) -> Outcome:
@@ -337,10 +334,8 @@ def _first_entry(
     empty = not mask.any(-1).all()
     if prop.backward and empty and branch.empty_row(alone) == "nan":
         raise Inconclusive("NaN rows")
-    definition = branch.attend_vjp if prop.backward else branch.attend
-    expected = definition(alone, mask, once, *gradients)
-    bounds = bounds_of(branch, implementation, alone, once, mask, *gradients)
-    return compare_all(prop, first, expected, [bounds])
+    expected, bounds = expected_of(prop, implementation, alone, once, mask, *gradients)
+    return compare_all(prop, first, expected, bounds)
 
 
 def no_long_sequences(implementation: Implementation) -> Remark | None:

@@ -18,6 +18,7 @@ from nsa_ref.testing.properties.common import (
     bounds_of,
     chooses_lengths,
     compare_all,
+    expected_of,
     is_declared,
     set_up,
     settle,
@@ -190,21 +191,18 @@ def in_pairs(prop: Property, implementation: Implementation, case: Case) -> Outc
         of_both.append((*branch.arguments(each, given), *d))
     found = call(implementation.run_twice, prop.called, case, *of_both)
     results: list[tuple[np.ndarray, ...]]
-    expected: tuple[np.ndarray, ...]
     if prop.backward:
         results = [branch.gradients(case, inputs, result) for result in found]
-        expected = branch.attend_vjp(case, mask, inputs, *of_both[1][-2:])
-        bounds = bounds_of(branch, implementation, case, inputs, mask, *of_both[1][-2:])
     else:
         results = [branch.attention(case, result) for result in found]
-        expected = branch.attend(case, mask, inputs)
-        bounds = bounds_of(branch, implementation, case, inputs, mask)
+    sent = of_both[1][-2:] if prop.backward else ()
+    expected, bounds = expected_of(prop, implementation, case, inputs, mask, *sent)
     before, after, actual = results
     why, part = "the next call has changed it", "of the call before"
     for name, one, other in zip(GRADIENTS if prop.backward else ("out", "lse"), before, after):
         if one is not None:
             check_bits(prop.clause, f"{branch.name} {name}", other, one, part=part, why=why)
-    return compare_all(prop, actual, expected, [bounds], part="of a second call")
+    return compare_all(prop, actual, expected, bounds, part="of a second call")
 
 
 def unstated(implementation: Implementation) -> Remark | None:

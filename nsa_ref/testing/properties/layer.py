@@ -59,7 +59,7 @@ Weights = dict[str, np.ndarray]
 class Truth:
     """The definition's side of a case, in float64.
 
-    errors : how far others may be from the output and the gradients
+    errors : the output and the gradients, and how far a right layer may be from them
     bounds : on the output, and on the scores of the choice
     undecided : bool (batch, kv_len), rows for which another choice of blocks may be right
     """
@@ -92,7 +92,7 @@ class Truth:
 
     @property
     def output(self) -> np.ndarray:
-        """What a right layer returns, up to the bounds."""
+        """What a right layer returns, up to the bounds; NaN where it is NaN."""
         return self.errors.out
 
     def gradients(self, d_out: np.ndarray) -> tuple[np.ndarray, Weights, LayerBounds]:
