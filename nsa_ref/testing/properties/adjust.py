@@ -244,6 +244,14 @@ def layer_with_windows(draw: st.DrawFn, sizes: Drawn) -> None:
     sizes["q_len"] = sizes["kv_len"] = max(sizes["kv_len"], least + draw(st.integers(0, 2)))
 
 
+def layer_with_blocks_to_keep(draw: st.DrawFn, sizes: Drawn) -> None:
+    """G1: the same, and few of many blocks: two requests are handed different ones."""
+    layer_with_windows(draw, sizes)
+    more_blocks_than_slots(draw, sizes)
+    sizes["q_len"] = sizes["kv_len"]
+    sizes["num_initial_blocks"] = sizes["num_local_blocks"] = 0
+
+
 def layer_that_chooses(draw: st.DrawFn, sizes: Drawn) -> None:
     """A4: more candidates than n, within limits: scores decide, and could be differentiated."""
     affordable_layer(draw, sizes)
