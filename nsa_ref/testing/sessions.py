@@ -219,9 +219,17 @@ class Collector:
 def raised_in(traceback: str) -> str:
     """The line of a traceback's last exception; its message may go on below, and notes."""
     lines = traceback.strip().splitlines()
-    last_file = max((i for i, line in enumerate(lines) if line.startswith('  File "')), default=0)
-    behind = (line for line in lines[last_file + 1 :] if line and not line[0].isspace())
-    return next(behind, lines[-1])
+    frames = [i for i, line in enumerate(lines) if line.lstrip().startswith('File "')]
+    if not frames:
+        return lines[-1]
+
+    def depth(line: str) -> int:
+        return len(line) - len(line.lstrip())
+
+    # pytest may have moved all of it to the right
+    of_frame = depth(lines[frames[-1]])
+    behind = (line.strip() for line in lines[frames[-1] + 1 :] if depth(line) < of_frame)
+    return next(filter(None, behind), lines[-1])
 
 
 def _error_line(report: pytest.TestReport | pytest.CollectReport) -> str:

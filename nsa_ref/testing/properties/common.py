@@ -270,8 +270,8 @@ def judged(
 
 
 def expected_of(
-    prop: Property,
     implementation: Implementation,
+    prop: Property,
     case: Case,
     *given: Any,
     forms: Sequence[str] = FORMS[:1],
