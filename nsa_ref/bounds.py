@@ -86,7 +86,7 @@ def attention_bounds(
     form: str,
     scale: float | None = None,
 ) -> AttentionBounds:
-    """Those of `judged_attention` in one form: its arguments, its errors.
+    """The bounds of `judged_attention`, in one form: its arguments, its errors.
 
     Source: NUMERICS 2
     """
