@@ -131,7 +131,7 @@ class Collector:
             self.errors.append(_error_line(report))
 
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
-        """What goes wrong with the session itself is one line: of a traceback, the last."""
+        """What goes wrong with the session itself is one line: its exception, not its traceback."""
         told = str(excinfo.value)
         # xdist raises a worker's traceback as the message of `assert False`
         of_worker = isinstance(excinfo.value, AssertionError) and told.startswith("Traceback")

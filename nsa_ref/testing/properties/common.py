@@ -270,8 +270,8 @@ def judged(
 
 
 def expected_of(
-    implementation: Implementation,
     prop: Property,
+    implementation: Implementation,
     case: Case,
     *given: Any,
     forms: Sequence[str] = FORMS[:1],

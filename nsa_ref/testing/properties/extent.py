@@ -230,7 +230,7 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     if not prop.backward:
         out, lse = branch.forward(implementation, case, inputs)
         found = (out[:, :, rows], None if lse is None else lse[:, :, rows])
-        expected, bounds = expected_of(implementation, prop, few, asked, mask)
+        expected, bounds = expected_of(prop, implementation, few, asked, mask)
         return compare_all(prop, found, expected, bounds, part=part, rows=rows)
     d_out = np.zeros((*inputs.q.shape[:3], case.value_dim), inputs.q.dtype)
     d_lse = np.zeros(inputs.q.shape[:3], inputs.q.dtype)
@@ -240,7 +240,7 @@ def long_values(prop: Property, implementation: Implementation, case: Case) -> O
     others[rows] = False
     check_exact("A3", f"{branch.name} dq", dq, 0.0, others, why="d_out is 0 in that row")
     there = (d_out[:, :, rows], d_lse[:, :, rows])
-    expected, bounds = expected_of(implementation, prop, few, asked, mask, *there)
+    expected, bounds = expected_of(prop, implementation, few, asked, mask, *there)
     gradients = (dq[:, :, rows], dk, dv)
     return compare_all(prop, gradients, expected, bounds, part=part, rows=rows)
 
@@ -334,7 +334,7 @@ def _first_entry(
     empty = not mask.any(-1).all()
     if prop.backward and empty and branch.empty_row(alone) == "nan":
         raise Inconclusive("NaN rows")
-    expected, bounds = expected_of(implementation, prop, alone, once, mask, *gradients)
+    expected, bounds = expected_of(prop, implementation, alone, once, mask, *gradients)
     return compare_all(prop, first, expected, bounds)
 
 

@@ -196,7 +196,7 @@ def in_pairs(prop: Property, implementation: Implementation, case: Case) -> Outc
     else:
         results = [branch.attention(case, result) for result in found]
     sent = of_both[1][-2:] if prop.backward else ()
-    expected, bounds = expected_of(implementation, prop, case, inputs, mask, *sent)
+    expected, bounds = expected_of(prop, implementation, case, inputs, mask, *sent)
     before, after, actual = results
     why, part = "the next call has changed it", "of the call before"
     for name, one, other in zip(GRADIENTS if prop.backward else ("out", "lse"), before, after):

@@ -72,7 +72,7 @@ def gradients(prop: Property, implementation: Implementation, case: Case) -> Out
     d_out, d_lse = sent_back(branch, case, mask, of_lse=implementation.lse_gradient)
     actual = branch.backward(implementation, case, inputs, d_out, d_lse)
     sent = d_out, d_lse
-    expected, bounds = expected_of(implementation, prop, case, inputs, mask, *sent, forms=FORMS)
+    expected, bounds = expected_of(prop, implementation, case, inputs, mask, *sent, forms=FORMS)
     return compare_all(prop, actual, expected, bounds)
 
 
