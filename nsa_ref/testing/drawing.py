@@ -140,22 +140,21 @@ def draw(
     has made its case smaller.
     """
     strata, settings = _lots(prop, implementation, options)
-    if prop.extent == "large":
-        # one case: it takes a minute, and a second shows little more. It is the second that is
-        # drawn, because the first is the smallest for every seed
-        settings, judged = hypothesis.settings(settings, max_examples=2), trial
-        first = iter([lambda case: None])
-
-        def trial(case: Case) -> object:
-            return next(first, judged)(case)
+    # of one case it is the second that is drawn: the first is the smallest, for every seed
+    one_each = prop.extent == "large" or settings.max_examples == 1
+    if one_each:
+        settings = hypothesis.settings(settings, max_examples=2)
 
     if not options.shrink or prop.extent == "large":
         settings = hypothesis.settings(settings, phases=[hypothesis.Phase.generate])
 
-    def run(number: int, settings: hypothesis.settings) -> None:
+    def run(number: int, settings: hypothesis.settings, *, pass_over: int) -> None:
         redraws = iter(range(REDRAWS * settings.max_examples))
+        passed_over = iter(range(pass_over))
 
         def judged_once(case: Case) -> None:
+            if next(passed_over, None) is not None:
+                return
             if trial(case) is True and next(redraws, None) is not None:
                 hypothesis.reject()
 
@@ -171,11 +170,11 @@ def draw(
 
     for number in range(len(strata)):
         try:
-            run(number, settings)
+            run(number, settings, pass_over=int(one_each))
         except Broken:
             if number and options.shrink:
                 # the first lot has the smallest cases, and one of them may be broken, too
-                run(0, hypothesis.settings(settings, max_examples=100))
+                run(0, hypothesis.settings(settings, max_examples=100), pass_over=0)
             raise
 
 

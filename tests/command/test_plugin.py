@@ -155,6 +155,8 @@ def test_this_repository_has_the_names_of_the_command_as_well() -> None:
         ("--nsa-device=tpu", r"choose from \W*auto\W*cpu\W*cuda"),
         ("--nsa-seed=-1", "at least 0"),
         ("--nsa-case-timeout=0", "above 0"),
+        ("--nsa-case-timeout=inf", "above 0"),
+        ("--nsa-case-timeout=nan", "above 0"),
     ],
 )
 def test_options_are_checked(option: str, words: str) -> None:

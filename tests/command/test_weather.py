@@ -26,7 +26,7 @@ from rich.console import Console
 from xdist.workermanage import NodeManager
 
 import nsa_ref.__main__ as entry
-from commands import python, running, until
+from commands import nsa_ref, python, running, until
 from nsa_ref.testing import Case, cli, files, last_words, sessions, silence
 from nsa_ref.testing import workers as workers_plugin
 from nsa_ref.testing.cli import BROKEN, COULD_NOT_RUN, HOLDS, Output, main
@@ -314,6 +314,59 @@ def test_what_is_sent_to_a_worker_that_has_just_ended_ends_no_run() -> None:
 def test_without_docstrings_it_runs() -> None:
     done = python("-OO", "-m", "nsa_ref", "explain", "W1")
     assert done.returncode == HOLDS and done.stderr == "", done
+
+
+def test_without_docstrings_and_asserts_it_finds_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the workers as well, to whom the environment goes."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    one = ("-m", "nsa_ref", "verify", "port_zoo:OneKeyFewer", "--branch=sliding", "--device=cpu")
+    done = python(*one, "-n1", "--json=report.json")
+    assert done.returncode == BROKEN and done.stderr == "", done
+    findings = json.loads((place / "report.json").read_text())["findings"]
+    assert "W1" in {finding["clause"] for finding in findings}, done.stdout
+    again = python("-m", "nsa_ref", "replay", "nsa-ref-findings")
+    assert again.returncode == BROKEN and again.stderr == "", again
+
+
+#: An import that has no end where a worker does it.
+HANGS_IN_WORKERS = """
+import os, time
+from port_zoo import SlidingMask
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    time.sleep(300)
+
+class Port(SlidingMask):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process that hands out work reads /proc")
+def test_an_import_that_hangs_in_workers_only_ends_the_run_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "port.py").write_text(HANGS_IN_WORKERS)
+    (place / "soon").mkdir()
+    patience = "from nsa_ref.testing import silence\nsilence.LOADING = 3.0\n"
+    (place / "soon" / "sitecustomize.py").write_text(patience)
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(place / "soon"), before]))
+    done = python("-m", "nsa_ref", "verify", "port:Port", "--branch=sliding", "-n1", "--device=cpu")
+    assert done.returncode == COULD_NOT_RUN, done
+    assert "hangs in the workers: no end after 3 s" in done.stdout + done.stderr, done
+
+
+def test_in_a_folder_that_takes_no_file_a_case_is_judged_all_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root, whom no mode of a folder stops, a file in its place does."""
+    finding = found(OneKeyFewer(), place)
+    kept = place / finding["file"]
+    kept.with_name("nsa-ref-findings").write_text("no folder")
+    done = nsa_ref("replay", str(kept), "port_zoo:OneKeyFewer")
+    assert done.returncode == BROKEN and done.stderr == "", done
 
 
 # --- findings -------------------------------------------------------------------------------------

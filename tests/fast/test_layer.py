@@ -437,6 +437,14 @@ VALUE_ERRORS: Refusals = {
     "q_heads=1000000000000 must be below 2147483648": lambda: module(q_heads=10**12, kv_heads=1),
     "num_mem_kv=1000000000000 must be below 2147483648": lambda: module(num_mem_kv=10**12),
     "num_selected_blocks=1000000000000 must be below": lambda: module(num_selected_blocks=10**12),
+    "kv_heads=1000000000000000000000000000000 must be below": lambda: module(kv_heads=10**30),
+    "head_dim=1000000000000000000000000000000 must be below": lambda: module(head_dim=10**30),
+    "num_local_blocks=1000000000000000000000000000000 must": lambda: module(
+        num_local_blocks=10**30
+    ),
+    "sliding_window_size=1000000000000000000000000000000 mu": (
+        lambda: module(sliding_window_size=10**30)
+    ),
     "backend='x' must be one of None, 'eager', 'compiled'": lambda: module(backend="x"),
     "x is on meta, which holds no numbers": lambda: module().to("meta")(X.to("meta")),
     "x has shape (2, 8, 9); it must be (batch, seq_len, 10)": call(x=torch.zeros(2, 8, 9)),

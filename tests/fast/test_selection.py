@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -289,7 +290,60 @@ def test_on_a_cpu_a_selection_can_be_traced() -> None:
     assert torch.equal(traced(q), select(q=q))
 
 
+X, Q = torch.zeros(1, 1, 4, 2), torch.zeros(1, 4, 64, 16)
+LARGE = 10**30
+
+
+def pool(x: Tensor = X, weights: dict[str, Tensor] | None = None, **sizes: int) -> Tensor:
+    return nsa_fast.compress_pool(x, weights, **(PAIRS | sizes))
+
+
+def nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of a prototype
+        return torch.nested.nested_tensor([tensor[0], tensor[0]])
+
+
+def test_pooling_is_plain_torch_for_transforms_exports_and_tensors_without_numbers() -> None:
+    x = torch.randn(2, 1, 4, 2)
+    assert torch.equal(torch.func.vmap(pool)(x[:, None])[:, 0], pool(x))
+    of_all = torch.func.grad(lambda x: pool(x).sum())(x)
+    assert torch.equal(of_all, torch.full_like(x, 0.5))
+    assert torch.equal(torch.func.jvp(pool, (x,), (x,))[1], pool(x))
+    assert pool(X.to("meta")).shape == pool().shape
+
+    class Pools(torch.nn.Module):
+        forward = staticmethod(pool)
+
+    for strict in (False, True):
+        exported = torch.export.export(Pools(), (x,), strict=strict).module()
+        assert torch.equal(exported(x), pool(x))
+
+
+def test_threads_that_train_pool_and_choose_as_one_does() -> None:
+    q, x = torch.randn(1, 4, 64, 16), torch.randn(1, 1, 64, 2)
+
+    def step(number: int) -> tuple[Tensor, Tensor]:
+        mine = (x * number).requires_grad_()
+        pool(mine).square().sum().backward()
+        assert mine.grad is not None
+        return mine.grad, select(q=q)
+
+    with ThreadPoolExecutor(4) as threads:
+        for number, (gradient, chosen) in enumerate(threads.map(step, range(12))):
+            alone, of_one = step(number)
+            assert torch.equal(gradient, alone) and torch.equal(chosen, of_one)
+
+
 VALUE_ERRORS: Refusals = {
+    f"compress_block_size={LARGE} must be below": lambda: pool(compress_block_size=LARGE),
+    f"num_selected_blocks={LARGE} must be below": lambda: select(num_selected_blocks=LARGE),
+    f"selection_block_size={LARGE} must be below": lambda: select(selection_block_size=LARGE),
+    f"kv_len={LARGE} must be below": lambda: select(kv_len=LARGE),
+    "weights['positions'] is on meta and x on cpu; they must be on one device": (
+        lambda: pool(X, {"positions": torch.zeros(1, 2, 2, device="meta")})
+    ),
+    "k_cmp is on cpu and q on meta; they must be on one device": lambda: select(q=Q.to("meta")),
     "compress_block_size=3 must be a multiple of compress_block_sliding_stride=2": (
         lambda: select(compress_block_size=3)
     ),
@@ -300,6 +354,21 @@ VALUE_ERRORS: Refusals = {
     ),
 }
 TYPE_ERRORS: Refusals = {
+    "x has dtype torch.bool; it must be a floating point type": lambda: pool(X.bool()),
+    "x has dtype torch.int64; it must be a floating point type": lambda: pool(X.long()),
+    "x has layout torch.sparse_coo; it must be dense. Try x.to_dense()": (
+        lambda: pool(X.to_sparse())
+    ),
+    "x is a nested tensor": lambda: pool(nested(X)),
+    "q has dtype torch.bool; it must be a floating point type": lambda: select(q=Q.bool()),
+    "q has dtype torch.complex64; it must be a floating point type": lambda: select(q=Q.cfloat()),
+    "k_cmp has dtype torch.bool and q torch.float32; they must be the same": (
+        lambda: select(k_cmp=torch.zeros(1, 2, 32, 16).bool())
+    ),
+    "q has layout torch.sparse_coo; it must be dense. Try q.to_dense()": (
+        lambda: select(q=Q.to_sparse())
+    ),
+    "q is a nested tensor": lambda: select(q=nested(Q)),
     "x has dtype torch.complex64; it must be a floating point type": (
         lambda: nsa_fast.compress_pool(torch.zeros(1, 1, 4, 2).cfloat(), **PAIRS)
     ),

@@ -16,6 +16,7 @@ from nsa_ref.testing.mutants.kernel import Kernel
 from nsa_ref.testing.mutants.layer import LayerInSteps, LayerWay
 from nsa_ref.testing.mutants.rounding import RoundedImplementation, Rounding, Way
 from nsa_ref.testing.mutants.selection import Selector
+from unusual_ports import STABLE, FlaTopK, LucidrainsTopK, NormOfTorch, RanksMeans, SigmoidInSteps
 
 
 class InAnyWay(RoundedImplementation):
@@ -52,6 +53,8 @@ def implementations(device: str) -> list[Implementation]:
     if device != "cpu":
         return found
     found += [OracleImplementation(), Kernel(), CompressionMap(), Selector(), LayerInSteps()]
+    found += [FlaTopK(), LucidrainsTopK(), RanksMeans(), NormOfTorch()]
+    found += [SigmoidInSteps(STABLE, row) for row in ("bf16-eager", "fp16-eager")]
     for row, numerics in NUMERICS.items():
         for kind in (AnyKernel, AnyMap, AnySelector):
             one = kind(row=row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nsa_ref.testing.options import Options
 from nsa_ref.testing.properties import PROPERTIES
 from nsa_ref.testing.running import run_property
 from trials import record
+from unusual_ports import SIGMOIDS, NormOfTorch, SigmoidInSteps
 
 EXACT = "G1_layer_output_in_exact_numbers"
 #: Those that set up more than they draw.
@@ -83,29 +83,12 @@ def test_right_layers_are_exact_where_the_dtype_holds_every_number(
     assert result.cases
 
 
-#: What a sigmoid may be taken apart into, where every operation is stored.
-SIGMOIDS: dict[str, Callable[[Any], Any]] = {
-    "1 / (1 + exp(-z))": lambda z: 1 / (1 + (-z).exp()),
-    "exp(z) / (1 + exp(z))": lambda z: z.exp() / (1 + z.exp()),
-    "(1 + tanh(z / 2)) / 2": lambda z: (1 + (z / 2).tanh()) / 2,
-}
-
-
-class _SigmoidInSteps(LayerInSteps):
-    name = "sigmoid in steps"
-    sigmoid: Callable[[Any], Any]
-
-    def squashed(self, logits: Any) -> Any:
-        return self.sigmoid(logits)
-
-
 @pytest.mark.parametrize("formula", SIGMOIDS)
 @pytest.mark.parametrize("row", ["bf16-eager", "fp16-eager"])
 def test_a_sigmoid_whose_every_operation_is_stored_is_right(
     row: str, formula: str, tmp_path: Path
 ) -> None:
-    layer = _SigmoidInSteps(LayerWay(), row)
-    layer.sigmoid = SIGMOIDS[formula]
+    layer = SigmoidInSteps(formula, row)
     for seed in range(4):
         found = record(EXACT, layer, tmp_path, shrink=False, seed=seed).finding
         assert found is None, found["text"]
@@ -256,18 +239,6 @@ def test_limits_of_what_no_layer_has_do_not_take_its_sequences_away(
     right, options = port(limits={"indices": ("all",)}), Options(case=case, findings=tmp_path)
     found = run_property(PROPERTIES[name], right, options)
     assert (found.finding, found.cases) == (None, 1)
-
-
-class NormOfTorch(LayerInSteps):
-    """By torch's own RMSNorm, that is with the machine epsilon of what it computes in."""
-
-    def normed(self, case: Case, weights: Any, x: Any) -> Any:
-        import torch
-
-        if not case.semantics.input_norm:
-            return x
-        norm = torch.nn.functional.rms_norm
-        return norm(x, x.shape[-1:], weights["norm.weight"])
 
 
 def test_a_norm_may_have_the_epsilon_of_its_dtype(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ class GatesRightAtOneHalf(LayerInSteps):
         return gates.where(logits == 0, gates * 1.01)
 
 
+@mutant("G1", "in bfloat16, with blocks handed in, gates are 1 % too large")
+class GatesOnePercentOffWithBlocks(LayerInSteps):
+    numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
+
+    def layer_with_blocks(
+        self, case: Case, weights: Any, x: Tensor, block_indices: Tensor
+    ) -> Tensor:
+        return GatesOnePercentOff().layer_with_blocks(case, weights, x, block_indices)
+
+
 @mutant("G3", "in bfloat16, gates are 1 % too large at decoding")
 class GatesOnePercentOffAtDecode(LayerInSteps):
     numerics: Mapping[str, str] = {"bfloat16": "bf16-eager"}
@@ -327,6 +337,16 @@ class PositionsInBfloat16(LayerInSteps):
 class PackedPositionsInBfloat16(LayerInSteps):
     def sequence(self, case: Case, weights: Any, x: Tensor, start: int, stop: int) -> Tensor:
         return PositionsInBfloat16().sequence(case, weights, x, start, stop)
+
+
+@mutant(
+    "G3",
+    "at decoding, positions are kept in bfloat16, and beyond 256 every other one is lost",
+    needs={"kv_len": "> 256"},
+)
+class DecodePositionsInBfloat16(LayerInSteps):
+    def decoded(self, case: Case, weights: Any, x: Tensor) -> Tensor:
+        return PositionsInBfloat16().decoded(case, weights, x)
 
 
 @mutant("G4", "packed: rows beyond a sequence's 64th are not written", needs={"kv_len": "> 64"})

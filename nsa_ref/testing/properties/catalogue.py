@@ -53,6 +53,10 @@ def rotary(semantics: Semantics) -> bool:
     return semantics.rotary != "none"
 
 
+def causal_and_rotary(semantics: Semantics) -> bool:
+    return causal(semantics) and rotary(semantics)
+
+
 def full_when_all_are_chosen(semantics: Semantics) -> bool:
     """Every key before a row is visible once, if every block is selected."""
     twice = semantics.own_block_extra and semantics.duplicates == "multiset"
@@ -331,6 +335,10 @@ ROWS = (
     layer_row("G1_layer_output_in_exact_numbers", "G1", None, "layer", layer.exact_numbers,
               why_not_tried=layer.no_narrow_dtype, precondition=layer.sixteen_bits, by_dtype=True,
               adjust=adjust.layer_of_exact_numbers, populated=True, examples=12),
+    layer_row("G1_layer_output_with_blocks_in_exact_numbers", "G1", None, "layer_with_blocks",
+              layer.exact_numbers, why_not_tried=layer.no_narrow_dtype,
+              precondition=layer.sixteen_bits, by_dtype=True,
+              adjust=adjust.layer_of_exact_numbers, populated=True, examples=5),
     layer_row("G1_layer_gradients_in_exact_numbers", "G1", None, "layer", layer.exact_gradients,
               why_not_tried=layer.no_narrow_dtype, precondition=layer.sixteen_bits,
               backward=True, by_dtype=True,
@@ -362,6 +370,8 @@ ROWS = (
               semantics=causal, adjust=adjust.layer_with_windows, populated=True, examples=6),
     layer_row("G3_decode_of_many_tokens", "G3", None, "decode", layer.output,
               semantics=causal, adjust=adjust.many_tokens, populated=True, examples=2),
+    layer_row("G3_decode_rotation_of_many_tokens", "G3", None, "decode", layer.output,
+              semantics=causal_and_rotary, adjust=adjust.many_tokens, populated=True, examples=2),
     layer_row("G3_decode_of_many_blocks", "G3", None, "decode", layer.output,
               semantics=causal, adjust=adjust.many_blocks, populated=True, examples=2),
     layer_row("G4_varlen_of_many_tokens", "G4", None, "varlen", packed.output,

@@ -492,12 +492,21 @@ def exactly(
     weights: Weights,
     branch: str,
 ) -> Comparison:
-    """The output of `layer` or `decode` with one gate open, in exact numbers."""
+    """The output of any method but `varlen` with one gate open, in exact numbers."""
     given = with_one_gate(case, weights, branch)
     x = np.ones((case.batch, case.kv_len, case.model_dim), DTYPES[case.dtype])
-    found = call(implementation.run, method, case, given, x)
+    blocks = blocks_of_exact_numbers(case, given) if method == "layer_with_blocks" else None
+    handed = () if blocks is None else (blocks,)
+    found = call(implementation.run, method, case, given, x, *handed)
     actual = checked_tensor(case, method, found, (*x.shape[:2], case.layer_width))
     return compare_exactly(clause, method, case, given, branch, actual)
+
+
+def blocks_of_exact_numbers(case: Case, weights: Weights) -> np.ndarray:
+    """The definition's choice for tokens of 1."""
+    x = np.ones((case.batch, case.kv_len, case.model_dim))
+    wide = {n: w.astype(np.float64) for n, w in weights.items()}
+    return layer_block_indices(x, wide, **case.geometry)
 
 
 def compare_exactly(
@@ -516,7 +525,7 @@ def compare_exactly(
     x = np.ones((case.batch, case.kv_len, case.model_dim))
     how = case.geometry
     given = x, {n: w.astype(np.float64) for n, w in weights.items()}
-    blocks = layer_block_indices(*given, **how)
+    blocks = blocks_of_exact_numbers(case, weights)
     held = _rows_of_exact_numbers(case, blocks, branch)
     held = held.swapaxes(1, 2).repeat(case.value_dim, axis=2)
     # what to_out has beyond all heads is 0
