@@ -785,7 +785,6 @@ class Box:
 WAYS = ("forward, ms", "backward, ms")
 #: What a time of fine depends on, and the kernels that it is the time of.
 BLOCKS_OF_TILES = "blocks of 4 tokens, mean"
-OF_TILES = ("fine_forward", "fine_backward_q")
 
 #: What is timed, the way, and the kernels of which there are estimates.
 ESTIMATED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -847,7 +846,7 @@ def estimated(report: dict[str, Any], what: str, way: str) -> str:
     timed = report["measured"].get(f"{what}, {paper.TOKENS} tokens", {})
     blocks = timed.get(BLOCKS_OF_TILES, paper.UNION) / paper.UNION
     ends = (
-        sum(known[name][end] * (blocks if name in OF_TILES else 1) for name in kernels)
+        sum(known[name][end] * (blocks if name in paper.OF_TILES else 1) for name in kernels)
         for end in ("optimistic", "expected")
     )
     return " to ".join(f"{end:.3g}" for end in ends)

@@ -23,3 +23,5 @@ TOKENS = 2**16
 #: Blocks of a tile of 4 tokens, in the mean. It depends on what is chosen: 16 if all choose the
 #: same, some 55 if they choose at random.
 UNION = 24
+#: Kernels that walk the blocks of a tile: the more differ, the longer they take.
+OF_TILES = ("fine_forward", "fine_backward_q")

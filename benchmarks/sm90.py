@@ -18,6 +18,7 @@ Nothing runs. The times at 64k tokens are ESTIMATES, of a model of an H200 with 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import heapq
 import json
 import re
@@ -47,7 +48,7 @@ from nsa_fast import (
 )
 from nsa_fast.selection import Sizes, why_not_in_triton
 from nsa_fast.windows import Windows
-from nsa_ref.semantics import PAPER
+from nsa_ref.semantics import PAPER, Semantics
 from nsa_ref.testing.loading import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -606,43 +607,67 @@ BEFORE = {
     "gates": (10.0, 20.0),
     "pooling": (3.0, 0.0),
 }
+#: What was said of each part before it was written: least and most.
+PREDICTED = {
+    "compress": ((14.0, 14.0), (35.0, 35.0)),
+    "selection": ((7.0, 9.0), None),
+    "fine": ((10.0, 16.0), (21.0, 21.0)),
+    "sliding": ((4.5, 4.5), (11.0, 11.0)),
+    "gates": ((1.2, 1.2), (5.0, 5.0)),
+}
+#: Dense attention of this shape by a kernel of FlashAttention 3's class, at its published speed.
+DENSE = (138.0, 416.0)
 #: What the census calls all that is in no part: to be added, and none of attention.
 PROJECTIONS = "projections"
 #: What the parts should take at most.
 TARGETS = (60.0, 110.0)
+#: Blocks of a tile: of tokens that all choose the same, in the mean, and that choose at random.
+UNIONS = (16, paper.UNION, 55)
 
 
 class Sum(NamedTuple):
     """Of one part in one direction, in milliseconds; around : what is no kernel's above.
 
-    before : None of what had no estimate
+    before, predicted : None of what had none; predicted : at least, and at most
     """
 
     part: str
     before: float | None
+    predicted: tuple[float, float] | None
     optimistic: float
     expected: float
     floor: float
     around: float
 
 
-def sums(kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Sum]]:
-    """Each part of the layer's attention, their sum, and then its projections, by direction."""
+def sums(
+    kernels: Mapping[str, Mapping[str, Any]], union: float = paper.UNION
+) -> dict[str, list[Sum]]:
+    """Each part of the layer's attention, their sum, and then its projections, by direction.
+
+    union : blocks of a tile of tokens, in the mean
+    """
     around = around_kernels()
     found = {}
     for which, direction in enumerate(("forward", "backward")):
         rows = []
         for part in (*BEFORE, PROJECTIONS):
-            estimates = [kernels[name]["estimate_ms"] for name in PARTS.get(part, ((), ()))[which]]
-            optimistic, expected, floor = (
-                sum(each[what] for each in estimates)
-                for what in ("optimistic", "expected", "floor")
+            names = PARTS.get(part, ((), ()))[which]
+            optimistic, expected = (
+                sum(
+                    kernels[name]["estimate_ms"][end]
+                    * (union / paper.UNION if name in paper.OF_TILES else 1)
+                    for name in names
+                )
+                for end in ("optimistic", "expected")
             )
+            floor = sum(kernels[name]["estimate_ms"]["floor"] for name in names)
             beside = around.get((direction, part), Around(0.0, 0.0))
             rows.append(
                 Sum(
                     part,
                     BEFORE[part][which] if part in BEFORE else None,
+                    PREDICTED[part][which] if part in PREDICTED else None,
                     optimistic + beside.estimate,
                     expected + beside.estimate,
                     floor + beside.floor,
@@ -650,9 +675,21 @@ def sums(kernels: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Sum]]:
                 )
             )
         *parts, projections = rows
-        _, *columns = zip(*parts)
-        found[direction] = [*parts, Sum("sum", *(sum(column) for column in columns)), projections]
+        of_all = (
+            sum(getattr(part, name) for part in parts)
+            for name in ("optimistic", "expected", "floor", "around")
+        )
+        before = sum(part.before or 0.0 for part in parts)
+        found[direction] = [*parts, Sum("sum", before, None, *of_all), projections]
     return found
+
+
+def dense_floors() -> tuple[float, float]:
+    """Milliseconds of causal dense attention at the peak, forward and backward."""
+    pairs = SIZES.kv_len * (SIZES.kv_len + 1) * HEADS  # twice: a product and a sum
+    peak = SMS * CLOCK * OPERATIONS / 1e3
+    forward, backward = HEAD_DIM + VALUE_DIM, 3 * HEAD_DIM + 2 * VALUE_DIM
+    return pairs * forward / peak, pairs * backward / peak
 
 
 class Around(NamedTuple):
@@ -686,16 +723,33 @@ def _is_ours(kind: str) -> bool:
     return any(kind in names for pair in PARTS.values() for names in pair)
 
 
-def print_sums(found: Mapping[str, list[Sum]]) -> None:
-    for (direction, rows), target in zip(found.items(), TARGETS):
+def print_sums(kernels: Mapping[str, Mapping[str, Any]]) -> None:
+    """The parts in each direction, and beside them what the sum depends on and is held against."""
+    found = sums(kernels)
+    of_unions = {union: sums(kernels, union) for union in UNIONS}
+    for (direction, rows), target, dense, floor in zip(
+        found.items(), TARGETS, DENSE, dense_floors()
+    ):
         print(f"\n{direction}, ESTIMATES in ms; target {target:.0f}")
-        print(f"{'':12}{'before':>8}{'optimistic':>12}{'expected':>10}{'floor':>8}  of it around")
+        print(
+            f"{'':12}{'before':>8}{'predicted':>11}{'optimistic':>12}{'expected':>10}{'floor':>8}"
+            "  of it around"
+        )
         for row in rows:
             before = "" if row.before is None else f"{row.before:.0f}"
             print(
-                f"{row.part:12}{before:>8}{row.optimistic:12.1f}{row.expected:10.1f}"
-                f"{row.floor:8.1f}{row.around:12.2f}"
+                f"{row.part:12}{before:>8}{_range(row.predicted):>11}{row.optimistic:12.1f}"
+                f"{row.expected:10.1f}{row.floor:8.1f}{row.around:12.2f}"
             )
+        for union, others in of_unions.items():
+            *_, of_all, _ = others[direction]
+            ends = f"{of_all.optimistic:.1f} to {of_all.expected:.1f}"
+            print(f"the sum with {union} blocks of a tile of tokens: {ends}")
+        print(f"dense attention: {dense:.0f} at a published speed, floor {floor:.0f}")
+
+
+def _range(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else " to ".join(f"{end:g}" for end in dict.fromkeys(ends))
 
 
 # --- what runs at all -----------------------------------------------------------------------------
@@ -726,9 +780,18 @@ SHAPES = [
     Shape("bfloat16", 192, 128, group=8),
     Shape("bfloat16", 192, 128, group=128),
     Shape("bfloat16", 256, 128, group=128),
+    Shape("float16", 128, 128, group=8),
     Shape("float32", 64, 64, block_size=16),
+    Shape("float32", 64, 64, block_size=32),
     Shape("bfloat16", 512, 512),
 ]
+#: Switches that the selection's kernels compile in; they are compiled for the first shape.
+OTHER_RULES = {
+    "not causal": dataclasses.replace(PAPER, causal=False),
+    "windows end at a stride": dataclasses.replace(PAPER, compress_alignment="end"),
+    "own block extra": dataclasses.replace(PAPER, own_block_extra=True),
+    "a choice for each head": dataclasses.replace(PAPER, share_selection=False),
+}
 #: Bytes of shared memory that a program may have on sm_90.
 MOST_SHARED = 227 * 1024
 
@@ -798,8 +861,7 @@ def why_no_selection(shape: Shape) -> str:
 def own_launches(shape: Shape) -> dict[str, Launch]:
     """The kernels of selection, gates and rotary, as they are launched for a shape."""
     dtype, head_dim, value_dim, group, _ = shape
-    sizes, heads = _sizes(shape), KV_HEADS * group
-    seen = {"STRIDE": sizes.windows.stride, "CAUSAL": True}
+    heads, kind = KV_HEADS * group, getattr(torch, dtype)
     gates = gate_kernels.constants(heads, value_dim)
     rotary = rotary_kernels.constants(heads, head_dim)
     rows: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
@@ -807,18 +869,39 @@ def own_launches(shape: Shape) -> dict[str, Launch]:
         (gate_kernels.gated_sum_backward, gates, {}),
         (rotary_kernels.turned_pairs, rotary | {"BACK": False}, {}),
     ]
+    found = {
+        kernel.fn.__name__: _launch(kernel, kind, constants, options, Work())
+        for kernel, constants, options in rows
+    }
     if not why_no_selection(shape):
-        product = seen | selection_kernels.product_constants(
-            getattr(torch, dtype), head_dim, heads=KV_HEADS, kv_heads=KV_HEADS, group=group
-        )
-        choice = seen | selection_kernels.choice_constants(sizes, sizes.num_selected)
-        rows += [
-            (selection_kernels.row_lse, product, selection_kernels.PRODUCT_OPTIONS),
-            (selection_kernels.group_probabilities, product, selection_kernels.PRODUCT_OPTIONS),
-            (selection_kernels.top_blocks, choice, selection_kernels.CHOICE_OPTIONS),
-        ]
+        found |= _selection_launches(shape, PAPER)
+        for rule, semantics in OTHER_RULES.items() if shape == SHAPES[0] else ():
+            others = _selection_launches(shape, semantics)
+            found |= {f"{name}, {rule}": launch for name, launch in others.items()}
+    return found
+
+
+def _selection_launches(shape: Shape, semantics: Semantics) -> dict[str, Launch]:
+    """The selection's kernels, with the switches that they compile in."""
+    heads = KV_HEADS if semantics.share_selection else KV_HEADS * shape.group
+    sizes, kind = _sizes(shape), getattr(torch, shape.dtype)
+    sizes = sizes._replace(windows=sizes.windows._replace(semantics=semantics))
+    seen = {"STRIDE": sizes.windows.stride, "CAUSAL": semantics.causal}
+    product = seen | selection_kernels.product_constants(
+        kind,
+        shape.head_dim,
+        heads=heads,
+        kv_heads=KV_HEADS,
+        group=KV_HEADS * shape.group // heads,
+    )
+    choice = seen | selection_kernels.choice_constants(sizes, sizes.num_selected)
+    rows = [
+        (selection_kernels.row_lse, product, selection_kernels.PRODUCT_OPTIONS),
+        (selection_kernels.group_probabilities, product, selection_kernels.PRODUCT_OPTIONS),
+        (selection_kernels.top_blocks, choice, selection_kernels.CHOICE_OPTIONS),
+    ]
     return {
-        kernel.fn.__name__: _launch(kernel, getattr(torch, dtype), constants, options, Work())
+        kernel.fn.__name__: _launch(kernel, kind, constants, options, Work())
         for kernel, constants, options in rows
     }
 
@@ -826,7 +909,8 @@ def own_launches(shape: Shape) -> dict[str, Launch]:
 def _compiled_row(launch: Launch) -> dict[str, Any]:
     facts = compiled_for_sm90(launch)
     assert facts["shared"] <= MOST_SHARED, facts
-    return {name: facts[name] for name in ("registers", "stack", "spills", "shared", "products")}
+    kept = ("registers", "stack", "spills", "shared", "loops", "products")
+    return {name: facts[name] for name in kept}
 
 
 def print_supported(row: dict[str, Any]) -> None:
@@ -864,7 +948,7 @@ def main() -> None:
         "kernels in float16": in_float16,
     }
     (given.output or KEPT).write_text(json.dumps(report, indent=1) + "\n")
-    print_sums(sums(kernels))
+    print_sums(kernels)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,18 @@ def _cells(x: tl.tensor, blocks: tl.tensor) -> tl.tensor:
     return x + tl.program_id(1).to(tl.int64) * blocks * tl.num_programs(0) + tl.program_id(0)
 
 
+@triton.jit
+def _cell(cells: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """That of a block."""
+    return cells + block * tl.num_programs(0)
+
+
+@triton.jit
+def _chunk_stop(first: tl.tensor, of_chunk: tl.tensor, q_len: tl.tensor) -> tl.tensor:
+    """The first token behind a chunk; the last chunk may be short."""
+    return tl.minimum(first + of_chunk, q_len)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def count_tokens(
     chosen: tl.tensor,
@@ -66,12 +78,12 @@ def count_tokens(
     cells = _cells(counts, blocks)
     of_pair = chosen + tl.program_id(1).to(tl.int64) * q_len * slots
     first = tl.program_id(0) * of_chunk
-    stop = tl.minimum(first + of_chunk, q_len) * slots
+    stop = _chunk_stop(first, of_chunk, q_len) * slots
     for at in tl.range(first * slots, stop, COUNTED):
         slot = at + tl.arange(0, COUNTED)
         block = tl.load(of_pair + slot, mask=slot < stop, other=blocks).to(tl.int64)
         # whole numbers: in whichever order they are added up, the sum is the same
-        tl.atomic_add(cells + block * tl.num_programs(0), 1, mask=block < blocks, sem="relaxed")
+        tl.atomic_add(_cell(cells, block), 1, mask=block < blocks, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -98,10 +110,10 @@ def place_tokens(
     slot = tl.arange(0, SLOTS)
     first = tl.program_id(0) * of_chunk
     of_token = chosen + (tl.program_id(1).to(tl.int64) * q_len + first) * slots
-    for token in tl.range(first, tl.minimum(first + of_chunk, q_len)):
+    for token in tl.range(first, _chunk_stop(first, of_chunk, q_len)):
         block = tl.load(of_token + slot, mask=slot < slots, other=blocks).to(tl.int64)
         real = block < blocks
-        cell = cells + block * tl.num_programs(0)
+        cell = _cell(cells, block)
         place = tl.load(cell, mask=real, other=0)
         # no token has chosen a block twice: each of these is another cell
         tl.store(token_lists + place, token, mask=real)

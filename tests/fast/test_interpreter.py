@@ -279,7 +279,7 @@ def test_wrong_tiles_are_read_out(build: str, monkeypatch: pytest.MonkeyPatch) -
         exposed.run(INTERPRETED, TILES_CASE)
 
 
-#: a mistake of a kernel -> the function of `fine_kernels`, what stands in for it, and what is wrong
+#: a mistake of a kernel -> a function of its module, what stands in for it, and what is wrong
 KERNEL_MISTAKES: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
     "a token has the bit of the next": (
         "_is_member",
@@ -306,6 +306,16 @@ KERNEL_MISTAKES: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
         lambda right, *given: right(*given) - 1,
         {"dk", "dv"},
     ),
+    "the last token of a chunk is not listed": (
+        "_chunk_stop",
+        lambda right, *given: right(*given) - 1,
+        {"dk", "dv"},
+    ),
+    "tokens of a block are listed as its neighbour's": (
+        "_cell",
+        lambda right, cells, block: right(cells, block ^ 1),
+        {"dk", "dv"},
+    ),
 }
 
 
@@ -325,15 +335,17 @@ class _Mistaken(NsaFastCompiled):
             return super().run_vjp(*given)
 
     def _made(self) -> contextlib.AbstractContextManager[None]:
-        from nsa_fast import fine_kernels
+        from nsa_fast import fine_kernels, fine_list_kernels
 
-        return in_place(((fine_kernels, *KERNEL_MISTAKES[self.mistake][:2]),))
+        name, wrong, _ = KERNEL_MISTAKES[self.mistake]
+        kernels = fine_kernels if hasattr(fine_kernels, name) else fine_list_kernels
+        return in_place(((kernels, name, wrong),))
 
 
 @runs
 @pytest.mark.parametrize("mistake", KERNEL_MISTAKES)
 def test_a_mistake_of_a_kernel_is_read_out(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists are right, and one step of what walks them is not."""
+    """One step of what walks the lists is not right, or of what makes them."""
     wrong = functools.partial(_Mistaken, mistake)
     monkeypatch.setattr(INTERPRETED, "kernels", functools.partial(_of_small_parts, wrong))
     found = KERNEL_MISTAKES[mistake][2]

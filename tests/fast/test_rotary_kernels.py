@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
-from broken_nsa_fast import BROKEN_TURNS  # noqa: E402
+from broken_nsa_fast import BROKEN_TURNS, in_place  # noqa: E402
 from interpreted import runs  # noqa: E402
 from nsa_fast import NativeSparseAttention, rotary  # noqa: E402
 from nsa_fast.adapter import NsaFastLayer, NsaFastLayerInterpreted  # noqa: E402
@@ -128,6 +128,34 @@ def _differences(layout: str, dtype: str) -> list[str]:
 def test_the_kernel_is_the_formula_to_the_bit(layout: str, dtype: str) -> None:
     """Forward and backward. A GPU may fuse a product and the sum, which is one rounding fewer."""
     assert LAYER.process.call(_differences, layout, dtype) == []
+
+
+#: A mistake of the kernel -> a function of its module, and what stands in for it.
+STEPS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "a pair is read backwards, and so are cos and sin": (
+        "_split",
+        lambda right, *given: right(*given)[::-1],
+    ),
+    "the second of a pair is lost": (
+        "_split",
+        lambda right, *given: (right(*given)[0], right(*given)[1] * 0),
+    ),
+}
+
+
+def _differences_with(mistake: str) -> list[str]:
+    """In the process: the same, with a mistake of STEPS."""
+    from nsa_fast import rotary_kernels
+
+    with in_place(((rotary_kernels, *STEPS[mistake]),)):
+        return _differences("head by head", "float32")
+
+
+@runs
+@pytest.mark.parametrize("mistake", STEPS)
+def test_a_mistake_of_the_kernel_shows(mistake: str) -> None:
+    found = LAYER.process.call(_differences_with, mistake)
+    assert {what.split(" of ")[0] for what in found} >= {"out", "dx"}
 
 
 def _second_derivative() -> tuple[bool, str]:
