@@ -159,18 +159,16 @@ def undecided_rows(
     chosen = top_blocks(blocks, sizes, dataclasses.replace(semantics, score_floor=None))
     undecided = np.zeros(blocks.scores.shape[:3], dtype=bool)
     for row in np.ndindex(undecided.shape):
-        taken = [int(block) for block in chosen[row] if block >= 0]
-        candidates = np.flatnonzero(blocks.candidates[row[2]])
-        left = [int(block) for block in candidates if block not in taken]
-        for better in taken:
-            for worse in left:
-                if math.isinf(ranked[row][better]):
-                    continue  # forced: where even those are too many, the lowest are taken (I4)
-                gap = ranked[row][better] - ranked[row][worse]
-                undecided[row] |= gap <= bounds[row][better] + bounds[row][worse]
+        rank, bound, taken = ranked[row], bounds[row], chosen[row][chosen[row] >= 0]
+        left = blocks.candidates[row[2]].copy()
+        left[taken] = False
+        # forced: where even those are too many, the lowest are taken (I4)
+        better = taken[~np.isinf(rank[taken])]
+        gaps = rank[better][:, None] - rank[left]
+        undecided[row] = (gaps <= bound[better][:, None] + bound[left]).any()
         if floor is not None:
-            low, high = (ranked - bounds)[row], (ranked + bounds)[row]
-            undecided[row] |= any(low[block] <= floor < high[block] for block in taken)
+            low, high = rank[taken] - bound[taken], rank[taken] + bound[taken]
+            undecided[row] |= ((low <= floor) & (floor < high)).any()
     return undecided
 
 
