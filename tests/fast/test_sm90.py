@@ -172,15 +172,16 @@ def test_the_sums_are_below_what_was_asked_for() -> None:
 
 def test_the_floors_of_dense_attention_are_arithmetic() -> None:
     """2 (d + v) operations forward and 2 (3 d + 2 v) backward for a row and a key that it sees."""
-    pairs, peak = 64 * 2**16 * (2**16 + 1) / 2, 132 * 1.83e9 * 4096
+    pairs, of_a_clock = 64 * 2**16 * (2**16 + 1) // 2, 132 * 4096
     for floor, wide in zip(sm90.dense_floors(), (192 + 128, 3 * 192 + 2 * 128)):
-        assert floor == pytest.approx(2 * wide * pairs / peak * 1e3)
+        assert round(floor * 1.83e6) == round(2 * wide * pairs / of_a_clock)  # clocks
 
 
-def test_of_tiles_whose_tokens_choose_apart_fine_takes_longer() -> None:
-    """In proportion to their blocks, forward and in dq; nothing else of a layer does."""
+def test_of_tiles_whose_tokens_choose_apart_fine_alone_takes_longer() -> None:
     few, many = sm90.sums(BEFORE, 24), sm90.sums(BEFORE, 48)
-    for direction, kernel in (("forward", "fine_forward"), ("backward", "fine_backward_q")):
+    for direction in ("forward", "backward"):
         for one, other in zip(few[direction], many[direction]):
-            more = BEFORE[kernel]["estimate_ms"]["expected"] if one.part in ("fine", "sum") else 0
-            assert other.expected - one.expected == pytest.approx(more)
+            longer = one.part in ("fine", "sum")
+            assert (other.expected > one.expected) == longer
+            assert (other.expected == one.expected) != longer
+            assert (other.floor, other.around) == (one.floor, one.around)
