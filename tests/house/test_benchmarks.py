@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import operator
+import re
 import signal
 import subprocess
 import sys
@@ -241,9 +242,10 @@ def test_what_was_measured_stays_when_the_run_is_ended() -> None:
 
 
 def test_results_say_where_they_come_from() -> None:
+    """A commit as it is: with a "+" behind it, something of it had been changed."""
     for path in RESULTS.glob("*.json"):
         report = json.loads(path.read_text())
-        assert report["versions"]["commit"], path
+        assert re.fullmatch("[0-9a-f]{40}", report["versions"]["commit"]), path
         assert report["device"], path
 
 
