@@ -161,10 +161,10 @@ def draw(
         # every run draws the same cases; every property, lot and seed draws others
         seed = zlib.crc32(f"{prop.name} {number} {options.seed}".encode())
         test = given(case=strata[number])(judged_once)
-        if options.examples:
-            # every round, and every machine, goes on from what the others kept
-            key = f"{prop.name} of {implementation.name}".encode()
-            test._hypothesis_internal_database_key = key  # type: ignore[attr-defined]
+        # every round, and every machine, goes on from what the others kept; without a key,
+        # Hypothesis would make one of the test's source, also where nothing is kept
+        key = f"{prop.name} of {implementation.name}".encode()
+        test._hypothesis_internal_database_key = key  # type: ignore[attr-defined]
         with contextlib.suppress(hypothesis.errors.Unsatisfiable, TimeIsUp):
             settings(hypothesis.seed(seed)(test))()
 

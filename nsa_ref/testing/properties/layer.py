@@ -142,7 +142,13 @@ class Asked:
         """The choice of blocks, if it is handed in; the definition's, unless there is another."""
         if self.method != "layer_with_blocks":
             return ()
-        return ((truth or self.truth).block_indices,)
+        return (self.chosen if truth is None else truth.block_indices,)
+
+    @functools.cached_property
+    def chosen(self) -> np.ndarray:
+        """The definition's choice; no bounds are computed, which nobody asks of a call before."""
+        wide = {n: w.astype(np.float64) for n, w in self.weights.items()}
+        return layer_block_indices(self.x.astype(np.float64), wide, **self.case.geometry)
 
     def compared(self, clause: str, truth: Truth, found: Any = None) -> Comparison:
         """The output against its bound; undecided rows are admitted whatever they hold.
