@@ -163,7 +163,7 @@ def draw(
         test = given(case=strata[number])(judged_once)
         # every round, and every machine, goes on from what the others kept; without a key,
         # Hypothesis would make one of the test's source, also where nothing is kept
-        key = f"{prop.name} of {implementation.name}".encode()
+        key = f"{prop.name} of {implementation.name}".encode(errors="backslashreplace")
         test._hypothesis_internal_database_key = key  # type: ignore[attr-defined]
         with contextlib.suppress(hypothesis.errors.Unsatisfiable, TimeIsUp):
             settings(hypothesis.seed(seed)(test))()
