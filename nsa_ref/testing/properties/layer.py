@@ -501,18 +501,10 @@ def exactly(
     """The output of any method but `varlen` with one gate open, in exact numbers."""
     given = with_one_gate(case, weights, branch)
     x = np.ones((case.batch, case.kv_len, case.model_dim), DTYPES[case.dtype])
-    blocks = blocks_of_exact_numbers(case, given) if method == "layer_with_blocks" else None
-    handed = () if blocks is None else (blocks,)
-    found = call(implementation.run, method, case, given, x, *handed)
+    blocks = Asked(implementation, method, case, x, given).blocks()
+    found = call(implementation.run, method, case, given, x, *blocks)
     actual = checked_tensor(case, method, found, (*x.shape[:2], case.layer_width))
     return compare_exactly(clause, method, case, given, branch, actual)
-
-
-def blocks_of_exact_numbers(case: Case, weights: Weights) -> np.ndarray:
-    """The definition's choice for tokens of 1."""
-    x = np.ones((case.batch, case.kv_len, case.model_dim))
-    wide = {n: w.astype(np.float64) for n, w in weights.items()}
-    return layer_block_indices(x, wide, **case.geometry)
 
 
 def compare_exactly(
@@ -531,7 +523,7 @@ def compare_exactly(
     x = np.ones((case.batch, case.kv_len, case.model_dim))
     how = case.geometry
     given = x, {n: w.astype(np.float64) for n, w in weights.items()}
-    blocks = blocks_of_exact_numbers(case, weights)
+    blocks = layer_block_indices(*given, **how)
     held = _rows_of_exact_numbers(case, blocks, branch)
     held = held.swapaxes(1, 2).repeat(case.value_dim, axis=2)
     # what to_out has beyond all heads is 0
