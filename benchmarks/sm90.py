@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import paper
-from benchmarks.flex_sources import Call, Written, written
+from benchmarks.flex_sources import COMPILED_IN, Call, Written, written
 from nsa_fast import (
     block_masks,
     fine_kernels,
@@ -774,6 +774,7 @@ SHAPES = [
     Shape("bfloat16", 256, 256),
     Shape("bfloat16", 192, 128, group=4),
     Shape("bfloat16", 192, 128, block_size=16),
+    Shape("bfloat16", 192, 128, block_size=80),
     Shape("bfloat16", 192, 128, block_size=128),
     Shape("bfloat16", 256, 128, block_size=128),
     Shape("bfloat16", 192, 192, block_size=128),
@@ -785,6 +786,9 @@ SHAPES = [
     Shape("float32", 64, 64, block_size=32),
     Shape("bfloat16", 512, 512),
 ]
+#: Of these FlexAttention's kernels are compiled with all that Inductor compiles in: where fine is
+#: ours, and where it is not.
+IN_EVERY_WAY = (Shape("bfloat16", 192, 128), Shape("bfloat16", 192, 128, group=4))
 #: Switches that the selection's kernels compile in; they are compiled for the first shape.
 OTHER_RULES = {
     "not causal": dataclasses.replace(PAPER, causal=False),
@@ -807,9 +811,9 @@ def supported(shapes: list[Shape]) -> Iterator[dict[str, Any]]:
             yield row | {"refused": refused}
             continue
         launches = {
-            f"{call.branch}_{direction}": of_inductor(kernels[call][direction], Work())
+            f"{call.branch}_{which}{call.way and ', ' + call.way}": of_inductor(kernel, Work())
             for call in _calls(shape)
-            for direction in ("forward", "backward")
+            for which, kernel in kernels[call].items()
         }
         ours = not _why_not_ours(shape)
         row["fine"] = "fine_kernels" if ours else "FlexAttention"
@@ -825,7 +829,16 @@ def _calls(shape: Shape) -> list[Call]:
     if flex.why_no_tiles(getattr(torch, dtype), head_dim, value_dim):
         return []
     branches = ["compress", "sliding", *(["fine"] if _why_not_ours(shape) else [])]
-    return [Call(each, dtype, head_dim, value_dim, group, 1, block_size) for each in branches]
+    calls = [Call(each, dtype, head_dim, value_dim, group, 1, block_size) for each in branches]
+    if shape in IN_EVERY_WAY:
+        # compress and sliding have no choice
+        calls += [
+            call._replace(way=way)
+            for way, each in COMPILED_IN.items()
+            for call in calls
+            if call.branch == "fine" or each.semantics.share_selection
+        ]
+    return calls
 
 
 def _why_not_ours(shape: Shape) -> str:

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 pytest.importorskip("triton", reason="machine code is made by triton's compiler")
 
 from benchmarks import sm90  # noqa: E402
-from benchmarks.flex_sources import KERNELS  # noqa: E402
+from benchmarks.flex_sources import CAPTURED, KERNELS, Call, written  # noqa: E402
 from interpreted import runs  # noqa: E402
 from nsa_fast import fine_lists, flex  # noqa: E402
 from pages import ROOT  # noqa: E402
@@ -62,6 +63,19 @@ def test_no_kernel_of_flexattention_has_grown(name: str) -> None:
     assert found["products"] == ("none" if name in WITHOUT_PRODUCTS else "wgmma")
     assert found["programs"] >= 1
     assert not sm90.grown(found, BEFORE[name])
+
+
+@runs
+def test_no_rule_and_no_length_is_compiled_into_flexattention(tmp_path: Path) -> None:
+    """What is compiled with PAPER's rules is what runs with all others."""
+    shape = (192, 128, 4, 1, 16)
+    calls = [Call(branch, "bfloat16", *shape) for branch in ("sliding", "compress", "fine")]
+    found = written([call._replace(way=way) for call in calls for way in ("", *CAPTURED)], tmp_path)
+    for call, kernels in found.items():
+        of_paper = found[call._replace(way="")]
+        for name, kernel in kernels.items():
+            # the first is the function itself
+            assert kernel[1:] == of_paper[name][1:], (call, name)
 
 
 @pytest.mark.parametrize("what", ["registers", "stack", "spills", "shared", "loops", "products"])
