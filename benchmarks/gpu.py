@@ -8,16 +8,18 @@ lost nothing that it had measured. In order:
     64k tokens   the branches, the selection, the layer, and what they have to beat, each timed
                  forward and backward beside its estimate (`benchmarks.sm90`), with peak memory;
                  the kernels of the layer one by one; a step of it in a CUDA graph, and inside of
-                 `torch.compile`; and what kernels of our own have replaced
+                 `torch.compile`; and what kernels of our own have replaced, with how far apart
+                 the two are
+    constants    `benchmarks.hardware_constants`
     lengths      what was timed, from 4k to 128k tokens
     dtypes       the oracle again, for float16 and float32
-    constants    `benchmarks.hardware_constants`
     judge        `nsa-ref verify`, for the time that is left
 
 Times are medians. On a GPU they are CUDA events' around calls that ran before, on random numbers,
 with inputs that take turns where one set would stay in the L2 cache. Steps run in a process of
 their own: one that fails, hangs or takes its process down is written with its reason, the next one
-goes on, and the exit code is 1 in the end.
+goes on, and the exit code is 1 in the end. A second run with the same output goes on where the
+first one ended: what has failed is tried again.
 
 With --device cpu the same steps run on toy sizes: that shows that the script works.
 """
@@ -25,6 +27,7 @@ With --device cpu the same steps run on toy sizes: that shows that the script wo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -35,13 +38,15 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -49,6 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import nsa_fast.layer
 from benchmarks import paper
 from benchmarks.cost import RESULTS, peak_bytes, processor
 from nsa_fast import (
@@ -167,15 +173,23 @@ class Bench:
 
     def steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Every step by name, in the order in which they run."""
+        return self.first_steps() | self.further_steps()
+
+    def first_steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """What comes before the constants: the oracle, and all of 64k tokens."""
         found: dict[str, Callable[[], dict[str, Any]]] = {"ceilings": self.ceilings}
-        first, *lengths = self.sizes.tokens
+        first = self.sizes.tokens[0]
         found |= self.checks(self.sizes.dtype) | self.clocks(first)
         found["kernels of the layer"] = functools.partial(self.kernels, first)
         found["a step in a CUDA graph"] = functools.partial(self.captured, first)
         found["the layer in torch.compile"] = functools.partial(self.compiled, first)
-        for what, make in self.replaced().items():
-            found[f"{what}, {first} tokens"] = functools.partial(self.time, make, first)
-        for tokens in lengths:
+        for what, (ours, make) in self.replaced().items():
+            found[f"{what}, {first} tokens"] = functools.partial(self.beside, ours, make, first)
+        return found
+
+    def further_steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        found: dict[str, Callable[[], dict[str, Any]]] = {}
+        for tokens in self.sizes.tokens[1:]:
             found |= self.clocks(tokens)
         for dtype in ("float16", "float32") if self.cuda else ():
             found |= self.checks(dtype)
@@ -214,7 +228,8 @@ class Bench:
                 "SMs": about.multi_processor_count,
                 "memory, GiB": about.total_memory / 2**30,
                 "L2, MiB": about.L2_cache_size / 2**20,
-                "driver, CUDA": torch.version.cuda,
+                "CUDA": torch.version.cuda,
+                "driver": driver(),
             }
         return found
 
@@ -237,18 +252,30 @@ class Bench:
             num_selected_blocks=4,
             sliding_window_size=sizes.sliding_window_size // 8,
         )
+        # more blocks than the choice looks at in one step, of which some are forced
+        many = replace(size, q_len=8, kv_len=60 * length, num_initial_blocks=1, num_local_blocks=1)
         # groups of 4 heads read their blocks in FlexAttention
         few = replace(size, q_heads=4 * sizes.kv_heads)
-        # a layer has as many rows as tokens
-        whole = replace(size, q_heads=8, kv_heads=1, q_len=length)
-        asked = {"selection": ("I6_selection", size), "layer": ("G1_layer_output", whole)}
+        # a layer has as many rows as tokens: half as many, of which it chooses 2 of 3 blocks
+        whole = replace(size, q_heads=8, kv_heads=1, q_len=length // 2, kv_len=length // 2)
+        whole = replace(whole, num_selected_blocks=2)
+        turned = replace(whole, semantics=replace(PAPER, rotary="all"))
+        asked = {"selection": ("I4_selection", many)}
         for branch in ("fine", "compress", "sliding"):
             asked[f"{branch}, forward"] = f"A1_{branch}_output", size
             asked[f"{branch}, backward"] = f"A3_{branch}_gradients", size
         asked["fine of 4 heads, backward"] = "A3_fine_gradients", few
-        asked["layer, backward"] = "A4_layer_gradients", whole
-        turned = replace(whole, semantics=replace(PAPER, rotary="all"))
-        asked["layer with rotary, backward"] = "A4_layer_gradients", turned
+        asked["layer"] = "G1_layer_output", whole
+        asked["layer with rotary"] = "G2_layer_rotation", turned
+        if getattr(torch, dtype).itemsize == 2:
+            # bounds of gradients in 16 bits admit a layer without its gates; exact numbers do not.
+            # What they can tell are rows that read all blocks, and a linear map of windows
+            exact = replace(whole, num_selected_blocks=3, compress_map="linear")
+            asked["layer, exact numbers"] = "G1_layer_output_in_exact_numbers", exact
+            asked["layer, backward"] = "G1_layer_gradients_in_exact_numbers", exact
+        else:
+            asked["layer, backward"] = "A4_layer_gradients", whole
+            asked["layer with rotary, backward"] = "A4_layer_gradients", turned
         return {name: (prop, replace(case, dtype=dtype)) for name, (prop, case) in asked.items()}
 
     def against_the_oracle(self, name: str, case: Case) -> dict[str, Any]:
@@ -296,24 +323,51 @@ class Bench:
             found["parallel_nsa of fla"] = self.fla
         return found
 
-    def replaced(self) -> dict[str, Callable[[int], Run]]:
-        """What kernels of our own have replaced, and what still serves all other sizes."""
+    def replaced(self) -> dict[str, tuple[str, Callable[[int], Run]]]:
+        """What kernels of our own have replaced, and what still serves all other sizes.
+
+        returns : name -> what of `timed` it is compared with, and what is timed
+        """
+        is_triton, ours = (nsa_fast.layer, "is_triton", False), "to be compared"
         return {
-            "fine in FlexAttention": functools.partial(self.without, fine_lists, "why_not", "fine"),
-            "select in torch": functools.partial(
-                self.without, selection, "why_not_in_triton", "selection"
+            "fine in FlexAttention": ("fine", self.without("fine", fine_lists, "why_not", ours)),
+            "select in torch": (
+                "select",
+                self.without("select", selection, "why_not_in_triton", ours),
             ),
+            "gates in torch": ("gates", self.without("gates", *is_triton)),
+            "rotary in torch": ("rotary", self.without("rotary", *is_triton)),
         }
 
-    def without(self, module: ModuleType, asked: str, what: str, tokens: int) -> Run:
-        """The same, where `asked` of the module finds a reason why our kernels do not serve."""
-        made: Run = getattr(self, what)(tokens)
+    def without(
+        self, what: str, module: ModuleType, asked: str, answer: object
+    ) -> Callable[[int], Run]:
+        """The same, where `asked` of the module says that our kernels do not serve."""
 
-        def run() -> Tensor:
-            with mock.patch.object(module, asked, lambda *_, **__: "to be compared"):
-                return made.forward()
+        def made(tokens: int) -> Run:
+            run = self.timed()[what](tokens)
 
-        return made._replace(forward=run)
+            def forward() -> Tensor:
+                with mock.patch.object(module, asked, lambda *_, **__: answer):
+                    return run.forward()
+
+            return run._replace(forward=forward)
+
+        return made
+
+    def beside(self, ours: str, make: Callable[[int], Run], tokens: int) -> dict[str, Any]:
+        """What was replaced, timed; and how far apart the two are on the same numbers."""
+        torch.manual_seed(1)
+        run = self.timed()[ours](tokens)
+        torch.manual_seed(1)
+        other = make(tokens)
+        if run.inputs:
+            d_out = torch.randn_like(run.forward())
+            apart = differences(self.step(run, d_out), self.step(other, d_out))
+        else:
+            apart = {"rows that choose alike": alike(run.forward(), other.forward())}
+        del run, other
+        return self.time(make, tokens) | apart
 
     def random(self, heads: int, tokens: int, dim: int) -> Tensor:
         """(1, heads, tokens, dim), as a projection leaves it: a token's heads side by side."""
@@ -517,11 +571,17 @@ class Bench:
             for event in events
         }
         count, estimated = {event.key: event.count for event in events}, estimates()
+        # a layer sums parts twice, for k and for v; an estimate is of one of them
+        times = Counter(
+            name for ways in ESTIMATED.values() for one in ways.values() for name in one
+        )
         longest: dict[str, Any] = {}
         for name in sorted(taken, key=taken.__getitem__, reverse=True)[:40]:
             longest[name] = {"ms": taken[name] / 1e3, "launches": count[name]}
             if name in estimated:
-                longest[name]["estimate, ms"] = estimated[name]
+                longest[name]["estimate, ms"] = {
+                    end: max(1, times[name]) * takes for end, takes in estimated[name].items()
+                }
         return {"launches": sum(count.values()), "longest": longest}
 
     def step(self, run: Run, d_out: Tensor) -> tuple[Tensor, ...]:
@@ -627,6 +687,16 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
 
+def driver() -> str:
+    """Its version, as it says; empty where nobody can be asked."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.strip().partition("\n")[0]
+
+
 def differences(found: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, Any]:
     """Whether they are alike to the bit, and how far apart they are beside the largest number."""
     found, right = ([each.detach() for each in several] for several in (found, right))
@@ -636,6 +706,12 @@ def differences(found: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, A
     )
     same = all(map(torch.equal, found, right))
     return {"the same bits": same, "largest difference": max(apart)}
+
+
+def alike(found: Tensor, right: Tensor) -> float:
+    """The share of rows that name the same blocks, in any order."""
+    same = found.sort(dim=-1).values == right.sort(dim=-1).values
+    return float(same.all(dim=-1).double().mean())
 
 
 def blocks_of_tiles(block_indices: Tensor, tokens: int) -> float:
@@ -699,6 +775,19 @@ class Box:
             "measured": {},
             "not done": [],
         }
+        self.report["measured"] |= self.kept()
+
+    def kept(self) -> dict[str, Any]:
+        """What an earlier run has measured here, of the same code and sizes, but its failures."""
+        try:
+            before = json.loads(self.output.read_text())
+            alike = all(before[name] == self.report[name] for name in ("device", "versions"))
+            # JSON knows no tuples
+            alike = alike and before["sizes"] == json.loads(json.dumps(self.report["sizes"]))
+            measured = before["measured"].items()
+            return {name: found for name, found in measured if "error" not in found and alike}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # there is none, or it is something else
 
     @property
     def left(self) -> float:
@@ -711,8 +800,8 @@ class Box:
         print(f"{name}: {json.dumps(found)[:300]}", flush=True)
 
     def go_through(self, names: Sequence[str]) -> None:
-        """Every step, in as many processes as it takes."""
-        left = list(names)
+        """Every step that is not measured yet, in as many processes as it takes."""
+        left = [name for name in names if name not in self.report["measured"]]
         while left and self.left > LEAST:
             begun, before = "", len(left)
             for said in self.child(left):
@@ -750,36 +839,53 @@ class Box:
 
     def command(self, name: str, *arguments: str, kept: str) -> None:
         """A command of this repository, and the report that it writes beside ours."""
+        if name in self.report["measured"]:
+            return
         if self.left < LEAST:
             self.report["not done"].append(name)
             write_json(self.output, self.report)
             return
         path = self.output.with_name(f"{self.output.stem}-{kept}.json")
         path.unlink(missing_ok=True)
-        with subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        # files, and a group of its own: what it started may outlive it, and would hold a pipe open
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                stdout=out,
+                stderr=errors,
+                start_new_session=True,
+            )
             try:
-                out, errors = process.communicate(timeout=self.left)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # the judge then writes what there is
-                try:
-                    out, errors = process.communicate(timeout=TO_REPORT)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    out, errors = process.communicate()
-        lines = (out.strip() or errors.strip()).splitlines() or [""]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=self.left)
+            finally:
+                end(process)
+            said, failed = (_read(file).strip() for file in (out, errors))
+        lines = (said or failed).splitlines() or [""]
         found: dict[str, Any] = {"exit code": process.returncode, "says": lines[-1]}
         if process.returncode < 0:
             found["error"] = f"it took too long, and was ended ({process.returncode})"
         elif process.returncode not in (0, UNDECIDED):
-            found["error"] = (errors.strip() or lines[-1]).splitlines()[-1]
+            found["error"] = (failed or lines[-1]).splitlines()[-1]
         if path.exists():
             found["report"] = path.name
         self.write(name, found)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """A process, and all that it started: it is told first, and may write what there is."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=TO_REPORT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 WAYS = ("forward, ms", "backward, ms")
@@ -936,7 +1042,8 @@ def main(given: list[str] | None = None) -> None:
 
 def fill(box: Box, device: str) -> None:
     """Everything, in its order, as far as the time goes."""
-    box.go_through(list(Bench(device).steps()))
+    bench = Bench(device)
+    box.go_through(list(bench.first_steps()))
     constants = box.output.with_name(f"{box.output.stem}-constants.json")
     box.command(
         "constants",
@@ -946,6 +1053,7 @@ def fill(box: Box, device: str) -> None:
         *([] if device == "cuda" else ["--size=2048"]),
         kept="constants",
     )
+    box.go_through(list(bench.further_steps()))
     verdict = box.output.with_name(f"{box.output.stem}-verify.json")
     box.command(
         "judge",

@@ -118,6 +118,7 @@ class Launch(NamedTuple):
 
     types : of the arguments that are not compiled in, "*bf16", "i32" and so on
     aligned : those that are multiples of 16; pointers are, as torch allocates them
+    unaligned : pointers that are none, because they begin at a later number
     """
 
     kernel: Any
@@ -127,6 +128,7 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     work: Work = Work()
+    unaligned: Collection[str] = ()
 
     @property
     def tile(self) -> dict[str, int]:
@@ -162,7 +164,8 @@ def compiled_for_sm90(launch: Launch) -> dict[str, Any]:
     aligned = [
         (place,)
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or name in launch.aligned
+        if name in launch.aligned or signature[name].startswith("*")
+        if name not in launch.unaligned
     ]
     made = triton.compile(
         ASTSource(
@@ -406,7 +409,8 @@ def _launch(
 ) -> Launch:
     types = {name: _type(name, dtype) for name in kernel.arg_names if name not in constants}
     aligned = [name for name in types if STRIDE.fullmatch(name)]
-    return Launch(kernel, types, constants, aligned, **options, work=work)
+    unaligned = UNALIGNED.get(kernel.fn.__name__, ())
+    return Launch(kernel, types, constants, aligned, **options, work=work, unaligned=unaligned)
 
 
 def _work() -> dict[str, Callable[[Mapping[str, Any]], Work]]:
@@ -547,6 +551,8 @@ TYPES = {
     "*i64": ("chosen",),
     "fp32": ("scale", "scale_log2", "forced_score", "floor", "factor"),
 }
+#: Of a kernel, the pointers that do not begin where memory was allocated.
+UNALIGNED = {"count_tokens": ("counts",)}
 TENSORS = re.compile(r"d?[qkvx]\d?|k_cmp|columns|d?_?out|d?_?logits")
 STRIDE = re.compile(r"\w_(batch|head|token|window|pair)|(batch|head|token)\d")
 

@@ -411,7 +411,10 @@ def versions(module_name: str = "") -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file lies in, with "+" if something in it is not committed."""
+    """Of the checkout that this file lies in, with "+" if something in it is not committed.
+
+    A copy of it without its history is told by NSA_REF_COMMIT.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         of_it = [*git, "ls-files", "--error-unmatch", __file__]
@@ -421,7 +424,7 @@ def _commit() -> str | None:
             for command in ([*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "-uno"])
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("NSA_REF_COMMIT")
     return head.strip() + ("+" if changes.strip() else "")
 
 

@@ -22,10 +22,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="nsa_fast is built on torch")
 
+import nsa_fast.layer  # noqa: E402
+import nsa_fast.selection  # noqa: E402
 from benchmarks import cost, eager_cpu, fuzzing, gpu, judging, soak, source_mutants  # noqa: E402
 from commands import python  # noqa: E402
 from interpreted import runs  # noqa: E402
-from nsa_ref.testing import cli  # noqa: E402
+from nsa_fast import flex  # noqa: E402
+from nsa_ref.testing import cli, loading  # noqa: E402
 from nsa_ref.testing.cli import BROKEN, HOLDS  # noqa: E402
 from pages import ROOT  # noqa: E402
 
@@ -144,9 +147,65 @@ def test_every_step_for_a_gpu_runs_on_a_cpu(
     bench = gpu.Bench("cpu")
     assert list(forward) == [*bench.timed(), *bench.replaced()]
     assert set(forward) - set(backward) == {"select", "select in torch"}  # without gradients
+    assert all(
+        measured[f"{what}, 32 tokens"].keys() & {"largest difference", "rows that choose alike"}
+        for what in bench.replaced()
+    )
     assert all(gpu.floor(box.report, way)[32] > 0 for way in gpu.WAYS)
     tables = list(gpu.tables(box.report))
     assert [table.row_count for table in tables] == [len(forward) + 1, len(backward) + 1]
+
+
+def _scaled(*args: Any, **named: Any) -> Any:
+    out, lse = ATTEND(*args, **named)
+    return flex.Attention(out * 1.02, lse)
+
+
+def _without_fine(logits: Any, outs: list[Any], layer: Any) -> Any:
+    compressed, fine, sliding = outs
+    return GATED(logits, [compressed, fine * 0, sliding], layer)
+
+
+ATTEND, GATED = flex.attend, nsa_fast.layer._gated
+#: What every check of the script for a GPU has to find, by how its name begins.
+PLANTED: dict[str, tuple[Any, str, Any]] = {
+    "selection": (nsa_fast.selection, "_overlap_scores", lambda scores, *_: scores * 0),
+    "fine": (flex, "attend", _scaled),
+    "compress": (flex, "attend", _scaled),
+    "sliding": (flex, "attend", _scaled),
+    "layer with rotary": (nsa_fast.layer, "_rotated", lambda x, *_: x),
+    "layer": (nsa_fast.layer, "_gated", _without_fine),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("begins", PLANTED)
+def test_every_check_of_the_script_for_a_gpu_can_fail(
+    begins: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = gpu.Bench("cpu")
+    of_it = {
+        name: asked
+        for name, asked in bench.asked(dtype).items()
+        if begins == next(known for known in PLANTED if name.startswith(known))
+    }
+    monkeypatch.setattr(*PLANTED[begins])
+    assert of_it
+    for name, asked in of_it.items():
+        assert "Broken" in bench.against_the_oracle(*asked).get("error", ""), name
+
+
+def test_what_was_replaced_is_held_against_what_replaced_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = gpu.Bench("cpu")
+    ours, make = bench.replaced()["fine in FlexAttention"]
+    assert bench.beside(ours, make, 64)["the same bits"]
+    ours, make = bench.replaced()["select in torch"]
+    assert bench.beside(ours, make, 64)["rows that choose alike"] == 1
+    one = torch.tensor([[[[0, 2], [1, 3], [0, -1], [2, 1]]]])
+    other = torch.tensor([[[[2, 0], [1, 2], [0, -1], [1, 2]]]])
+    assert gpu.alike(one, other) == 3 / 4
 
 
 def test_what_is_estimated_of_fine_goes_by_the_blocks_that_there_were() -> None:
@@ -212,6 +271,7 @@ def test_a_step_that_hangs_or_ends_its_process_is_written_and_the_next_one_goes_
     assert list(report["measured"]) == ["a", "b", "c", "d", "e"] and failed == {"b", "d"}
     assert "-6" in report["measured"]["d"]["error"]
     box.until = time.monotonic() + gpu.LEAST + 0.3
+    del box.report["measured"]["b"]
     box.go_through(["b"])  # which hangs until the time is up
     box.until = time.monotonic()
     box.go_through(["f"])
@@ -230,6 +290,74 @@ def test_a_step_that_hangs_or_ends_its_process_is_written_and_the_next_one_goes_
     assert json.loads(Path("report.json").read_text())["not done"] == ["b", "f", "judge"]
 
 
+#: Starts a process that nobody has told to end, and waits for it.
+STARTS_ANOTHER = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+"""
+
+
+def test_a_command_is_ended_with_what_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TO_REPORT", 0.5)
+    Path("starts.py").write_text(STARTS_ANOTHER)
+    box = gpu.Box("cpu", 1.0, Path("report.json"))
+    started = time.monotonic()
+    box.until = started + gpu.LEAST + 1
+    box.command("starts", "starts", kept="verify")
+    assert time.monotonic() - started < 30
+    assert box.report["measured"]["starts"]["error"].endswith("was ended (-9)")
+
+
+#: A box that is at a command when it is told to end.
+AT_A_COMMAND = """
+import signal, sys
+from pathlib import Path
+from benchmarks import gpu
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+box = gpu.Box("cpu", 1.0, Path("report.json"))
+print("begins", flush=True)
+box.command("slow", "slow", kept="verify")
+"""
+
+
+def test_a_run_that_is_ended_ends_its_command() -> None:
+    Path("slow.py").write_text(SLOW)
+    command = [sys.executable, "-c", AT_A_COMMAND]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "begins\n"
+        time.sleep(1)  # until its command has begun
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=30) == 143
+    assert Path("report-verify.json").exists()
+
+
+def test_a_second_run_goes_on_where_the_first_one_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("report.json")
+    box = gpu.Box("cpu", 1.0, path)
+    box.process = [sys.executable, "-c", FAILS]
+    box.go_through(["a", "d"])
+    box = gpu.Box("cpu", 1.0, path)
+    assert list(box.report["measured"]) == ["a"]  # and "d", which failed, is tried again
+    box.process = [sys.executable, "-c", "raise SystemExit('nothing is left to do')"]
+    box.go_through(["a"])
+    box.write("constants", {"exit code": 0})
+    box.command("constants", "nowhere", kept="constants")
+    assert box.report["measured"]["constants"] == {"exit code": 0}
+    # what is another machine's, of other code, or no report is not gone on with
+    kept = json.loads(path.read_text())
+    for other in (
+        json.dumps(kept | {"device": "another"}),
+        json.dumps(kept | {"versions": {}}),
+        json.dumps(kept | {"sizes": {}}),
+        "[]",
+        "{",
+    ):
+        path.write_text(other)
+        assert gpu.Box("cpu", 1.0, path).report["measured"] == {}
+
+
 def test_what_was_measured_stays_when_the_run_is_ended() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--output=report.json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
@@ -239,6 +367,13 @@ def test_what_was_measured_stays_when_the_run_is_ended() -> None:
         assert run.wait(timeout=60) == 128 + signal.SIGTERM
     report = json.loads(Path("report.json").read_text())
     assert report["measured"]["ceilings"]["copy, GB/s"] > 0 and report["versions"]
+
+
+def test_a_copy_without_its_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSA_REF_COMMIT", "told")
+    assert loading.versions()["commit"] != "told"
+    monkeypatch.setenv("PATH", "nowhere")  # without git
+    assert loading.versions()["commit"] == "told"
 
 
 def test_results_say_where_they_come_from() -> None:
