@@ -778,14 +778,20 @@ class Box:
         self.report["measured"] |= self.kept()
 
     def kept(self) -> dict[str, Any]:
-        """What an earlier run has measured here, of the same code and sizes, but its failures."""
+        """What an earlier run has measured here, of the same code and sizes.
+
+        What failed is not, and no judge whose time was up.
+        """
         try:
             before = json.loads(self.output.read_text())
             alike = all(before[name] == self.report[name] for name in ("device", "versions"))
             # JSON knows no tuples
             alike = alike and before["sizes"] == json.loads(json.dumps(self.report["sizes"]))
-            measured = before["measured"].items()
-            return {name: found for name, found in measured if "error" not in found and alike}
+            return {
+                name: found
+                for name, found in before["measured"].items()
+                if alike and "error" not in found and found.get("exit code") != UNDECIDED
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}  # there is none, or it is something else
 

@@ -338,8 +338,10 @@ def test_a_second_run_goes_on_where_the_first_one_ended(monkeypatch: pytest.Monk
     box = gpu.Box("cpu", 1.0, path)
     box.process = [sys.executable, "-c", FAILS]
     box.go_through(["a", "d"])
+    box.write("judge", {"exit code": gpu.UNDECIDED})
     box = gpu.Box("cpu", 1.0, path)
-    assert list(box.report["measured"]) == ["a"]  # and "d", which failed, is tried again
+    # "d", which failed, and a judge whose time was up are tried again
+    assert list(box.report["measured"]) == ["a"]
     box.process = [sys.executable, "-c", "raise SystemExit('nothing is left to do')"]
     box.go_through(["a"])
     box.write("constants", {"exit code": 0})
