@@ -33,6 +33,9 @@ from nsa_fast.flex import Attention
 from nsa_fast.windows import Windows
 from nsa_ref.semantics import PAPER, Semantics
 
+#: Tokens of a block that keys are padded to, whatever their number.
+LONGEST_PADDED = 1024
+
 
 @_disable_dynamo
 def sliding_attention(
@@ -175,6 +178,9 @@ def fine_attention(
     check_qkv(q, k, v)
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
+    # Keys are padded to whole blocks: of one that is longer than all of them, to a power of two, of
+    # which there are few, because kernels compile it in
+    block_size = min(block_size, max(LONGEST_PADDED, 1 << kv_len.bit_length()))
     heads = kv_heads if semantics.share_selection else q_heads
     check_indices("block_indices", block_indices, (batch, heads, q_len, "n"))
     check_device("block_indices", block_indices, "q", q)

@@ -184,6 +184,11 @@ def check_device(name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
             f"{fake} is a fake tensor, which holds no numbers, and {other} is not: make both in "
             "one FakeTensorMode, or neither."
         )
+    modes = {getattr(one, "fake_mode", None) for one in (tensor, of)}
+    if len(modes) > 1 and not real_ones_too:
+        raise TypeError(
+            f"{name} and {of_name} are fake tensors of two FakeTensorModes: make both in one."
+        )
     if tensor.device != of.device:
         raise ValueError(
             f"{name} is on {tensor.device} and {of_name} on {of.device}; "

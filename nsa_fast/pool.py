@@ -85,7 +85,7 @@ def compress_pool(
     windows = Windows.checked(compress_block_size, compress_block_sliding_stride, semantics)
     check_tensor("x", x, ("batch", "kv_heads", "kv_len", "dim"))
     check_floating("x", x)
-    weights = _checked_weights(dict(weights or {}), x, windows.size, compress_map)
+    weights = _checked_weights(weights, x, windows.size, compress_map)
     with without_autocast(x.device):
         return _pooled(x, weights, windows, compress_map)
 
@@ -123,13 +123,17 @@ def _tokens_of(windows: Windows, x: Tensor) -> Tensor:
 
 
 def _checked_weights(
-    weights: dict[str, Tensor], x: Tensor, size: int, compress_map: str
+    given: Mapping[str, Tensor] | None, x: Tensor, size: int, compress_map: str
 ) -> dict[str, Tensor]:
-    wanted = MAP_WEIGHTS[compress_map]
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"weights must be a mapping from name to tensor, not {type(given).__name__}."
+        )
+    weights, wanted = dict(given or {}), MAP_WEIGHTS[compress_map]
     if set(weights) - {"positions"} != set(wanted):
         raise ValueError(
-            f"weights has the names {sorted(weights)}; compress_map={compress_map!r} takes "
-            f"{list(wanted)}, and 'positions' if there are any."
+            f"weights has the names {sorted(weights, key=str)}; compress_map={compress_map!r} "
+            f"takes {list(wanted)}, and 'positions' if there are any."
         )
     heads, dim = x.shape[1], x.shape[3]
     hidden: int | str = "hidden"

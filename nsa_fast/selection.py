@@ -157,10 +157,13 @@ def select_blocks(
     check_tensor("k_cmp", k_cmp, (batch, "kv_heads", sizes.num_windows, head_dim))
     kv_heads = k_cmp.shape[1]
     check_group(q_heads, kv_heads)
+    check_alike(q=q, k_cmp=k_cmp)
+    for name, tensor in (("q", q), ("k_cmp", k_cmp)):
+        check_inside_mode(name, tensor)
     if mem_k is None:
         mem_k = k_cmp[:, :, :0]
     check_tensor("mem_k", mem_k, (batch, kv_heads, "num_mem_kv", head_dim))
-    check_alike(q=q, k_cmp=k_cmp, mem_k=mem_k)
+    check_alike(q=q, mem_k=mem_k)
     given = {"q": q, "k_cmp": k_cmp, "mem_k": mem_k}
     if lse is not None:
         given["lse"] = check_tensor("lse", lse, (batch, q_heads, q_len))
@@ -175,13 +178,13 @@ def select_blocks(
     heads = kv_heads if semantics.share_selection else q_heads
     shape: tuple[int, ...] = (batch, heads, q_len, sizes.num_selected)
     if math.prod(shape) == 0 or sizes.num_blocks == 0:
-        return torch.full(shape, -1, dtype=torch.int64, device=q.device)
+        return _unused(shape, q.device, sizes)
     if is_triton(q.device) and not why_not_in_triton(q, q_heads // heads, sizes):
         from nsa_fast import selection_kernels
 
         with on_device(q.device):
             return selection_kernels.choose(q, k_cmp, mem_k, lse, sizes, factor)
-    chosen = torch.full(shape, -1, dtype=torch.int64, device=q.device)
+    chosen = _unused(shape, q.device, sizes)
     memory = mem_k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     product_dtype = q.dtype if q.device.type in SUMS_IN_FLOAT32 else dtype
@@ -214,6 +217,18 @@ def select_blocks(
             chosen[:, :, rows, : best.shape[-1]] = best
             del logits  # before the next chunk's
     return chosen
+
+
+def _unused(shape: tuple[int, ...], device: torch.device, sizes: Sizes) -> Tensor:
+    """A choice of no block; ValueError where there is no room for so many slots."""
+    try:
+        return torch.full(shape, -1, dtype=torch.int64, device=device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"num_selected_blocks={sizes.num_selected}: a choice of shape {shape} takes "
+            f"{math.prod(shape) * 8 / 2**30:.1f} GiB, for which there is no room. There are "
+            f"{sizes.num_blocks} blocks to choose from."
+        ) from error
 
 
 def why_not_in_triton(q: Tensor, group: int, sizes: Sizes) -> str:
@@ -363,6 +378,8 @@ def _overlap_scores(p_cmp: Tensor, num_blocks: int, sizes: Sizes) -> Tensor:
     windows = sizes.windows
     per_block, per_window = sizes.strides_per_block, windows.size // windows.stride
     before = per_window - 1 + windows.first_token(0) // windows.stride
+    if num_blocks == 1:  # which may be longer than all that there is
+        per_block = min(per_block, num_windows + before)
     total_strides = num_blocks * per_block
     after = total_strides + per_window - 1 - before - num_windows
     padded = F.pad(p_cmp, (before, after))

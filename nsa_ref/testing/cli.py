@@ -41,7 +41,7 @@ from nsa_ref.testing.difference import compare, read_report, show_difference
 from nsa_ref.testing.drawing import TURNS
 from nsa_ref.testing.evidence import Evidence, reachable, weighed
 from nsa_ref.testing.explaining import SWITCHES, explain, pages_folder
-from nsa_ref.testing.files import read_text, write_text
+from nsa_ref.testing.files import check_folder, read_text, write_text
 from nsa_ref.testing.findings import Finding, findings_in, grouped, of_one_cause, told_by
 from nsa_ref.testing.fuzz_folder import Folder
 from nsa_ref.testing.fuzzing import Fuzzing
@@ -117,7 +117,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
     _check_each_writable(reports)
     if arguments.html and importlib.util.find_spec("jinja2") is None:
         raise CannotRun("--html needs jinja2: pip install 'nsa-ref[report]'")
-    _check_folder(Path(arguments.findings))
+    _check_findings(Path(arguments.findings))
     found = try_loading(arguments.implementation, arguments.device, LOADING_TIMEOUT)
     device, chosen = found["device"], found["implementations"]
     names = ", ".join(one["name"] for one in chosen)
@@ -495,7 +495,7 @@ def _run_kept(
     Where nothing can be written, what is broken is told all the same.
     """
     try:
-        _check_folder(findings)
+        _check_findings(findings)
     except CannotRun as error:
         with temporary_folder() as folder:
             collector = _run_kept(console, group, found, Path(folder))
@@ -795,14 +795,10 @@ def _check_writable(file: str, kind: str = "") -> None:
         raise CannotRun(f"cannot write {path}: {error.strerror}. Try another path") from None
 
 
-def _check_folder(path: Path) -> None:
-    """The same for a folder, which need not be there yet."""
+def _check_findings(path: Path) -> None:
+    """The same for a folder."""
     try:
-        existed = path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-        if not existed:
-            path.rmdir()
+        check_folder(path)
     except OSError as error:
         why = f"{error.strerror}. Try --findings DIR"
         raise CannotRun(f"cannot write into the folder {path}: {why}") from None
@@ -810,13 +806,13 @@ def _check_folder(path: Path) -> None:
 
 def _parse_workers(text: str) -> str:
     if text != "auto" and not re.fullmatch("0*[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a number from 1 to 9999")
     return text
 
 
 def _parse_count(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 to 9999")
     return int(text)
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,12 @@ class Rewritten:
         # of a longer text before, nothing may stand behind this one
         self._longest = max(self._longest, len(text))
         os.pwrite(self._file, text.ljust(self._longest), 0)
+
+
+def check_folder(path: Path) -> None:
+    """OSError unless a file can be written into a folder, which need not be there yet."""
+    existed = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+    if not existed:
+        path.rmdir()

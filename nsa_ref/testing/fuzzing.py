@@ -155,8 +155,13 @@ class Fuzzing:
         ------
         CannotRun : nothing is known, or it comes from no file that the examples could stand beside
         """
+        unsorted, _ = self.folder.left()
+        later = (
+            f"findings that are not sorted by cause yet: {len(unsorted)}. nsa-ref fuzz sorts them"
+        )
         if not self.causes:
-            raise CannotRun(f"{self.folder.path} knows of nothing that is broken")
+            nothing = f"{self.folder.path} knows of nothing that is broken"
+            raise CannotRun(f"{nothing}; {later}" if unsorted else nothing)
         if not self.ledgers:
             raise CannotRun(f"{self.spec} comes from no file that examples could stand beside")
         try:
@@ -165,6 +170,8 @@ class Fuzzing:
             raise CannotRun(f"cannot write {error.filename}: {error.strerror}") from None
         for path in written:
             say(self.console, f"wrote {path}")
+        if unsorted:
+            say(self.console, later)
         say(self.console, "nsa-ref verify and your test suite try them first")
 
     # --- a round ----------------------------------------------------------------------------------

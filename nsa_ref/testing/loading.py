@@ -208,10 +208,13 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
     """
     for one in implementations:
         where = f"{type(one).__name__}."
-        for attribute in STATED:
+        methods = {prop.called for prop in PROPERTIES.values()}
+        called = ("offers", "supports", "compile_counts", *sorted(methods))
+        # any of them may be a property
+        for attribute in (*STATED, *called):
             try:
-                getattr(one, attribute)
-            except Exception as error:
+                getattr(one, attribute, None)
+            except (Exception, SystemExit) as error:
                 why = f"{one_line(error)} at {place(error)}"
                 raise TypeError(f"{where}{attribute} raised {why}.") from error
         is_text = isinstance(one.name, str) and one.name.isprintable()
@@ -249,8 +252,7 @@ def check_declarations(implementations: Collection[Implementation]) -> None:
                 )
         if one.pace not in PACES:
             raise ValueError(f"{where}pace={one.pace!r} must be one of {', '.join(PACES)}.")
-        methods = {prop.called for prop in PROPERTIES.values()}
-        for name in ("offers", "supports", "compile_counts", *sorted(methods)):
+        for name in called:
             if not callable(getattr(one, name, callable)):
                 found = cut(repr(getattr(one, name)), LONGEST_REASON)
                 raise TypeError(f"{where}{name}={found} must be a method.")

@@ -22,6 +22,7 @@ import pytest
 
 from nsa_ref.testing import silence
 from nsa_ref.testing.case import Case
+from nsa_ref.testing.files import check_folder
 from nsa_ref.testing.findings import Finding, grouped
 from nsa_ref.testing.handing_over import memory_filled
 from nsa_ref.testing.last_words import (
@@ -141,6 +142,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (CannotRun, LedgerError) as error:
         raise pytest.UsageError(str(error)) from None
     spec = config.getoption("--nsa-implementation")
+    if not spec and worker_id() is None:
+        _check_place(config)
     if file := config.getoption("--nsa-round"):
         round = Round.from_json(json.loads(Path(file).read_text()))
     in_turns = round is None and config.getoption("--nsa-deadline") < math.inf
@@ -176,6 +179,24 @@ def pytest_configure(config: pytest.Config) -> None:
             asked = [i for i in implementations if i.name == round.implementation]
             implementations[:] = map(round.of, asked)
         silence.say("idle")
+
+
+def _check_place(config: pytest.Config) -> None:
+    """UsageError for a device that is not here, and for findings that could not be written."""
+    try:
+        if (named := config.getoption("--nsa-device")) != "auto":
+            resolve_device(named)
+    except CannotRun as error:
+        raise pytest.UsageError(f"--nsa-{str(error).removeprefix('--')}") from None
+    folder = config.getoption("--nsa-findings")
+    if folder == SHARED_OPTIONS["--findings"]["default"]:
+        return  # nobody has asked for it, and findings are in the report as well
+    try:
+        check_folder(Path(folder))
+    except OSError as error:
+        raise pytest.UsageError(
+            f"--nsa-findings {folder}: cannot write there: {error.strerror}"
+        ) from None
 
 
 @pytest.hookimpl(tryfirst=True)

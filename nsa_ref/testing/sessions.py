@@ -298,6 +298,7 @@ def _own_pytest() -> Iterator[None]:
     with temporary_folder() as folder:
         os.environ.pop("PYTEST_ADDOPTS", None)
         os.environ.pop("PYTEST_PLUGINS", None)
+        os.environ.pop("PYTHONIOENCODING", None)  # xdist speaks to its workers in plain letters
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
         try:

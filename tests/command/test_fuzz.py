@@ -228,6 +228,10 @@ def test_a_run_does_not_end_well_with_what_it_did_not_sort(
 
         monkeypatch.setattr(fuzz, "_round", round_that_ends_the_time)
         assert fuzz.go_on(600.0) is True
+        with pytest.raises(
+            CannotRun, match=r"nothing that is broken; findings .* yet: 1\. nsa-ref"
+        ):
+            fuzz.export()
     assert re.search(r"^unsorted: I6, I6_fine_mask_as_exposed: ", said.getvalue(), re.M)
 
 

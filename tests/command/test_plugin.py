@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -154,9 +155,9 @@ def test_this_repository_has_the_names_of_the_command_as_well() -> None:
         ("--nsa-dtype=float8", "choose from .*bfloat16"),
         ("--nsa-device=tpu", r"choose from \W*auto\W*cpu\W*cuda"),
         ("--nsa-seed=-1", "at least 0"),
-        ("--nsa-case-timeout=0", "above 0"),
-        ("--nsa-case-timeout=inf", "above 0"),
-        ("--nsa-case-timeout=nan", "above 0"),
+        ("--nsa-case-timeout=0", "from 0.1 to 3600000"),
+        ("--nsa-case-timeout=inf", "from 0.1 to 3600000"),
+        ("--nsa-case-timeout=nan", "from 0.1 to 3600000"),
     ],
 )
 def test_options_are_checked(option: str, words: str) -> None:
@@ -174,6 +175,7 @@ def test_options_are_checked(option: str, words: str) -> None:
         ({"--nsa-case": ["missing.json"]}, r"there is no file missing\.json"),
         ({"--nsa-case": ["wrong.json"]}, r"wrong\.json holds no case: case=null"),
         ({"--nsa-ledger": "missing.toml"}, r"missing\.toml: \[Errno 2\]"),
+        ({"--nsa-findings": "/dev/null"}, "--nsa-findings /dev/null: cannot write there: File"),
     ],
     ids=str,
 )
@@ -181,11 +183,23 @@ def test_what_cannot_be_read_is_a_usage_error(
     given: dict[str, Any], words: str, place: Path
 ) -> None:
     Path("wrong.json").write_text('{"case": null}')
-    options: dict[str, Any] = {"--nsa-device": "cpu", "--nsa-deadline": math.inf} | given
-    options["--nsa-findings"] = str(place)
+    options: dict[str, Any] = {"--nsa-device": "cpu", "--nsa-deadline": math.inf}
+    options |= {"--nsa-findings": str(place)} | given
     config = SimpleNamespace(option=object(), getoption=options.get)
     with pytest.raises(pytest.UsageError, match=words):
         plugin.pytest_configure(config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["plain", "workers"])
+def test_a_device_that_is_not_here_is_no_pass(workers: tuple[str, ...], stranger: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (stranger / "test_port.py").write_text(FIVE_LINES.format(port="SlidingMask"))
+    done = run_pytest(*PLUGIN, "--nsa-device=cuda", *workers)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search("--nsa-device cuda: torch .* sees no CUDA device here", line)
 
 
 def test_a_dtype_that_nothing_here_declares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

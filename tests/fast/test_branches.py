@@ -132,6 +132,19 @@ def test_eager_attention_holds_nothing_as_large_as_all_pairs(branch: str) -> Non
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kv_len", [20, 1500])
+def test_keys_are_not_padded_to_a_block_that_is_far_longer(kv_len: int) -> None:
+    q, k, v = torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, kv_len, 8)
+    indices = torch.tensor([0, -1, 1]).expand(1, 2, 3, -1)
+    with Largest() as largest:
+        far, near = (
+            nsa_fast.fine_attention(q, k, v, indices, selection_block_size=size).out
+            for size in (2**30 - 4, 2048)
+        )
+    assert torch.equal(far, near)
+    assert largest.elements < 2**18
+
+
 def test_a_second_derivative_is_refused() -> None:
     q, k, v = (torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     out, _ = nsa_fast.sliding_attention(q, k, v, sliding_window_size=2)

@@ -294,7 +294,24 @@ X, Q = torch.zeros(1, 1, 4, 2), torch.zeros(1, 4, 64, 16)
 LARGE = 10**30
 
 
-def pool(x: Tensor = X, weights: dict[str, Tensor] | None = None, **sizes: int) -> Tensor:
+def inside_a_mode() -> Tensor:
+    """A mode that takes no real tensors, with one beside a fake one."""
+    k_cmp = torch.zeros(1, 2, 32, 16)
+    with FakeTensorMode() as mode:
+        return select(q=mode.from_tensor(Q), k_cmp=k_cmp)
+
+
+def test_a_block_may_be_longer_than_all_that_there_is() -> None:
+    """Neither memory nor time grows with it."""
+    sizes = {"selection_block_size": 2**31 - 2, "num_selected_blocks": 2}
+    with _Operations() as operations:
+        chosen = select(**sizes)
+    made = [result for *_, result in operations.seen if isinstance(result, torch.Tensor)]
+    assert max(result.numel() for result in made) < 2**16
+    assert chosen.unique().tolist() == [-1, 0]
+
+
+def pool(x: Tensor = X, weights: Any = None, **sizes: int) -> Tensor:
     return nsa_fast.compress_pool(x, weights, **(PAIRS | sizes))
 
 
@@ -393,6 +410,12 @@ TYPE_ERRORS: Refusals = {
     "q is a fake tensor outside of its FakeTensorMode": lambda: select(
         **fakes(q=torch.zeros(1, 4, 64, 16), k_cmp=torch.zeros(1, 2, 32, 16))
     ),
+    "q is a fake tensor, which holds no numbers, and k_cmp is not: make both in": inside_a_mode,
+    "k_cmp and q are fake tensors of two FakeTensorModes": lambda: select(
+        q=fakes(q=Q)["q"], k_cmp=fakes(k_cmp=torch.zeros(1, 2, 32, 16))["k_cmp"]
+    ),
+    "weights must be a mapping from name to tensor, not list": lambda: pool(weights=[1]),
+    "weights must be a mapping from name to tensor, not str": lambda: pool(weights="x"),
     "weights['positions'] is a fake tensor, which holds no numbers, and x is not": (
         lambda: nsa_fast.compress_pool(
             torch.zeros(1, 1, 4, 2), fakes(positions=torch.zeros(1, 2, 2)), **PAIRS
