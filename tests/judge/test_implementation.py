@@ -342,6 +342,8 @@ class Unlucky:
         ("name", "n" * 2000, "characters ... "),
         ("name", Unlucky(), "Stated.name raised OSError: no file at "),
         ("limits", Unlucky(), "Stated.limits raised OSError: no file at "),
+        ("name", property(lambda self: self.nothing), "Stated.name raised AttributeError: "),
+        ("sliding", property(lambda self: self.nothing), "Stated.sliding raised AttributeError: "),
         ("sliding", Unlucky(), "Stated.sliding raised OSError: no file at "),
         ("supports", Unlucky(), "Stated.supports raised OSError: no file at "),
         ("compile_counts", Unlucky(), "Stated.compile_counts raised OSError: no file at "),
